@@ -10,6 +10,7 @@ from rlhf_lightning.loading import shipped_classes
 from rlhf_lightning.training.module import AlignmentModule as AlignmentModule
 from rlhf_lightning.training.offline import OfflineModule as OfflineModule
 from rlhf_lightning.training.on_policy import OnPolicyModule as OnPolicyModule
+from rlhf_lightning.training.pairs import PairObjective as PairObjective
 from rlhf_lightning.training.rollout import RolloutModule as RolloutModule
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from rlhf_lightning.modules.process_reward import *
     from rlhf_lightning.modules.reference_free import *
     from rlhf_lightning.modules.reward import *
+    from rlhf_lightning.modules.self_distillation import *
     from rlhf_lightning.modules.sft import *
     from rlhf_lightning.modules.unpaired import *
 
 _SHIPPED = shipped_classes(__name__, object)
 globals().update(_SHIPPED)
-__all__ = sorted(["AlignmentModule", "OfflineModule", "OnPolicyModule", "RolloutModule", *_SHIPPED])  # pyright: ignore
+__all__ = sorted(["AlignmentModule", "OfflineModule", "OnPolicyModule", "PairObjective", "RolloutModule", *_SHIPPED])  # pyright: ignore

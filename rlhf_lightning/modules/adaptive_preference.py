@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, masked_mean
-from rlhf_lightning.modules.dpo import DPOModule, PairObjective, tilted
+from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.pairs import PairObjective, tilted
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
 ROUNDING = 1e-4
@@ -126,8 +127,8 @@ class BetaDPOModule(DPOModule):
         if count == len(margin) or self.margin_std <= ROUNDING:
             return torch.ones_like(margin, dtype=torch.bool)
         order = margin.argsort()  # pairs arrive in rank order; sorted, any number of ranks draws alike
-        apart = (margin[order] - self.margin_mean) / self.margin_std
-        weights = torch.exp(-0.5 * apart**2).double().clamp_min(1e-300).cpu()
+        distance = (margin[order] - self.margin_mean) / self.margin_std
+        weights = torch.exp(-0.5 * distance**2).double().clamp_min(1e-300).cpu()
         generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**63)
         kept = torch.zeros_like(margin, dtype=torch.bool)
         kept[order[torch.multinomial(weights, count, generator=generator).to(order.device)]] = True

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import masked_whiten
 from rlhf_lightning.functional.policy_gradient import (
     discounted_returns,
@@ -22,11 +21,11 @@ from rlhf_lightning.functional.policy_gradient import (
     token_rewards,
     turn_returns,
 )
+from rlhf_lightning.loading import refuse_contradictions
 from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout
 
 BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]
@@ -60,7 +59,6 @@ class CriticFreeModule(OnPolicyModule):
         mask_truncated: ignore completions without an end token in the loss (DAPO, 2503.14476).
         dynamic_sampling: keep only groups with different scores (DAPO); needs candidate prompts, see
             ``PromptDataModule.candidate_rounds``.
-        ppo_epochs: passes over each rollout.
     """
 
     paper = "Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740"
@@ -82,7 +80,7 @@ class CriticFreeModule(OnPolicyModule):
         refuse_contradictions(_contradictions(self))
 
     @property
-    def needs_group(self) -> bool:
+    def needs_group(self) -> bool:  # type: ignore[override]
         """Whether advantages compare several completions of one prompt."""
         compares = self.baseline in ("group_mean", "leave_one_out") or self.advantage_scale == "group"
         return compares or self.dynamic_sampling or self.score_rule.in_groups
@@ -141,7 +139,6 @@ class CriticFreeModule(OnPolicyModule):
         return variance.sqrt().to(rewards)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        self._check_groups(rollout)
         mask = rollout.completion_mask
         scorable = mask & ~rollout.scores.isnan().unsqueeze(-1)
         if self.credit == "reward_to_go":
@@ -179,7 +176,7 @@ class CriticFreeModule(OnPolicyModule):
         group = drawn.batch.group.tolist()
         batch = select_prompts(drawn.batch, [group.index(g) for g in range(max(group) + 1)])
         greedy = self.collector.sample(self.policy, self.tokenizer, batch, replace(self.sampling, temperature=0.0))
-        scores = self.collector.score(self.tokenizer, greedy, batch)
+        scores = self.collector.judge(self.tokenizer, greedy, batch).scores
         return drawn._replace(baseline_scores=scores[drawn.batch.group])
 
     def _draw_informative(self, batches: Sequence[PromptBatch]) -> Samples:
@@ -214,14 +211,6 @@ class CriticFreeModule(OnPolicyModule):
         for values in self.score_rule.learned(drawn.parts) if self.score_rule.in_groups else ():
             found = found | informative_groups(values, group)
         return found
-
-    def _check_groups(self, rollout: Rollout) -> None:
-        if self.needs_group and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
-            raise SettingError(
-                "group-of-one",
-                f"{type(self).__name__} compares completions of one prompt, and each prompt has one: set "
-                "data.samples_per_prompt to 2 or more",
-            )
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
         """Add the share of groups with equal scores, which have no gradient, and the rounds of dynamic sampling."""

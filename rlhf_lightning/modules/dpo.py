@@ -1,4 +1,4 @@
-"""Direct preference optimisation, and what every objective on preference pairs shares.
+"""Direct preference optimisation, and the notation of all objectives on preference pairs.
 
 Notation: y_w and y_l are the chosen and the rejected completion of a pair, S_w and S_l the policy's log-probabilities
 of them, n_w and n_l their lengths in tokens, a_w and a_l their log-ratios log policy(y) - log reference(y). The
@@ -9,119 +9,19 @@ soft label p is p * loss + (1 - p) * loss of the swapped pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.errors import SettingError
-from rlhf_lightning.training.gathering import WholeStep, differentiable_parts, whole_step
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
-from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceBatch, PreferenceLogprobs, Step
-
-
-class PairObjective(AlignmentModule):
-    """Base of losses on preference pairs, whether the pairs come from data or from the policy's own samples.
-
-    A subclass overrides one or more of ``implicit_reward``, ``pair_loss`` and ``preference_loss``.
-    """
-
-    ranges = {"beta": "(0, inf)", "label_smoothing": "[0, 0.5)"}
-    beta: float
-    label_smoothing: float = 0.0
-
-    def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return the rewards u of chosen and v of rejected that the policy implies, each of shape (pairs,).
-
-        The default loss is of their difference, and the reward metrics are measured in them.
-        """
-        return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
-
-    def reward_margin(self, pairs: PreferenceLogprobs) -> Tensor:
-        """Return x = u - v, the implicit reward of chosen minus that of rejected, shape (pairs,)."""
-        chosen, rejected = self.implicit_reward(pairs)
-        return chosen - rejected
-
-    def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the loss of pairs whose chosen side is certainly better, here -log sigmoid(x), shape (pairs,)."""
-        return -logsigmoid(self.reward_margin(pair))
-
-    def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return p * pair_loss(pair) + (1 - p) * pair_loss(swapped pair), shape (pairs,); metrics are mixed alike.
-
-        Override it for a loss that is not of this form, such as one that compares the pairs of a step.
-        """
-        p = pairs.target
-        if p.device.type == "cpu" and bool((p == 1).all()):  # on a GPU the test would wait for the device
-            return self.pair_loss(pairs)
-        # 0 * inf is NaN: where an order has probability 0, compute the loss of the other order instead.
-        swapped = pairs.swapped()
-        agrees = as_loss(self.pair_loss(pairs.where(p > 0, swapped)))
-        disagrees = as_loss(self.pair_loss(swapped.where(p < 1, pairs)))
-
-        def mixed(one: Tensor, other: Tensor) -> Tensor:
-            return p * one + (1 - p) * other if one.shape == p.shape else one
-
-        metrics = {name: mixed(values, disagrees.metrics[name]) for name, values in agrees.metrics.items()}
-        return Loss(mixed(agrees.values, disagrees.values), metrics)
-
-    def has_losses_of(self, kind: type) -> bool:
-        """Return whether this class overrides none of the losses of ``kind``."""
-        names = ("implicit_reward", "pair_loss", "preference_loss")
-        return all(getattr(type(self), name) is getattr(kind, name) for name in names)
-
-    def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(reward / beta), normalised; None for another loss, or with label smoothing."""
-        return tilted(problem, self.beta) if self.has_losses_of(PairObjective) and not self.label_smoothing else None
-
-    @property
-    def value_at_reference(self) -> float | None:
-        """L_0, the loss of each pair where policy = reference; None if it depends on the pair or its slots.
-
-        It is computed from three pairs of unequal lengths and log-probabilities.
-        """
-        if not self.needs_reference:
-            return None
-        logprobs = torch.tensor([[-1.0, 0.0], [-0.5, -3.0], [-0.7, -0.2]], dtype=torch.float64)
-        both = torch.cat([logprobs, logprobs[[1, 0, 1]]])
-        pairs = stacked_pairs(both, both, both != 0, {})._replace(rated_margin=torch.arange(3.0).double())
-        try:
-            with torch.no_grad():
-                values = as_loss(self.preference_loss(pairs)).values
-        except (KeyError, AttributeError):  # the loss reads a slot, or a property of an input of its own
-            return None
-        return float(values[0]) if values.allclose(values[0]) else None
-
-    def measure_pairs(self, pairs: PreferenceLogprobs, loss: Loss, count: int, meter: Meter) -> None:
-        """Add implicit rewards, margin, accuracy (ties count half) and the loss's own metrics to the meter.
-
-        Args:
-            pairs: log-probabilities of the pairs.
-            loss: loss of each pair.
-            count: number of pairs that the sum of losses is divided by, as in training. Every other metric is a mean
-                over the weighted pairs.
-            meter: collects the metrics.
-        """
-        with torch.no_grad():
-            chosen, rejected = self.implicit_reward(pairs)
-        weights = pairs.weights
-        meter.add_ratio("loss", (loss.values * weights).sum(), count)
-        metrics = {
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-            "reward_margin": chosen - rejected,
-            "reward_accuracy": ((chosen > rejected).double() + (chosen >= rejected)) / 2,
-            "chosen_logprob": pairs.chosen_sequence_logprobs,
-            "rejected_logprob": pairs.rejected_sequence_logprobs,
-            "length_difference": (pairs.chosen_lengths - pairs.rejected_lengths).double(),
-        }
-        for name, values in {**metrics, **loss.metrics}.items():
-            meter.add(name, values, weights if values.shape == weights.shape else None)
+from rlhf_lightning.training.pairs import PairObjective, WholeStep, stacked_pairs, whole_step
+from rlhf_lightning.types import EnumeratedProblem, PreferenceBatch, PreferenceLogprobs, Step
 
 
 class DPOModule(PairObjective, OfflineModule):
@@ -188,25 +88,13 @@ class DPOModule(PairObjective, OfflineModule):
             extras={**self.slots_of(batch), **pairs.extras},
         )
 
-    # -- losses that couple the pairs of a step ------------------------------------------------------------------------
+    # -- losses that couple the pairs of a step -----------------------------------------------------------------------
 
-    def training_step(self, step: Step[PreferenceBatch], batch_idx: int) -> Any:
-        """Take one optimizer step; a loss that couples pairs is computed on all pairs of the step at once."""
+    def step_losses(self, step: Step[PreferenceBatch], meter: Meter) -> list[Callable[[], Tensor]]:
         if not self._couples(step):
-            return super().training_step(step, batch_idx)
-        whole, meter = self._whole_step(step), Meter()
-        pairs, leaves = whole.with_leaves()
-        values = self._measured_loss(pairs, meter)
-        gradients = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-        slopes = {name: slope for name, slope in zip(leaves, gradients, strict=True) if slope is not None}
-        losses = []
-        for batch, rows in zip(step.micro_batches, whole.rows, strict=True):
-            own = {name: slope[rows] for name, slope in slopes.items()}
-            losses.append(partial(self._with_gradient, batch, own, values.detach()[rows].sum()))
-        norm = self.update(losses, step.rows)
-        self.episodes += step.rows
-        self.tokens += step.tokens
-        return self.log_training(meter, grad_norm=norm)
+            return super().step_losses(step, meter)
+        forwards = [partial(self.preference_logprobs, batch) for batch in step.micro_batches]
+        return self._whole_step(step).losses(partial(self._measured_loss, meter=meter), forwards)
 
     def validation_step(self, step: Step[PreferenceBatch], batch_idx: int) -> None:
         if self._couples(step):
@@ -218,46 +106,10 @@ class DPOModule(PairObjective, OfflineModule):
         """Whether the loss of this step needs more pairs than one micro-batch has."""
         return self.batch_coupled and len(step.micro_batches) * self.trainer.world_size > 1
 
+    @torch.no_grad()
     def _whole_step(self, step: Step[PreferenceBatch]) -> WholeStep:
         """Return the log-probabilities of all pairs of the step, on all ranks, without gradient."""
-        with torch.no_grad():
-            return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
-
-    def _with_gradient(self, batch: PreferenceBatch, slopes: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return ``value`` with the given gradients with respect to the micro-batch's log-probabilities and slots."""
-        again = differentiable_parts(self.preference_logprobs(batch))
-        carriers = [(again[name] * slope[:, : again[name].shape[1]]).sum() for name, slope in slopes.items()]
-        carrier = torch.stack(carriers).sum()
-        return value + carrier - carrier.detach()
-
-
-def stacked_pairs(
-    policy: Tensor, reference: Tensor | None, mask: Tensor, statistics: Mapping[str, Tensor]
-) -> PreferenceLogprobs:
-    """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones.
-
-    Statistics of the rows become the slots ``chosen_NAME`` and ``rejected_NAME``.
-    """
-    count = len(mask) // 2
-    ones = policy.new_ones(count)
-
-    def sides(grid: Tensor | None) -> tuple[Any, Any]:
-        return (None, None) if grid is None else (grid[:count], grid[count:])
-
-    slots = {
-        f"{side}_{name}": part
-        for name, values in statistics.items()
-        for side, part in zip(("chosen", "rejected"), sides(values), strict=True)
-    }
-    return PreferenceLogprobs(
-        *sides(policy), *sides(reference), *sides(mask),
-        target=ones, rated_margin=0 * ones, weights=ones, extras=slots,
-    )  # fmt: skip
-
-
-def tilted(problem: EnumeratedProblem, beta: float) -> Tensor:
-    """Return reference * exp(reward / beta), normalised, shape (prompts, completions)."""
-    return torch.softmax(problem.reference.log() + problem.rewards / beta, -1)
+        return whole_step(self, [self.preference_logprobs(batch) for batch in step.micro_batches])
 
 
 def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:

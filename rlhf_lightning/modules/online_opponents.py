@@ -13,14 +13,14 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.surrogates import AggregationName, RatioName
 from rlhf_lightning.models.frozen import Reference
-from rlhf_lightning.modules.critic_free import BaselineName, CriticFreeModule
-from rlhf_lightning.modules.dpo import tilted
+from rlhf_lightning.modules.critic_free import CriticFreeModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import ObjectiveName
+from rlhf_lightning.training.pairs import tilted
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,
@@ -163,7 +163,6 @@ class NashMDModule(CriticFreeModule):
         scorer: what scores completions; score differences are log-odds of winning.
         kl_coef: KL penalty coefficient, in win probability per nat.
         mixture: c, the reference's share in the opponent.
-        temperature: softmax temperature of policy and opponent, used both for sampling and for log-probabilities.
     """
 
     paper = "Munos et al. 2023, arXiv 2312.00886"
@@ -172,12 +171,12 @@ class NashMDModule(CriticFreeModule):
 
     def __init__(
         self, scorer: Any, kl_coef: float = 0.1, mixture: float = 0.5, temperature: float = 0.9,
-        baseline: BaselineName = "none", ratio: RatioName = "none", objective: ObjectiveName = "reinforce",
+        ratio: RatioName = "none", objective: ObjectiveName = "reinforce",
         aggregation: AggregationName = "sequence_mean_token_sum", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
-            scorer=scorer, kl_coef=kl_coef, temperature=temperature, baseline=baseline, ratio=ratio,
-            objective=objective, aggregation=aggregation, **kwargs,
+            scorer=scorer, kl_coef=kl_coef, temperature=temperature, baseline="none", advantage_scale="none",
+            credit="completion", ratio=ratio, objective=objective, aggregation=aggregation, **kwargs,
         )  # fmt: skip
         self.mixture = mixture
 
@@ -198,7 +197,7 @@ class NashMDModule(CriticFreeModule):
         mixture = Mixture(self.reference.as_model, partial(nash_md_logits, mixture=self.mixture))
         theirs = batch._replace(episodes=batch.episodes + OPPONENTS)
         opponents = self.collector.sample(self.policy, self.tokenizer, theirs, mixture=mixture)
-        return self.collector.score(self.tokenizer, opponents, batch)
+        return self.collector.judge(self.tokenizer, opponents, batch).scores
 
     def win_probability(self, rollout: Rollout) -> Tensor:
         """Return P(y beats y'), shape (episodes,); NaN where either has no score."""

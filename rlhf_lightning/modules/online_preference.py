@@ -14,10 +14,10 @@ from rlhf_lightning.functional.selection import best_and_worst
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.modules.dpo import PairObjective, stacked_pairs
 from rlhf_lightning.training.collector import Samples, merged_completions, select_episodes, select_prompts
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.pairs import PairObjective, stacked_pairs
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import (
     EnumeratedProblem,
@@ -42,12 +42,8 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     it was sampled. Certain labels ask for ever larger margins, so no policy is optimal.
 
     Args:
-        scorer: what scores completions, in place of an annotator: a reward model's folder, an importable function
-            ``(prompts, completions, **columns) -> scores``, or a Scorer.
         beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
         soft_labels: read scores as log-odds: chosen is better with probability sigmoid(score difference).
-        temperature: softmax temperature, used both for sampling and for log-probabilities.
-        ppo_epochs: passes over each rollout.
         mini_batch_size: episodes per optimizer step over all ranks, a multiple of the samples per prompt; null takes
             the whole rollout.
 

@@ -21,6 +21,7 @@ from rlhf_lightning.functional.policy_gradient import (
     turn_discounts,
     value_clip_fraction,
 )
+from rlhf_lightning.loading import refuse_contradictions
 from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.models.layout import Layout, cut_sequences, select
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
@@ -34,7 +35,6 @@ from rlhf_lightning.training.judgements import OBJECTIVE
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,

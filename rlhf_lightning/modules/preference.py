@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO
 from rlhf_lightning.modules.dpo import DPOModule, normalised
+from rlhf_lightning.training.pairs import mean_logprobs, per_token
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
@@ -25,9 +26,6 @@ class ConservativeDPOModule(DPOModule):
     preferences). L_0 = log 2. The best margin of a certain label is logit(1 - s).
     Target: no closed form; the minimiser of the population loss. Where labels are noisy already, DPO itself finds the
     rewards and cDPO does not.
-
-    Args:
-        label_smoothing: share s of labels assumed to be wrong; p becomes (1 - s) p + s (1 - p).
     """
 
     paper = "Mitchell 2023, a note on DPO with noisy preferences"
@@ -392,13 +390,3 @@ class JensenShannonDPOModule(ForwardKLDPOModule):
 
     def ratio(self, value: Tensor) -> Tensor:
         return (2 * torch.exp(-value) - 1).clamp_min(1e-300).reciprocal()
-
-
-def per_token(pairs: PreferenceLogprobs, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values of chosen and rejected completions divided by their lengths, each of shape (pairs,)."""
-    return chosen / pairs.chosen_lengths.clamp(min=1), rejected / pairs.rejected_lengths.clamp(min=1)
-
-
-def mean_logprobs(pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-    """Return the policy's log-probability per token, S / n, of chosen and rejected, each of shape (pairs,)."""
-    return per_token(pairs, pairs.chosen_sequence_logprobs, pairs.rejected_sequence_logprobs)

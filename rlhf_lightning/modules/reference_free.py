@@ -10,7 +10,8 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.functional.logprobs import log1mexp
 from rlhf_lightning.modules.dpo import DPOModule
-from rlhf_lightning.modules.preference import RPOModule, mean_logprobs
+from rlhf_lightning.modules.preference import RPOModule
+from rlhf_lightning.training.pairs import mean_logprobs
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 

@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.ranking import (
     cost_sign_loss,
+    mean_by_group,
     plackett_luce_loss,
     ranked_davidson_loss,
     ranked_pairs_loss,
@@ -173,9 +174,7 @@ class RewardModule(OfflineModule):
         super().on_validation_epoch_start()
         self._judged = []
 
-    def on_test_epoch_start(self) -> None:
-        super().on_test_epoch_start()
-        self._judged = []
+    on_test_epoch_start = on_validation_epoch_start
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Return held-out metrics; ``ece`` bins the confidence max(p, 1 - p), since chosen is always the label."""
@@ -228,13 +227,16 @@ class PlackettLuceModule(RewardModule):
     r"""Reward model of whole rankings: the best completion is picked first, then the best of the rest.
 
     loss = sum_k [logsumexp_{j ranked at or below k} score_j - score_k] (Plackett 1975, Luce 1959; for reward models Zhu
-    et al., 2301.11270). K equal scores give log K!. For pairs it is `RewardModule`'s loss. Soft labels, margins and
-    ``centering`` belong to pairs and have no effect.
+    et al., 2301.11270). K equal scores give log K!. For pairs it is `RewardModule`'s loss. Soft labels and margins
+    belong to pairs and have no effect.
 
     Target: scores that are the rewards up to a constant for each prompt, where rankings are Plackett-Luce in them.
     """
 
     paper = "Zhu et al. 2023, arXiv 2301.11270"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(centering=0.0, **kwargs)
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         return plackett_luce_loss(scores.scores, scores.group, scores.ranks)
@@ -309,7 +311,7 @@ class CostModule(RewardModule):
         best = scores.ranks == 0
         safe = [scores.extras[name].to(scores.scores)[scores.group] for name in self.data_columns]
         signs = cost_sign_loss(scores.scores, torch.where(best, safe[0], safe[1]))
-        sides = (mean_of_groups(signs, scores.group, side, len(pairs)) for side in (best, ~best))
+        sides = (mean_by_group(signs[side], scores.group[side], len(pairs)) for side in (best, ~best))
         return pairs + self.sign_coef * sum(sides)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
@@ -332,7 +334,7 @@ class MeanVarianceRewardModule(RewardModule):
     def __init__(self, outputs: int = 2, **kwargs: Any) -> None:
         if outputs != 2:
             raise SettingError("setting-out-of-range", f"outputs is {outputs}: a mean and a variance are 2")
-        super().__init__(outputs=outputs, **kwargs)
+        super().__init__(outputs=outputs, centering=0.0, **kwargs)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -343,7 +345,7 @@ class MeanVarianceRewardModule(RewardModule):
         group, outputs = scores.group[better], scores.extras["outputs"]
         chosen, rejected = outputs[better], outputs[worse]
         losses = thurstone_loss(chosen[:, 0], rejected[:, 0], chosen[:, 1], rejected[:, 1], scores.target[group])
-        return mean_of_groups(losses, group, torch.ones_like(group, dtype=torch.bool), len(scores.target))
+        return mean_by_group(losses, group, len(scores.target))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         return None  # Bradley-Terry preferences are not those of normal scores
@@ -369,11 +371,11 @@ class AttributesRewardModule(RewardModule):
     )  # fmt: skip
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
 
-    def __init__(self, attributes: list[str] | None = None, normalise: bool = False, **kwargs: Any) -> None:
+    def __init__(self, attributes: list[str] | None = None, **kwargs: Any) -> None:
         names = type(self).data_columns if attributes is None else tuple(attributes)
         if len(names) < 2 or len(set(names)) < len(names):
             raise SettingError("too-few-attributes", f"attributes is {list(names)}: name two or more, each once")
-        super().__init__(outputs=len(names), normalise=normalise, **kwargs)
+        super().__init__(outputs=len(names), centering=0.0, normalise=False, **kwargs)
         self.data_columns = names  # type: ignore[misc]  # of this run
 
     @property
@@ -392,9 +394,3 @@ class AttributesRewardModule(RewardModule):
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         return None  # the enumerated problem has no ratings
-
-
-def mean_of_groups(values: Tensor, group: Tensor, mask: Tensor, groups: int) -> Tensor:
-    """Return the mean of each group's values under a mask, shape (groups,); 0 where there is none."""
-    total = values.new_zeros(groups).index_add(0, group[mask], values[mask])
-    return total / torch.bincount(group[mask], minlength=groups).clamp_min(1)

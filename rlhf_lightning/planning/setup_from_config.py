@@ -31,7 +31,7 @@ from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
 from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.module import AlignmentModule
-from rlhf_lightning.training.optimizers import made
+from rlhf_lightning.training.optimization import made
 from rlhf_lightning.training.rollout import RolloutModule
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -20,7 +20,6 @@ from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.loading import read_record
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import (
@@ -293,8 +292,7 @@ def refuse_untrained_head(folder: str) -> None:
         trained = bool(classifier_labels(folder))
     else:
         files = sorted(path.glob("*.safetensors"))
-        with reading(folder, "reward model"):
-            names = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
+        names = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
         trained = not files or any(re.search(r"(^|\.)score\.", name) for name in names)
     if not trained:
         raise ModelError(

@@ -6,19 +6,17 @@ import dataclasses
 import functools
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import attached_trainer, restore_loader_position
 from rlhf_lightning.errors import StateError
-
-if TYPE_CHECKING:
-    from rlhf_lightning.training.module import AlignmentModule
 
 ANOTHER_STRATEGY = (
     "the checkpoint was not written under ModelParallelStrategy and cannot be resumed under it; resume it with the "
@@ -34,35 +32,127 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def kept_names(module: AlignmentModule) -> set[str]:
-    """Return the names of the weights in a checkpoint: all that were trainable at any time.
-
-    A callback may freeze weights during a run, after training has changed them.
-    """
-    module.ever_trained |= trained_names(module)
-    return module.ever_trained
-
-
 def own_buffers(module: nn.Module) -> set[str]:
     """Return the names of a class's own buffers, such as running statistics; those of loaded models stay theirs."""
     loaded = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, PreTrainedModel))
     return {name for name, _ in module.named_buffers() if not name.startswith(loaded)}
 
 
-def drop_untrained(module: AlignmentModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+class ResumeState:
+    """What a module remembers for its next checkpoint, and what it has read from the one that it resumes from.
+
+    Attributes:
+        asked: settings of this run's optimizer and scheduler, see `optimization.asked`.
+        asked_before: those of the run that wrote the checkpoint, until they have been compared.
+    """
+
+    def __init__(self) -> None:
+        self._trained: set[str] = set()
+        self._trainable_before: set[str] = set()
+        self._random: list[Any] | None = None
+        self._callers_random: dict[str, Any] | None = None
+        self.asked: dict[str, Any] | None = None
+        self.asked_before: dict[str, Any] | None = None
+
+    def trained(self, module: nn.Module) -> set[str]:
+        """Return the names of the weights in a checkpoint: all that were trainable at any time.
+
+        A callback may freeze weights during a run, after training has changed them.
+        """
+        self._trained |= trained_names(module)
+        return self._trained
+
+    def check_names(self, module: nn.Module, found: set[str]) -> None:
+        """Compare the names of trained weights with those found in a checkpoint.
+
+        Raises:
+            StateError: ``checkpoint-does-not-fit``, or ``weights-not-loaded``.
+        """
+        refuse_unloaded(module)
+        known = {name for name, _ in module.named_parameters()} | own_buffers(module)
+        missing, unknown = sorted(self.trained(module) - found), sorted(found - known)
+        if missing or unknown:
+            names = [", ".join(some[:2]) or "none" for some in (missing, unknown)]
+            raise StateError(
+                "checkpoint-does-not-fit",
+                f"the checkpoint does not fit {type(module).__name__}: {len(missing)} trainable weights are missing "
+                f"({names[0]}), {len(unknown)} are unknown ({names[1]})",
+            )
+        self._trained |= found  # a callback may have unfrozen some of them
+
+    def saved(self, module: LightningModule) -> dict[str, Any]:
+        """Return names of trained weights, random states, and the optimizer's settings."""
+        return {
+            "sharded": module.device_mesh is not None,
+            "trained": sorted(self.trained(module)),
+            "trainable": sorted(trained_names(module)),
+            "random": of_all_ranks(module, random_state(module.device)),
+            "asked": self.asked,
+        }
+
+    def restore(self, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Take what ``saved`` returned.
+
+        Raises:
+            StateError: ``another-strategy`` or ``checkpoint-does-not-fit``.
+        """
+        if module.device_mesh is not None:
+            if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
+                raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state has another order")
+            self.check_names(module, set(checkpoint["trained"]))
+        self._random = checkpoint["random"]
+        self._trainable_before = set(checkpoint.get("trainable", ()))
+        self.asked_before = checkpoint.get("asked")
+
+    def begin(self, module: LightningModule, seed: int, updates: int) -> None:
+        """Restore frozen weights, the position of the data and all random numbers when a resumed training begins.
+
+        Raises:
+            StateError: ``another-world-size``: the number of ranks has changed, and the model has dropout.
+        """
+        before, self._trainable_before = self._trainable_before, set()
+        if before and before != trained_names(module):  # callbacks freeze weights only at the start of an epoch
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in before)
+        states, self._random = self._random, None
+        if states is None:
+            return
+        self._callers_random = random_state(module.device)
+        restore_loader_position(module.trainer)
+        ranks = module.trainer.world_size
+        if len(states) == ranks:
+            set_random_state(states[module.global_rank], module.device)
+            return
+        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
+            raise StateError(
+                "another-world-size",
+                f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: each rank draws its own "
+                f"dropout masks, so results would change; resume on {len(states)} ranks, or with model.lora.dropout 0",
+            )
+        # The package draws nothing from these generators; a user's code should at least draw differently on each rank.
+        seed_rank(seed, updates, module.global_rank)
+
+    def end(self, module: LightningModule) -> None:
+        """Restore the random state of the caller of a resumed run."""
+        state, self._callers_random = self._callers_random, None
+        if state is not None:
+            set_random_state(state, module.device)
+
+
+def drop_untrained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Drop weights that were never trainable from a state dict; a hook that also works for a nested module."""
-    kept = kept_names(module) | own_buffers(module)
+    kept = module.resume_state.trained(module) | own_buffers(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
         del state[name]
 
 
-def excuse_untrained(module: AlignmentModule, keys: Any) -> None:
+def excuse_untrained(module: Any, keys: Any) -> None:
     """Remove weights that no checkpoint holds from the missing keys; a hook like `drop_untrained`."""
-    kept, missing = kept_names(module), keys.missing_keys
+    kept, missing = module.resume_state.trained(module), keys.missing_keys
     missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
 
 
-def refuse_unloaded(module: AlignmentModule) -> None:
+def refuse_unloaded(module: nn.Module) -> None:
     """Refuse to use the weights of a module before they are loaded.
 
     Raises:
@@ -76,108 +166,32 @@ def refuse_unloaded(module: AlignmentModule) -> None:
         )
 
 
-def check_names(module: AlignmentModule, found: set[str]) -> None:
-    """Compare the names of trained weights with those found in a checkpoint.
+def check_start(before: Mapping[str, Any], now: Mapping[str, Any], init_from: str | None) -> None:
+    """Refuse to resume from other frozen weights than those that the checkpoint was trained with.
+
+    Args:
+        before: fingerprints in the checkpoint.
+        now: fingerprints of this run.
+        init_from: where its models come from; None if no frozen weights of theirs are used.
 
     Raises:
-        StateError: ``checkpoint-does-not-fit``, or ``weights-not-loaded``.
+        StateError: ``another-start`` or ``another-scorer``.
     """
-    refuse_unloaded(module)
-    known = {name for name, _ in module.named_parameters()} | own_buffers(module)
-    missing, unknown = sorted(kept_names(module) - found), sorted(found - known)
-    if missing or unknown:
-        raise StateError(
-            "checkpoint-does-not-fit",
-            f"the checkpoint does not fit {type(module).__name__}: {len(missing)} trainable weights are missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(unknown)} are unknown ({', '.join(unknown[:2]) or 'none'})",
-        )
-    module.ever_trained |= found  # a callback may have unfrozen some of them
-
-
-def saved(module: AlignmentModule) -> dict[str, Any]:
-    """Return counters, names of trained weights, random states, fingerprints of frozen weights, a moved reference."""
-    reference = module.reference
-    return {
-        "sharded": module.device_mesh is not None,
-        "trained": sorted(kept_names(module)),
-        "trainable": sorted(trained_names(module)),
-        "progress": {name: getattr(module, name) for name in COUNTERS},
-        "skipped_in_a_row": module.skips.in_a_row,
-        "started_from": dict(module.fingerprints),
-        "random": of_all_ranks(module, random_state(module.device)),
-        "asked": module.asked,
-        **({"reference": reference.moved_weights()} if reference is not None and reference.moved else {}),
-    }
-
-
-def restore(module: AlignmentModule, checkpoint: Mapping[str, Any]) -> None:
-    """Restore what ``saved`` returned.
-
-    Raises:
-        StateError: ``another-start``, ``another-strategy`` or ``checkpoint-does-not-fit``.
-    """
-    if module.device_mesh is not None:
-        if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
-            raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state has another order")
-        check_names(module, set(checkpoint["trained"]))
-    for name in COUNTERS:
-        setattr(module, name, checkpoint["progress"][name])
-    module.skips.in_a_row = checkpoint["skipped_in_a_row"]
-    module.resumed_random = checkpoint["random"]
-    module.trainable_before = set(checkpoint.get("trainable", ()))
-    module.asked_before = checkpoint.get("asked")
-    started_from = checkpoint["started_from"]
-    if module.lora is not None or module.reference is not None:
-        _check_backbone(module, started_from)
-    if "scorer" in started_from and started_from["scorer"] != module.fingerprints["scorer"]:
+    for part in ("backbone", "adapter", "quantization") if init_from is not None else ():
+        if before[part] != now[part]:
+            raise StateError(
+                "another-start",
+                f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
+                f"{str(now[part])[:8]} ({init_from}). Checkpoints hold no frozen weights: resume from the same "
+                "init_from",
+            )
+    if "scorer" in before and before["scorer"] != now["scorer"]:
         raise StateError(
             "another-scorer",
             "the checkpoint was trained on scores of another reward model than the one in model.scorer now, or its "
             "weights have changed: resume with the same weights, or start a new run from the exported model "
             "(model.init_from)",
         )
-    if module.reference is not None and "reference" in checkpoint:
-        module.reference.restore(checkpoint["reference"])
-
-
-def begin(module: AlignmentModule) -> None:
-    """Restore the position of the data and all random numbers when a resumed training begins.
-
-    Raises:
-        StateError: ``another-world-size``: the number of ranks has changed, and the model has dropout.
-    """
-    states, module.resumed_random = module.resumed_random, None
-    if states is None:
-        return
-    module.callers_random = random_state(module.device)
-    restore_loader_position(module.trainer)
-    ranks = module.trainer.world_size
-    if len(states) == ranks:
-        set_random_state(states[module.global_rank], module.device)
-        return
-    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules()):
-        raise StateError(
-            "another-world-size",
-            f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: each rank draws its own "
-            f"dropout masks, so results would change; resume on {len(states)} ranks, or with model.lora.dropout 0",
-        )
-    # The package draws nothing from these generators; a user's code should at least draw differently on each rank.
-    seed_rank(module.seed, module.updates, module.global_rank)
-
-
-def end(module: AlignmentModule) -> None:
-    """Restore the random state of the caller of a resumed run."""
-    state, module.callers_random = module.callers_random, None
-    if state is not None:
-        set_random_state(state, module.device)
-
-
-def freeze_as_before(module: AlignmentModule) -> None:
-    """Freeze and unfreeze weights as in the checkpoint; callbacks do so only at the start of an epoch."""
-    before, module.trainable_before = module.trainable_before, set()
-    if before and before != trained_names(module):
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in before)
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -215,31 +229,19 @@ def seed_rank(*numbers: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-def rank_of(module: AlignmentModule) -> tuple[int, int]:
+def rank_of(module: LightningModule) -> tuple[int, int]:
     """Return this rank and the number of ranks; (0, 1) without a trainer, as in an export."""
     trainer = attached_trainer(module)
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def of_all_ranks(module: AlignmentModule, value: Any) -> list[Any]:
+def of_all_ranks(module: LightningModule, value: Any) -> list[Any]:
     """Gather a value from every rank, in the order of ranks."""
     if module.trainer.world_size == 1:
         return [value]
     everyone: list[Any] = [None] * module.trainer.world_size
     dist.all_gather_object(everyone, value)
     return everyone
-
-
-def _check_backbone(module: AlignmentModule, before: Mapping[str, Any]) -> None:
-    now = module.fingerprints
-    for part in ("backbone", "adapter", "quantization"):
-        if before[part] != now[part]:
-            raise StateError(
-                "another-start",
-                f"the checkpoint was trained on another {part}: {str(before[part])[:8]}, and this run starts from "
-                f"{str(now[part])[:8]} ({module.init_from}). Checkpoints hold no frozen weights: resume from the same "
-                "init_from",
-            )
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.layout import Layout, select
+from rlhf_lightning.models.layout import select
 from rlhf_lightning.sampling.conversation import Transcript, turns_of
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, refuse_empty
@@ -24,7 +24,7 @@ from rlhf_lightning.sampling.slot_engine import load_engine
 from rlhf_lightning.scoring import LearnedScorer, Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgements
 from rlhf_lightning.training.gathering import gathered_rows
-from rlhf_lightning.training.judgements import ScoreRule
+from rlhf_lightning.training.judgements import ScoreRule, with_objective
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
 
@@ -74,17 +74,8 @@ class RolloutCollector:
     """Sample completions from a policy and score them.
 
     The completion of episode e depends on the policy's weights, the seed and e alone, not on the batch, the
-    ranks or where a run was resumed.
-
-    Args:
-        scorer: a Scorer, a function, or what `scoring.load_scorer` accepts.
-        sampling: how completions are sampled.
-        seed: seed of the run.
-        missing_eos_score: replaces the score of a completion without an end token.
-        missing_eos_penalty: subtracted from the score of a completion without an end token.
-        engine: the sampling engine, or what `load_engine` accepts.
-        shape: changes judgements before the rule for a missing end token.
-        score_rule: makes scores of parts before that.
+    ranks or where a run was resumed. The settings are those of `RolloutModule`: ``score_rule`` makes scores of parts,
+    then ``shape`` changes them, and the rule for a missing end token comes last.
 
     Raises:
         SettingError: samples would not follow the policy's distribution, or both rules for a missing end are given.
@@ -199,17 +190,15 @@ class RolloutCollector:
         judged = placed(self.raw_judgements(tokenizer, completions, batch), completions, tokenizer)
         judged = with_environment(judged, completions)
         judged = self.shape(self.score_rule.judged(judged, batch.columns)) if completions.ids else judged
-        scores = self.ruled(judged.scores, completions.finished)
-        return Samples(batch, completions, scores, judged.parts, judged.token_rewards, judged.feedback)
+        scores, parts = self.ruled(judged.scores, completions.finished), judged.parts
+        if self.score_rule.is_plain and self.score_rule.normalizes:  # the rule applies again once they are normalized
+            parts = with_objective(parts, judged.scores)
+        return Samples(batch, completions, scores, parts, judged.token_rewards, judged.feedback)
 
     def ruled(self, scores: Tensor, finished: Tensor) -> Tensor:
         """Return scores after the rule for a missing end token; NaN scores stay NaN."""
         ruled = missing_eos_scores(scores, finished, self.missing_eos_penalty, self.missing_eos_score)
         return torch.where(scores.isnan(), scores, ruled)
-
-    def score(self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch) -> Tensor:
-        """Return each completion's score after the rule for a missing end token, fp32, shape (episodes,)."""
-        return self.judge(tokenizer, completions, batch).scores
 
     def raw_judgements(
         self, tokenizer: PreTrainedTokenizerBase, completions: Completions, batch: PromptBatch
@@ -280,43 +269,49 @@ def _unchanged(completions: Completions) -> Completions:
     return completions
 
 
+PER_PROMPT = ("prompts", "texts", "columns", "episodes", "group", "row_ids", "extras")
+"""Fields of a `PromptBatch` with one value for each prompt."""
+
+
+def _rows(values: Any, rows: Sequence[int]) -> Any:
+    """Return some rows of a tensor, a tuple or a list, or of each member of a mapping; what is empty stays empty."""
+    if isinstance(values, Tensor):
+        return values[torch.tensor(list(rows), dtype=torch.long, device=values.device)]
+    if isinstance(values, Mapping):
+        return {name: _rows(member, rows) for name, member in values.items()}
+    return type(values)(values[row] for row in rows) if values else values
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Return the rows of several tensors, tuples, lists or mappings of these, in one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if isinstance(parts[0], Mapping):
+        return {name: _concatenated([part[name] for part in parts]) for name in parts[0]}
+    return type(parts[0])(row for part in parts for row in part)
+
+
 def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
     """Return some rows of a batch; groups are renumbered."""
-    index = torch.tensor(list(rows), dtype=torch.long)
-    group = batch.group[index]
-    return batch._replace(
-        prompts=tuple(batch.prompts[row] for row in rows),
-        texts=tuple(batch.texts[row] for row in rows),
-        columns={name: [values[row] for row in rows] for name, values in batch.columns.items()},
-        episodes=batch.episodes[index],
-        row_ids=tuple(batch.row_ids[row] for row in rows) if batch.row_ids else (),
-        group=torch.unique(group, return_inverse=True)[1] if len(group) else group,
-        extras={name: values[index] for name, values in batch.extras.items()},
-    )
+    chosen = {name: _rows(getattr(batch, name), rows) for name in PER_PROMPT}
+    return batch._replace(**{**chosen, "group": torch.unique(chosen["group"], return_inverse=True)[1]})
 
 
 def joined(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
     """Join some rows of several draws; groups keep counting across draws."""
-    batches = [select_prompts(samples.batch, rows) for samples, rows in parts]
-    groups, first = [], 0
-    for batch in batches:
-        groups.append(batch.group + first)
-        first += int(batch.group.max()) + 1 if len(batch.group) else 0
-    batch = batches[0]._replace(
-        prompts=tuple(prompt for batch in batches for prompt in batch.prompts),
-        texts=tuple(text for batch in batches for text in batch.texts),
-        columns={name: [value for batch in batches for value in batch.columns[name]] for name in batches[0].columns},
-        episodes=torch.cat([batch.episodes for batch in batches]),
-        group=torch.cat(groups),
-        extras={name: torch.cat([batch.extras[name] for batch in batches]) for name in batches[0].extras},
-        row_ids=tuple(row for batch in batches for row in batch.row_ids),
-    )
+    batches, first = [], 0
+    for samples, rows in parts:
+        chosen = select_prompts(samples.batch, rows)
+        batches.append(chosen._replace(group=chosen.group + first))
+        first += len(chosen.group.unique())
+    fields = {name: _concatenated([getattr(batch, name) for batch in batches]) for name in PER_PROMPT}
+    batch = batches[0]._replace(**fields)
     names = dict.fromkeys(name for samples, _ in parts for name in samples.parts)
     return Samples(
         batch,
         merged_completions([(samples.completions, rows) for samples, rows in parts]),
-        torch.cat([samples.scores[list(rows)] for samples, rows in parts]),
-        {name: torch.cat([_part(samples, name)[list(rows)] for samples, rows in parts]) for name in names},
+        _concatenated([_rows(samples.scores, rows) for samples, rows in parts]),
+        {name: _concatenated([_rows(_part(samples, name), rows) for samples, rows in parts]) for name in names},
         _picked(parts, "token_rewards", torch.zeros(0)),
         _picked(parts, "feedback", None),
     )
@@ -391,20 +386,18 @@ def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = 
         length: number of completion tokens to keep; None keeps all. Grids with further slots, such as values after the
             end token, keep these.
     """
-    index, width = torch.tensor(list(rows), dtype=torch.long), rollout.completion_mask.shape[1]
+    width = rollout.completion_mask.shape[1]
 
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            chosen = value[index.to(value.device)]
-            return chosen if length is None or value.dim() < 2 else chosen[:, : length + value.shape[1] - width]
-        if isinstance(value, Mapping):
-            return {name: part(member) for name, member in value.items()}
-        return [value[row] for row in rows] if isinstance(value, list) else value
+    def cut(values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {name: cut(member) for name, member in values.items()}
+        if length is None or not isinstance(values, Tensor) or values.dim() < 2:
+            return values
+        return values[:, : length + values.shape[1] - width]
 
-    fields = {name: part(value) for name, value in rollout._asdict().items() if name != "sequences"}
-    for name in ("feedback", "prompts", "texts", "row_ids"):
-        fields[name] = tuple(fields[name][row] for row in rows) if fields[name] else ()
-    return Rollout(sequences=select(rollout.sequences, rows), **fields)
+    whole: dict[str, Any] = {"sequences": select(rollout.sequences, rows), "left_out": rollout.left_out}
+    fields = {name: cut(_rows(values, rows)) for name, values in rollout._asdict().items() if name not in whole}
+    return Rollout(**whole, **fields)
 
 
 def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
@@ -422,34 +415,6 @@ def gathered_numbers(module: LightningModule, numbers: Sequence[int]) -> list[in
     return gathered_rows(module, mine).tolist()
 
 
-def gather_grids(
-    sequences: Sequences,
-    cuts: Sequence[Sequence[int]],
-    forward: Callable[[Layout], Mapping[str, Tensor | None]],
-    lay_out: Callable[[Sequences], Layout],
-) -> dict[str, Tensor]:
-    """Run ``forward`` over micro-batches and collect its tensors as one (rows, length) grid for each name.
-
-    Args:
-        sequences: prompts and completions.
-        cuts: rows of each micro-batch.
-        forward: returns per-token tensors of a layout by name, shape (rows, length or more); None is left out.
-        lay_out: lays a micro-batch out for the model.
-    """
-    rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
-    grids: dict[str, Tensor] = {}
-    for cut in cuts or [[]]:  # a rank without rows needs grids too
-        layout = lay_out(select(sequences, cut))
-        for name, part in forward(layout).items():
-            if part is None:
-                continue
-            if name not in grids:
-                width = length + part.shape[1] - layout.completion_mask.shape[1]
-                grids[name] = part.new_zeros(rows, width, *part.shape[2:])
-            grids[name][list(cut), : part.shape[1]] = part
-    return grids
-
-
 def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     """Pad one tensor per row with 0 to the shape of ``like``, (rows, length)."""
     grid = torch.zeros(like.shape, dtype=rows[0].dtype if rows else torch.float32)
@@ -458,15 +423,17 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     return grid.to(like.device)
 
 
-def measure_samples(meter: Meter, rollout: Rollout) -> None:
-    """Add scores and their parts, the share of completions with an end token, and lengths."""
+def measure_samples(meter: Meter, rollout: Rollout, scored: bool = True) -> None:
+    """Add scores (if anything gives them) and their parts, the share of completions with an end token, and lengths."""
     scores, finished, lengths = rollout.scores, rollout.finished, rollout.completion_mask.sum(-1)
     known = ~scores.isnan()
     for name, values in rollout.parts.items():
         meter.add(f"rollout/score_{name}", values, ~values.isnan())
         meter.add_interval(f"rollout/score_{name}", group_means(values, rollout.group))
-    meter.add("rollout/score", scores, known)
-    meter.add("rollout/score_squared", scores.square(), known)
+    if scored:
+        meter.add("rollout/score", scores, known)
+        meter.add("rollout/score_squared", scores.square(), known)
+        meter.add("rollout/score_missing", (~known).double())
     meter.add("rollout/eos_rate", finished.double())
     meter.add("rollout/completion_length", lengths.double())
     if rollout.turns is not None:

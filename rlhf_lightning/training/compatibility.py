@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -46,16 +46,31 @@ from rlhf_lightning.compat import (
 )
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
-from rlhf_lightning.models.folders import reading, trusts
+from rlhf_lightning.models.folders import trusts
 from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.resolving import is_adapter, resolve_folder
 from rlhf_lightning.models.sharding import tensor_plan
 from rlhf_lightning.types import PromptBatch, Step
 
-if TYPE_CHECKING:
-    from rlhf_lightning.training.module import AlignmentModule
-
 SHARDED = "ModelParallelStrategy"
+
+
+class Stage(Protocol):
+    """What the rules ask of a module."""
+
+    batch_type: ClassVar[type]
+    has_policy: ClassVar[bool]
+    init_from: str
+    lora: LoraSettings | None
+    load_settings: LoadSettings
+    compile_layers: bool
+    critic_kind: str | None
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one training step."""
+        ...
 
 
 class IncompatibleError(SettingError):
@@ -66,23 +81,17 @@ class IncompatibleError(SettingError):
 
 
 def refused_strategy(strategy: str) -> str | None:
-    """Refuse strategies that fail, or train wrongly, with manual optimization.
-
-    Args:
-        strategy: kind of the strategy, see `kind_of`, or a name as the trainer takes it.
-    """
-    name = strategy.lower()
-    if "fsdp" in name:
-        return (
+    """Refuse strategies, by their kind or their name, that fail or train wrongly with manual optimization."""
+    if "fsdp" in strategy.lower():
+        reason = (
             "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
-            f"by norm: use {SHARDED} (FSDP2), for example with recipe:hardware/fsdp"
+            "by norm"
         )
-    if "deepspeed" in name:
-        return (
-            "DeepSpeed's engine counts micro-batches and clips gradients, which the modules here do themselves: use "
-            f"{SHARDED} (FSDP2), for example with recipe:hardware/fsdp"
-        )
-    return None
+    elif "deepspeed" in strategy.lower():
+        reason = "DeepSpeed's engine counts micro-batches and clips gradients, which the modules here do themselves"
+    else:
+        return None
+    return f"{reason}: use {SHARDED} (FSDP2), for example with recipe:hardware/fsdp"
 
 
 def refused_precision(precision: str) -> str | None:
@@ -111,13 +120,7 @@ def refused_compilation(strategy: str, device: str) -> str | None:
 
 
 def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: int) -> str | None:
-    """Refuse a mesh that does not match the ranks, or one left to defaults that shard the model instead of the data.
-
-    Args:
-        data_parallel: ranks that see different data, as given to the strategy.
-        tensor_parallel: ranks that hold one model together, as given to the strategy.
-        ranks: processes of the run.
-    """
+    """Refuse a mesh that does not match the ranks, or one left to defaults that shard the model instead of the data."""
     if isinstance(data_parallel, str) or isinstance(tensor_parallel, str):
         given = f"data_parallel_size={data_parallel}, tensor_parallel_size={tensor_parallel}"
         return (
@@ -126,25 +129,16 @@ def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: i
         )
     if data_parallel * tensor_parallel == ranks:
         return None
-    nearest = max(ranks // tensor_parallel, 1)
-    remedy = f"set data_parallel_size={nearest}"
-    if nearest * tensor_parallel != ranks:
-        remedy = f"set data_parallel_size={ranks} and tensor_parallel_size=1"
+    divides = ranks % tensor_parallel == 0
+    remedy = f"{ranks // tensor_parallel}" if divides else f"{ranks} and tensor_parallel_size=1"
     return (
         f"{SHARDED} has data_parallel_size={data_parallel} x tensor_parallel_size={tensor_parallel}, but there are "
-        f"{ranks} ranks: {remedy}"
+        f"{ranks} ranks: set data_parallel_size={remedy}"
     )
 
 
 def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool, heads: int | None) -> str | None:
-    """Refuse tensor parallelism for adapters, and for models without a plan that fits.
-
-    Args:
-        tensor_parallel: ranks that hold one model together.
-        lora: whether an adapter is trained.
-        has_plan: whether transformers has a tensor-parallel plan for the model's family.
-        heads: key and value heads of the model, if known.
-    """
+    """Refuse tensor parallelism for adapters, and for models without a plan of transformers that fits their heads."""
     remedy = "set tensor_parallel_size=1 and data_parallel_size to the number of ranks"
     if lora:
         return f"tensor parallelism shards the matrices that an adapter hangs on: {remedy}, or train every weight"
@@ -175,13 +169,6 @@ def refused_stacked_adapter(strategy: str, has_policy: bool, lora: bool, starts_
 # -- sharing a batch between ranks ------------------------------------------------------------------------------------
 
 
-def refused_share(rows: int, shares: int, unit: str) -> str | None:
-    """Refuse more data-parallel ranks than a training step has rows, or prompts."""
-    if rows >= shares:
-        return None
-    return f"{shares} ranks cannot share {rows} {unit} a step: raise data.batch_size, or use at most {rows} ranks"
-
-
 def refused_division(prompts: int, shares: int, samples: int) -> str | None:
     """Refuse rollouts whose prompts cannot be divided evenly between data-parallel ranks."""
     if prompts % shares == 0:
@@ -193,13 +180,13 @@ def refused_division(prompts: int, shares: int, samples: int) -> str | None:
     )
 
 
-def refused_shares(datamodule: Any, shares: int) -> list[str | None]:
-    """Refuse a batch that the ranks cannot share; its unit is prompts where there is ``samples_per_prompt``."""
+def refused_share(datamodule: Any, shares: int) -> str | None:
+    """Refuse a step that data-parallel ranks cannot share: its rows, or prompts where each has several samples."""
     samples = getattr(datamodule, "samples_per_prompt", None)
-    if samples is None:
-        return [refused_share(datamodule.batch_size, shares, "rows")]
-    prompts = datamodule.batch_size // samples
-    return [refused_share(prompts, shares, "prompts"), refused_division(prompts, shares, samples)]
+    rows, unit = (datamodule.batch_size, "rows") if samples is None else (datamodule.batch_size // samples, "prompts")
+    if rows < shares:
+        return f"{shares} ranks cannot share {rows} {unit} a step: raise data.batch_size, or use at most {rows} ranks"
+    return None if samples is None else refused_division(rows, shares, samples)
 
 
 # -- asked of a trainer -----------------------------------------------------------------------------------------------
@@ -213,26 +200,19 @@ UNNEEDED_WARNINGS = (
 """Warnings of Lightning that are no one's to act on."""
 
 
-def check(trainer: Trainer, module: AlignmentModule, datamodule: Any = None, fits: bool = True) -> None:
-    """Refuse a combination that does not work, before anything is read.
-
-    Args:
-        trainer: the trainer.
-        module: the module.
-        datamodule: the DataModule, if there is one.
-        fits: whether the run trains; evaluation accepts any batch size.
+def check(trainer: Trainer, module: Stage, datamodule: Any = None, fits: bool = True) -> None:
+    """Refuse a combination that does not work, before anything is read; evaluation accepts any batch size.
 
     Raises:
         IncompatibleError: ``incompatible-settings``, with the nearest combination that works.
     """
     for message in UNNEEDED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for reason in refusals(trainer, module, datamodule if fits else None):
-        if reason is not None:
-            raise IncompatibleError("incompatible-settings", reason)
+    for reason in filter(None, refusals(trainer, module, datamodule if fits else None)):
+        raise IncompatibleError("incompatible-settings", reason)
 
 
-def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) -> Iterator[str | None]:
+def refusals(trainer: Trainer, module: Stage, datamodule: Any = None) -> Iterator[str | None]:
     """Yield what each rule says; later rules assume that earlier ones found nothing."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
     lora = module.lora is not None
@@ -251,7 +231,7 @@ def refusals(trainer: Trainer, module: AlignmentModule, datamodule: Any = None) 
         if together > 1:
             yield refused_tensor_parallelism(together, lora, *plan_of(module))
     if ranks > together and getattr(datamodule, "batch_size", None) is not None:
-        yield from refused_shares(datamodule, ranks // together)
+        yield refused_share(datamodule, ranks // together)
 
 
 def kind_of(strategy: Strategy) -> str:
@@ -260,13 +240,10 @@ def kind_of(strategy: Strategy) -> str:
     return next((name for kind, name in kinds.items() if isinstance(strategy, kind)), type(strategy).__name__)
 
 
-def plan_of(module: AlignmentModule) -> tuple[bool, int | None]:
+def plan_of(module: Stage) -> tuple[bool, int | None]:
     """Return from config.json whether a model has a tensor-parallel plan, and its number of key and value heads."""
     name = resolve_folder(module.init_from)
-    with reading(name):
-        config = AutoConfig.from_pretrained(
-            name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code)
-        )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code))
     heads = getattr(config, "num_key_value_heads", None)
     return tensor_plan(config) is not None, heads
 
@@ -285,13 +262,7 @@ class FrozenBFloat16(Precision):
 
 
 def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: bool, fits: bool) -> LoadSettings:
-    """Return how weights are loaded under the trainer's precision.
-
-    Args:
-        trainer: the trainer; under ``bf16-true`` its precision plugin is replaced.
-        settings: the module's own.
-        trains_adapter: whether an adapter is trained rather than every weight.
-        fits: whether the run trains.
+    """Return how weights are loaded under the trainer's precision; ``bf16-true`` gets another precision plugin.
 
     Raises:
         SettingError: ``quantized-training`` or ``bf16-training``: trained weights would be quantized or in bf16.
@@ -322,25 +293,18 @@ def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: 
 # -- callbacks and settings of the trainer ----------------------------------------------------------------------------
 
 
-class Refusal(NamedTuple):
-    """Why a run is refused: the stable code, and the sentence with what to do."""
-
-    code: str
-    sentence: str
-
-
 ONE_STEP = (
     "one item of the data is one optimizer step already, cut into micro-batches: set data.batch_size for the rows of a "
     "step, and data.micro_batch_size or data.max_tokens for memory"
 )
-CALLBACKS: dict[type, Refusal] = {
-    BackboneFinetuning: Refusal(
+CALLBACKS = {
+    BackboneFinetuning: (
         "backbone-finetuning",
         "BackboneFinetuning thaws module.backbone, which modules of this package do not have: subclass "
         "lightning.pytorch.callbacks.BaseFinetuning, and freeze parts of module.policy",
     ),
-    GradientAccumulationScheduler: Refusal("accumulated-batches", f"GradientAccumulationScheduler: {ONE_STEP}"),
-    StochasticWeightAveraging: Refusal(
+    GradientAccumulationScheduler: ("accumulated-batches", f"GradientAccumulationScheduler: {ONE_STEP}"),
+    StochasticWeightAveraging: (
         "stochastic-weight-averaging",
         "StochasticWeightAveraging copies the module before its weights are loaded, and would average nothing: use "
         "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
@@ -355,39 +319,37 @@ PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train
 """Packages whose classes log metrics as GROUP/NAME alone, and the groups."""
 
 
-def check_trainer(trainer: Trainer, module: AlignmentModule) -> None:
+def check_trainer(trainer: Trainer, module: Any) -> None:
     """Refuse settings and callbacks of a trainer about to fit that cannot work, before anything is loaded.
 
     Raises:
         SettingError: with the code of the refusal.
     """
-    for refusal in trainer_refusals(trainer, module):
-        raise SettingError(*refusal)
+    for code, sentence in trainer_refusals(trainer, module):
+        raise SettingError(code, sentence)
     # Lightning warns at each save that the weights are those after the update, which is intended here.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
-def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refusal]:
+def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     """Yield why a run is refused."""
     if trainer.gradient_clip_val is not None:
-        yield Refusal(
+        yield (
             "trainer-clips-gradients",
             f"trainer.gradient_clip_val={trainer.gradient_clip_val}: the module clips gradients itself, after the last "
             "micro-batch; set model.max_grad_norm",
         )
     if trainer.accumulate_grad_batches != 1:
-        yield Refusal(
-            "accumulated-batches", f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: {ONE_STEP}"
-        )
+        yield ("accumulated-batches", f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: {ONE_STEP}")
     if module.automatic_optimization:
-        yield Refusal(
+        yield (
             "automatic-optimization",
             f"{type(module).__name__} sets automatic_optimization to True, but takes its steps itself, one for all "
             "micro-batches: leave it False",
         )
     for name in NEVER_CALLED:
         if getattr(type(module), name) is not getattr(LightningModule, name):
-            yield Refusal(
+            yield (
                 "hook-never-called",
                 f"{type(module).__name__} overrides {name}, which Lightning never calls with manual optimization: "
                 "override make_optimizer or on_before_clip, or set optimizer, lr_scheduler or max_grad_norm",
@@ -395,7 +357,7 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
     for name, value in module.hparams.items():
         used = vars(module).get(name, value)
         if isinstance(used, int | float | str) and used != value != module.hparams_initial.get(name, value):
-            yield Refusal(
+            yield (
                 "changed-hparams",
                 f"hparams.{name} was changed to {value} and has no effect, the module has {used}: set module.{name}",
             )
@@ -406,13 +368,13 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
     for callback in callbacks:
         group, _, name = str(getattr(callback, "monitor", None)).partition("_")
         if group in GROUPS and not logs_more:
-            yield Refusal(
+            yield (
                 "monitor-without-slash",
                 f"{type(callback).__name__} monitors {group}_{name}, and metrics are named with a slash: monitor "
                 f"{group}/{name}",
             )
         if isinstance(callback, LearningRateFinder) and module.batch_type is PromptBatch:
-            yield Refusal(
+            yield (
                 "learning-rate-finder",
                 f"the loss of {type(module).__name__} says nothing about a learning rate, because each rollout is "
                 "another problem: compare the score of short runs with different model.learning_rate",
@@ -424,21 +386,21 @@ def trainer_refusals(trainer: Trainer, module: AlignmentModule) -> Iterator[Refu
             yield from refused_checkpoint_period(*checkpoint_period(callback), module)
 
 
-def refused_data(data: Any) -> Iterator[Refusal]:
+def refused_data(data: Any) -> Iterator[tuple[str, str]]:
     """Refuse a fit without data, and a DataLoader that would collate Steps."""
     if data is None:
-        yield Refusal("no-data", "there is nothing to train on: trainer.fit(module, datamodule), or a loader of Steps")
+        yield ("no-data", "there is nothing to train on: trainer.fit(module, datamodule), or a loader of Steps")
     rows = getattr(data, "dataset", None)
     first = rows[0] if isinstance(rows, Sequence) and rows else None
     if isinstance(data, DataLoader) and data.batch_size is not None and isinstance(first, Step):
-        yield Refusal("collated-steps", "a Step is a batch already: give DataLoader(steps, batch_size=None)")
+        yield ("collated-steps", "a Step is a batch already: give DataLoader(steps, batch_size=None)")
 
 
-def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[Refusal]:
+def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[tuple[str, str]]:
     """Let a BatchSizeFinder change ``data.micro_batch_size``, which is memory; refuse it where there is none."""
     data = attached_datamodule(trainer)
     if not hasattr(data, "micro_batch_size") or tuned_setting(finder) not in ("batch_size", "micro_batch_size"):
-        yield Refusal(
+        yield (
             "batch-size-finder",
             f"{tuned_setting(finder)} cannot be tuned: the batch is the size of an optimizer step, and changes what "
             "the model learns. Give a DataModule of rlhf_lightning.data, whose micro_batch_size is tuned",
@@ -454,24 +416,21 @@ def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[Re
         data.micro_batch_size = data.hparams["micro_batch_size"] = 1  # Lightning's search needs a number to change
 
 
-def refused_checkpoint_period(every: int, interval: Any, module: AlignmentModule) -> Iterator[Refusal]:
+def refused_checkpoint_period(every: int, interval: Any, module: Stage) -> Iterator[tuple[str, str]]:
     """Refuse a ModelCheckpoint that would silently leave out checkpoints.
 
-    Args:
-        every: its ``every_n_train_steps``: optimizer updates, checked when a training step ends.
-        interval: its ``train_time_interval``.
-        module: gives ``updates_per_step``.
+    ``every`` counts optimizer updates, and Lightning looks at it when a training step ends.
     """
     instead = "use rlhf_lightning.runs.RunCheckpoint(every_n_updates=..., every_n_rollouts=...)"
     if interval is not None:
-        yield Refusal(
+        yield (
             "checkpoint-by-time",
             f"ModelCheckpoint(train_time_interval={interval}) never saves with manual optimization: {instead}, or "
             "every_n_train_steps",
         )
     per_step = module.updates_per_step if every > 1 else 1
     if every % per_step:
-        yield Refusal(
+        yield (
             "checkpoint-within-rollout",
             f"ModelCheckpoint(every_n_train_steps={every}) counts updates, and saves only after a rollout, which takes "
             f"{per_step} updates: give a multiple of {per_step}, or {instead}",

@@ -1,4 +1,4 @@
-"""Collectives: gather rows from all ranks, sum over all data, and join the rows of a whole optimizer step.
+"""Collectives: gather rows from all ranks, sum over all data, and join the episodes of a whole optimizer step.
 
 Counts of rows may differ between ranks. The ranks of a tensor-parallel group hold one model together and see the same
 rows, which count once.
@@ -7,14 +7,13 @@ rows, which count once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from rlhf_lightning.types import Advantages, Minibatch, PreferenceLogprobs, Rollout
+from rlhf_lightning.types import Advantages, Minibatch, Rollout
 
 
 def ranks_of_a_model(module: LightningModule) -> int:
@@ -64,13 +63,8 @@ def whole_minibatch(
 ) -> Minibatch:
     """Return all ranks' episodes of an optimizer step, in the order of their numbers.
 
-    Args:
-        module: gives the ranks.
-        rollout: this rank's episodes.
-        advantages: their advantages.
-        rows: this rank's rows of the minibatch; ``Minibatch.rows`` is the place of each row of the rollout among all
-            episodes, -1 outside the minibatch.
-        logprobs: the policy's log-probabilities before the update, shape (episodes, length); None leaves them out.
+    ``rows`` are this rank's rows of the minibatch, and ``logprobs`` the policy's of the whole rollout before the
+    update. ``Minibatch.rows`` is the place of each row of the rollout among all episodes, -1 outside the minibatch.
     """
     assert rollout.episodes is not None
     device, mask, learned = module.device, rollout.completion_mask, advantages.learned
@@ -87,7 +81,7 @@ def whole_minibatch(
     width = int(each_share(module, torch.tensor(mask.shape[1], device=device)).max())
     episodes = rollout.episodes.to(device)
     first = torch.stack([episodes[rollout.group == group].min() for group in rollout.group])
-    fields = {name: _padded(grid[index], width) for name, grid in grids.items() if grid is not None}
+    fields = {name: padded(grid[index], width) for name, grid in grids.items() if grid is not None}
     fields |= {"scores": rollout.scores[index], "group": first[index], "episodes": episodes[index]}
     counts = each_share(module, torch.tensor(len(rows), device=device)).tolist()
     everyone = {name: gathered_rows(module, values, counts) for name, values in fields.items()}
@@ -96,74 +90,6 @@ def whole_minibatch(
     return Minibatch(rows=places, **{name: values[order] for name, values in everyone.items()})
 
 
-class WholeStep(NamedTuple):
-    """The pairs of an optimizer step, of all micro-batches and ranks, for losses that look at them together.
-
-    Activations of a whole step do not fit in memory; its log-probabilities do. They are collected without gradient, the
-    loss is taken on them as leaves, and a second pass through each micro-batch carries the leaves' gradients on to the
-    weights. The result is the exact gradient of the whole step.
-
-    Attributes:
-        logprobs: of all pairs, in the order of ranks, padded to the longest completion; without gradient.
-        rows: place of each of this rank's micro-batches among them.
-    """
-
-    logprobs: PreferenceLogprobs
-    rows: tuple[slice, ...]
-
-    def with_leaves(self) -> tuple[PreferenceLogprobs, dict[str, Tensor]]:
-        """Return the pairs with log-probabilities and token slots as new leaves, and the leaves by name."""
-        parts = differentiable_parts(self.logprobs)
-        leaves = {name: part.detach().requires_grad_() for name, part in parts.items()}
-        chosen, rejected = (leaves[f"policy_{side}_logprobs"] for side in ("chosen", "rejected"))
-        extras = {name: leaves.get(name, values) for name, values in self.logprobs.extras.items()}
-        pairs = self.logprobs._replace(policy_chosen_logprobs=chosen, policy_rejected_logprobs=rejected, extras=extras)
-        return pairs, leaves
-
-
-def differentiable_parts(logprobs: PreferenceLogprobs) -> dict[str, Tensor]:
-    """Return the tensors that may carry a gradient to the policy, by name: log-probabilities and token slots."""
-    slots = {
-        name: values for name, values in logprobs.extras.items() if values.dim() > 1 and values.is_floating_point()
-    }
-    sides = {f"policy_{side}_logprobs": getattr(logprobs, f"policy_{side}_logprobs") for side in ("chosen", "rejected")}
-    return {**sides, **slots}
-
-
-@torch.no_grad()
-def whole_step(module: LightningModule, parts: Sequence[PreferenceLogprobs]) -> WholeStep:
-    """Join the micro-batches of all ranks.
-
-    Args:
-        module: gives the ranks.
-        parts: log-probabilities of this rank's micro-batches; some may be empty. Counts of pairs and lengths of
-            completions may differ between ranks.
-    """
-    counts_here = [len(part.target) for part in parts]
-    widest = max(mask.shape[1] for part in parts for mask in (part.chosen_mask, part.rejected_mask))
-    sizes = each_share(module, torch.tensor([sum(counts_here), widest], device=module.device))
-    counts, width = sizes[:, 0].tolist(), int(sizes[:, 1].max())
-
-    def joined(column: list[Tensor | None]) -> Any:
-        return _joined(module, column, counts, width)
-
-    names = [name for name in PreferenceLogprobs._fields if name != "extras"]
-    fields = {name: joined([getattr(part, name) for part in parts]) for name in names}
-    extras = {name: joined([part.extras[name] for part in parts]) for name in parts[0].extras}
-    starts = accumulate(counts_here, initial=sum(counts[: data_ranks(module)[0]]))
-    rows = tuple(slice(start, stop) for start, stop in pairwise(starts))
-    return WholeStep(PreferenceLogprobs(**fields, extras=extras), rows)
-
-
-def _joined(
-    module: LightningModule, column: Sequence[Tensor | None], counts: Sequence[int], width: int
-) -> Tensor | None:
-    present = [part for part in column if part is not None]
-    if not present:
-        return None
-    rows = torch.cat([_padded(part, width) if part.dim() > 1 else part for part in present])
-    return gathered_rows(module, rows, counts)
-
-
-def _padded(grid: Tensor, width: int) -> Tensor:
+def padded(grid: Tensor, width: int) -> Tensor:
+    """Pad the second dimension with 0 to a width."""
     return torch.nn.functional.pad(grid, (0, 0) * (grid.dim() - 2) + (0, width - grid.shape[1]))

@@ -70,14 +70,14 @@ class Invariants:
         """
         if rollout.behaviour_logprobs is None:
             return
-        apart = (rollout.behaviour_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
+        difference = (rollout.behaviour_logprobs - rollout.old_logprobs)[rollout.completion_mask].abs()
         if not self.own_sampler:
-            self._check("sampler", float(apart.mean()) if apart.numel() else 0.0, math.inf, "")
+            self._check("sampler", float(difference.mean()) if difference.numel() else 0.0, math.inf, "")
             if not self.whole_support:
                 self._check_support(rollout)
             return
         self._check_difference(
-            "sampler", apart, rollout.old_logprobs, 1e-2, 5e-2,
+            "sampler", difference, rollout.old_logprobs, 1e-2, 5e-2,
             "the sampler used different weights, another temperature, or a truncated distribution (top_p, top_k)",
         )  # fmt: skip
 
@@ -135,9 +135,9 @@ class Invariants:
         """Check that the KL of every completion is 0 before any update."""
         if rollout.reference_logprobs is None or not self.own_old:
             return
-        apart = (rollout.old_logprobs - rollout.reference_logprobs)[rollout.completion_mask].abs()
+        difference = (rollout.old_logprobs - rollout.reference_logprobs)[rollout.completion_mask].abs()
         self._check_difference(
-            "first_kl", apart, rollout.old_logprobs, 1e-3, 5e-2,
+            "first_kl", difference, rollout.old_logprobs, 1e-3, 5e-2,
             "the reference is not the model that training started from",
         )  # fmt: skip
 

@@ -4,8 +4,8 @@ With parts p_k, weights w_k, costs c_j and multipliers lambda_j a completion sco
 
     (sum_k w_k p_k - sum_j lambda_j c_j) / (1 + sum_j lambda_j).
 
-Without weights the first sum is the scorer's own score. Where constraints are set it is logged as
-``rollout/score_objective``.
+Without weights the first sum is the scorer's own score. Where constraints are set, or the scorer's own score is
+normalized, the first sum is logged as ``rollout/score_objective``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -28,10 +28,9 @@ from rlhf_lightning.functional.policy_gradient import (
     pid_multiplier,
     standardised_in_groups,
 )
-from rlhf_lightning.loading import nearest
+from rlhf_lightning.loading import check_ranges, nearest, refuse_contradictions
 from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.training.meter import moments_over_ranks
-from rlhf_lightning.training.settings import check_ranges, refuse_contradictions
 
 OBJECTIVE = "objective"
 """Name of the part that constraints are paid from."""
@@ -126,15 +125,11 @@ class Multiplier:
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         """Restore it."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
 
 
-class Term(NamedTuple):
-    """A weighted part of the score: values and weight, each of shape (episodes,) or a number."""
-
-    values: Tensor
-    weight: Tensor | float
+Term = tuple[Tensor, Tensor | float]
+"""A part of the score and its weight; both have shape (episodes,), or the weight is a number."""
 
 
 class ScoreRule:
@@ -190,11 +185,7 @@ class ScoreRule:
         return self.settings.normalize == "group_then_sum"
 
     def judged(self, judged: Judgements, columns: Mapping[str, Sequence[Any]]) -> Judgements:
-        """Return the judgements with the score that their parts make.
-
-        Args:
-            judged: the scorer's judgements.
-            columns: further columns of the data, for weights by row.
+        """Return the judgements with the score that their parts make; ``columns`` hold weights by row.
 
         Raises:
             ContractError: a part is missing.
@@ -202,16 +193,11 @@ class ScoreRule:
         """
         if self.is_plain:
             return judged
-        terms = self._objective(judged.scores, judged.parts, columns)
-        objective = _total(terms)
+        objective = _total(self._objective(judged.scores, judged.parts, columns))
         if not self.multipliers:
             return judged._replace(scores=objective)
-        if OBJECTIVE in judged.parts:
-            raise ContractError(
-                "reserved-part", f"a part is called {OBJECTIVE!r}, the name of the constrained score: rename it"
-            )
         scores = constrained_scores(objective, *self._costs(judged.parts))
-        return judged._replace(scores=scores, parts={**judged.parts, OBJECTIVE: objective})
+        return judged._replace(scores=scores, parts=with_objective(judged.parts, objective))
 
     def normalized(
         self,
@@ -223,12 +209,7 @@ class ScoreRule:
     ) -> Tensor:
         """Return scores made of parts that are standardised over groups or over the rollout, shape (episodes,).
 
-        Args:
-            scores: the scores of the rollout, which count where the scorer has no parts.
-            parts: its parts.
-            columns: further columns of the data.
-            group: index of each episode's prompt.
-            strategy: of the trainer, for moments over all ranks.
+        The rollout's scores count where the scorer has no parts. ``strategy`` takes moments over all ranks.
         """
 
         def standardised(values: Tensor) -> Tensor:
@@ -237,7 +218,7 @@ class ScoreRule:
             return self.standardised(values, strategy)
 
         own = parts.get(OBJECTIVE, scores)
-        terms = [Term(standardised(values), weight) for values, weight in self._objective(own, parts, columns)]
+        terms = [(standardised(values), weight) for values, weight in self._objective(own, parts, columns)]
         costs, multipliers = self._costs(parts)
         return constrained_scores(_total(terms), [standardised(one) for one in costs], multipliers)
 
@@ -256,11 +237,9 @@ class ScoreRule:
     def _objective(self, own: Tensor, parts: Mapping[str, Tensor], columns: Mapping[str, Sequence[Any]]) -> list[Term]:
         """Return the weighted parts; without weights the scorer's own score."""
         if self.settings.weights is None:
-            return [Term(own, 1.0)]
-        return [
-            Term(self._part(name, parts), _weight(name, weight, columns, own))
-            for name, weight in self.settings.weights.items()
-        ]
+            return [(own, 1.0)]
+        weights = self.settings.weights.items()
+        return [(self._part(name, parts), _weight(name, weight, columns, own)) for name, weight in weights]
 
     def _costs(self, parts: Mapping[str, Tensor]) -> tuple[list[Tensor], list[float]]:
         return [self._part(name, parts) for name in self.multipliers], [one.value for one in self.multipliers.values()]
@@ -296,11 +275,20 @@ class ScoreRule:
             self.multipliers[name].load_state_dict(state[name])
 
 
+def with_objective(parts: Mapping[str, Tensor], score: Tensor) -> dict[str, Tensor]:
+    """Return the parts with the score that costs are taken from, or that is normalized.
+
+    Raises:
+        ContractError: ``reserved-part``.
+    """
+    if OBJECTIVE in parts:
+        raise ContractError("reserved-part", f"a part is called {OBJECTIVE!r}, the name of the score itself: rename it")
+    return {**parts, OBJECTIVE: score}
+
+
 def _total(terms: Sequence[Term]) -> Tensor:
-    total = terms[0].weight * terms[0].values
-    for term in terms[1:]:
-        total = total + term.weight * term.values
-    return total
+    first, *rest = (weight * values for values, weight in terms)
+    return sum(rest, first)
 
 
 def _known(name: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -345,24 +333,25 @@ def _made(kind: Any, given: Any, where: str) -> Any:
         given = kind(**given)
     if not isinstance(given, kind):
         raise SettingError("wrong-arguments", f"{where} is {given!r}; it must be a mapping of settings")
-    for name, value in vars(given).items():
-        numeric = name in kind.ranges
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
+    for name in kind.ranges:
+        if not _is_number(value := getattr(given, name)):
             raise SettingError("not-a-number", f"{where}.{name} is {value!r}; it must be a number")
     check_ranges(kind, vars(given))
     if isinstance(given, PartSettings):
         for name, weight in (given.weights or {}).items():
-            number = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) < math.inf
-            if not (number or isinstance(weight, str)):
+            if not (isinstance(weight, str) or (_is_number(weight) and abs(weight) < math.inf)):
                 raise SettingError(
                     "not-a-number", f"{where}.weights.{name} is {weight!r}; give a number or a data column's name"
                 )
     return given
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _constraint(name: str, given: Any) -> Constraint:
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    made: Constraint = _made(Constraint, {"limit": given} if number else given, f"constraints.{name}")
+    made: Constraint = _made(Constraint, {"limit": given} if _is_number(given) else given, f"constraints.{name}")
     refuse_contradictions(
         {
             "unknown-choice": (

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.compat import attached_datamodule, attached_trainer, set_logged_step
 from rlhf_lightning.errors import ContractError, SettingError, StateError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
+from rlhf_lightning.loading import check_ranges
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
 from rlhf_lightning.models.compiling import compile_layers
 from rlhf_lightning.models.export import push_folder
@@ -48,7 +49,7 @@ from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.training import checkpoint_state, optimizers
+from rlhf_lightning.training import checkpoint_state, optimization
 from rlhf_lightning.training.compatibility import (
     check,
     check_evaluation_loaders,
@@ -59,16 +60,6 @@ from rlhf_lightning.training.compatibility import (
 )
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
-from rlhf_lightning.training.optimization import (
-    RateSchedule,
-    Skips,
-    clip_by_global_norm,
-    parameter_groups,
-    schedule_factor,
-    updates_of_run,
-    without_gradient_sync,
-)
-from rlhf_lightning.training.settings import check_ranges
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
@@ -81,11 +72,8 @@ class AlignmentModule(LightningModule):
     The module uses manual optimization. The loss of a micro-batch is its sum divided by the count over all
     micro-batches and ranks, so the cut never changes a gradient. A checkpoint always lies between two steps.
 
-    A subclass may override any public name. Intended for it are: ``load_models``, ``model``, ``export`` and
-    ``frozen_models``; ``data_needs``; ``make_optimizer`` and ``configure_optimizers``; ``updates_per_step``;
-    ``evaluation_metrics``, ``headline_metrics`` and ``progress`` (what is logged); ``target_policy`` and
-    ``value_at_reference`` (what `rlhf verify` compares with); ``predict_step``; ``on_save_checkpoint`` and
-    ``on_load_checkpoint`` (state of its own). An overridden hook of Lightning calls ``super()`` first.
+    A subclass may override any public name; docs/extending.md lists those that are meant for it. An overridden hook of
+    Lightning calls ``super()`` first.
 
     Args:
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
@@ -232,19 +220,14 @@ class AlignmentModule(LightningModule):
         self.learning_rate, self.betas, self.adam_eps, self.weight_decay = learning_rate, betas, adam_eps, weight_decay
         self.lr_schedule, self.warmup, self.max_grad_norm, self.seed = lr_schedule, warmup, max_grad_norm, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        optimizers.refuse_both(self)
-        self.ever_trained: set[str] = set()
-        self.trainable_before: set[str] = set()
+        optimization.refuse_both(type(self), vars(self))
+        self.resume_state = checkpoint_state.ResumeState()
         self.register_state_dict_post_hook(checkpoint_state.drop_untrained)  # type: ignore[no-untyped-call]  # torch gives it no types
         excuse = checkpoint_state.excuse_untrained
         self.register_load_state_dict_post_hook(excuse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        self.asked: dict[str, Any] | None = None
-        self.asked_before: dict[str, Any] | None = None
-        self.updates = self.episodes = self.tokens = self.rollouts = self.skipped_updates = 0
-        self.skips = Skips(max_skipped_updates)
+        self.updates = self.episodes = self.tokens = self.rollouts = 0
+        self.max_skipped_updates, self.skipped_updates, self.skipped_in_a_row = max_skipped_updates, 0, 0
         self.steps, self._learning_rate_used = 0, learning_rate
-        self.resumed_random: list[Any] | None = None
-        self.callers_random: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.reference: Reference | None = None
         self._evaluation = Meter()
@@ -313,11 +296,15 @@ class AlignmentModule(LightningModule):
 
     @property
     def packs_rows(self) -> bool:
-        """Whether sequences are packed into rows: asked for, and supported by all loaded models.
+        """Whether sequences are packed into rows: asked for, and supported by all models, which read the same layout.
 
         Compiled layers are not packed: the blocks of each row would need a graph of their own.
         """
-        return self.pack_rows and self._reads_trees and not self.compile_layers
+        if not self.pack_rows or self.compile_layers or not self._models_loaded:
+            return False
+        models = (*self.children(), *self.frozen_models())
+        readers = [model.reads_trees for model in models if hasattr(model, "reads_trees")]
+        return bool(readers) and all(readers)
 
     def lay_out(self, sequences: Sequences) -> Layout:
         """Lay sequences out for the model, on its device."""
@@ -356,9 +343,8 @@ class AlignmentModule(LightningModule):
         if attached_trainer(self) is not None and self.trainer.state.fn == "fit":
             self.train()  # transformers loads weights in eval mode, which Lightning's summary would warn about
         self._models_loaded = True
-        checkpoint_state.kept_names(self)  # a callback may freeze weights later, after training has changed them
+        self.resume_state.trained(self)  # a callback may freeze weights later, after training has changed them
         self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
-        self._note_layout()
 
     def _settle_vocabulary(self) -> None:
         """Have models loaded with a row for each new token, and an adapter train the rows of tokens it names."""
@@ -368,32 +354,24 @@ class AlignmentModule(LightningModule):
         if self.lora is not None and named:
             self.lora = replace(self.lora, trained_tokens=[*tokenization.token_ids(self.tokenizer, named)])
 
-    def _note_layout(self) -> None:
-        """Note whether all models read packed rows: policy, critic, reference and teacher read the same layout."""
-        parts = (*self.children(), *self.frozen_models())
-        readers = [part.reads_trees for part in parts if hasattr(part, "reads_trees")]
-        self._reads_trees = bool(readers) and all(readers)
+    def _readers(self, frozen: bool = True) -> list[CausalLM | ScalarModel]:
+        """Return the models that read layouts: the trained ones, and the frozen ones."""
+        models = (*self.children(), *(self.frozen_models() if frozen else ()))
+        return [model for model in models if isinstance(model, CausalLM | ScalarModel)]
 
     def _shard(self, mesh: DeviceMesh) -> None:
-        trained = [model for model in self.children() if isinstance(model, CausalLM | ScalarModel)]
-        for model in (*trained, *self.frozen_models()):
+        for model in (*self._readers(frozen=False), *self.frozen_models()):
             shard(model, mesh, str(self.trainer.precision))
         # The strategy would expect frozen and tied weights in a checkpoint; `on_load_checkpoint` checks the names.
         self.strict_loading = False
         # Weights that are gathered for the first time in inference mode could not be trained.
-        trainer = self.trainer
-        for loop in (
-            trainer.fit_loop.epoch_loop.val_loop,
-            trainer.validate_loop,
-            trainer.test_loop,
-            trainer.predict_loop,
-        ):
+        trainer, validation = self.trainer, self.trainer.fit_loop.epoch_loop.val_loop
+        for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
 
     _models_loaded = False
     _stepped = 0
     _validated_at: int | None = None
-    _reads_trees = False
     _weights_checked = False
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
     """Fingerprints of the weights that training started from, taken when they were loaded."""
@@ -442,9 +420,8 @@ class AlignmentModule(LightningModule):
         self.train()
         self.place_frozen_models()
         if self.compile_layers:
-            for model in (*self.children(), *self.frozen_models()):
-                if isinstance(model, CausalLM | ScalarModel):
-                    compile_layers(model)
+            for model in self._readers():
+                compile_layers(model)
 
     def on_train_start(self) -> None:
         """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
@@ -456,12 +433,12 @@ class AlignmentModule(LightningModule):
                 f"the checkpoint has {self.trainer.global_step} updates, and {type(self).__name__} restored none: its "
                 "on_save_checkpoint and on_load_checkpoint must call super()",
             )
-        checkpoint_state.freeze_as_before(self)
-        before, self.asked_before = self.asked_before, None
-        if before is not None and self.asked is not None:
+        state = self.resume_state
+        if state.asked_before is not None and state.asked is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            optimizers.take_new_settings(optimizer, self.lr_schedulers(), self.asked, before)
-        checkpoint_state.begin(self)
+            optimization.take_new_settings(optimizer, self.lr_schedulers(), state.asked, state.asked_before)
+        state.asked_before = None
+        state.begin(self, self.seed, self.updates)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Note where the optimizer stands."""
@@ -484,7 +461,7 @@ class AlignmentModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Restore the random state of a resumed run's caller."""
-        checkpoint_state.end(self)
+        self.resume_state.end(self)
 
     def on_train_end(self) -> None:
         """Report it if ``max_steps`` ended the run without a validation of its last weights."""
@@ -513,7 +490,7 @@ class AlignmentModule(LightningModule):
     def on_predict_start(self) -> None:
         """Refuse weights of a checkpoint that are not finite, and check the model's forward."""
         self.refuse_nonfinite_weights()
-        self._check_weights(self.children())
+        self._check_weights(frozen=False)
 
     def refuse_nonfinite_weights(self) -> None:
         """Refuse to evaluate a checkpoint with NaN or infinity in its weights; training has its own guard.
@@ -529,25 +506,19 @@ class AlignmentModule(LightningModule):
         for model in self.frozen_models():
             model.to(self.device).eval()
         self._check_data()
-        if self._check_weights((*self.children(), *self.frozen_models())):
-            self._note_layout()
+        self._check_weights()
 
-    def _check_weights(self, models: Iterable[nn.Module]) -> bool:
-        """Check the real weights of models once; return whether that was now."""
-        checked = self.load_settings.self_check and not self._weights_checked
-        if checked:
-            self._weights_checked = True
-            for model in models:
-                if isinstance(model, CausalLM | ScalarModel):
-                    check_weights(model, self.trainer.precision_plugin.forward_context())
-        return checked
+    def _check_weights(self, frozen: bool = True) -> None:
+        """Check the models' real weights against their own forward, once."""
+        if not self.load_settings.self_check or self._weights_checked:
+            return
+        self._weights_checked = True
+        for model in self._readers(frozen):
+            check_weights(model, self.trainer.precision_plugin.forward_context())
 
     def _check_data(self) -> None:
         """Refuse rows that a model has no embeddings or positions for, before the first step."""
-        models = [
-            model for model in (*self.children(), *self.frozen_models()) if isinstance(model, CausalLM | ScalarModel)
-        ]
-        limits = [limits_of(model.model) for model in models]
+        limits = [limits_of(model.model) for model in self._readers()]
         new = getattr(getattr(self, "sampling", None), "max_new_tokens", 0)
         datamodule = attached_datamodule(self.trainer)
         rules = getattr(datamodule, "multi_turn", None)
@@ -692,7 +663,7 @@ class AlignmentModule(LightningModule):
                 f"{type(self).__name__} belongs to no Trainer yet, so the length of its learning-rate schedule is "
                 "unknown: call trainer.fit(module, data), or module.make_optimizer() for the optimizer alone",
             )
-        total = updates_of_run(self.trainer, self.updates_per_step)
+        total = optimization.updates_of_run(self.trainer, self.updates_per_step)
         if total is None and self.lr_schedule != "constant":
             raise SettingError(
                 "endless-schedule",
@@ -711,15 +682,16 @@ class AlignmentModule(LightningModule):
         scheduler: LRScheduler | None = None
         if self.lr_scheduler is None:
             total = self.total_updates()
-            factor = partial(schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
-            scheduler = RateSchedule(optimizer, factor)
+            factor = partial(optimization.schedule_factor, total=total, warmup=self.warmup, schedule=self.lr_schedule)
+            scheduler = optimization.RateSchedule(optimizer, factor)
         else:
-            scheduler = optimizers.made(self.lr_scheduler, "lr_scheduler", optimizer, optimizers.SCHEDULERS)
-        self.asked = optimizers.asked(optimizer, scheduler)
-        if self.asked_before is not None:
-            optimizers.check_same_kinds(self.asked, self.asked_before)
+            scheduler = optimization.made(self.lr_scheduler, "lr_scheduler", optimizer, optimization.SCHEDULERS)
+        asked, before = optimization.asked(optimizer, scheduler), self.resume_state.asked_before
+        self.resume_state.asked = asked
+        if before is not None:
+            optimization.check_same_kinds(asked, before)
         if isinstance(scheduler, ReduceLROnPlateau):
-            optimizers.monitored(scheduler)  # refuses now rather than after the first epoch
+            optimization.monitored(scheduler)  # refuses now rather than after the first epoch
         named = {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}  # for LearningRateMonitor
         return {"optimizer": optimizer, "lr_scheduler": named}
 
@@ -732,8 +704,8 @@ class AlignmentModule(LightningModule):
         checkpoint_state.refuse_unloaded(self)
         if self.optimizer is not None:
             trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            return optimizers.made(self.optimizer, "optimizer", trainable, (Optimizer,))
-        groups = parameter_groups(self, self.weight_decay)
+            return optimization.made(self.optimizer, "optimizer", trainable, (Optimizer,))
+        groups = optimization.parameter_groups(self, self.weight_decay)
         return torch.optim.AdamW(
             groups, lr=self.learning_rate, betas=self.betas, eps=self.adam_eps, fused=self.fused_optimizer or None
         )
@@ -765,12 +737,12 @@ class AlignmentModule(LightningModule):
         total = torch.zeros((), device=self.device)
         for index, loss in enumerate(losses):
             last = index == len(losses) - 1
-            with contextlib.nullcontext() if last else without_gradient_sync(self.trainer):
+            with contextlib.nullcontext() if last else optimization.without_gradient_sync(self.trainer):
                 value = loss() * scale
                 total += value.detach()
                 self.manual_backward(value)
         self.on_before_clip()
-        norm = clip_by_global_norm(self.parameters(), self.max_grad_norm)
+        norm = optimization.clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
         # The norm and the loss are of all ranks, so all ranks decide alike. The loss can be non-finite while its
         # gradient is finite, for example where a mask removes it.
@@ -783,7 +755,9 @@ class AlignmentModule(LightningModule):
             scheduler.step()
         self.updates += 1
         self.skipped_updates += not finite
-        self.skips.check(self, finite)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.max_skipped_updates:
+            raise optimization.divergence(self, self.max_skipped_updates, self.updates)
         return norm
 
     # -- logging ------------------------------------------------------------------------------------------------------
@@ -856,13 +830,15 @@ class AlignmentModule(LightningModule):
         names = ("updates", "episodes", "tokens", "rollouts")
         return {f"progress/{name}": float(getattr(self, name)) for name in names}
 
+    def test_step(self, step: Step[Any], batch_idx: int) -> None:
+        """Measure test rows as a validation measures its own."""
+        self.validation_step(step, batch_idx)
+
     def on_validation_epoch_start(self) -> None:
         """Reset the evaluation metrics."""
         self._evaluation = Meter()
 
-    def on_test_epoch_start(self) -> None:
-        """Reset the evaluation metrics."""
-        self._evaluation = Meter()
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, and step ReduceLROnPlateau with them."""
@@ -872,7 +848,7 @@ class AlignmentModule(LightningModule):
         scheduler: Any = self.lr_schedulers() if self.trainer.state.fn == "fit" else None
         if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
             named = {f"val/{name}": value for name, value in metrics.items()}
-            optimizers.step_plateau(scheduler, {**self.trainer.callback_metrics, **named})
+            optimization.step_plateau(scheduler, {**self.trainer.callback_metrics, **named})
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -1000,7 +976,7 @@ class AlignmentModule(LightningModule):
                 unknown.
         """
         if strict:
-            checkpoint_state.check_names(self, set(state_dict))
+            self.resume_state.check_names(self, set(state_dict))
         try:
             return super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:  # torch's, with a line for each weight
@@ -1011,7 +987,12 @@ class AlignmentModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the module's state other than weights; an override calls this and adds its own."""
-        checkpoint.update(checkpoint_state.saved(self))
+        checkpoint |= self.resume_state.saved(self)
+        checkpoint["progress"] = {name: getattr(self, name) for name in checkpoint_state.COUNTERS}
+        checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
+        checkpoint["started_from"] = dict(self.fingerprints)
+        if self.reference is not None and self.reference.moved:
+            checkpoint["reference"] = self.reference.moved_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore that state.
@@ -1027,7 +1008,14 @@ class AlignmentModule(LightningModule):
                 "the checkpoint holds weights alone (save_weights_only), and a run resumes with the optimizer's state: "
                 f"load it with {type(self).__name__}.load_from_checkpoint(path) and fit without ckpt_path",
             )
-        checkpoint_state.restore(self, checkpoint)
+        self.resume_state.restore(self, checkpoint)
+        for name in checkpoint_state.COUNTERS:
+            setattr(self, name, checkpoint["progress"][name])
+        self.skipped_in_a_row = checkpoint["skipped_in_a_row"]
+        frozen = self.lora is not None or self.reference is not None
+        checkpoint_state.check_start(checkpoint["started_from"], self.fingerprints, self.init_from if frozen else None)
+        if self.reference is not None and "reference" in checkpoint:
+            self.reference.restore(checkpoint["reference"])
 
     def started_from(self) -> dict[str, str | None]:
         """Return fingerprints of the weights that training starts from: backbone and adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,21 +96,25 @@ class OfflineModule(AlignmentModule):
 
     def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         """Take one optimizer step over all micro-batches of ``step``."""
-        meter = Meter()
-        share = self.loss_count(step) / max(len(step.micro_batches) * data_ranks(self)[1], 1)
-        losses = [partial(self._balanced_loss, batch, meter, share) for batch in step.micro_batches]
-        norm = self.update(losses, self.loss_count(step))
+        meter, count = Meter(), self.loss_count(step)
+        share = count / max(len(step.micro_batches) * data_ranks(self)[1], 1)
+        losses = [partial(self._balanced, loss, meter, share) for loss in self.step_losses(step, meter)]
+        norm = self.update(losses, count)
         self.episodes += step.rows
         self.tokens += step.tokens
         return self.log_training(meter, grad_norm=norm)
 
-    def _balanced_loss(self, batch: Any, meter: Meter, share: float) -> Tensor:
+    def step_losses(self, step: Step[Any], meter: Meter) -> list[Callable[[], Tensor]]:
+        """Return for each micro-batch a function of its summed loss; losses that couple rows override it."""
+        return [partial(self.loss_sum, batch, meter) for batch in step.micro_batches]
+
+    def _balanced(self, loss_sum: Callable[[], Tensor], meter: Meter, share: float) -> Tensor:
         """Return the sum of a micro-batch's losses, with its share of the load-balancing loss of routers."""
         if not self.router_aux_loss_coef:
-            return self.loss_sum(batch, meter)
+            return loss_sum()
         model: Any = self.model
         with recorded_routers(model) as routers:
-            loss = self.loss_sum(batch, meter)
+            loss = loss_sum()
         top_k = experts_of_a_token(model)
         layers = [
             load_balancing_loss(logits, top_k, mask if mask is not None and len(mask) == len(logits) else None)
@@ -127,7 +132,3 @@ class OfflineModule(AlignmentModule):
         """Add the metrics of held-out rows."""
         for batch in step.micro_batches:
             self.loss_sum(batch, self._evaluation)
-
-    def test_step(self, step: Step[Any], batch_idx: int) -> None:
-        """Add the metrics of test rows."""
-        self.validation_step(step, batch_idx)

@@ -1,20 +1,8 @@
 """Policy gradients: rewards, advantages and a loss per token, for one minibatch of a rollout after the other.
 
 loss = aggregation(objective(ratio, A) * sampler weight + kl_coef * KL loss). What papers vary in it is a setting. A
-new method is a subclass with other defaults (a preset), or one that overrides public methods:
-
-- ``shape_rewards(rollout)``: the reward of each token; ``advantages(rollout, rewards)``: the advantage of each token;
-- ``ratio(logprobs)``: policy / old policy on each token;
-- ``objective(ratio, logprobs)``: the loss of each token, with the metrics that the objective reports about itself;
-- ``kl_loss(logprobs)``: the KL estimate of each token where the KL is a loss;
-- ``sampler_weight(logprobs)``: the correction for a sampling engine with numbers of its own;
-- ``policy_loss(logprobs)``: all of these together;
-- ``aggregation(learned)``: how token losses become one;
-- ``score_slots``, ``critic_loss``, ``critic_states``, ``policy_outputs`` and ``measure_advantages``: for a critic, and
-  for rewards that lie elsewhere than on the last token;
-- ``target_policy(problem)``: the optimum, which a subclass with another one declares anew.
-
-`CriticFreeModule` adds ``episode_advantages(rewards, rollout)``, and `PPOModule` ``value_loss(values)``.
+new method is a subclass with other defaults (a preset), or one that overrides public methods; docs/extending.md lists
+them. `CriticFreeModule` adds ``episode_advantages(rewards, rollout)``, and `PPOModule` ``value_loss(values)``.
 """
 
 from __future__ import annotations
@@ -47,12 +35,11 @@ from rlhf_lightning.functional.surrogates import (
     soft_gate_loss,
     token_ratio,
 )
-from rlhf_lightning.models.causal_lm import inference_mode_of
-from rlhf_lightning.models.layout import Layout, free_layout, select
-from rlhf_lightning.models.sharding import in_step, most_passes
+from rlhf_lightning.loading import refuse_contradictions
+from rlhf_lightning.models.layout import Layout, select
+from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.training.collector import (
     Samples,
-    gather_grids,
     last_learned,
     select_episodes,
     without_unscored,
@@ -61,7 +48,6 @@ from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.rollout import RolloutModule
-from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import (
     Advantages,
     Aggregation,
@@ -86,7 +72,6 @@ class OnPolicyModule(RolloutModule):
         kl_target: sequence KL that the coefficient is steered towards, nats; null keeps the coefficient fixed.
         kl_horizon: episodes over which the coefficient may change by a fifth.
         entropy_coef: weight of the entropy bonus, reward units per nat.
-        ppo_epochs: passes over each rollout.
         kl_place: "reward" subtracts the KL estimate from each token's reward, without gradient (Ziegler et al.,
             1909.08593); "loss" adds it to each token's loss (Shao et al., 2402.03300).
         kl_estimator: with d = log policy - log reference: k1 = d, k2 = d^2 / 2, k3 = e^(-d) - 1 + d (Schulman 2020).
@@ -153,6 +138,9 @@ class OnPolicyModule(RolloutModule):
     learns_unscored: ClassVar[bool] = True
     """Whether completions without a score, whose advantage is 0, still count in the KL loss and in averages."""
 
+    needs_group: bool = False
+    """Whether completions of one prompt are compared."""
+
     needs_minibatch: bool = False
     """Whether ``policy_loss`` reads ``logprobs.minibatch``: the step's episodes of all ranks."""
 
@@ -214,6 +202,7 @@ class OnPolicyModule(RolloutModule):
     # -- from a rollout to updates ------------------------------------------------------------------------------------
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
+        self.check_groups(rollout)
         self.check_rollout(rollout)
         self.measure_sampler(rollout, meter)
         normalized = self.with_normalized_scores(rollout)
@@ -317,13 +306,10 @@ class OnPolicyModule(RolloutModule):
     def _logprobs_now(self, sequences: Sequences, cuts: list[list[int]]) -> Tensor:
         """Return the policy's current log-probabilities without gradient, shape (episodes, length)."""
 
-        def forward(layout: Layout) -> dict[str, Tensor | None]:
-            before_pass()
+        def forward(layout: Layout) -> dict[str, Tensor]:
             return {"logprobs": self.policy(layout, self.sampling.temperature).logprobs}
 
-        idle = partial(self.policy, free_layout().to(self.device), self.sampling.temperature)
-        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
-            return gather_grids(sequences, cuts, forward, self.lay_out)["logprobs"].clone()
+        return self.gather_grids(sequences, cuts, forward)["logprobs"].clone()
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -448,17 +434,10 @@ class OnPolicyModule(RolloutModule):
         The rules for a missing end token and for long completions apply to these scores too. Sums of parts that were
         standardised in groups are standardised over the rollout last.
         """
-        rule, strategy = self.score_rule, self.trainer.strategy if self.score_rule.normalizes else None
-        if strategy is None:
+        rule, strategy = self.score_rule, self.trainer.strategy
+        if not rule.normalizes:
             return rollout
-        columns, group = rollout.columns, rollout.group
-        if rule.in_groups and len(group) and int(torch.bincount(group).max()) < 2:
-            raise SettingError(
-                "group-of-one",
-                "parts.normalize is group_then_sum, and each prompt has one completion: set data.samples_per_prompt to "
-                "2 or more",
-            )
-        scores = rule.normalized(rollout.scores, rollout.parts, columns, group, strategy)
+        scores = rule.normalized(rollout.scores, rollout.parts, rollout.columns, rollout.group, strategy)
         scores = self.scores_after_rules(scores, rollout)
         return rollout._replace(scores=rule.standardised(scores, strategy) if rule.in_groups else scores)
 
@@ -505,6 +484,16 @@ class OnPolicyModule(RolloutModule):
         return torch.softmax(problem.reference.log() + problem.rewards / self.kl_coef, -1)
 
     # -- what must hold, and what is logged ---------------------------------------------------------------------------
+
+    def check_groups(self, rollout: Rollout) -> None:
+        """Refuse prompts with a single completion where the completions of a prompt are compared."""
+        compares = self.needs_group or self.score_rule.in_groups
+        if compares and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
+            raise SettingError(
+                "group-of-one",
+                f"{type(self).__name__} with these settings compares completions of one prompt, and each prompt has "
+                "one: set data.samples_per_prompt to 2 or more",
+            )
 
     def checked_rewards(self, rollout: Rollout) -> Tensor:
         """Return the shaped rewards, after checking that each score is on its slot and nowhere else.

@@ -1,31 +1,47 @@
-"""One optimizer step: length of a run, learning-rate schedule, weight decay, gradient clipping, skipped updates."""
+"""The optimizer: length of a run, learning-rate schedule, weight decay, clipping, skipped updates, and resuming."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rlhf_lightning.compat import attached_datamodule
-from rlhf_lightning.errors import StateError
+from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.loading import import_path
 
-if TYPE_CHECKING:
-    from rlhf_lightning.training.module import AlignmentModule
+Made = TypeVar("Made")
+
+SHORT_FORM = {
+    "optimizer": ("learning_rate", "betas", "adam_eps", "weight_decay", "fused_optimizer"),
+    "lr_scheduler": ("lr_schedule", "warmup"),
+}
+"""Settings that only the default optimizer, or the default schedule, reads."""
+
+SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
+"""What a scheduler may be."""
+
+MOVING = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "verbose"}
+"""Attributes of a scheduler that are counters, not settings."""
+
+# -- one optimizer step -----------------------------------------------------------------------------------------------
 
 
 def steps_of_epoch(trainer: Trainer) -> float:
     """Return the training steps of an epoch within the trainer's limits; infinite for data without a length.
 
     The DataModule's plan gives the count. Without one the trainer makes its loaders now and forgets the position of a
-    resumed loader, which `checkpoint_state.begin` restores.
+    resumed loader, which `ResumeState.begin` restores.
     """
     steps = getattr(attached_datamodule(trainer), "steps_per_epoch", None)
     if steps is None:
@@ -60,13 +76,10 @@ def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
 
 
 def schedule_factor(update: int, total: int, warmup: float, schedule: str) -> float:
-    """Return the share of the peak learning rate that an update uses.
+    """Return the share of the peak learning rate that an update, counted from 0, uses.
 
-    Args:
-        update: index of the update, from 0.
-        total: updates of the run.
-        warmup: updates of linear warm-up, or below 1 the share of all updates.
-        schedule: "constant", "linear" to 0 or "cosine" to 0, after warm-up.
+    ``warmup`` is a number of updates, or below 1 their share of ``total``. Then the schedule is "constant", or "linear"
+    or "cosine" down to 0.
     """
     first = int(warmup if warmup >= 1 else warmup * total)
     if update < first:
@@ -81,11 +94,7 @@ class RateSchedule(LRScheduler):
     """Multiply each group's peak learning rate by a factor that depends only on the number of updates.
 
     A callback such as Lightning's BaseFinetuning may add groups during a run. Their learning rate is then taken as the
-    scheduled one, from which their peak follows.
-
-    Args:
-        optimizer: its groups have their peak learning rates.
-        factor: share of the peak that an update uses, see `schedule_factor`.
+    scheduled one, from which their peak follows. ``factor`` gives the share of the peak that an update uses.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -157,38 +166,187 @@ class DivergenceError(StateError):
     """The loss or gradient was NaN or infinite in too many consecutive updates."""
 
 
-class Skips:
-    """Count consecutive skipped updates, and stop the run at a limit.
-
-    Args:
-        most: the run stops at this many consecutive skipped updates.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self.in_a_row = most, 0
-
-    def check(self, module: AlignmentModule, finite: bool) -> None:
-        """Count an update of a module, whose loss and gradient were finite or not.
-
-        Raises:
-            DivergenceError: ``diverged``: the limit is reached.
-        """
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if self.in_a_row >= self.most:
-            raise DivergenceError("diverged", _divergence_message(module, self.most))
-
-
-def _divergence_message(module: AlignmentModule, count: int) -> str:
-    weights = all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+def divergence(module: LightningModule, count: int, last: int) -> DivergenceError:
+    """Return the error ``diverged`` for ``count`` skipped updates in a row, the last of them with this number."""
     checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")
-    message = f"non-finite loss or gradient in {count} consecutive updates (last: {module.updates})"
-    if not weights:
+    message = f"non-finite loss or gradient in {count} consecutive updates (last: {last})"
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
         message += ", and the weights are non-finite too; resume from an earlier checkpoint"
     elif checkpoint:
         message += f"; these updates were skipped, and the last good checkpoint is {checkpoint}"
     else:
         message += "; these updates were skipped, and no checkpoint was written yet"
-    return (
+    return DivergenceError(
+        "diverged",
         f"{message}. Look at the rows named in skipped_updates.jsonl in the run folder, lower model.learning_rate, or "
-        "raise model.max_skipped_updates"
+        "raise model.max_skipped_updates",
     )
+
+
+# -- the optimizer and scheduler that a user asks for ----------------------------------------------------------------
+
+
+def refuse_both(kind: type, settings: Mapping[str, Any]) -> None:
+    """Refuse an optimizer, or a scheduler, together with settings of the default one.
+
+    Args:
+        kind: class of the module, for the defaults.
+        settings: its settings by name.
+
+    Raises:
+        SettingError: ``optimizer-and-short-form``.
+    """
+    for replacement, names in SHORT_FORM.items():
+        if settings[replacement] is None:
+            continue
+        defaults = {name: _default_of(kind, name) for name in names}
+        given = [name for name in names if not _equal(settings[name], defaults[name])]
+        if given:
+            listed = ", ".join(f"model.{name}={settings[name]}" for name in given)
+            raise SettingError(
+                "optimizer-and-short-form",
+                f"model.{replacement} is given together with {listed}, which only the default {replacement} reads: set "
+                f"it in model.{replacement}.init_args, and leave model.{given[0]} at its default {defaults[given[0]]}",
+            )
+
+
+def _default_of(kind: type, name: str) -> Any:
+    """Return the default of a constructor's argument, from the class or the first base that has it."""
+    for base in kind.__mro__:
+        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
+        if name in parameters:
+            return parameters[name].default
+    return inspect.Parameter.empty
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one == other or (isinstance(one, list | tuple) and tuple(one) == tuple(other))
+
+
+def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Made:
+    """Make an optimizer from weights, or a scheduler from an optimizer.
+
+    Args:
+        spec: a function, a class, its dotted path, or its ``class_path`` and ``init_args`` as kept in a checkpoint.
+        setting: name of the setting, for the errors.
+        of: the weights, or the optimizer.
+        kinds: it must be an instance of one of these.
+
+    Raises:
+        SettingError: ``not-importable``, or ``no-optimizer``: it made something else.
+    """
+    if not callable(spec):
+        named = spec if isinstance(spec, Mapping) else {"class_path": spec}
+        spec = partial(import_path(str(named.get("class_path")), f"model.{setting}"), **named.get("init_args") or {})
+    found = spec(of)
+    if not isinstance(found, kinds):
+        raise SettingError(
+            "no-optimizer",
+            f"model.{setting} makes {type(found).__name__}: it must make a {' or '.join(k.__name__ for k in kinds)}",
+        )
+    return found
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def asked(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Return the settings of a new optimizer and its scheduler as plain data, to compare them when a run is resumed."""
+    groups = [
+        {name: _plain(value) for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+        | {"lr": _plain(group.get("initial_lr", group["lr"]))}
+        for group in optimizer.param_groups
+    ]
+    state = {} if scheduler is None else scheduler.state_dict()
+    settings = {name: _plain(v) for name, v in state.items() if name not in MOVING and not name.startswith("_")}
+    return {
+        "optimizer": _path(optimizer),
+        "groups": groups,
+        "scheduler": None if scheduler is None else _path(scheduler),
+        "schedule": {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)},
+    }
+
+
+def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuse to resume with another class of optimizer or scheduler.
+
+    Raises:
+        StateError: ``another-optimizer``.
+    """
+    for part in ("optimizer", "scheduler"):
+        if now[part] != before[part]:
+            raise StateError(
+                "another-optimizer",
+                f"the checkpoint was trained with the {part} {before[part]}, whose state {now[part]} cannot take: "
+                "resume with the same class, or start a new run from the exported model (model.init_from)",
+            )
+
+
+def take_new_settings(optimizer: Optimizer, scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Give a restored optimizer and scheduler the settings asked for now; moments and counters stay.
+
+    Unchanged settings are left alone, so that an unchanged run is resumed bit for bit. The default schedule computes
+    its learning rate from the new peak; the learning rate of another scheduler is scaled with the peak. ``now`` and
+    ``before`` are `asked` of this run and of the one that wrote the checkpoint.
+    """
+    if scheduler is not None:
+        changed = {name: value for name, value in now["schedule"].items() if before["schedule"].get(name) != value}
+        for name, value in changed.items():
+            setattr(scheduler, name, value)
+    groups = zip(optimizer.param_groups, now["groups"], before["groups"], strict=False)  # a callback may add groups
+    for index, (group, new, old) in enumerate(groups):
+        for name, value in new.items():
+            if old.get(name) != value and name != "lr":
+                group[name] = tuple(value) if isinstance(value, list) else value
+        if new["lr"] != old["lr"]:
+            ratio = new["lr"] / old["lr"] if old["lr"] else None
+            set_rate(group, new["lr"] if ratio is None else float(group["lr"]) * ratio)
+            if "initial_lr" in group:
+                group["initial_lr"] = new["lr"]
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs[index] = new["lr"]
+    if isinstance(scheduler, RateSchedule):
+        scheduler.recompute()
+
+
+def _path(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def monitored(scheduler: ReduceLROnPlateau) -> str:
+    """Return the metric that a plateau scheduler monitors.
+
+    Raises:
+        SettingError: ``plateau-without-monitor``: torch's own class names none.
+    """
+    name = getattr(scheduler, "monitor", None)
+    if name is None:
+        raise SettingError(
+            "plateau-without-monitor",
+            "torch's ReduceLROnPlateau does not name the metric that it monitors: use "
+            "lightning.pytorch.cli.ReduceLROnPlateau with monitor (for example val/loss)",
+        )
+    return str(name)
+
+
+def step_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
+    """Step a plateau scheduler with its metric after a validation.
+
+    Raises:
+        SettingError: ``unknown-monitor``: validation does not log it.
+    """
+    name = monitored(scheduler)
+    if name not in metrics:
+        known = ", ".join(sorted(metric for metric in metrics if metric.startswith("val/"))) or "none"
+        raise SettingError(
+            "unknown-monitor", f"lr_scheduler.monitor is {name!r}, which validation does not log; it logs {known}"
+        )
+    scheduler.step(float(metrics[name]))

@@ -17,21 +17,21 @@ from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.policy_gradient import approx_kl
 from rlhf_lightning.functional.surrogates import CorrectionName
+from rlhf_lightning.loading import refuse_contradictions
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.frozen import Reference
-from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout
+from rlhf_lightning.models.layout import Layout, cut_sequences, free_layout, select
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.sharding import in_step
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.scoring.scorer import Judgements, learning, unmoved
+from rlhf_lightning.scoring.scorer import Judgements, ZeroScorer, learning, unmoved
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.collector import (
     RolloutCollector,
     Samples,
-    gather_grids,
     gathered_numbers,
     measure_samples,
     on_grid,
@@ -44,7 +44,6 @@ from rlhf_lightning.training.judgements import PartSettings, ScoreRule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, prompt_form
 from rlhf_lightning.training.optimization import rows_of_step
-from rlhf_lightning.training.settings import refuse_contradictions
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
@@ -59,8 +58,7 @@ class RolloutModule(AlignmentModule):
 
     A family overrides ``learn``. A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over
     ``minibatches``, ``log_rollout``, ``on_rollout_end``. The completion of episode e is a function of the weights, the
-    seed and e alone. What a user may override: ``draw``, ``shape_judgements``, ``learn``, ``check_rollout``,
-    ``measure_rollout``, ``minibatch_units``, ``further_losses``, ``on_rollout_end``.
+    seed and e alone. docs/extending.md lists what a user may override.
 
     Args:
         scorer: scores completions: a reward model's folder, an importable function
@@ -201,10 +199,11 @@ class RolloutModule(AlignmentModule):
                 "use it for evaluation only",
             )
         if self.sampler_correction is None:
+            correctable = "set model.sampler_correction (token_truncate is usual), or "
             raise SettingError(
                 "uncorrected-engine",
                 f"{type(engine).__name__} has other log-probabilities than the trainer, and {type(self).__name__} does "
-                "not correct for them: set model.sampler_correction (token_truncate is usual), or leave engine out",
+                f"not correct for them: {correctable if 'sampler_correction' in self.hparams else ''}leave engine out",
             )
 
     def frozen_models(self) -> Sequence[nn.Module]:
@@ -365,18 +364,39 @@ class RolloutModule(AlignmentModule):
         has reported everything.
         """
         sequences, known = samples.sequences, self.sampler_stats_suffice(samples)
-        idle = partial(self.forward_statistics, free_layout().to(self.device), not known)
-        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
-
-            def forward(layout: Layout) -> dict[str, Tensor]:
-                before_pass()
-                return self.forward_statistics(layout, not known)
-
-            grids = gather_grids(sequences, self.cut(sequences), forward, self.lay_out)
+        forward = partial(self.forward_statistics, with_policy=not known)
+        grids = self.gather_grids(sequences, self.cut(sequences), forward)
         if known or self.bypasses_forward:
             grids["logprobs"] = on_grid(samples.completions.logprobs, grids["completion_mask"])
         if known and samples.completions.entropies is not None:
             grids["entropy"] = on_grid(samples.completions.entropies, grids["completion_mask"])
+        return grids
+
+    def gather_grids(
+        self,
+        sequences: Sequences,
+        cuts: Sequence[Sequence[int]],
+        forward: Callable[[Layout], Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Forward micro-batches without gradient, and collect each statistic in one grid, shape (rows, length or more).
+
+        Args:
+            sequences: prompts and completions.
+            cuts: rows of each micro-batch.
+            forward: returns per-token tensors of a layout by name, shape (rows, length or more).
+        """
+        rows, length = len(sequences.completions), max((len(ids) for ids in sequences.completions), default=1)
+        grids: dict[str, Tensor] = {}
+        idle = partial(forward, free_layout().to(self.device))
+        with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
+            for cut in cuts or [[]]:  # a rank without rows needs grids too
+                layout = self.lay_out(select(sequences, cut))
+                before_pass()
+                for name, part in forward(layout).items():
+                    if name not in grids:
+                        width = length + part.shape[1] - layout.completion_mask.shape[1]
+                        grids[name] = part.new_zeros(rows, width, *part.shape[2:])
+                    grids[name][list(cut), : part.shape[1]] = part
         return grids
 
     @property
@@ -470,10 +490,11 @@ class RolloutModule(AlignmentModule):
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
         """Add metrics of the rollout itself, before any update, in training and validation."""
-        measure_samples(meter, rollout)
+        measure_samples(
+            meter, rollout, scored=not isinstance(self.scorer, ZeroScorer) or "environment" in rollout.parts
+        )
         if rollout.entropy is not None:
             meter.add("rollout/entropy", rollout.entropy, rollout.completion_mask)
-        meter.add("rollout/score_missing", rollout.scores.isnan().double())
         for name, values in self.scorer.take_metrics().items():
             meter.add(f"rollout/{name}", values, ~values.isnan())
         if rollout.reference_logprobs is not None:
@@ -519,10 +540,6 @@ class RolloutModule(AlignmentModule):
             for batch in step.micro_batches:
                 rollout = self.collect(batch._replace(episodes=-1 - batch.episodes))
                 self.measure_rollout(rollout, self._evaluation)
-
-    def test_step(self, step: Step[PromptBatch], batch_idx: int) -> None:
-        """Sample and score test prompts."""
-        self.validation_step(step, batch_idx)
 
     def evaluation_metrics(self) -> dict[str, float]:
         means = {name.removeprefix("rollout/"): value for name, value in super().evaluation_metrics().items()}

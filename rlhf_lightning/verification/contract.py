@@ -18,11 +18,12 @@ from rlhf_lightning.errors import ContractError, ModelError, RlhfError
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
+from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule

@@ -14,9 +14,9 @@ from torch import Tensor
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.policy_gradient import discounted_returns
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.modules.distillation import SelfDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss

@@ -89,7 +89,7 @@ def missing_end_check(subject: Subject) -> Check:
         "missing end",
         (drawn.scores.double() - wanted).abs().max(),
         1e-3,
-        "missing_eos_penalty must lower the score that pairs are made by: take scores from collector.score",
+        "missing_eos_penalty must lower the score that pairs are made by: take scores from collector.judge",
     )
 
 

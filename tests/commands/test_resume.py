@@ -391,23 +391,30 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(monkeypatch: Any) -
 class Module(torch.nn.Module):
     """As much of a module as random numbers need."""
 
+    device_mesh = None
+
     def __init__(self, ranks: int, rank: int, dropout: float) -> None:
         super().__init__()
-        self.seed, self.updates, self.global_rank, self.device = 0, 7, rank, torch.device("cpu")
-        self.drop = torch.nn.Dropout(dropout)
-        self.resumed_random: Any = [checkpoint_state.random_state(self.device) for _ in range(2)]
+        self.global_rank, self.device, self.drop = rank, torch.device("cpu"), torch.nn.Dropout(dropout)
         self.trainer = SimpleNamespace(world_size=ranks, fit_loop=SimpleNamespace(_combined_loader_states_to_load=[]))
+
+    def resume(self) -> None:
+        """Begin a run whose checkpoint was written by 2 ranks."""
+        module: Any = self
+        state = checkpoint_state.ResumeState()
+        state.restore(module, {"random": [checkpoint_state.random_state(self.device) for _ in range(2)]})
+        state.begin(module, seed=0, updates=7)
 
 
 def test_random_numbers_of_other_ranks_are_drawn_anew_and_differ() -> None:
     drawn = set()
     for rank in range(4):
-        checkpoint_state.begin(Module(4, rank, 0.0))
+        Module(4, rank, 0.0).resume()
         drawn.add((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert len({numbers[0] for numbers in drawn}) == len({numbers[2] for numbers in drawn}) == 4
 
 
 def test_where_masks_of_dropout_belong_to_ranks_another_number_of_them_is_refused() -> None:
     with refused("another-world-size", "was written by 2 ranks and this run has 4"):
-        checkpoint_state.begin(Module(4, 0, 0.1))
-    checkpoint_state.begin(Module(2, 0, 0.1))
+        Module(4, 0, 0.1).resume()
+    Module(2, 0, 0.1).resume()

@@ -34,7 +34,8 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import GKDModule, OnPolicyDistillationModule, SelfDistillationModule
-from rlhf_lightning.modules.distillation import address_of, solutions_of, with_context
+from rlhf_lightning.modules.distillation import address_of
+from rlhf_lightning.modules.self_distillation import solutions_of, with_context
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import (
     DemonstrationBatch,

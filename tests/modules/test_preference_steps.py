@@ -32,7 +32,7 @@ from rlhf_lightning import modules
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.training import offline
-from rlhf_lightning.training.gathering import whole_step
+from rlhf_lightning.training.pairs import whole_step
 from rlhf_lightning.types import PreferenceLogprobs, Step
 
 FAMILY = sorted(

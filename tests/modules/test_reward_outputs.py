@@ -21,7 +21,7 @@ from tiny_models import (
     sequences,
 )
 
-from rlhf_lightning.modules import AttributesRewardModule, CostModule, MeanVarianceRewardModule
+from rlhf_lightning.modules import AttributesRewardModule, CostModule, MeanVarianceRewardModule, PlackettLuceModule
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.types import RankedScores, Step
 
@@ -166,3 +166,9 @@ def test_lists_count_the_best_and_the_mean_of_the_others(reward_folder: str) -> 
     pairs = (soft(-(scores[1] - scores[0])) + soft(-(scores[2] - scores[0])) + soft(-(scores[2] - scores[1]))) / 3
     signs = soft(scores[0]) + (soft(-scores[1]) + soft(-scores[2])) / 2
     assert found.tolist() == [pytest.approx(float(pairs + signs))]
+
+
+@pytest.mark.parametrize("kind", [PlackettLuceModule, MeanVarianceRewardModule, AttributesRewardModule])
+def test_a_setting_without_effect_is_not_taken(kind: Any, reward_folder: str) -> None:
+    with pytest.raises(TypeError, match="centering"):
+        kind(init_from=reward_folder, centering=0.1)

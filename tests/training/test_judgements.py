@@ -162,6 +162,24 @@ def test_batch_normalization_is_over_the_rollout(policy_folder: str) -> None:
     assert kept[0].scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_normalized_score_is_penalised_once(policy_folder: str) -> None:
+    kept: list[Any] = []
+
+    class KeptPPO(PPOModule):
+        def shape_rewards(self, rollout: Any) -> Tensor:
+            kept.append(rollout)
+            return super().shape_rewards(rollout)
+
+    rules = {"missing_eos_score": None, "missing_eos_penalty": 0.5, "parts": {"normalize": "batch"}}
+    fit(KeptPPO(init_from=policy_folder, scorer=low_words_at_a_cost, **rules), [grouped_step()])
+    own, finished = kept[0].parts["objective"].tolist(), kept[0].finished.tolist()
+    expected = [
+        (score - mean(own)) / (deviation(own) + 1e-4) - 0.5 * (not ends)
+        for score, ends in zip(own, finished, strict=True)
+    ]
+    assert kept[0].scores.tolist() == pytest.approx(expected, abs=1e-5) and not all(finished)
+
+
 def test_weights_by_row_come_from_a_column() -> None:
     rule = ScoreRule({"weights": {"a": "weight_a", "b": 0.5}})
     found = judged(rule, {"a": [1.0, 2.0], "b": [4.0, math.nan]}, weight_a=[3.0, "1"])

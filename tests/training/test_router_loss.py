@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import refused
 from models.families import build
-from tiny_models import EOS, VOCABULARY, demonstration_step, fit, save_policy, tiny_tokenizer
+from tiny_models import EOS, VOCABULARY, demonstration_step, fit, preference_step, save_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from rlhf_lightning.functional.logprobs import load_balancing_loss
-from rlhf_lightning.modules import GRPOModule, SFTModule
+from rlhf_lightning.modules import BCOPairModule, GRPOModule, SFTModule
 
 
 def mixture(folder: Path) -> str:
@@ -52,6 +52,12 @@ def test_it_is_logged_and_balances_a_router(tmp_path: Path, micro_batches: int) 
             logits = trained.policy.model(ids, output_router_logits=True).router_logits
             balance.append(float(torch.stack([load_balancing_loss(one, 2) for one in logits]).mean()))
     assert balance[1] < balance[0]
+    assert module.trainer.callback_metrics["train/router_aux_loss"] > 0
+
+
+def test_pairs_that_are_coupled_over_micro_batches_balance_it_too(tmp_path: Path) -> None:
+    module = BCOPairModule(init_from=mixture(tmp_path), router_aux_loss_coef=1.0)
+    fit(module, [preference_step([([5, 6], [7, EOS], [8, EOS]), ([9], [10, EOS], [11, EOS])], 1)])
     assert module.trainer.callback_metrics["train/router_aux_loss"] > 0
 
 

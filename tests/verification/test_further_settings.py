@@ -47,6 +47,10 @@ OWN = {
     "UnpairedAOTModule": ({"beta": 1.3}, {"beta": 0.7}),
     "DavidsonModule": ({"tie_share": 0.2}, {"tie_share": 0.7}),
     "XPOModule": ({"beta": 1.3}, {"alpha": 0.01}),
+    **dict.fromkeys(
+        ("PlackettLuceModule", "MeanVarianceRewardModule", "AttributesRewardModule"),
+        ({"learning_rate": 1e-4}, {"lr_schedule": "linear"}),
+    ),
 }
 
 CASES = [
