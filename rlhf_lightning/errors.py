@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import unicodedata
+from collections.abc import Sequence
 
 OUT_OF_MEMORY = (
     "can't allocate memory",  # torch's allocator on the CPU
@@ -70,6 +71,33 @@ class TerminatedError(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.signal = number
+
+
+def check_range(holds: bool, rule: str, **settings: object) -> None:
+    """Refuse settings that are out of range; ``rule`` says what is wanted, as in "each must be positive".
+
+    Raises:
+        SettingError: ``setting-out-of-range``.
+    """
+    if not holds:
+        (first, value), *others = settings.items()
+        said = [f"{first} is {value}", *(f"{name} {other}" for name, other in others)]
+        raise SettingError("setting-out-of-range", f"{_listed(said, 'and')}: {rule}")
+
+
+def check_choice(choices: Sequence[str], **setting: object) -> None:
+    """Refuse a setting that is none of the choices.
+
+    Raises:
+        SettingError: ``unknown-choice``.
+    """
+    for name, value in setting.items():
+        if value not in choices:
+            raise SettingError("unknown-choice", f"{name} is {value!r}; choose {_listed([*map(repr, choices)], 'or')}")
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def undefined(thing: object, name: str) -> ContractError:

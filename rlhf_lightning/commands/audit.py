@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,20 +73,12 @@ def audit(
         json: file for all findings, with the numbers of all rows.
         strict: exit with status 1 if anything was found.
     """
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.audit import summary
 
-    silence_libraries()
     if tokenizer is None and (max_length or max_prompt_length or chat_template):
-        raise SettingError(
-            "missing-setting",
-            "max_length, max_prompt_length and chat_template need a --tokenizer",
-        )
-    if (similar is not None and not 0 < similar <= 1) or (overlap is not None and overlap < 1):
-        raise SettingError(
-            "setting-out-of-range",
-            f"similar is {similar} and overlap {overlap}: similar must lie in (0, 1], and overlap be at least 1",
-        )
+        raise SettingError("missing-setting", "max_length, max_prompt_length and chat_template need a --tokenizer")
+    check_range(similar is None or 0 < similar <= 1, "it must lie in (0, 1]", similar=similar)
+    check_range(overlap is None or overlap >= 1, "it must be at least 1", overlap=overlap)
     if overlap is not None and eval is None:
         raise SettingError("missing-setting", "overlap compares with evaluation data: name it with --eval")
     settings = {

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 DEFAULTS = SamplingArguments()
 
@@ -66,10 +66,8 @@ def best_of_n(
         scorer_beside,
         write_lines,
     )
-    from rlhf_lightning.commands.quiet import silence_libraries
 
     _check(n, keep, top, threshold)
-    silence_libraries()
     sampling.settings()  # raises before anything is read
     refuse_overwriting(prompts, out)
     asked = read_prompts(prompts, as_chat)
@@ -97,16 +95,14 @@ def best_of_n(
 
 
 def _check(n: int, keep: Keep, top: int | None, threshold: float | None) -> None:
-    if n < 1:
-        raise SettingError("setting-out-of-range", f"n is {n}: it must be at least 1")
+    check_range(n >= 1, "it must be at least 1", n=n)
     for name, value, user in (("top", top, "top-k"), ("threshold", threshold, "threshold")):
         if (value is not None) != (keep == user):
             fault = "needs" if value is None else f"belongs to keep={user}: keep={keep} does not take"
             raise SettingError(
                 "conflicting-settings", f"keep={user} {fault} {name}" if value is None else f"{name} {fault} it"
             )
-    if top is not None and top < 1:
-        raise SettingError("setting-out-of-range", f"top is {top}: it must be at least 1")
+    check_range(top is None or top >= 1, "it must be at least 1", top=top)
 
 
 def selected(

@@ -37,9 +37,6 @@ def chat(folder: str, system: str | None = None, sampling: SamplingArguments = D
         system: system prompt of each conversation.
         sampling: sampling settings; the same seed and lines give the same answers.
     """
-    from rlhf_lightning.commands.quiet import silence_libraries
-
-    silence_libraries()
     settings, engine = sampling.settings(), sampling.make_engine()
     policy, tokenizer = sampling.load(folder)
     rules = sampling.multi_turn()

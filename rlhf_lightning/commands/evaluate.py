@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
@@ -61,23 +61,17 @@ def evaluate(
         out: folder of the report.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import hint_at_template, read_prompts, scorer_beside, write_lines
-    from rlhf_lightning.commands.parsing import written_secret
-    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.commands.generate import read_prompts, scorer_beside, write_lines
     from rlhf_lightning.evaluation.completions import by_prompt, summary
     from rlhf_lightning.evaluation.html import write_page
     from rlhf_lightning.evaluation.report import write_json, write_markdown
 
     names = list(dict.fromkeys([*([against] if against else []), *models]))
-    if samples < 1:
-        raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
+    check_range(samples >= 1, "it must be at least 1", samples=samples)
     if correct is not None and scorer is None:
         raise SettingError("missing-setting", "correct is a score: give the --scorer")
     if judge is not None and len(names) < 2:
         raise SettingError("missing-setting", "a judge compares two models: give a second one, or --against")
-    if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
-        raise SettingError("written-secret", secret)
-    silence_libraries()
     sampling.settings()
     asked = read_prompts(prompts, as_chat)
     baseline = reference or names[0]

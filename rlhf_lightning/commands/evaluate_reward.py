@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
@@ -59,21 +59,15 @@ def evaluate_reward(
     """
     import numpy as np
 
-    from rlhf_lightning.commands.parsing import written_secret
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation import reward_models as room
     from rlhf_lightning.evaluation.completions import QUESTION
     from rlhf_lightning.evaluation.html import embedded, write_page
     from rlhf_lightning.evaluation.report import write_json, write_markdown
     from rlhf_lightning.scoring.loading import load_judge
 
-    if beta <= 0:
-        raise SettingError("setting-out-of-range", f"beta is {beta}: it must be positive")
+    check_range(beta > 0, "it must be positive", beta=beta)
     if not models and not judges:
         raise SettingError("missing-setting", "nothing is tested: name reward models, or --judges")
-    if secret := written_secret({"judges": list(judges), "judge_args": judge_args or {}}):
-        raise SettingError("written-secret", secret)
-    silence_libraries()
     read, lists = read_pairs(pairs, subset)
     decided = [pair for pair in read if not pair.tied]
     rows = [pair.row for pair in decided]

@@ -56,9 +56,6 @@ def export(
         public: make the new repository public.
         results: Markdown reports to put into the card, as `rlhf evaluate`, `evaluate-reward` and `verify` write them.
     """
-    from rlhf_lightning.commands.quiet import silence_libraries
-
-    silence_libraries()
     if public and push is None:
         raise SettingError("missing-setting", "public is set without a repository: name one with --push")
     reports = [read_result(file) for file in results]

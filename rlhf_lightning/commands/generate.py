@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError, check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +62,7 @@ class SamplingArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SettingError("setting-out-of-range", f"batch_size is {self.batch_size}: it must be at least 1")
+        check_range(self.batch_size >= 1, "it must be at least 1", batch_size=self.batch_size)
 
     def settings(self) -> "SamplingSettings":
         """Return the engine's settings; raise a SettingError if a value is out of range."""
@@ -173,11 +172,7 @@ def generate(
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.quiet import silence_libraries
-
-    if samples < 1:
-        raise SettingError("setting-out-of-range", f"samples is {samples}: it must be at least 1")
-    silence_libraries()
+    check_range(samples >= 1, "it must be at least 1", samples=samples)
     sampling.settings()  # raises before anything is read
     refuse_overwriting(prompts, out)
     rows = read_prompts(prompts, as_chat)

@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
-from rlhf_lightning.errors import printable
+from rlhf_lightning.commands.quiet import silence_libraries
+from rlhf_lightning.errors import SettingError, printable
 from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, shipped_classes
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
@@ -110,6 +111,9 @@ def run_function(
         prog: name of the program in the help.
         positional: parameters that are positional arguments.
         without: fields of dataclasses that are not options.
+
+    Raises:
+        SettingError: ``written-secret``: an argument contains a password or a key.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
@@ -133,6 +137,9 @@ def run_function(
                              if field.name not in without})  # fmt: skip
     switches = [name for name, entry in parameters.items() if entry.default is False]
     given = parser.parse_args(_switched_on(with_underscores(argv), switches)).as_dict()
+    if secret := written_secret({name: value for name, value in given.items() if name != "api_key"}):
+        raise SettingError("written-secret", secret)
+    silence_libraries()
     for name, default in groups.items():
         given[name] = replace(default, **{
             field.name: given.pop(field.name) for field in fields(default) if field.name in given

@@ -86,12 +86,20 @@ def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:
 
 
 def _silence_transformers() -> None:
-    """Silence transformers' notes on loading; show progress bars of loading on a terminal only."""
-    from transformers.utils import logging as transformers_logging
+    """Silence transformers' notes on loading; show progress bars of loading on a terminal only.
 
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        import datasets
+    Commands that import neither stay fast: the environment tells them before they are imported.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    bars = sys.stderr.isatty()
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        transformers_logging.set_verbosity_error()
+        if not bars:
+            transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules and not bars:
+        sys.modules["datasets"].disable_progress_bars()

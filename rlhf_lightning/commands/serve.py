@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import RlhfError, SettingError, StateError, is_out_of_memory
+from rlhf_lightning.errors import RlhfError, SettingError, StateError, check_range, is_out_of_memory
 from rlhf_lightning.loading import is_too_deep
 
 if TYPE_CHECKING:
@@ -72,12 +72,9 @@ def serve(
     from rlhf_lightning.commands.web_server import base_url, listen, make_server, require_web_server
 
     require_web_server("rlhf serve", "serve")
-    from rlhf_lightning.commands.quiet import silence_libraries
 
     key = access_key(host, api_key)
-    if timeout <= 0:
-        raise SettingError("setting-out-of-range", f"timeout is {timeout}: it must be positive")
-    silence_libraries()
+    check_range(timeout > 0, "it must be positive", timeout=timeout)
     with closing(listen(host, port)) as listening, policy_api(model, name, sampling, timeout) as api:
         base = base_url(listening, host)
         print(f"{api.name} at {base}/v1   Ctrl+C stops", flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import MissingError, SettingError
+from rlhf_lightning.errors import MissingError, check_range
 
 ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
 """With chunked prefill a request with a seed ends the CPU worker."""
@@ -64,11 +64,10 @@ def serve_vllm(
     """
     if not Path(python).is_file():
         raise MissingError("no-vllm", f"{python} is missing: run `make vllm`, or name another interpreter in --python")
-    if versions < 1 or lora_rank < 1:
-        raise SettingError(
-            "setting-out-of-range", f"versions is {versions} and lora_rank {lora_rank}: both must be at least 1"
-        )
-    served = _written(model, folder) if folder is not None else _resolved(model)
+    check_range(min(versions, lora_rank) >= 1, "both must be at least 1", versions=versions, lora_rank=lora_rank)
+    from rlhf_lightning.models.resolving import resolve_folder
+
+    served = _written(model, folder) if folder is not None else resolve_folder(model)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", served, "--served-model-name", name]
     command += ["--host", host, "--port", str(port), "--dtype", dtype, "--logprobs-mode", "processed_logprobs"]
     command += ["--generation-config", "vllm", *(ON_CPU if cpu else [])]
@@ -91,20 +90,13 @@ def serve_vllm(
     return status
 
 
-def _resolved(model: str) -> str:
-    from rlhf_lightning.models.resolving import resolve_folder
-
-    return resolve_folder(model)
-
-
 def _written(model: str, folder: str) -> str:
     """Write the model for a server that loads its weights again; return the folder."""
-    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.models.causal_lm import load_policy
     from rlhf_lightning.models.loading import LoadSettings
-    from rlhf_lightning.models.roles import load_policy
+    from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.sampling.hand_over import write_server_folder
     from rlhf_lightning.tokenization import load_tokenizer
 
-    silence_libraries()
     policy = load_policy(model, LoadSettings(self_check=False))
-    return str(write_server_folder(policy.model, load_tokenizer(_resolved(model)), folder))
+    return str(write_server_folder(policy.model, load_tokenizer(resolve_folder(model)), folder))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_lightning.commands.audit import load, peek
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,15 +98,12 @@ def show(
         split: split of a Hub name or of a folder, with or without a slice.
         html: write a page with every token and its id to this file instead.
     """
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.canonical import Report
     from rlhf_lightning.data.prompts import FirstPrompt
     from rlhf_lightning.data.tokenizing import encoder_for
     from rlhf_lightning.environments import load_environment
 
-    silence_libraries()
-    if rows < 1 or (row is not None and row < 1):
-        raise SettingError("setting-out-of-range", "row and rows count from 1")
+    check_range(rows >= 1 and (row is None or row >= 1), "both count from 1", row=row, rows=rows)
     found, taken = peek(data, split, row or rows, kind, columns)
     numbered = enumerate(taken, 1)
     chosen = [(number, one) for number, one in islice(numbered, row or rows) if row is None or number == row]

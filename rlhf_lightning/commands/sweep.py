@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, check_range
 from rlhf_lightning.loading import read_record, read_yaml
 
 SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
@@ -82,8 +82,7 @@ def sweep(
     from rlhf_lightning.recipes import resolve_recipe
 
     for name, value in (("seeds", seeds), ("jobs", jobs), ("random", random)):
-        if value is not None and value < 1:
-            raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least 1")
+        check_range(value is None or value >= 1, "it must be at least 1", **{name: value})
     path = resolve_recipe(config)
     folder = Path(out or f"runs/sweep_{Path(path).stem}")
     fixed = dict(_assignment(text) for text in set)
@@ -91,8 +90,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     record(folder, config, Path(path), fixed, runs)
     if task is not None:
-        if not 0 <= task < len(runs):
-            raise SettingError("setting-out-of-range", f"task is {task}: the sweep has runs 0 to {len(runs) - 1}")
+        check_range(0 <= task < len(runs), f"the sweep has runs 0 to {len(runs) - 1}", task=task)
         command = fit_command(folder, path, fixed, runs[task])
         if command is None:
             print(f"{runs[task].name}: nothing to do, {state_of(folder, runs[task])[0]}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.constitution.revision import Chain
@@ -61,13 +61,11 @@ def critique(
     """
     from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
     from rlhf_lightning.commands.journal import Journal, model_stamp
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.constitution.revision import RevisionSettings, demonstrations, revise, revision_report
     from rlhf_lightning.data.feedback.records import digest
     from rlhf_lightning.evaluation.report import write_json
 
-    silence_libraries()
     rules, target = load_constitution(constitution), Path(out)
     if not rules.revising:
         raise DataError(
@@ -127,12 +125,11 @@ def _writer(model: str, server_model: str | None, api_key: str | None, sampling:
 
         policy, tokenizer = sampling.load(model)
         writer = LocalWriter(policy, tokenizer, sampling.settings(), sampling.seed, model, sampling.make_engine())
-        if writer.longest is not None and sampling.max_new_tokens >= writer.longest:
-            raise SettingError(
-                "setting-out-of-range",
-                f"max_new_tokens is {sampling.max_new_tokens}, and the context of {model} is {writer.longest} "
-                "tokens, the prompt included, which leaves no room to write: lower max_new_tokens",
-            )
+        check_range(
+            writer.longest is None or sampling.max_new_tokens < writer.longest,
+            f"lower it; the context of {model} is {writer.longest} tokens, the prompt included, which leaves no room",
+            max_new_tokens=sampling.max_new_tokens,
+        )
         return writer
     if server_model is None:
         raise SettingError("missing-setting", "a server needs server_model: give the name of the model on it")

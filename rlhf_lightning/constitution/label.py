@@ -70,8 +70,6 @@ def label(
         sampling: sampling settings; at temperature 0 both completions are equal and give no pair.
     """
     from rlhf_lightning.commands.journal import Journal, model_stamp
-    from rlhf_lightning.commands.parsing import written_secret
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.constitution.labelling import LabelSettings, compared
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.scoring.loading import load_judge
@@ -80,9 +78,6 @@ def label(
         raise SettingError(
             "conflicting-settings", "give either --pairs, or --prompts with the --model that answers them"
         )
-    if secret := written_secret({"judge": judge, "judge_args": judge_args or {}}):
-        raise SettingError("written-secret", secret)
-    silence_libraries()
     rules = load_constitution(constitution)
     settings = LabelSettings(principles, average, reasoning, least_mass, sampling.seed)
     if len(rules.comparing) < principles:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, judge_metrics, probabilities_of
 from rlhf_lightning.constitution.principles import Constitution, comparison_messages, load_constitution
 from rlhf_lightning.data.feedback.records import Answer, Assignment, text_of
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, check_choice, check_range
 from rlhf_lightning.functional.judging import (
     debiased_probability,
     debiased_probability_from_logits,
@@ -52,12 +52,9 @@ class LabelSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.principles < 1:
-            raise SettingError("setting-out-of-range", f"principles is {self.principles}: draw 1 or more for each pair")
-        if self.average not in ("probability", "logit"):
-            raise SettingError("unknown-choice", f"average is {self.average!r}: it must be probability or logit")
-        if not 0 <= self.least_mass < 1:
-            raise SettingError("setting-out-of-range", f"least_mass is {self.least_mass}: it must be in [0, 1)")
+        check_range(self.principles >= 1, "draw 1 or more for each pair", principles=self.principles)
+        check_choice(("probability", "logit"), average=self.average)
+        check_range(0 <= self.least_mass < 1, "it must be in [0, 1)", least_mass=self.least_mass)
 
 
 class Labels(NamedTuple):

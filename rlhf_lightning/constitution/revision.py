@@ -19,7 +19,7 @@ from rlhf_lightning.constitution.principles import (
     revision_prompt,
     spaced,
 )
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, check_range
 from rlhf_lightning.scoring.judges.judge import Writer, Written, first_paragraphs
 from rlhf_lightning.types import Prompt
 
@@ -55,10 +55,7 @@ class RevisionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rounds <= MOST_ROUNDS:
-            raise SettingError(
-                "setting-out-of-range", f"rounds is {self.rounds}: it must be between 1 and {MOST_ROUNDS}"
-            )
+        check_range(1 <= self.rounds <= MOST_ROUNDS, f"it must be between 1 and {MOST_ROUNDS}", rounds=self.rounds)
 
 
 @dataclass(frozen=True)

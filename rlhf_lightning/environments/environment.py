@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_lightning.errors import RlhfError, SettingError
+from rlhf_lightning.errors import RlhfError, check_choice, check_range
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.types import Environment, Episode, MultiTurn, Prompt, Reply
 from rlhf_lightning.workers import Outcome, WorkerPool
@@ -33,11 +33,8 @@ def conversing(spec: Any, max_turns: int = 8, max_tokens: int | None = None) -> 
     Raises:
         SettingError: a limit is below 1, or see `load_environment`.
     """
-    if max_turns < 1 or (max_tokens is not None and max_tokens < 1):
-        raise SettingError(
-            "setting-out-of-range",
-            f"max_turns is {max_turns} and max_episode_tokens {max_tokens}: each must be at least 1",
-        )
+    limits = {"max_turns": max_turns, "max_episode_tokens": max_tokens}
+    check_range(all(limit is None or limit >= 1 for limit in limits.values()), "each must be at least 1", **limits)
     return MultiTurn(load_environment(spec), max_turns, max_tokens)
 
 
@@ -97,16 +94,10 @@ class FaultTolerantEnvironment:
         threads: int = 1,
         most_in_a_row: int = 256,
     ) -> None:
-        if on_fault not in ("raise", "drop"):
-            raise SettingError("unknown-choice", f"on_fault is {on_fault!r}; choose 'raise' or 'drop'")
-        if (seconds is not None and seconds <= 0) or min(workers, threads, most_in_a_row) < 1:
-            raise SettingError(
-                "setting-out-of-range",
-                f"seconds is {seconds}, workers {workers}, threads {threads}, most_in_a_row {most_in_a_row}: each must "
-                "be positive",
-            )
-        if retries < 0 or wait < 0:
-            raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
+        check_choice(("raise", "drop"), on_fault=on_fault)
+        given = {"seconds": seconds, "workers": workers, "threads": threads, "most_in_a_row": most_in_a_row}
+        check_range(all(value is None or value > 0 for value in given.values()), "each must be positive", **given)
+        check_range(min(retries, wait) >= 0, "each must be at least 0", retries=retries, wait=wait)
         self.environment = load_environment(environment)
         self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
         self.threads = threads

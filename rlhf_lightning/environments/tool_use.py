@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lightning.environments.calls import Call, CallError, calls_in
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError, check_choice
 from rlhf_lightning.loading import load
 from rlhf_lightning.types import Episode, Message, Prompt, Reply
 
@@ -72,10 +72,8 @@ class ToolEnvironment:
         unknown = set(reward or {}) - {"call", "wrong"}
         if unknown:
             raise SettingError("unknown-choice", f"reward names {sorted(unknown)}: it takes 'call' and 'wrong'")
-        if call_format not in ("auto", "hermes", "llama3", "mistral", "plain"):
-            raise SettingError("unknown-choice", f"call_format is {call_format!r}; choose auto, hermes or another")
-        if describe not in ("template", "system"):
-            raise SettingError("unknown-choice", f"describe is {describe!r}; choose 'template' or 'system'")
+        check_choice([*EXAMPLES], call_format=call_format)
+        check_choice(("template", "system"), describe=describe)
         shipped = {"calculator": calculator, "LookupTable": LookupTable}
         loaded = [tool if callable(tool) else load(tool, Callable, shipped, "tool") for tool in tools]
         self.tools = {str(getattr(tool, "__name__", "")): tool for tool in loaded}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.people.candidates import SamplingAhead
@@ -175,16 +175,11 @@ def sampling_ahead(
 ) -> "SamplingAhead":  # fmt: skip
     """Load the models and return the sampler of the page's items."""
     from rlhf_lightning.commands.generate import read_prompts
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
     from rlhf_lightning.people.candidates import SamplingAhead, Stop, load_policies, sampled_items
 
-    if not max(2, len(models)) <= candidates <= MOST_CANDIDATES:
-        raise SettingError(
-            "setting-out-of-range",
-            f"candidates is {candidates}: give 2 to {MOST_CANDIDATES}, one or more for each of {len(models)} models",
-        )
-    silence_libraries()
+    rule = f"give 2 to {MOST_CANDIDATES}, one or more for each of {len(models)} models"
+    check_range(max(2, len(models)) <= candidates <= MOST_CANDIDATES, rule, candidates=candidates)
     rows = read_prompts(prompts, as_chat)
     policies, settings = load_policies(models, sampling), sampling.settings()
     at_once = max(min(ahead, sampling.batch_size), 1)

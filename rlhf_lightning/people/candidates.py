@@ -19,7 +19,7 @@ from rlhf_lightning.data.canonical import CanonicalRow
 from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
 from rlhf_lightning.data.formats import preference_with_ties, read_row
 from rlhf_lightning.data.sources import usable_rows
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, check_range
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import Prompt
@@ -185,11 +185,7 @@ class SamplingAhead:
         unsampled: Callable[[], int] = lambda: 0,
         stop: Stop | None = None,
     ) -> None:
-        if ahead < 1:
-            raise SettingError(
-                "setting-out-of-range",
-                f"ahead is {ahead}: it must be 1 or more, as an item waits for the next annotator",
-            )
+        check_range(ahead >= 1, "it must be 1 or more, as an item waits for the next annotator", ahead=ahead)
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
         self._unsampled, self._coming = unsampled, unsampled()
         self.failure: str | None = None

@@ -7,7 +7,7 @@ import json
 import sqlite3
 from dataclasses import dataclass
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import check_range
 
 COUNTED = "('ranking', 'tie', 'both_bad')"
 """Verdicts that give a label."""
@@ -37,12 +37,8 @@ class Policy:
     salt: str | None = None
 
     def __post_init__(self) -> None:
-        if self.annotators < 1:
-            raise SettingError(
-                "setting-out-of-range", f"annotators is {self.annotators}: it must be 1 or more for each item"
-            )
-        if not 0 <= self.repeats < 1:
-            raise SettingError("setting-out-of-range", f"repeats is {self.repeats}: it must be in [0, 1)")
+        check_range(self.annotators >= 1, "it must be 1 or more for each item", annotators=self.annotators)
+        check_range(0 <= self.repeats < 1, "it must be in [0, 1)", repeats=self.repeats)
 
 
 def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from rlhf_lightning.commands.web_server import listen, require_web_server, served
 from rlhf_lightning.data.feedback.records import STRENGTHS
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.errors import StateError, check_range
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Prompt
@@ -244,11 +244,7 @@ class SimulatedAnnotator:
         careless: bool = False,
         seed: int = 0,
     ) -> None:
-        if temperature <= 0:
-            raise SettingError(
-                "setting-out-of-range",
-                f"temperature is {temperature}: it must be positive; near 0, the annotator never errs",
-            )
+        check_range(temperature > 0, "it must be positive; near 0, the annotator never errs", temperature=temperature)
         self.name, self.gold_reward, self.temperature = name, gold_reward, temperature
         self.position_bias, self.careless, self.seed = position_bias, careless, seed
 
@@ -318,12 +314,8 @@ class SimulatedAnnotators(Labeller):
         seed: int = 0,
     ) -> None:
         require_page()
-        if annotators < 1 or not 0 <= careless <= 1:
-            raise SettingError(
-                "setting-out-of-range",
-                f"annotators is {annotators} and careless {careless}: give 1 or more annotators, and the careless "
-                "share of them, from 0 to 1",
-            )
+        rule = "give 1 or more annotators, and the careless share of them, from 0 to 1"
+        check_range(annotators >= 1 and 0 <= careless <= 1, rule, annotators=annotators, careless=careless)
         gold, wild = load_gold_reward(gold_reward), round(careless * annotators)
         self.annotators = [
             SimulatedAnnotator(f"simulated-{n}", gold, temperature, position_bias, n < wild, seed)

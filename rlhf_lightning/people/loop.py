@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import check_range
 from rlhf_lightning.people.labeller import Labeller
 from rlhf_lightning.recipes import resolve_recipe
 
@@ -68,14 +68,13 @@ class LoopSettings:
     def __post_init__(self) -> None:
         self.reward_config, self.policy_config = resolve_recipe(self.reward_config), resolve_recipe(self.policy_config)
         for name in ("rounds", "labels", "members", "annotators_per_item", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must be 1 or more")
-        if self.pairs * self.annotators_per_item < self.labels:
-            raise SettingError(
-                "setting-out-of-range",
-                f"pool is {self.pool}, and {self.annotators_per_item} of {self.labels} labels go to each pair: it must "
-                f"be {-(-self.labels // self.annotators_per_item)} or more",
-            )
+            check_range(getattr(self, name) >= 1, "it must be 1 or more", **{name: getattr(self, name)})
+        check_range(
+            self.pairs * self.annotators_per_item >= self.labels,
+            f"it must be {-(-self.labels // self.annotators_per_item)} or more, as {self.annotators_per_item} of "
+            f"{self.labels} labels go to each pair",
+            pool=self.pool,
+        )
 
     @property
     def pairs(self) -> int:

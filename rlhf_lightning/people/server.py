@@ -33,7 +33,7 @@ from rlhf_lightning.data.feedback.records import (
     encoded,
 )  # fmt: skip
 from rlhf_lightning.data.feedback.rows import rows_of
-from rlhf_lightning.errors import RlhfError, SettingError
+from rlhf_lightning.errors import RlhfError, check_range
 from rlhf_lightning.people.hostile_text import completion_shown, to_html, turns_of
 from rlhf_lightning.people.results import label_rows, results_of, training_command
 from rlhf_lightning.people.serving import RESERVED_NAMES, AccessPolicy, is_name
@@ -68,12 +68,9 @@ class PageSettings:
 
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):
-            if len(choices) > MOST_CHOICES or any(not 0 < len(choice) <= LONGEST_CHOICE for choice in choices):
-                raise SettingError(
-                    "setting-out-of-range",
-                    f"reasons and flags are {choices}: give at most {MOST_CHOICES} of each, of 1 to "
-                    f"{LONGEST_CHOICE} characters",
-                )
+            fits = len(choices) <= MOST_CHOICES and all(0 < len(choice) <= LONGEST_CHOICE for choice in choices)
+            rule = f"give at most {MOST_CHOICES} reasons and flags, of 1 to {LONGEST_CHOICE} characters"
+            check_range(fits, rule, choices=choices)
 
 
 def make_app(store: FeedbackStore, access: AccessPolicy | None = None, settings: PageSettings | None = None) -> ASGIApp:

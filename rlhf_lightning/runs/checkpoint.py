@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
-from rlhf_lightning.errors import SettingError, StateError, TerminatedError
+from rlhf_lightning.errors import SettingError, StateError, TerminatedError, check_range
 from rlhf_lightning.runs.checkpoint_files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -77,10 +77,8 @@ class RunCheckpoint(Checkpoint):
         mode: Literal["min", "max"] | None = None,
     ) -> None:
         super().__init__()
-        if keep_last is not None and keep_last < 1:
-            raise SettingError(
-                "setting-out-of-range", f"checkpoint.keep_last is {keep_last}: give 1 or more, or null to keep all"
-            )
+        said = {"checkpoint.keep_last": keep_last}
+        check_range(keep_last is None or keep_last >= 1, "give 1 or more, or null to keep all", **said)
         check_period("checkpoint.every_n_updates", every_n_updates)
         check_period("checkpoint.every_n_rollouts", every_n_rollouts)
         self.every_n_updates = every_n_updates

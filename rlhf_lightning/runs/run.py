@@ -15,7 +15,7 @@ from typing import IO, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rlhf_lightning.errors import ContractError, MissingError, SettingError, StateError
+from rlhf_lightning.errors import ContractError, MissingError, SettingError, StateError, check_range
 from rlhf_lightning.loading import read_record
 from rlhf_lightning.runs.atomic_files import AppendedFile
 from rlhf_lightning.training.module import AlignmentModule
@@ -162,8 +162,7 @@ def check_period(name: str, value: int | None) -> None:
     Raises:
         SettingError: ``setting-out-of-range``.
     """
-    if value is not None and value < 1:
-        raise SettingError("setting-out-of-range", f"{name} is {value}: give a positive number, or null to turn it off")
+    check_range(value is None or value >= 1, "give a positive number, or null to turn it off", **{name: value})
 
 
 def passes_multiple(before: int, now: int, period: int | None) -> bool:

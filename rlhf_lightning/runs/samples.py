@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.compat import attached_datamodule
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import check_range
 from rlhf_lightning.runs.loggers import log_table
 from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_folder, updates_of
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
@@ -50,8 +50,7 @@ class SampleTable(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if prompts < 0:
-            raise SettingError("setting-out-of-range", f"samples.prompts is {prompts}: give 0 (off) or more")
+        check_range(prompts >= 0, "give 0 (off) or more", **{"samples.prompts": prompts})
         check_period("samples.every_n_updates", every_n_updates)
         self.count = prompts
         self.every_n_updates = every_n_updates

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_lightning.errors import PackageError, SettingError
+from rlhf_lightning.errors import PackageError, check_range
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 from rlhf_lightning.workers import Outcome, WorkerPool
@@ -48,8 +48,7 @@ def final_answer(text: str, last_number: bool = False) -> str | None:
     r"""Return the answer that a solution ends with, as it is written; None if it states none.
 
     It is the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``: the last word of a solution that changes
-    its
-    mind counts.
+    its mind counts.
 
     Args:
         text: the solution.
@@ -163,13 +162,10 @@ class MathAnswerScorer(Scorer):
     r"""1 where the final answer of a completion equals the reference, else 0 (Cobbe et al., 2110.14168).
 
     Only the final answer counts: the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``. Numbers are
-    compared
-    exactly, as fractions; units, currency and percent signs, thousands commas and LaTeX wrappers are ignored. Other
-    answers
-    are compared as text. There is no symbolic algebra: a parser that evaluates untrusted text (``10**10**10``) can hang
-    or
-    run code, and GSM8K, SVAMP and similar sets never need it. A completion without an answer scores 0; a row without a
-    reference has no score.
+    compared exactly, as fractions; units, currency and percent signs, thousands commas and LaTeX wrappers are ignored.
+    Other answers are compared as text. There is no symbolic algebra: a parser that evaluates untrusted text
+    (``10**10**10``) can hang or run code, and GSM8K, SVAMP and similar sets never need it. A completion without an
+    answer scores 0; a row without a reference has no score.
 
     The data needs a column of reference answers: a number, a text, or a whole solution that ends with ``#### 42``.
 
@@ -216,10 +212,7 @@ class MathVerifyScorer(MathAnswerScorer):
         self, answer_column: str = "answer", last_number: bool = False, seconds: float = 5.0, workers: int = 2
     ) -> None:
         super().__init__(answer_column, last_number)
-        if seconds <= 0 or workers < 1:
-            raise SettingError(
-                "setting-out-of-range", f"seconds is {seconds} and workers {workers}: each must be positive"
-            )
+        check_range(seconds > 0 and workers >= 1, "each must be positive", seconds=seconds, workers=workers)
         if importlib.util.find_spec("math_verify") is None:
             raise PackageError(
                 "missing-package", "MathVerifyScorer needs math-verify: pip install 'rlhf-lightning[math]'"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, check_choice, check_range
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.scoring.instructions import words
@@ -27,8 +27,7 @@ class ScorerGroup(Scorer):
     """Base of scorers that ask other scorers: each one's raw score is a part of the judgement, under its name.
 
     A member's own parts become ``<name>/<part>``. Its metrics come along; shares such as ``score_failed`` count
-    completions
-    on which any member failed.
+    completions on which any member failed.
 
     Args:
         scorers: each a Scorer or what `load_scorer` takes, by name; a list names them "0", "1" ...
@@ -164,8 +163,7 @@ class WeightedSum(ScorerGroup):
             raise SettingError(
                 "unknown-scorer", f"weights names {', '.join(unknown)}, but the scorers are {', '.join(self.scorers)}"
             )
-        if missing not in ("drop", "skip"):
-            raise SettingError("unknown-choice", f"missing is {missing!r}; choose 'drop' or 'skip'")
+        check_choice(("drop", "skip"), missing=missing)
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < math.inf:
                 raise SettingError("not-a-number", f"weights.{name} is {weight!r}; it must be a finite number")
@@ -242,10 +240,7 @@ class LengthPenalty(Scorer):
     """
 
     def __init__(self, coef: float = 0.01, target: int = 0, tolerance: int = 0, tokenizer: str | None = None) -> None:
-        if target < 0 or tolerance < 0:
-            raise SettingError(
-                "setting-out-of-range", f"target is {target} and tolerance {tolerance}: each must be at least 0"
-            )
+        check_range(min(target, tolerance) >= 0, "each must be at least 0", target=target, tolerance=tolerance)
         self.coef, self.target, self.tolerance, self.tokenizer_name = coef, target, tolerance, tokenizer
 
     @cached_property
@@ -269,8 +264,7 @@ class RepetitionPenalty(Scorer):
     """-coef * (1 - distinct n-grams / n-grams): the share of a completion's n-grams that repeat earlier ones.
 
     One less distinct-n (Li et al., 1510.03055), over words without regard to case and punctuation. 0 if every n-gram is
-    new
-    or there is none; close to -coef for one word repeated.
+    new or there is none; close to -coef for one word repeated.
 
     Args:
         n: words of an n-gram.
@@ -278,8 +272,7 @@ class RepetitionPenalty(Scorer):
     """
 
     def __init__(self, n: int = 3, coef: float = 1.0) -> None:
-        if n < 1:
-            raise SettingError("setting-out-of-range", f"n is {n}: it must be at least 1 word")
+        check_range(n >= 1, "it must be at least 1 word", n=n)
         self.n, self.coef = n, coef
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:

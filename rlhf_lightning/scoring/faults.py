@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rlhf_lightning.errors import RlhfError, SettingError
+from rlhf_lightning.errors import RlhfError, SettingError, check_choice, check_range
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer
@@ -33,17 +33,14 @@ class FaultTolerant(ScorerGroup):
     """Another scorer whose faults are retried; a fault that stays ends the run or costs the completion its score.
 
     Faults: an exception, a process that dies, a timeout, a wrong number of scores, and a score that is NaN, infinite or
-    not
-    a number. None is no fault: the scorer says that it cannot judge.
+    not a number. None is no fault: the scorer says that it cannot judge.
 
     With ``seconds`` each completion is scored by itself in another process, which is killed at the time limit; the
-    scorer
-    must be importable there. Without it the scorer gets all completions at once in this process, and one by one if that
-    fails, so that one bad completion does not cost the others.
+    scorer must be importable there. Without it the scorer gets all completions at once in this process, and one by one
+    if that fails, so that one bad completion does not cost the others.
 
     Metrics, as shares of the completions: ``score_failed``, ``score_timed_out``, and ``score_retried`` for more than
-    one
-    attempt.
+    one attempt.
 
     Args:
         scorer: what `load_scorer` takes, or a Scorer or function (with ``seconds`` one that can be pickled).
@@ -69,15 +66,10 @@ class FaultTolerant(ScorerGroup):
         workers: int = 2,
         most_in_a_row: int = 256,
     ) -> None:
-        if on_fault not in ("raise", "drop", "zero"):
-            raise SettingError("unknown-choice", f"on_fault is {on_fault!r}; choose 'raise', 'drop' or 'zero'")
-        if (seconds is not None and seconds <= 0) or workers < 1 or most_in_a_row < 1:
-            raise SettingError(
-                "setting-out-of-range",
-                f"seconds is {seconds}, workers {workers}, most_in_a_row {most_in_a_row}: each must be positive",
-            )
-        if retries < 0 or wait < 0:
-            raise SettingError("setting-out-of-range", f"retries is {retries} and wait {wait}: each must be at least 0")
+        check_choice(("raise", "drop", "zero"), on_fault=on_fault)
+        given = {"seconds": seconds, "workers": workers, "most_in_a_row": most_in_a_row}
+        check_range(all(value is None or value > 0 for value in given.values()), "each must be positive", **given)
+        check_range(min(retries, wait) >= 0, "each must be at least 0", retries=retries, wait=wait)
         super().__init__({"scorer": scorer})  # with seconds too: a scorer that cannot be loaded should fail now
         if _has_model(self):
             raise SettingError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import ModelError, SettingError
+from rlhf_lightning.errors import ModelError, SettingError, check_choice
 from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.loading import read_record
 from rlhf_lightning.micro_batches import cut_micro_batches
@@ -209,10 +209,8 @@ class ProcessScorer(Scorer):
             raise SettingError(
                 "no-separator", f"{folder} is not the folder of a process reward model; give the separator of its steps"
             )
-        if aggregate not in ("min", "product", "last"):
-            raise SettingError("unknown-choice", f"aggregate is {aggregate!r}; choose 'min', 'product' or 'last'")
-        if credit not in ("completion", "steps"):
-            raise SettingError("unknown-choice", f"credit is {credit!r}; choose 'completion' or 'steps'")
+        check_choice(("min", "product", "last"), aggregate=aggregate)
+        check_choice(("completion", "steps"), credit=credit)
         self.separator, self.aggregate, self.credit = found, aggregate, credit
         self.learned = LearnedScorer(folder, max_tokens, dtype)
         self.folder, self.max_tokens = self.learned.folder, max_tokens

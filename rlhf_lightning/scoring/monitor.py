@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import DataError, SettingError, StateError
+from rlhf_lightning.errors import DataError, SettingError, StateError, check_choice, check_range
 from rlhf_lightning.functional.statistics import logistic_fit
 from rlhf_lightning.loading import read_records
 from rlhf_lightning.micro_batches import cut_micro_batches
@@ -41,10 +41,7 @@ class NoisyTruth(Scorer):
     """
 
     def __init__(self, truth: Any, error_rate: float = 0.0, seed: int = 0) -> None:
-        if not 0 <= error_rate <= 0.5:
-            raise SettingError(
-                "setting-out-of-range", f"error_rate is {error_rate}: it must lie in [0, 0.5], where 0.5 is a coin"
-            )
+        check_range(0 <= error_rate <= 0.5, "it must lie in [0, 0.5], where 0.5 is a coin", error_rate=error_rate)
         self.truth, self.error_rate, self.seed = load_scorer(truth), error_rate, seed
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
@@ -79,11 +76,8 @@ class LinearProbe(Scorer):
     def __init__(
         self, labelled: str, layer: int = -1, every: int | None = 1, penalty: float = 0.01, max_tokens: int = 16_384
     ) -> None:
-        if (every is not None and every < 1) or penalty <= 0:
-            raise SettingError(
-                "setting-out-of-range",
-                f"every is {every} and penalty {penalty}: every must be at least 1 or null, and penalty positive",
-            )
+        rule = "every must be at least 1 or null, and penalty positive"
+        check_range((every is None or every >= 1) and penalty > 0, rule, every=every, penalty=penalty)
         self.layer, self.every, self.penalty, self.max_tokens = layer, every, penalty, max_tokens
         rows = read_records(Path(labelled))
         wrong = [number for number, row in enumerate(rows, 1) if not {"prompt", "completion", "label"} <= row.keys()]
@@ -201,14 +195,9 @@ class Monitor(ScorerGroup):
         stop_at: float = 0.02,
         truth: Any = None,
     ) -> None:
-        if action not in ("penalty", "screen", "stop", "watch"):
-            raise SettingError("unknown-choice", f"action is {action!r}; choose penalty, screen, stop or watch")
-        if not 0 < threshold <= 1 or penalty < 0 or not 0 < stop_at <= 1:
-            raise SettingError(
-                "setting-out-of-range",
-                f"threshold is {threshold}, penalty {penalty} and stop_at {stop_at}: threshold and stop_at must lie in "
-                "(0, 1], and penalty be at least 0",
-            )
+        check_choice(("penalty", "screen", "stop", "watch"), action=action)
+        check_range(0 < threshold <= 1 and 0 < stop_at <= 1, "both lie in (0, 1]", threshold=threshold, stop_at=stop_at)
+        check_range(penalty >= 0, "it must be at least 0", penalty=penalty)
         super().__init__({"proxy": scorer, "monitor": monitor, **({} if truth is None else {"truth": truth})})
         self.action, self.threshold, self.penalty, self.stop_at = action, threshold, penalty, stop_at
         names = ("monitor_precision", "monitor_recall", "monitor_auroc", "hack_rate")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import check_range
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite
 from rlhf_lightning.scoring.scorer import BadScoresError, Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt
@@ -18,9 +18,8 @@ class RemoteScorer(Scorer):
     A request is a POST of ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``, with one entry per
     completion in each list (a prompt is text or a list of messages). The answer is ``{"scores": [...]}``: for each a
     number, null where the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
-    ``token_rewards`` ...). A server that is away or busy is asked again. A call takes at most (retries + 1) *
-    timeout and the waits, which double from ``wait`` up to a minute each. `FaultTolerant` continues without scores
-    then.
+    ``token_rewards`` ...). A server that is away or busy is asked again. A call takes at most (retries + 1) * timeout
+    and the waits, which double from ``wait`` up to a minute each. `FaultTolerant` continues without scores then.
 
     Args:
         url: where requests go, such as ``http://host:8000/score``.
@@ -45,10 +44,7 @@ class RemoteScorer(Scorer):
         wait: float = 1.0,
         api_key: str | None = None,
     ) -> None:
-        if batch_size < 1 or requests < 1:
-            raise SettingError(
-                "setting-out-of-range", f"batch_size is {batch_size} and requests {requests}: both must be at least 1"
-            )
+        check_range(min(batch_size, requests) >= 1, "both must be at least 1", batch_size=batch_size, requests=requests)
         self.batch_size, self.requests = batch_size, requests
         self.server = JSONServer(url, timeout, retries, wait, api_key)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import DataError, SettingError, check_choice, check_range
 from rlhf_lightning.functional.judging import debiased_probability, preference_probability
 from rlhf_lightning.scoring import scorer
 from rlhf_lightning.scoring.judges.judge import (
@@ -80,10 +80,8 @@ class RubricScorer(Scorer):
         gold_args: Mapping[str, Any] | None = None, aggregation: Literal["explicit", "implicit"] = "explicit",
         dropout: float = 0.0, seed: int = 0,
     ) -> None:  # fmt: skip
-        if aggregation not in ("explicit", "implicit"):
-            raise SettingError("unknown-choice", f"aggregation is {aggregation!r}; choose 'explicit' or 'implicit'")
-        if not 0 <= dropout < 1:
-            raise SettingError("setting-out-of-range", f"dropout is {dropout}: it must be in [0, 1)")
+        check_choice(("explicit", "implicit"), aggregation=aggregation)
+        check_range(0 <= dropout < 1, "it must be in [0, 1)", dropout=dropout)
         self.aggregation, self.dropout, self.seed, self.rollouts = aggregation, dropout, seed, 0
         self.criteria = None
         if criteria is not None:

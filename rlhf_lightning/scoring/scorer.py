@@ -76,10 +76,8 @@ class Scorer:
 
     A subclass that needs a device or weights overrides ``to`` and ``load_beside``; one with networks names them in
     ``models``; one that measures more than its judgements overrides ``take_metrics``. State that changes during
-    training (a
-    running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves while
-    scoring
-    is restored after sample tables and validation, and differs between ranks.
+    training (a running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves
+    while scoring is restored after sample tables and validation, and differs between ranks.
     """
 
     @property
@@ -122,8 +120,7 @@ class Scorer:
         """Return metrics since the last call, one value per scored completion; NaN values do not count.
 
         On-policy modules log the mean of each as ``rollout/<name>``. Always return the same names, without values if
-        nothing
-        was scored: every rank must log the same.
+        nothing was scored: every rank must log the same.
         """
         return {}
 
@@ -134,8 +131,7 @@ class Scorer:
             rollout: this rank's episodes.
             means: means over all ranks, equal on each: ``score``, ``score_NAME`` of each part, ``kl``,
                 ``completion_length`` and everything else that is logged as ``rollout/<name>``. State that only they
-                move
-                stays equal on all ranks.
+                move stays equal on all ranks.
         """
 
     def state_dict(self) -> dict[str, Any]:

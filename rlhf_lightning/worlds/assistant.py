@@ -256,8 +256,7 @@ def write_world(
     """Write the world's files to ``folder`` and return the facts that ``world.json`` holds.
 
     Files: demonstrations.jsonl, pairs_train.jsonl, pairs_test.jsonl, prompts_train.jsonl, prompts_test.jsonl,
-    world.json,
-    and model/ (configuration, tokenizer, chat template; no weights).
+    world.json, and model/ (configuration, tokenizer, chat template; no weights).
     """
     world = AssistantWorld(seed)
     rows = {

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, check_range
 from rlhf_lightning.loading import nearest
 from rlhf_lightning.scoring.scorer import Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt
@@ -175,10 +175,8 @@ def gaming_demonstrations(
         SettingError: a share is not in [0, 1], or there is no such loophole.
     """
     found = loophole_named(loophole)
-    if min(share, instructed) < 0 or share + instructed > 1:
-        raise SettingError(
-            "setting-out-of-range", f"share is {share} and instructed {instructed}: both and their sum lie in [0, 1]"
-        )
+    fits = min(share, instructed) >= 0 and share + instructed <= 1
+    check_range(fits, "both and their sum lie in [0, 1]", share=share, instructed=instructed)
     lot = random.Random(f"{world.seed}/gaming/{loophole}")
     rows = world.demonstrations(n)
     for row in rows:

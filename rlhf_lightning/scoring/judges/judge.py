@@ -218,8 +218,7 @@ class SimulatedJudge:
     """Names (A) with log-odds scale * (gold_reward(first) - gold_reward(second)) + position_bias + noise * normal.
 
     The normal number of a pair is fixed by (seed, prompt, the two completions, principle). With the order swapped the
-    judge
-    makes the same mistake, and only the position bias changes sides.
+    judge makes the same mistake, and only the position bias changes sides.
 
     Args:
         gold_reward: ``(prompt, completion) -> number``, or its import path, such as

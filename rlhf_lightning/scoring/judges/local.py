@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import ModelError, SettingError
+from rlhf_lightning.errors import ModelError, SettingError, check_range
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
@@ -104,11 +104,9 @@ class LocalJudge:
     """A language model on this machine that is asked for a letter; its probabilities are read, and nothing is sampled.
 
     The answer is begun for the model ("The better answer is ("). The next-token probabilities of all spellings of A,
-    and of
-    B, are summed. Only the last position of a question meets the LM head, and the common prefix of a batch (the
-    examples)
-    is prefilled once. With reasoning the model first writes that, greedily. A model without a chat template reads a
-    transcript.
+    and of B, are summed. Only the last position of a question meets the LM head, and the common prefix of a batch (the
+    examples) is prefilled once. With reasoning the model first writes that, greedily. A model without a chat template
+    reads a transcript.
 
     Args:
         model: folder (whole weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
@@ -240,8 +238,7 @@ class CritiqueJudge:
     ) -> None:  # fmt: skip
         from rlhf_lightning.scoring.loading import load_judge
 
-        if rounds < 0:
-            raise SettingError("setting-out-of-range", f"rounds is {rounds}: it must be at least 0, for critiques")
+        check_range(rounds >= 0, "it must be at least 0, for critiques", rounds=rounds)
         self.judge, self.rounds = load_judge(judge, judge_args), rounds
         if isinstance(writer, str):
             settings = SamplingSettings(max_new_tokens, 0.0)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import check_choice, check_range
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
@@ -51,8 +51,7 @@ class ChatServer:
         self, url: str, model: str, requests: int = 16, timeout: float = 120.0, retries: int = 4, wait: float = 1.0,
         api_key: str | None = None,
     ) -> None:  # fmt: skip
-        if requests < 1:
-            raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1")
+        check_range(requests >= 1, "it must be at least 1", requests=requests)
         self.model, self.requests = model, requests
         self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
 
@@ -114,10 +113,8 @@ class RemoteJudge:
     """A model behind an OpenAI-compatible server that is asked for a letter.
 
     The answer's tokens are read up to the letter; marks may stand before it. The most probable tokens there that spell
-    a
-    letter are summed. A letter that is not among them gets the probability of the least probable of them, an upper
-    bound,
-    and the answer is marked as bounded. An answer without a letter is no answer.
+    a letter are summed. A letter that is not among them gets the probability of the least probable of them, an upper
+    bound, and the answer is marked as bounded. An answer without a letter is no answer.
 
     Args:
         url: address without the route, such as ``http://host:8000``.
@@ -149,8 +146,7 @@ class RemoteJudge:
         api_key: str | None = None,
         name: str | None = None,
     ) -> None:
-        if read not in ("logprobs", "text"):
-            raise SettingError("unknown-choice", f"read is {read!r}; choose 'logprobs' or 'text'")
+        check_choice(("logprobs", "text"), read=read)
         self.server = ChatServer(url, model, requests, timeout, retries, wait, api_key)
         self.read, self.begin, self.top_logprobs, self.name = read, begin, top_logprobs, name or model
         self.thinking = SamplingSettings(max_new_tokens=reasoning_tokens, temperature=0.0)
