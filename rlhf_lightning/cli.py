@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from rlhf_lightning import working_directory
-from rlhf_lightning.errors import TerminatedError, printable
+from rlhf_lightning.errors import TerminatedError, failure_sentence, printable
 
 
 class Command(NamedTuple):
@@ -159,7 +159,7 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
             FAILURE,
         )
     except Exception as error:
-        sentence = importlib.import_module("rlhf_lightning.commands.failures").failure_sentence(error)
+        sentence = failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, USAGE_ERROR if getattr(error, "code", "") in COMMAND_LINE_CODES else FAILURE)

@@ -34,8 +34,8 @@ from tiny_models import (
 from torch import Tensor
 
 from rlhf_lightning import modules
-from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.data.loader import StepLoader
+from rlhf_lightning.errors import failure_sentence
 from rlhf_lightning.functional.logprobs import chunked_logprobs
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.sharding import whole

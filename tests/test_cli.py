@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_lightning import cli
 from rlhf_lightning.cli import Command, main
-from rlhf_lightning.commands.failures import failure_sentence
+from rlhf_lightning.errors import failure_sentence
 
 ALL = {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
 

@@ -45,8 +45,7 @@ def compare(
         unfinished: include runs that have not finished.
         out: folder of the report.
     """
-    from rlhf_lightning.evaluation.html import embedded, write_page
-    from rlhf_lightning.evaluation.report import write_json, write_markdown
+    from rlhf_lightning.evaluation.report import embedded, write_json, write_markdown, write_page
     from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_folders
 
     found = [read_run(folder) for folder in run_folders(runs)]

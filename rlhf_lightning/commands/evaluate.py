@@ -63,8 +63,7 @@ def evaluate(
     """
     from rlhf_lightning.commands.generate import read_prompts, scorer_beside, write_lines
     from rlhf_lightning.evaluation.completions import by_prompt, summary
-    from rlhf_lightning.evaluation.html import write_page
-    from rlhf_lightning.evaluation.report import write_json, write_markdown
+    from rlhf_lightning.evaluation.report import write_json, write_markdown, write_page
 
     names = list(dict.fromkeys([*([against] if against else []), *models]))
     check_range(samples >= 1, "it must be at least 1", samples=samples)
@@ -159,7 +158,7 @@ def compared(
         score_verdicts,
         win_rates,
     )
-    from rlhf_lightning.scoring.loading import load_judge
+    from rlhf_lightning.scoring.judges import load_judge
 
     (_, baseline), *others = found.items()
     asking = None if judge is None else load_judge(judge, judge_args)

@@ -61,9 +61,8 @@ def evaluate_reward(
 
     from rlhf_lightning.evaluation import reward_models as room
     from rlhf_lightning.evaluation.completions import QUESTION
-    from rlhf_lightning.evaluation.html import embedded, write_page
-    from rlhf_lightning.evaluation.report import write_json, write_markdown
-    from rlhf_lightning.scoring.loading import load_judge
+    from rlhf_lightning.evaluation.report import embedded, write_json, write_markdown, write_page
+    from rlhf_lightning.scoring.judges import load_judge
 
     check_range(beta > 0, "it must be positive", beta=beta)
     if not models and not judges:

@@ -72,7 +72,7 @@ def label(
     from rlhf_lightning.commands.journal import Journal, model_stamp
     from rlhf_lightning.constitution.labelling import LabelSettings, compared
     from rlhf_lightning.constitution.principles import load_constitution
-    from rlhf_lightning.scoring.loading import load_judge
+    from rlhf_lightning.scoring.judges import load_judge
 
     if (pairs is None) == (prompts is None) or (prompts is None) != (model is None):
         raise SettingError(

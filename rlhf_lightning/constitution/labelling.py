@@ -23,8 +23,8 @@ from rlhf_lightning.functional.judging import (
 )
 from rlhf_lightning.people.labeller import Labeller, More
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.scoring.judges import load_judge
 from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, Judge, JudgeAnswer, Pair, Question, checked_answers
-from rlhf_lightning.scoring.loading import load_judge
 
 MOST_CERTAIN = 30.0
 """Bound of a judge's log-odds: two certain answers that contradict each other give a tie instead of NaN."""

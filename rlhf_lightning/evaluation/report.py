@@ -1,10 +1,12 @@
-"""Reports: tables and JSON files, and the plot of reward against KL."""
+"""Reports: tables, JSON files, HTML pages that work offline, and the plot of reward against KL."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +68,36 @@ def p_value(p: float) -> str:
 def interval(ci: Sequence[float], digits: int = 3) -> str:
     """Return an interval as text."""
     return f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+PAGES = Path(__file__).parent / "pages"
+"""Templates of pages; everything is inside the file that is written."""
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render a template of this room into one file; every text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined)
+    pages.filters |= {"cell": cell, "breakable": breakable}
+    return write_markdown(path, pages.get_template(template).render(**values))
+
+
+def breakable(text: str) -> Any:
+    """Return a text as HTML that narrow columns may break after slashes and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(text))))
+
+
+def embedded(picture: Path) -> str:
+    """Return a PNG file as a data address."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
 
 
 class FrontierPoint(NamedTuple):

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.data.canonical import CanonicalRow
 from rlhf_lightning.data.feedback.records import MOST_CANDIDATES, Candidate, Item
 from rlhf_lightning.data.formats import preference_with_ties, read_row
 from rlhf_lightning.data.sources import usable_rows
-from rlhf_lightning.errors import DataError, check_range
+from rlhf_lightning.errors import DataError, check_range, failure_sentence
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import Prompt

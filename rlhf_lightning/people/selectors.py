@@ -19,7 +19,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.selection import disagreement, farthest_first, uncertainty
 from rlhf_lightning.loading import load_class
 from rlhf_lightning.people.handing_out import chance
-from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.learned import load_scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 
 FEATURES = 512

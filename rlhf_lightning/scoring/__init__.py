@@ -7,7 +7,7 @@ by one below.
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.loading import shipped_classes
-from rlhf_lightning.scoring.loading import load_scorer as load_scorer
+from rlhf_lightning.scoring.learned import load_scorer as load_scorer
 from rlhf_lightning.scoring.scorer import Scorer as Scorer
 from rlhf_lightning.scoring.scorer import checked_scores as checked_scores
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.scoring.composition import *
     from rlhf_lightning.scoring.encoders import *
     from rlhf_lightning.scoring.faults import *
-    from rlhf_lightning.scoring.ifeval import *
     from rlhf_lightning.scoring.instructions import *
     from rlhf_lightning.scoring.learned import *
     from rlhf_lightning.scoring.monitor import *

@@ -18,7 +18,7 @@ from rlhf_lightning.errors import SettingError, check_choice, check_range
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.scoring.instructions import words
-from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.learned import load_scorer
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 

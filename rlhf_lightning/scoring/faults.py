@@ -15,8 +15,7 @@ from torch import Tensor
 from rlhf_lightning.errors import RlhfError, SettingError, check_choice, check_range
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.composition import ScorerGroup
-from rlhf_lightning.scoring.learned import LearnedScorer
-from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.learned import LearnedScorer, load_scorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 from rlhf_lightning.workers import Outcome, WorkerPool

@@ -1,9 +1,9 @@
-"""Trained reward models as scorers: causal and process reward models."""
+"""Trained reward models as scorers: causal and process reward models; and from what a user names to a scorer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning import tokenization
 from rlhf_lightning.errors import ModelError, SettingError, check_choice
 from rlhf_lightning.functional.ranking import aggregated_steps
-from rlhf_lightning.loading import read_record
+from rlhf_lightning.loading import load, read_record, shipped_classes
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
@@ -36,8 +36,8 @@ from rlhf_lightning.models.resolving import (
 from rlhf_lightning.models.roles import AdapterScalar, load_reward_model, settings_for_inference
 from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import in_step
-from rlhf_lightning.scoring.encoders import is_encoder, label_index
-from rlhf_lightning.scoring.scorer import Scorer, Scores
+from rlhf_lightning.scoring.encoders import EncoderScorer, is_encoder, label_index
+from rlhf_lightning.scoring.scorer import FunctionScorer, Scorer, Scores
 from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences
 
 
@@ -304,3 +304,29 @@ def stored_separator(folder: str) -> str | None:
     """Return the separator that a process reward model's folder was trained with; None for other folders."""
     record = Path(resolve_folder(folder)) / BACKBONE_FILE
     return read_record(record).get(STEP_SEPARATOR) if record.is_file() else None
+
+
+def load_scorer(spec: Any) -> Scorer:
+    """Return the scorer that ``spec`` describes.
+
+    Args:
+        spec: folder or hub id of a reward model or process reward model; or what `loading.load` takes: a Scorer or a
+            function, a class of this room such as ``MathAnswerScorer``, an import path such as ``my_scores.brevity``,
+            or ``{"class_path": ..., "init_args": {...}}``.
+
+    Raises:
+        SettingError: see `loading.load`.
+        MissingError: there is no such folder.
+    """
+    spec = str(spec) if isinstance(spec, Path) else spec
+    if isinstance(spec, str) and ".py" in (Path(spec).suffix, Path(spec.partition(":")[0]).suffix):
+        module = Path(spec.partition(":")[0]).stem
+        raise SettingError(
+            "file-as-scorer", f"{spec!r} is a file: name its function by module and name, such as {module}.score"
+        )
+    if isinstance(spec, str) and (Path(spec).expanduser().is_dir() or "/" in spec):
+        if stored_separator(spec):
+            return ProcessScorer(spec)
+        return EncoderScorer(spec) if is_encoder(resolve_folder(spec)) else LearnedScorer(spec)
+    found = load(spec, Callable, shipped_classes("rlhf_lightning.scoring", Scorer), "scorer")
+    return found if isinstance(found, Scorer) else FunctionScorer(found)

@@ -23,8 +23,7 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.recording import kept_states
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.composition import ScorerGroup
-from rlhf_lightning.scoring.learned import encoded_sequences
-from rlhf_lightning.scoring.loading import load_scorer
+from rlhf_lightning.scoring.learned import encoded_sequences, load_scorer
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer
 from rlhf_lightning.types import MicroBatchLimits, Prompt, Rollout
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_lightning.errors import DataError, SettingError, check_choice, check_range
 from rlhf_lightning.functional.judging import debiased_probability, preference_probability
 from rlhf_lightning.scoring import scorer
+from rlhf_lightning.scoring.judges import load_judge
 from rlhf_lightning.scoring.judges.judge import (
     ComparingPrinciple,
     Judge,
@@ -24,7 +25,6 @@ from rlhf_lightning.scoring.judges.judge import (
     as_text,
     checked_answers,
 )
-from rlhf_lightning.scoring.loading import load_judge
 from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Judgement, Message, Prompt, Rollout
 

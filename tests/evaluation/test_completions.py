@@ -15,7 +15,7 @@ from rlhf_lightning.evaluation.completions import (
     summary,
     win_rates,
 )
-from rlhf_lightning.evaluation.html import breakable
+from rlhf_lightning.evaluation.report import breakable
 from rlhf_lightning.scoring.judges import SimulatedJudge
 
 

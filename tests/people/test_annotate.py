@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from tiny_run import rows_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.failures import failure_sentence
 from rlhf_lightning.commands.generate import SamplingArguments
+from rlhf_lightning.errors import failure_sentence
 from rlhf_lightning.people.annotate import annotate, gathered
 from rlhf_lightning.people.candidates import given_items, load_policies, sampled_items
 from rlhf_lightning.sampling.engines import SamplingSettings

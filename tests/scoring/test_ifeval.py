@@ -8,7 +8,7 @@ import pytest
 from conftest import refused
 
 from rlhf_lightning.scoring import IFEvalScorer
-from rlhf_lightning.scoring.ifeval import INSTRUCTIONS, follows
+from rlhf_lightning.scoring.instructions import INSTRUCTIONS, follows
 
 DATA = Path(os.environ.get("RLHF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 NTH = {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "tea"}

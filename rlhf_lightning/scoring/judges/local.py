@@ -10,25 +10,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import ModelError, SettingError, check_range
+from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import content_hash, resolve_folder
-from rlhf_lightning.models.roles import load_policy, refuse_reward_model
-from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
-from rlhf_lightning.sampling.slot_engine import load_engine
-from rlhf_lightning.scoring.judges.judge import (
-    Judge,
-    JudgeAnswer,
-    Question,
-    Writer,
-    Written,
-    as_text,
-    first_paragraphs,
-    no_answer,
-)
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
+from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
 
@@ -193,107 +182,6 @@ class LocalJudge:
         logprobs = next_logits(self.model, rows).log_softmax(-1)
         first, second = (option_logprobs(logprobs[:, ids.to(logprobs.device)]) for ids in self.letters)
         return list(zip(first.tolist(), second.tolist(), strict=True))
-
-
-CRITIQUE = """\
-{conversation}
-
-Here is an answer to the end of this conversation:
-
-{answer}
-
-Name the faults of the answer in two sentences."""
-
-ARGUMENT = """\
-{conversation}
-
-Two answers to the end of this conversation are compared.
-
-(A) {first}
-
-(B) {second}
-
-{said}Argue in two sentences that ({letter}) is the better answer."""
-
-
-class CritiqueJudge:
-    """A judge that reads what a model writes about both answers before it answers: critiques, or a debate.
-
-    Without rounds the writer names the faults of each answer (arXiv 2206.05802). With rounds it argues for (A) and for
-    (B) in each of them, and knows what was said before (debate, arXiv 1805.00899). It writes greedily. Where the
-    conversation leaves no room to write, the judge reads the answers alone.
-
-    Args:
-        judge: the judge, as `load_judge` takes it.
-        writer: what writes: a folder, .gguf file or hub id; or an object that continues prompts, see `judge.Writer`.
-        judge_args: arguments of the judge's class.
-        rounds: rounds of the debate; 0 for critiques.
-        max_new_tokens: longest critique or argument, tokens.
-        dtype: precision of the writer's weights.
-    """
-
-    def __init__(
-        self, judge: str | Judge, writer: str | Writer, judge_args: dict[str, Any] | None = None, rounds: int = 0,
-        max_new_tokens: int = 64, dtype: str = "float32",
-    ) -> None:  # fmt: skip
-        from rlhf_lightning.scoring.loading import load_judge
-
-        check_range(rounds >= 0, "it must be at least 0, for critiques", rounds=rounds)
-        self.judge, self.rounds = load_judge(judge, judge_args), rounds
-        if isinstance(writer, str):
-            settings = SamplingSettings(max_new_tokens, 0.0)
-            tokenizer = load_tokenizer(resolve_folder(writer))
-            writer = LocalWriter(load_model(writer, dtype), tokenizer, settings, 0, writer)
-        self.writer = writer
-        self.name = (
-            f"{self.judge.name} after {f'{rounds} rounds of debate' if rounds else 'critiques'} by {writer.name}"
-        )
-
-    def __call__(self, questions: Sequence[Question]) -> Sequence[JudgeAnswer]:
-        """Return the judge's answers to the questions with what the writer says about them."""
-        said = self._debated(questions) if self.rounds else self._criticised(questions)
-        return self.judge([self._with(one, text) for one, text in zip(questions, said, strict=True)])
-
-    @staticmethod
-    def _with(question: Question, said: str) -> Question:
-        *before, last = question.messages
-        content = f"{last['content']}\n\n{said}{question.wording.conclusion}" if said else last["content"]
-        return question._replace(messages=[*before, {**last, "content": content}])
-
-    def _written(self, asked: Sequence[str]) -> list[str]:
-        found = self.writer([[{"role": "user", "content": text}] for text in asked], [0] * len(asked))
-        return ["" if one is None else one.text.strip() for one in found]
-
-    def _criticised(self, questions: Sequence[Question]) -> list[str]:
-        pairs = [(_conversation(one), answer) for one in questions for answer in (one.first, one.second)]
-        distinct = list(dict.fromkeys(pairs))  # both orders show the same answers
-        texts = self._written([CRITIQUE.format(conversation=told, answer=answer) for told, answer in distinct])
-        critiques = dict(zip(distinct, texts, strict=True))
-        heads = (f"{one.wording.critique} ({letter})" for one in questions for letter in "AB")
-        said = [
-            f"{head}: {critiques[pair]}\n\n" if critiques[pair] else "" for head, pair in zip(heads, pairs, strict=True)
-        ]
-        return [first + second for first, second in zip(said[::2], said[1::2], strict=True)]
-
-    def _debated(self, questions: Sequence[Question]) -> list[str]:
-        said = [""] * len(questions)
-        for _ in range(self.rounds):
-            asked = [
-                ARGUMENT.format(
-                    conversation=_conversation(one), first=one.first, second=one.second, said=before, letter=letter
-                )
-                for one, before in zip(questions, said, strict=True)
-                for letter in "AB"
-            ]
-            told = [f"({'AB'[place % 2]}): {one}\n\n" if one else "" for place, one in enumerate(self._written(asked))]
-            said = [before + a + b for before, a, b in zip(said, told[::2], told[1::2], strict=True)]
-        return said
-
-
-def _conversation(question: Question) -> str:
-    prompt, wording = question.prompt, question.wording
-    turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return as_text(turns, wording).removesuffix(f"\n\n{wording.assistant}:")
 
 
 def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:

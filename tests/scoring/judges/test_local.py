@@ -16,10 +16,9 @@ from rlhf_lightning.constitution.principles import (
 from rlhf_lightning.constitution.revision import RevisionSettings, revise
 from rlhf_lightning.models import resolving
 from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring.judges import CritiqueJudge, LocalJudge, LocalWriter
+from rlhf_lightning.scoring.judges import CritiqueJudge, LocalJudge, LocalWriter, load_judge
 from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question, Written, as_text
 from rlhf_lightning.scoring.judges.local import letter_ids, next_logits, shared_length
-from rlhf_lightning.scoring.loading import load_judge
 
 RULES = Constitution(
     "t", 1, "en", (RevisingPrinciple("k", "Bad?", "Mend."),), (ComparingPrinciple("k", "Which is kinder?"),)

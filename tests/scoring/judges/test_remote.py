@@ -9,10 +9,9 @@ from rlhf_lightning.constitution.labelling import LabelSettings, label_pairs
 from rlhf_lightning.constitution.revision import RevisionSettings, Written, revise
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
-from rlhf_lightning.scoring.judges import RemoteJudge, RemoteWriter
+from rlhf_lightning.scoring.judges import RemoteJudge, RemoteWriter, load_judge
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Pair
 from rlhf_lightning.scoring.judges.remote import ChatServer, letters_in, verdict_in
-from rlhf_lightning.scoring.loading import load_judge
 
 from .chat_server import place, said, serving
 from .test_local import RULES, question
