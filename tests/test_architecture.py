@@ -20,7 +20,7 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = {"errors", "working_directory", "workers", "compat", "loading", "types", "micro_batches", "functional"}
+GROUND = set("errors atomic_files working_directory workers compat loading types micro_batches functional".split())
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "errors": set(),
     "compat": {"errors"},
     "types": {"errors"},
+    "atomic_files": set(),
     "working_directory": set(),
     "workers": {"errors", "working_directory"},
     "loading": {"errors", "working_directory"},

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError, check_range
@@ -57,15 +58,7 @@ def best_of_n(
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import (
-        Speed,
-        completions,
-        hint_at_template,
-        read_prompts,
-        refuse_overwriting,
-        scorer_beside,
-        write_lines,
-    )
+    from rlhf_lightning.commands.generate import Speed, completions, read_prompts, refuse_overwriting, scorer_beside
 
     _check(n, keep, top, threshold)
     sampling.settings()  # raises before anything is read

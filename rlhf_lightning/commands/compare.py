@@ -45,7 +45,7 @@ def compare(
         unfinished: include runs that have not finished.
         out: folder of the report.
     """
-    from rlhf_lightning.evaluation.report import embedded, write_json, write_markdown, write_page
+    from rlhf_lightning.evaluation.report import write_report
     from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_folders
 
     found = [read_run(folder) for folder in run_folders(runs)]
@@ -60,17 +60,12 @@ def compare(
     if comparison.frontier():
         pictures["Reward against KL"] = draw_reward_kl(comparison, folder / "frontier.png")
     notes, sections = notes_of(comparison, left_out), sections_of(comparison)
-    parts = ["# Comparison of runs", *notes, *(section.markdown() for section in sections)]
-    parts += [f"![{title}]({picture.name})" for title, picture in pictures.items()]
-    write_markdown(folder / "report.md", "\n\n".join(parts) + "\n")
-    write_json(folder / "report.json", report_of(comparison, left_out))
-    write_arms(comparison, folder / "tensorboard")
-    page = write_page(
-        folder / "report.html", "compare.html.jinja", title="Comparison of runs", notes=notes, sections=sections,
-        pictures=[(title, embedded(picture)) for title, picture in pictures.items()], samples=samples_of(comparison),
+    said = write_report(
+        folder, "compare.html.jinja", "Comparison of runs", notes, sections, report_of(comparison, left_out), pictures,
+        samples=samples_of(comparison),
     )  # fmt: skip
-    print("\n\n".join([*notes, *(section.markdown() for section in sections)]))
-    print(f"\nreport: {folder / 'report.md'}   page: {page}   arms: tensorboard --logdir {folder / 'tensorboard'}")
+    write_arms(comparison, folder / "tensorboard")
+    print(f"{said}   arms: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
 
 
@@ -203,15 +198,13 @@ def write_arms(comparison: "RunComparison", folder: Path) -> None:
 
 def draw_curves(comparison: "RunComparison", path: Path) -> Path:
     """Draw the curves of all arms, a panel for each metric, and return the path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from rlhf_lightning.evaluation.report import pyplot, save_figure
 
     metrics = comparison.metrics[:MOST_PANELS]
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    size = (5 * columns, 3.4 * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
     for axis, metric in zip(axes.flat, metrics, strict=False):
@@ -224,24 +217,19 @@ def draw_curves(comparison: "RunComparison", path: Path) -> Path:
         axis.set_xlabel(comparison.axis)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path, dpi=110)
 
 
 def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
     """Draw reward against KL: each arm's path over training, and its final point with intervals over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
     from rlhf_lightning.evaluation.differences import mean_interval
+    from rlhf_lightning.evaluation.report import pyplot, save_figure
 
     pair = comparison.frontier()
     assert pair is not None
-    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(6.5, 4.5), layout="constrained")
     for number, arm in enumerate(comparison.arms):
         curves = [comparison.curve(arm, metric) for metric in pair]
         ends = [mean_interval(list(comparison.finals(arm, metric).values())) for metric in pair]
@@ -256,6 +244,4 @@ def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
     axis.set_ylabel(pair[1])
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path, dpi=110)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import SettingError, check_range
@@ -61,9 +62,9 @@ def evaluate(
         out: folder of the report.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import read_prompts, scorer_beside, write_lines
+    from rlhf_lightning.commands.generate import read_prompts, scorer_beside
     from rlhf_lightning.evaluation.completions import by_prompt, summary
-    from rlhf_lightning.evaluation.report import write_json, write_markdown, write_page
+    from rlhf_lightning.evaluation.report import write_report
 
     names = list(dict.fromkeys([*([against] if against else []), *models]))
     check_range(samples >= 1, "it must be at least 1", samples=samples)
@@ -88,22 +89,16 @@ def evaluate(
     summaries = {name: summary(rows, samples, correct, sampling.seed) for name, rows in found.items()}
     comparisons = compared(found, samples, sampling.seed, judge, judge_args, question)
     sections = sections_of(summaries, comparisons, names[0], baseline)
-    folder, title = Path(out), "Evaluation of policies"
-    rows = ({"model": name, **row} for name, many in found.items() for row in many)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "completions.jsonl", rows)
+    folder = Path(out)
+    write_lines(folder / "completions.jsonl", ({"model": name, **row} for name, rows in found.items() for row in rows))
     settings = {"prompts": prompts, "scorer": scorer, "judge": judge, "samples": samples, "seed": sampling.seed,
                 "reference": baseline, **sampling.provenance()}  # fmt: skip
-    write_json(folder / "report.json", {"settings": settings, "models": summaries, "comparisons": comparisons})
-    text = "\n\n".join(section.markdown() for section in sections)
-    write_markdown(folder / "report.md", f"# {title}\n\n{text}\n")
-    items = by_prompt(found, samples)
+    report = {"settings": settings, "models": summaries, "comparisons": comparisons}
     listed = "all" if shown >= len(asked) else f"the first {shown}"
-    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; {listed} are below."]
-    page = write_page(
-        folder / "report.html", "evaluate.html.jinja", title=title, notes=notes, sections=sections, items=items[:shown],
-    )  # fmt: skip
-    print(f"\n{text}\n\nreport: {folder / 'report.md'}   page: {page}")
+    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the page shows {listed}."]
+    items = by_prompt(found, samples)[:shown]
+    title = "Evaluation of policies"
+    print("\n" + write_report(folder, "evaluate.html.jinja", title, notes, sections, report, items=items))
     return 0
 
 
@@ -124,23 +119,12 @@ def add_kl(rows: list[dict[str, Any]], policy: Any, reference: Any, tokenizer: A
 
     The KL is that of the sampling temperature, or of temperature 1 for greedy decoding.
     """
-    import torch
-
-    from rlhf_lightning import tokenization
     from rlhf_lightning.evaluation.policies import sequence_kl
-    from rlhf_lightning.types import Sequences
+    from rlhf_lightning.scoring.learned import encoded_sequences
 
-    drawn = tuple(torch.tensor(row.pop("ids"), dtype=torch.long) for row in rows)
-    masks = [row.pop("learned") for row in rows]
-    sequences = Sequences(
-        prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, row["prompt"])) for row in rows),
-        completions=drawn,
-        parents=tuple(range(len(rows))),
-        supervised=tuple(
-            torch.ones(len(ids), dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
-            for ids, mask in zip(drawn, masks, strict=True)
-        ),
-    )
+    drawn = [(row.pop("ids"), row.pop("learned")) for row in rows]
+    encoded = [(ids, [True] * len(ids) if mask is None else mask) for ids, mask in drawn]
+    sequences = encoded_sequences(tokenizer, [row["prompt"] for row in rows], encoded)
     for row, kl in zip(rows, sequence_kl(policy, reference, sequences, temperature or 1.0).tolist(), strict=True):
         row["kl"] = kl
 

@@ -61,7 +61,7 @@ def evaluate_reward(
 
     from rlhf_lightning.evaluation import reward_models as room
     from rlhf_lightning.evaluation.completions import QUESTION
-    from rlhf_lightning.evaluation.report import embedded, write_json, write_markdown, write_page
+    from rlhf_lightning.evaluation.report import write_report
     from rlhf_lightning.scoring.judges import load_judge
 
     check_range(beta > 0, "it must be positive", beta=beta)
@@ -104,22 +104,18 @@ def evaluate_reward(
         "against_first": {name: room.compared(gaps[first], found, rows, seed)
                           for name, found in {**gaps, **baselines}.items() if name != first},
     }  # fmt: skip
-    folder, title = Path(out), "Evaluation of reward models"
+    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     picture = draw_reliability(report["models"], folder / "reliability.png")
-    sections = sections_of(report, first)
-    text = "\n\n".join(section.markdown() for section in sections)
-    write_json(folder / "report.json", report)
-    write_markdown(folder / "report.md", f"# {title}\n\n{text}\n\n![reliability]({picture.name})\n")
     notes = [f"{len(decided)} pairs with a winner and {len(read) - len(decided)} ties from {pairs}."]
     worst = sorted(range(len(decided)), key=lambda place: gaps[first][place])[:SHOWN_PAIRS]
     items = [{"pair": decided[place], "prompt": _prompt_text(decided[place]),
               "margins": [(name, float(found[place])) for name, found in gaps.items()]} for place in worst]  # fmt: skip
-    page = write_page(
-        folder / "report.html", "reward.html.jinja", title=title, notes=notes, sections=sections, items=items,
-        picture=embedded(picture),
+    said = write_report(
+        folder, "reward.html.jinja", "Evaluation of reward models", notes, sections_of(report, first), report,
+        {"Reliability": picture}, items=items,
     )  # fmt: skip
-    print(f"{text}\n\nreport: {folder / 'report.md'}   page: {page}")
+    print(said)
     return 0
 
 
@@ -247,12 +243,9 @@ def sections_of(report: Mapping[str, Any], first: str) -> "list[Section]":
 
 def draw_reliability(models: Mapping[str, Any], path: Path) -> Path:
     """Draw accuracy against confidence for each model, and return the path."""
-    import matplotlib
+    from rlhf_lightning.evaluation.report import pyplot, save_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5, 4.5), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(5, 4.5), layout="constrained")
     axis.plot([0.5, 1], [0.5, 1], "--", color="#888888", label="calibrated")
     for name, found in models.items():
         axis.plot(*list(zip(*found["reliability"], strict=True))[:2], "o-", label=f"{name}, ECE {found['ece']:.3f}")
@@ -260,6 +253,4 @@ def draw_reliability(models: Mapping[str, Any], path: Path) -> Path:
     axis.set_ylabel("accuracy")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path, dpi=110)

@@ -2,16 +2,15 @@
 
 # No postponed annotations: to resolve them jsonargparse would import everything under TYPE_CHECKING at start-up.
 
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, MissingError, SettingError, check_range
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
-    from rlhf_lightning.types import MultiTurn
+    from rlhf_lightning.types import MultiTurn, Prompt
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,6 @@ class SamplingArguments:
         return {**drawn, "environment": self.environment, **limits}
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from rlhf_lightning.models.causal_lm import CausalLM
-    from rlhf_lightning.types import Prompt
-
 DEFAULTS = SamplingArguments()
 
 ONE_TURN = ("environment", "max_turns", "max_episode_tokens")
@@ -194,21 +187,6 @@ def refuse_overwriting(source: str, out: str) -> None:
     """
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
-
-
-def write_lines(target: Path, rows: Iterable[Any]) -> None:
-    """Write a JSON line for each row; the file appears when it is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import rlhf_lightning.modules  # noqa: F401  short class names (`--model DPOModule`) work for what is imported
 from rlhf_lightning import working_directory
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flag_index import REFUSED
 from rlhf_lightning.commands.flags import (
     config_settings,
@@ -53,7 +54,6 @@ from rlhf_lightning.runs import (
     SampleTable,
     SkippedUpdates,
 )
-from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.checkpoint_files import damage, last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import (
     as_plain,

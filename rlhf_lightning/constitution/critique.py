@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError, check_range
@@ -59,7 +60,7 @@ def critique(
         as_chat: put a plain-text prompt into a user turn of the chat template.
         sampling: sampling settings of answers, critiques and revisions.
     """
-    from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts, write_lines
+    from rlhf_lightning.commands.generate import CHUNKS_AT_ONCE, read_prompts
     from rlhf_lightning.commands.journal import Journal, model_stamp
     from rlhf_lightning.constitution.principles import load_constitution
     from rlhf_lightning.constitution.revision import RevisionSettings, demonstrations, revise, revision_report

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import SettingError
@@ -115,7 +116,6 @@ def label(
 
 def _written(target: Path, records: list[Any], settings: Any, ties: str, provenance: dict[str, Any]) -> str:
     """Write the labelled pairs and their report; return the printed summary."""
-    from rlhf_lightning.commands.generate import write_lines
     from rlhf_lightning.constitution.critique import report_file
     from rlhf_lightning.constitution.labelling import labelled_of
     from rlhf_lightning.constitution.labels import describe, judge_metrics

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rlhf_lightning.atomic_files import write_text
 
 
 def write_json(path: str | Path, report: Mapping[str, Any]) -> Path:
@@ -19,12 +20,7 @@ def write_json(path: str | Path, report: Mapping[str, Any]) -> Path:
 
 def write_markdown(path: str | Path, text: str) -> Path:
     """Write a report atomically and return its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_text(Path(path), text)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -85,6 +81,40 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     return write_markdown(path, pages.get_template(template).render(**values))
 
 
+def write_report(
+    folder: Path,
+    template: str,
+    title: str,
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    report: Mapping[str, Any],
+    pictures: Mapping[str, Path] | None = None,
+    **page: Any,
+) -> str:
+    """Write report.json, report.md and report.html; return the notes and tables, and where the files are.
+
+    Args:
+        folder: folder of the report.
+        template: template of the page.
+        title: title of the report.
+        notes: sentences before the tables.
+        sections: the tables.
+        report: content of report.json.
+        pictures: PNG files in the folder by title; the page holds them.
+        page: further values for the template.
+    """
+    pictures = pictures or {}
+    text = "\n\n".join([*notes, *(section.markdown() for section in sections)])
+    shown = "".join(f"\n![{name}]({picture.name})\n" for name, picture in pictures.items())
+    write_json(folder / "report.json", report)
+    write_markdown(folder / "report.md", f"# {title}\n\n{text}\n{shown}")
+    held = [(name, _embedded(picture)) for name, picture in pictures.items()]
+    found = write_page(
+        folder / "report.html", template, title=title, notes=notes, sections=sections, pictures=held, **page
+    )
+    return f"{text}\n\nreport: {folder / 'report.md'}   page: {found}"
+
+
 def breakable(text: str) -> Any:
     """Return a text as HTML that narrow columns may break after slashes and underscores."""
     from markupsafe import Markup, escape
@@ -92,12 +122,29 @@ def breakable(text: str) -> Any:
     return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(text))))
 
 
-def embedded(picture: Path) -> str:
+def _embedded(picture: Path) -> str:
     """Return a PNG file as a data address."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
+
+
+def pyplot() -> Any:
+    """Return matplotlib's plots, drawn without a screen; slow to import."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(figure: Any, path: str | Path, **settings: Any) -> Path:
+    """Write a figure, close it, and return the path."""
+    figure.savefig(path, **{"dpi": 130, **settings})
+    pyplot().close(figure)
+    return Path(path)
 
 
 class FrontierPoint(NamedTuple):
@@ -128,12 +175,7 @@ def draw_frontier(
         title: title of the figure.
         levels: named gold rewards to compare with, drawn as horizontal lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
     fields = ("gold_reward", "gold reward"), ("score", "proxy score (of the run's own reward model)")
     for axis, (field, label) in zip(axes, fields, strict=True):
         for method in dict.fromkeys(point.method for point in points):
@@ -151,9 +193,7 @@ def draw_frontier(
     axes[1].legend(frameon=False, loc="lower right")
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _root(values: Any) -> Any:

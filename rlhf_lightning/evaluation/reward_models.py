@@ -34,16 +34,11 @@ class KnownPair(NamedTuple):
 def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) -> Score:
     r"""Return the reward that DPO implies, \beta \log \pi(y|x) / \pi_{ref}(y|x) (arXiv 2305.18290)."""
     from rlhf_lightning.evaluation.policies import sequence_kl
-    from rlhf_lightning.types import Sequences
+    from rlhf_lightning.scoring.learned import encoded_sequences
 
     def score(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         encoded = [tokenization.encode_completion(tokenizer, c, p) for p, c in zip(prompts, completions, strict=True)]
-        sequences = Sequences(
-            prompts=tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in prompts),
-            completions=tuple(torch.tensor(ids) for ids, _ in encoded),
-            parents=tuple(range(len(encoded))),
-            supervised=tuple(torch.tensor(flags) for _, flags in encoded),
-        )
+        sequences = encoded_sequences(tokenizer, prompts, encoded)
         return [beta * value for value in sequence_kl(policy, reference, sequences).tolist()]
 
     return score

@@ -3,13 +3,13 @@
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_lightning.atomic_files import complete_file, write_lines
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, MissingError, SettingError, check_range
@@ -242,7 +242,6 @@ def export(
         annotators: names separated by commas, of the annotators whose judgements count; by default all.
         snapshot: number of the last row of judgements; by default the newest.
     """
-    from rlhf_lightning.commands.generate import write_lines
     from rlhf_lightning.data.feedback.bridges import records_of
     from rlhf_lightning.data.feedback.database import reading, snapshot_of
     from rlhf_lightning.data.feedback.rows import rows_of
@@ -338,10 +337,5 @@ def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
         table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     except pyarrow.ArrowException as error:
         raise DataError("not-tabular", f"these rows do not fit one table ({error}): write .jsonl instead") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with complete_file(target) as partial:
         pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import docstring_parser
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile
 
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.quiet import silence_libraries
@@ -37,7 +38,6 @@ from rlhf_lightning.people.loop_steps import (
 from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
 from rlhf_lightning.recipes import resolve_recipe
-from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.run import checked_run_name
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer, load_scorer

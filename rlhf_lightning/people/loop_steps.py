@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands import train
-from rlhf_lightning.commands.generate import SamplingArguments, read_prompts, write_lines
+from rlhf_lightning.commands.generate import SamplingArguments, read_prompts
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.database import items_of, judgements_of
 from rlhf_lightning.data.feedback.records import Item
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
-from rlhf_lightning.evaluation.report import interval, markdown_table, write_markdown
+from rlhf_lightning.evaluation.report import interval, markdown_table, pyplot, save_figure, write_markdown
 from rlhf_lightning.loading import load_class, read_config, read_records
 from rlhf_lightning.models.roles import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
@@ -36,9 +36,6 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Prompt, PromptBatch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 AT_ONCE = 64
 """Prompts sampled at a time."""
@@ -210,9 +207,8 @@ def draw_label_curves(
     panels: Mapping[str, Mapping[str, Sequence[LabelPoint]]], path: str | Path, title: str = ""
 ) -> Path:
     """Plot one panel for each figure of merit with one curve for each method; return the path."""
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4.2), constrained_layout=True, squeeze=False
-    )
+    size = (5.5 * len(panels), 4.2)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
     for axis, (merit, methods) in zip(axes[0], panels.items(), strict=True):
         for method, points in methods.items():
             line = sorted(points)
@@ -225,9 +221,7 @@ def draw_label_curves(
         axis.legend(frameon=False, loc="lower right")
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    return Path(path)
+    return save_figure(figure, path, metadata={"Software": None})
 
 
 def write_report(folder: Path, name: str, points: Sequence[Mapping[str, Any]]) -> str:

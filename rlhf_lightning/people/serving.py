@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import re
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rlhf_lightning.atomic_files import complete_file
 from rlhf_lightning.commands.web_server import base_url, is_loopback
 from rlhf_lightning.errors import DataError, SettingError
 
@@ -89,10 +89,9 @@ def stored_tokens(store: Path, names: Sequence[str]) -> dict[str, str]:
     file = store.with_name(f"{store.name}.tokens")
     known = _read_tokens(file) if file.is_file() else {}
     known |= {name: secrets.token_urlsafe(24) for name in (OWNER, *names) if name not in known}
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-        json.dump(known, stream, indent=2)
-    os.replace(partial, file)
+    with complete_file(file) as partial:
+        partial.touch(0o600)
+        partial.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return {name: known[name] for name in (OWNER, *names)}
 
 

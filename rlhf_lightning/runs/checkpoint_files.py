@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.atomic_files import move_into_place, write_text
 from rlhf_lightning.errors import MissingError, RlhfError
-from rlhf_lightning.runs.atomic_files import move_into_place, write_text
 from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER
 
 LAST_CHECKPOINT = "last.ckpt"

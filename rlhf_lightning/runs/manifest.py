@@ -19,8 +19,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.compat import attached_datamodule
-from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 
 PACKAGES = "rlhf-lightning torch lightning transformers tokenizers datasets peft torchmetrics numpy".split()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.runs.atomic_files import AppendedFile, move_into_place
+from rlhf_lightning.atomic_files import AppendedFile, complete_file
 from rlhf_lightning.runs.run import (
     EXPORTS_FOLDER,
     MODEL_FOLDER,
@@ -121,16 +120,13 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return
-        whole = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        with whole.open("wb") as file:
+        with complete_file(self.path) as whole, whole.open("wb") as file:
             for rank in range(trainer.world_size):
                 part = self._part(rank)
                 if part.is_file():
                     with part.open("rb") as rows:
                         shutil.copyfileobj(rows, file)
                     part.unlink()
-        move_into_place(whole, self.path)
         print(f"predictions: {self.path}")
 
     def _part(self, rank: int) -> Path:

@@ -15,9 +15,9 @@ from typing import IO, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from rlhf_lightning.atomic_files import AppendedFile
 from rlhf_lightning.errors import ContractError, MissingError, SettingError, StateError, check_range
 from rlhf_lightning.loading import read_record
-from rlhf_lightning.runs.atomic_files import AppendedFile
 from rlhf_lightning.training.module import AlignmentModule
 
 CONFIG_FILE = "config.yaml"

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from rlhf_lightning.atomic_files import AppendedFile, sync
 from rlhf_lightning.compat import event_file
-from rlhf_lightning.runs.atomic_files import AppendedFile, sync
 from rlhf_lightning.runs.run import SAMPLES_FILE, SKIPPED_FILE, RunFolder, run_folder
 
 EVENTS = "events.out.tfevents.*"

@@ -190,7 +190,7 @@ def rest_of(found: Any) -> str:
 
 def write_report(path: Path, done: Sequence[Any]) -> None:
     """Write the page of ``--report``: the target, the path of training, each check with its number and bound."""
-    from rlhf_lightning.evaluation.html import write_page
+    from rlhf_lightning.evaluation.report import write_page
 
     classes = [
         {

@@ -12,9 +12,9 @@ from conftest import refused
 from lightning.pytorch import Callback, Trainer
 from tiny_run import BASIC, UPDATES, NumbersDataModule, RolloutModule, SlopeModule
 
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs import RunCheckpoint
-from rlhf_lightning.runs.atomic_files import write_text
 from rlhf_lightning.runs.checkpoint_files import CheckpointFailedError, last_checkpoint, replace_checkpoint
 from rlhf_lightning.runs.run import RunFolder
 

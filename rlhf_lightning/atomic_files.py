@@ -1,24 +1,38 @@
-"""Files of a run folder: atomic writes, and append-only files that are truncated on resume."""
+"""Files: atomic writes, and append-only files that are truncated on resume."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: under a temporary name, synced, then renamed."""
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name next to ``path``; a block that succeeds has its file synced and renamed to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         move_into_place(partial, path)
-    except OSError:  # a full disk
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file atomically and return its path."""
+    with complete_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSON line for each row; the file appears when it is complete."""
+    with complete_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def move_into_place(partial: Path, path: Path) -> None:
