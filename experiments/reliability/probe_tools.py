@@ -124,8 +124,9 @@ def serve_odd(send: Callable[[Any, int], None]) -> int:
     """Serve the world's model, send something, and ask a sound question; return 0 if that is answered."""
     from starlette.testclient import TestClient
 
+    from rlhf_lightning.commands.completion_api import make_app
     from rlhf_lightning.commands.generate import SamplingArguments
-    from rlhf_lightning.commands.serve import make_app, policy_api
+    from rlhf_lightning.commands.serve import policy_api
     from rlhf_lightning.commands.web_server import listen, served
 
     with policy_api("model", "tiny", SamplingArguments(max_new_tokens=4, batch_size=4), 20.0) as api:

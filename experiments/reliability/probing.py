@@ -37,7 +37,7 @@ Judge = Callable[[int, str], str | None]
 
 IMPORTED = (
     "starlette.testclient", "uvicorn.protocols.http.h11_impl", "rlhf_lightning.people.server",
-    "rlhf_lightning.commands.serve", "rlhf_lightning.commands.completion_answers", "rlhf_lightning.evaluation.report",
+    "rlhf_lightning.commands.serve", "rlhf_lightning.commands.completion_api", "rlhf_lightning.evaluation.report",
     "rlhf_lightning.sampling.live_batch", "rlhf_lightning.verification.verify", "rlhf_lightning.commands.sweep",
 )  # fmt: skip
 """What commands import late: once here, instead of in every fork."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import re
 import socket
 import threading
@@ -13,9 +14,11 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.errors import StateError
+from rlhf_lightning.loading import is_too_deep
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn import Server
 
@@ -149,6 +152,19 @@ class Guard:
         if length.isdecimal() and int(length) > self.largest_body:
             return 413, f"a request has at most {self.largest_body:,} bytes"
         return None
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request's body; other bodies are refused with status 400."""
+    from starlette.exceptions import HTTPException
+
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise HTTPException(400, "the request is not JSON") from None
+    if not isinstance(body, dict) or is_too_deep(body):
+        raise HTTPException(400, "the request is not a JSON object, or is nested too deep")
+    return body
 
 
 async def _body_of(receive: Receive, largest: int) -> bytes | None:

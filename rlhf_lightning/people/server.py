@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from rlhf_lightning.commands.web_server import Guard
+from rlhf_lightning.commands.web_server import Guard, json_object
 from rlhf_lightning.data.feedback.records import (
     LONGEST_SECONDS,
     Answer,
@@ -288,13 +287,11 @@ def described(found: Assignment) -> dict[str, Any]:
 
 
 async def _json_of(request: Request) -> dict[str, Any]:
+    body = await json_object(request)
     try:
-        body = json.loads(await request.body())
-        encoded(body).encode()  # half a surrogate pair cannot be stored
-    except (ValueError, RecursionError):
-        raise HTTPException(400, "the request is not JSON") from None
-    if not isinstance(body, dict):
-        raise HTTPException(400, "the request is not a JSON object")
+        encoded(body).encode()
+    except UnicodeError:  # half a surrogate pair cannot be stored
+        raise HTTPException(400, "the request is not valid Unicode") from None
     return body
 
 

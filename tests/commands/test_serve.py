@@ -15,9 +15,10 @@ from starlette.testclient import TestClient
 from rlhf_lightning import tokenization
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands import serve as serving
+from rlhf_lightning.commands.completion_api import LARGEST_BODY, make_app
 from rlhf_lightning.commands.completion_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.commands.serve import LARGEST_BODY, access_key, make_app, policy_api
+from rlhf_lightning.commands.serve import access_key, policy_api
 from rlhf_lightning.commands.web_server import HEADERS, listen, served
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import SamplingSettings

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rlhf_lightning import tokenization
+from rlhf_lightning.commands.completion_api import make_app
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.commands.serve import make_app, policy_api
+from rlhf_lightning.commands.serve import policy_api
 from rlhf_lightning.commands.web_server import listen, served
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import SamplingSettings
