@@ -391,7 +391,7 @@ CONTROL_FLOW = {
     ("commands/parsing.py", "SystemExit"),
     ("commands/completion_api.py", "HTTPException"),
     ("commands/web_server.py", "HTTPException"),
-    ("commands/train.py", "SystemExit"),
+    ("commands/train_settings.py", "SystemExit"),
     ("constitution/principles.py", "YAMLError"),
     ("people/server.py", "HTTPException"),
     ("people/candidates.py", "_Stopped"),

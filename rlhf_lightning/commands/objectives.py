@@ -159,7 +159,7 @@ def build_index() -> str:
     from rlhf_lightning import data
     from rlhf_lightning.commands.messages import subclasses_of
     from rlhf_lightning.commands.parsing import PlainParser
-    from rlhf_lightning.commands.train import training_parser
+    from rlhf_lightning.commands.train_settings import training_parser
     from rlhf_lightning.modules import AlignmentModule
 
     numbers: dict[tuple[str, str, str, str], int] = {}

@@ -15,8 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.quiet import silence_libraries
-from rlhf_lightning.commands.train import RlhfCLI
-from rlhf_lightning.compat import setting_of
+from rlhf_lightning.commands.train_settings import SettingsCLI
 from rlhf_lightning.loading import read_config
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning.estimate import Plan, Rates, measured_rates, most_tokens_per_second, plan
@@ -48,7 +47,7 @@ class Assumed:
     completion_length: int | None = None
 
 
-class PlanCLI(RlhfCLI):
+class PlanCLI(SettingsCLI):
     """Parse a command line like ``rlhf fit`` and make module, data and strategy, but no trainer and no folder."""
 
     shown = "plan"
@@ -60,15 +59,6 @@ class PlanCLI(RlhfCLI):
         parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
         parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
         parser.add_class_arguments(Assumed, "plan")
-
-    def instantiate_classes(self) -> None:
-        """Make only module, data and strategy."""
-        self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = setting_of(self, self.config_init, "data")
-        self.model = setting_of(self, self.config_init, "model")
-
-    def start(self, subcommand: str) -> None:
-        """Run nothing."""
 
 
 def main(argv: Sequence[str]) -> int:
