@@ -235,6 +235,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to the names of the command line: model.beta for model.init_args.beta."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
 YAML_CHARACTERS, YAML_DEPTH, YAML_VALUES = 1_000_000, 64, 1_000_000
 """Limits of a config: characters, nested levels, and values with aliases written out."""
 

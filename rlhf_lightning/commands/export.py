@@ -159,8 +159,7 @@ RUN_HEADING, RESULTS_HEADING = "## How it was trained", "## Results"
 def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> None:
     """Write into a folder's model card how its run was trained, and reports, in the place of earlier ones."""
     from rlhf_lightning.evaluation.report import markdown_table, write_markdown
-    from rlhf_lightning.evaluation.run_curves import flat_settings
-    from rlhf_lightning.loading import read_config, read_record
+    from rlhf_lightning.loading import flat_settings, read_config, read_record
     from rlhf_lightning.models.export import CARD_FILE
     from rlhf_lightning.runs.run import CONFIG_FILE, MANIFEST_FILE
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.evaluation.differences import Difference, holm, mean_interval, seed_difference
-from rlhf_lightning.loading import read_config, read_records
+from rlhf_lightning.loading import flat_settings, read_config, read_records
 from rlhf_lightning.runs.run import CONFIG_FILE, SAMPLES_FILE, find_run, status_of
+from rlhf_lightning.runs.run_records import EVENTS
 
 Axis = Literal["updates", "episodes", "tokens"]
-EVENTS = "events.out.tfevents.*"
 NOT_COMPARED = ("seed_everything", "model.seed", "data.seed", "run_name", "runs_folder", "ckpt_path", "resume")
 ROLLOUT_TAGS = ("rollout/score", "rollout/kl", "rollout/completion_length", "rollout/eos_rate")
 FRONTIERS = (("rollout/kl", "rollout/score"), ("val/kl", "val/score"), ("val/kl", "val/reward_margin"))
@@ -127,18 +127,6 @@ def _is_sample(row: dict[str, Any]) -> bool:
         and isinstance(prompt, str | list)
         and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
     )
-
-
-def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a config to the names of the command line: model.beta for model.init_args.beta."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
-        if isinstance(value, Mapping) and value:
-            flat |= flat_settings(value, name)
-        else:
-            flat[name] = value
-    return flat
 
 
 def differing(runs: Sequence[FinishedRun]) -> list[str]:

@@ -107,14 +107,13 @@ def annotate(
         port: port to listen on; 0 takes a free one.
         sampling: sampling settings.
     """
-    from rlhf_lightning.people.labeller import require_page
+    from rlhf_lightning.people.serving import access_policy, print_urls, read_instructions, require_page
 
     require_page()
     from rlhf_lightning.commands.web_server import listen, make_server
     from rlhf_lightning.data.feedback.database import SUFFIX
     from rlhf_lightning.people.handing_out import Policy
     from rlhf_lightning.people.server import FLAGS, REASONS, PageSettings, make_app
-    from rlhf_lightning.people.serving import access_policy, print_urls
     from rlhf_lightning.people.store import FeedbackStore
 
     path = Path(store)
@@ -152,21 +151,6 @@ def annotate(
         print_urls(listening, host, access)
         make_server(app).run(sockets=[listening])
     return 0
-
-
-def read_instructions(path: Path) -> str:
-    """Return the text of a file of instructions.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: it is not text.
-    """
-    if not path.is_file():
-        raise MissingError("no-file", f"there is no file {path}: --instructions takes a Markdown file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError("not-text", f"{path} is not UTF-8 text ({error.reason}): write a Markdown file") from None
 
 
 def sampling_ahead(
@@ -288,7 +272,7 @@ def import_records(
         prompt_field: field of the prompt; by default prompt, instruction, question or the like.
         completion_fields: fields of the completions; by default numbered fields such as response-1 and response-2.
     """
-    from rlhf_lightning.people.labeller import require_page
+    from rlhf_lightning.people.serving import require_page
 
     require_page()
     from rlhf_lightning.data.feedback.bridges import read_record

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from rlhf_lightning.commands.web_server import listen, require_web_server, served
+from rlhf_lightning.commands.web_server import listen, served
 from rlhf_lightning.data.feedback.records import STRENGTHS
 from rlhf_lightning.errors import StateError, check_range
+from rlhf_lightning.people.serving import access_policy, checked_names, print_urls, read_instructions, require_page
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Prompt
@@ -30,11 +31,6 @@ PAUSE = 0.5
 
 NOTICE = 60.0
 """Seconds between two progress lines."""
-
-
-def require_page() -> None:
-    """Raise if a package that the page needs is not installed; see `require_web_server`."""
-    require_web_server("the page", "annotate", ["markdown_it"])
 
 
 class Labeller(ABC):
@@ -93,9 +89,6 @@ class PeopleLabeller(Labeller):
         instructions: str | None = None,
     ) -> None:
         require_page()
-        from rlhf_lightning.people.annotate import read_instructions
-        from rlhf_lightning.people.serving import checked_names
-
         checked_names(host, annotators)
         self.instructions = "" if instructions is None else read_instructions(Path(instructions))
         self.host, self.port, self.annotators = host, port, annotators
@@ -107,7 +100,6 @@ class PeopleLabeller(Labeller):
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Serve the page until there are enough labels."""
         from rlhf_lightning.people.server import PageSettings, make_app
-        from rlhf_lightning.people.serving import access_policy, print_urls
 
         access, supply = access_policy(store.path, self.host, self.annotators), Supply(store, count, more)
         listening = listen(self.host, self.port)

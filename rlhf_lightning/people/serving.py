@@ -1,4 +1,4 @@
-"""Who may use the page: names on the loopback, tokens elsewhere."""
+"""What serving the page needs: who may use it (names on the loopback, tokens elsewhere), and its instructions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf_lightning.atomic_files import complete_file
-from rlhf_lightning.commands.web_server import base_url, is_loopback
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.commands.web_server import base_url, is_loopback, require_web_server
+from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 OWNER = "owner"
 """Name of the account that may see the results where annotators have tokens."""
@@ -76,6 +76,26 @@ def checked_names(host: str, annotators: str | None) -> list[str]:
                 f"invalid annotator name {name!r}: use letters, digits, '_', '.', '@', '-'; {reserved} are reserved",
             )
     return names
+
+
+def require_page() -> None:
+    """Raise if a package that the page needs is not installed; see `require_web_server`."""
+    require_web_server("the page", "annotate", ["markdown_it"])
+
+
+def read_instructions(path: Path) -> str:
+    """Return the text of a file of instructions.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it is not text.
+    """
+    if not path.is_file():
+        raise MissingError("no-file", f"there is no file {path}: --instructions takes a Markdown file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("not-text", f"{path} is not UTF-8 text ({error.reason}): write a Markdown file") from None
 
 
 def stored_tokens(store: Path, names: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train_settings import SettingsCLI
-from rlhf_lightning.loading import read_config
+from rlhf_lightning.loading import flat_settings, read_config
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning.estimate import Plan, Rates, measured_rates, most_tokens_per_second, plan
 from rlhf_lightning.planning.memory import BF16, FP32
@@ -88,21 +88,18 @@ def main(argv: Sequence[str]) -> int:
 def placeholders(argv: Sequence[str]) -> list[str]:
     """Return flags for required settings that are missing: a plan needs no data and, with --plan.config, no model."""
     given, files = flags(argv), [value for name, value in option_pairs(argv) if name == "--config"]
-    known = {name.removeprefix("--").replace(".init_args", "") for name in given}
-    kind = given.get("--model", given.get("--model.class_path", ""))
-    for file in files:
-        if Path(file).is_file():
-            read = read_config(Path(file))
-            known |= set(_keys(read))
-            model = read.get("model") if isinstance(read, dict) else None
-            kind = kind or (model.get("class_path", "") if isinstance(model, dict) else "")
-    takes = parameters_of(_full_path(kind)) if kind else []
+    settings = [flat_settings(read_config(Path(file))) for file in files if Path(file).is_file()]
+    known = {name.removeprefix("--").replace(".init_args", "") for name in given}.union(*settings)
     if any(name.endswith(".help") or name in ("help", "print_config") for name in known):
         return []
+    written = [found[name] for found in settings for name in ("model", "model.class_path") if name in found]
+    kind = given.get("--model", given.get("--model.class_path", "")) or next(iter(written), "")
+    takes = parameters_of(_full_path(kind)) if kind else []
     return [
         part
         for name, value in PLACEHOLDERS.items()
-        if name not in known and (name != "model.scorer" or "scorer" in takes)
+        if not any(one == name or one.startswith(f"{name}.") for one in known)
+        and (name != "model.scorer" or "scorer" in takes)
         for part in (f"--{name}", value)
     ]
 
@@ -110,18 +107,6 @@ def placeholders(argv: Sequence[str]) -> list[str]:
 def _full_path(kind: str) -> str:
     found = subclasses_of(AlignmentModule).get(kind)
     return kind if found is None else f"{found.__module__}.{found.__qualname__}"
-
-
-def _keys(settings: Any, prefix: str = "") -> list[str]:
-    """Return the dotted names of a config file's settings, as on the command line."""
-    if not isinstance(settings, dict):
-        return [prefix]
-    inner = [
-        key
-        for name, value in settings.items()
-        for key in _keys(value, prefix if name == "init_args" else f"{prefix}.{name}".lstrip("."))
-    ]
-    return [prefix, *inner]
 
 
 # -- remedies ---------------------------------------------------------------------------------------------------------

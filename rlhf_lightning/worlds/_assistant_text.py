@@ -133,33 +133,26 @@ def make_tokenizer(further: Sequence[str] = ()) -> Any:
     Unknown words become ``<|unk|>``. ``further`` sentences extend the vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary(further))}, unk_token="<|unk|>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
     backend.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before a mark
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
+    return wrapped_tokenizer(backend, SPECIAL_TOKENS[4:], CHAT_TEMPLATE, bos_token="<|bos|>")
 
 
 def make_config(
     hidden_size: int = 96, layers: int = 2, heads: int = 4, intermediate_size: int = 256, further: Sequence[str] = ()
 ) -> Any:
     """Return a Llama configuration for training from scratch; ``further`` sentences extend the vocabulary."""
+    return llama_config(make_tokenizer(further), hidden_size, layers, heads, intermediate_size)
+
+
+def llama_config(tokenizer: Any, hidden_size: int, layers: int, heads: int, intermediate_size: int) -> Any:
+    """Return the configuration of a small Llama with tied embeddings for a world's tokenizer."""
     from transformers import LlamaConfig
 
-    tokenizer = make_tokenizer(further)
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -174,4 +167,21 @@ def make_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         architectures=["LlamaForCausalLM"],
+    )
+
+
+def wrapped_tokenizer(backend: Any, special: Sequence[str], template: str, **named: str) -> Any:
+    """Return a backend as a ``PreTrainedTokenizerFast`` with a chat template and further special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|eos|>",
+        additional_special_tokens=[*special],
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+        **named,
     )

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds._assistant_gold import gold_parts, gold_reward, read_request
@@ -289,7 +290,7 @@ def write_files(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, many in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", many)
     found = {**facts, "sizes": {name: len(many) for name, many in rows.items()}}
     (folder / "world.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     make_tokenizer(further).save_pretrained(folder / "model")

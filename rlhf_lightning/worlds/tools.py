@@ -18,14 +18,15 @@ the number within five guesses, and in 54 of 16 guesses on average (3.375).
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.environments.tool_use import LookupTable, ToolEnvironment
 from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.worlds._assistant_text import llama_config, wrapped_tokenizer
 
 Row = dict[str, Any]
 
@@ -139,17 +140,16 @@ def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: i
         "game_test": [{**game(rng), "secret": 1 + number % 16} for number in range(held_out)],
     }
     for name, many in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", many)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    make_config(len(tokenizer), tokenizer).save_pretrained(folder / "model")
+    llama_config(tokenizer, hidden_size=64, layers=2, heads=4, intermediate_size=192).save_pretrained(folder / "model")
     return folder
 
 
 def make_tokenizer() -> Any:
     """Return the world's ``PreTrainedTokenizerFast``: a token for each piece that calls, numbers and things need."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     pieces = [*PIECES, *THINGS, *map(str, range(19))]
     words = {piece: index for index, piece in enumerate([*SPECIAL, *pieces])}
@@ -158,34 +158,4 @@ def make_tokenizer() -> Any:
     pattern = "|".join("".join(f"\\x{{{ord(letter):x}}}" for letter in piece) for piece in longest)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        eos_token="<|eos|>",
-        additional_special_tokens=[*SPECIAL[3:]],
-        chat_template=TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
-
-
-def make_config(vocabulary: int, tokenizer: Any, hidden_size: int = 64, layers: int = 2) -> Any:
-    """Return a Llama configuration for training from scratch."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"],
-    )
+    return wrapped_tokenizer(backend, SPECIAL[3:], TEMPLATE)
