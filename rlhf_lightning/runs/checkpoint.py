@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
-from rlhf_lightning.errors import SettingError, StateError, TerminatedError, check_range
+from rlhf_lightning.errors import StateError, TerminatedError, check_range
 from rlhf_lightning.runs.checkpoint_files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     CheckpointFailedError,
-    Checksum,
+    KeptCheckpoints,
+    attempted,
     checkpoint_name,
-    checksum,
+    gathered_checksums,
     link,
     remove,
     remove_others,
@@ -31,8 +28,6 @@ from rlhf_lightning.runs.checkpoint_files import (
 from rlhf_lightning.runs.interruptions import PreemptedError, StopSignal, exit_status, requeue
 from rlhf_lightning.runs.run import aligned, check_period, is_rehearsal, passes_multiple, run_folder, updates_of
 from rlhf_lightning.training.checkpoint_state import random_state, set_random_state
-
-DEFAULT_MONITORS: dict[str, Literal["min", "max"]] = {"val/loss": "min", "val/score": "max"}
 
 PENDING_VALIDATION = {
     "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
@@ -84,14 +79,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_updates = every_n_updates
         self.every_n_rollouts = every_n_rollouts
         self.after_validation = after_validation
-        self.keep_last = keep_last
-        self.keep_best = keep_best
-        self.monitor = monitor
-        self.mode = mode
+        self.kept = KeptCheckpoints(keep_last, keep_best, monitor, mode)
         self.folder: Path | None = None
-        self.saved: list[str] = []  # names of retained files, oldest first
-        self.scores: dict[str, float] = {}  # monitored value of those that were validated
-        self.interim: str | None = None  # the checkpoint that exists only because the run was stopped early
         self._at: dict[str, int] = {"updates": 0, "rollouts": 0}  # the counters at the last save
         self._saved_at: int | None = None
         self._due = self._stopping = False  # a save, or the stop, waits for the validation or epoch end of this step
@@ -103,13 +92,13 @@ class RunCheckpoint(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """The best checkpoint so far; empty before any was validated. Lightning reads it by this name."""
-        best = self._best(1)
+        best = self.kept.best(1)
         return str(self.folder / best[0]) if best and self.folder else ""
 
     @property
     def last_model_path(self) -> str:
         """The newest checkpoint; empty before the first."""
-        return str(self.folder / self.saved[-1]) if self.saved and self.folder else ""
+        return str(self.folder / self.kept.saved[-1]) if self.kept.saved and self.folder else ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder."""
@@ -145,7 +134,7 @@ class RunCheckpoint(Checkpoint):
         """Restore the caller's signal handlers, and name the checkpoint that an interrupted run continues from."""
         self._signal.stop_listening()
         interrupted = isinstance(exception, KeyboardInterrupt | TerminatedError)
-        if interrupted and self.saved and self.folder is not None and trainer.is_global_zero:
+        if interrupted and self.kept.saved and self.folder is not None and trainer.is_global_zero:
             print(
                 f"{self.last_model_path} is complete: `rlhf fit --resume {self.folder.parent}` continues from it",
                 flush=True,
@@ -157,7 +146,7 @@ class RunCheckpoint(Checkpoint):
         self._identity = self._folder_identity()
         updates = updates_of(pl_module)
         # The checkpoint that is resumed from must not be written again: that would lose its score.
-        self._saved_at = updates if updates and checkpoint_name(updates) in self.saved else None
+        self._saved_at = updates if updates and checkpoint_name(updates) in self.kept.saved else None
         self._stopping |= self._signal.asked(trainer)
         if self._stopping:
             self.save(trainer, pl_module)
@@ -203,7 +192,7 @@ class RunCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save with the score of the validation that just ended."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and (self.after_validation or self._due):
-            self.save(trainer, pl_module, self._score(trainer))
+            self.save(trainer, pl_module, self.kept.score(trainer.callback_metrics))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the validation of this update just did."""
@@ -267,10 +256,10 @@ class RunCheckpoint(Checkpoint):
         if is_rehearsal(trainer) or (updates == self._saved_at and score is None):
             return
         assert self.folder is not None
-        before = (list(self.saved), dict(self.scores), self.interim)
+        before = self.state_dict()
         name = checkpoint_name(updates)
         # The lists are part of the checkpoint, so they change before it is written; files are deleted only afterwards.
-        self._remember(name, score, interim=self._stopping and not self._due and place != "epoch's end")
+        self.kept.add(name, score, interim=self._stopping and not self._due and place != "epoch's end")
         half = self.folder / f".{name}.partial"
         steps = (
             partial(self._prepare, trainer, half),
@@ -282,7 +271,7 @@ class RunCheckpoint(Checkpoint):
             reason = attempted(step)
             # Asked after each step, so that no rank waits in the next one's collectives for a rank whose disk is full.
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-                self.saved, self.scores, self.interim = before
+                self.kept.restore(before)
                 if trainer.is_global_zero:
                     remove(half)
                 raise CheckpointFailedError(
@@ -343,89 +332,31 @@ class RunCheckpoint(Checkpoint):
         """Point the links to the newest and the best checkpoint, and delete those that are not retained."""
         assert self.folder is not None
         link(self.folder / last, self.folder / LAST_CHECKPOINT)
-        best = self._best(1)
+        best = self.kept.best(1)
         if best:
             link(self.folder / best[0], self.folder / BEST_CHECKPOINT)
         else:
             remove(self.folder / BEST_CHECKPOINT)
-        remove_others(self.folder, self.saved)
+        remove_others(self.folder, self.kept.saved)
 
     def _failure_message(self, name: str, reason: str) -> str:
         assert self.folder is not None
         failed = f"the checkpoint {self.folder / name} could not be written ({reason})"
-        if not self.saved:
+        if not self.kept.saved:
             return f"{failed}, and there is no earlier one"
         resume = f"`rlhf fit --resume {self.folder.parent}`"
         return f"{failed}; {self.last_model_path} is complete: free some space, and {resume} continues from it"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return names and scores of the checkpoints as plain values, which load without unpickling."""
-        return {
-            "saved": list(self.saved), "scores": dict(self.scores), "interim": self.interim, "monitor": self.monitor,
-            "mode": self.mode,
-        }  # fmt: skip
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the records of the run that is continued."""
-        self.saved, self.scores = list(state_dict["saved"]), dict(state_dict["scores"])
-        self.interim = state_dict["interim"]
-        if self.folder is not None:  # the user may have deleted files
-            # The last name is this checkpoint's, which rank zero may be restoring at this moment.
-            self.saved = [name for name in self.saved if name == self.saved[-1] or (self.folder / name).exists()]
-            self.scores = {name: score for name, score in self.scores.items() if name in self.saved}
-        if self.monitor is None:
-            self.monitor, self.mode = state_dict["monitor"], state_dict["mode"]
-        elif self.monitor != state_dict["monitor"]:
-            self.scores = {}  # values of another metric
-
     def _counters(self, module: LightningModule) -> dict[str, int]:
         return {"updates": updates_of(module), "rollouts": aligned(module).rollouts}
 
-    def _score(self, trainer: Trainer) -> float | None:
-        """Return the monitored value; the first validation settles which metric is monitored.
+    def state_dict(self) -> dict[str, Any]:
+        """Return names and scores of the checkpoints as plain values, which load without unpickling."""
+        return self.kept.state_dict()
 
-        Raises:
-            SettingError: the named metric is not logged by validation.
-        """
-        if self.monitor is None:
-            for name, mode in DEFAULT_MONITORS.items():
-                if name in trainer.callback_metrics:
-                    self.monitor, self.mode = name, self.mode or mode
-                    break
-            else:
-                return None
-        found = trainer.callback_metrics.get(self.monitor)
-        if found is None:
-            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/"))) or "none"
-            raise SettingError(
-                "unknown-metric",
-                f"checkpoint.monitor is {self.monitor!r}, which validation does not log; it logs {known}",
-            )
-        return float(found)
-
-    def _best(self, count: int) -> list[str]:
-        """Return the names of the best checkpoints, best first; the older one wins a tie."""
-        sign = -1 if self.mode == "max" else 1
-        ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
-        return ranked[:count]
-
-    def _remember(self, name: str, score: float | None, interim: bool) -> None:
-        """Record a checkpoint, and drop those that are neither among the newest nor the best.
-
-        An interim checkpoint replaces none and is dropped with the next save: which checkpoints remain at the end
-        does not depend on when a run was stopped.
-        """
-        self.saved = [*(kept for kept in self.saved if kept not in (name, self.interim)), name]
-        self.scores = {kept: score for kept, score in self.scores.items() if kept in self.saved and kept != name}
-        self.interim = name if interim else None
-        if score is not None and not math.isnan(score):
-            self.scores[name] = score
-        if self.keep_last is None:
-            return
-        lasting = [kept for kept in self.saved if kept != self.interim]
-        kept = {*lasting[-self.keep_last :], *self._best(self.keep_best), name}
-        self.saved = [name for name in self.saved if name in kept]
-        self.scores = {name: score for name, score in self.scores.items() if name in kept}
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the records of the run that is continued."""
+        self.kept.restore(state_dict, self.folder)
 
 
 def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
@@ -445,29 +376,3 @@ def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
             count["completed"] = count["processed"]
         batches = loop["epoch_loop.batch_progress"]
         batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
-
-
-def attempted(step: Callable[[], None]) -> str | None:
-    """Run a step of writing a checkpoint; return why it failed, or None.
-
-    torch reports a full disk as a RuntimeError, and a failure on any rank as a CheckpointException.
-    """
-    try:
-        step()
-    except (OSError, CheckpointException) as error:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
-    except RuntimeError as error:
-        if "write" not in str(error):
-            raise
-        return str(error).strip().splitlines()[0]
-    return None
-
-
-def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
-    """Return the checksums of all ranks' shards; each rank reads its own, which are still in the page cache."""
-    mine = {file.name: checksum(file) for file in folder.glob(f"__{rank}_*.distcp")}
-    everyone: list[Any] = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    return {name: found for part in everyone for name, found in part.items()}

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import os
 import re
 import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.atomic_files import move_into_place, write_text
-from rlhf_lightning.errors import MissingError, RlhfError
+from rlhf_lightning.errors import MissingError, RlhfError, SettingError
 from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -29,6 +32,8 @@ BEST_CHECKPOINT = "best.ckpt"
 CHECKSUMS_FILE = "checksums.json"
 SHARDED_INDEX = ".metadata"
 """The file of a sharded checkpoint's folder that lists its tensors."""
+Mode = Literal["min", "max"]
+DEFAULT_MONITORS: dict[str, Mode] = {"val/loss": "min", "val/score": "max"}
 CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
 CHUNK = 1 << 24
 
@@ -61,11 +66,37 @@ def checksum(path: Path) -> Checksum:
     return Checksum(size, crc)
 
 
+def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
+    """Return the checksums of all ranks' shards; each rank reads its own, which are still in the page cache."""
+    mine = {file.name: checksum(file) for file in folder.glob(f"__{rank}_*.distcp")}
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return {name: found for part in everyone for name, found in part.items()}
+
+
 def seal(folder: Path, checksums: dict[str, Checksum]) -> None:
     """Write checksums.json into a sharded checkpoint's folder; checksums that are missing are computed."""
     rest = [file for file in folder.iterdir() if file.is_file() and file.name not in checksums]
     whole = checksums | {file.name: checksum(file) for file in rest}
     write_text(folder / CHECKSUMS_FILE, json.dumps(whole, sort_keys=True) + "\n")
+
+
+def attempted(step: Callable[[], None]) -> str | None:
+    """Run a step of writing a checkpoint; return why it failed, or None.
+
+    torch reports a full disk as a RuntimeError, and a failure on any rank as a CheckpointException.
+    """
+    try:
+        step()
+    except (OSError, CheckpointException) as error:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except RuntimeError as error:
+        if "write" not in str(error):
+            raise
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def replace_checkpoint(partial: Path, path: Path) -> None:
@@ -116,6 +147,85 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
         ours = CHECKPOINT_NAME.fullmatch(path.name) or re.fullmatch(r"\..*\.ckpt\.(partial|old)", path.name)
         if ours and path.name not in names:
             remove(path)
+
+
+class KeptCheckpoints:
+    """The checkpoints of a run with their scores, of which the newest and the best are kept.
+
+    Args:
+        keep_last: number of newest checkpoints to keep; None keeps all.
+        keep_best: number of best checkpoints to keep in addition.
+        monitor: validation metric that ranks them; None takes the first of `DEFAULT_MONITORS` that is logged.
+        mode: which values of ``monitor`` are better; None is "min".
+    """
+
+    def __init__(self, keep_last: int | None, keep_best: int, monitor: str | None, mode: Mode | None) -> None:
+        self.keep_last, self.keep_best, self.monitor, self.mode = keep_last, keep_best, monitor, mode
+        self.saved: list[str] = []  # names, oldest first
+        self.scores: dict[str, float] = {}  # monitored value of those that were validated
+        self.interim: str | None = None  # the one that exists only because the run was stopped early
+
+    def score(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the monitored value; the first validation settles which metric is monitored.
+
+        Raises:
+            SettingError: the named metric is not logged by validation.
+        """
+        if self.monitor is None:
+            self.monitor = next((name for name in DEFAULT_MONITORS if name in metrics), None)
+            if self.monitor is None:
+                return None
+            self.mode = self.mode or DEFAULT_MONITORS[self.monitor]
+        if self.monitor not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("val/"))) or "none"
+            raise SettingError(
+                "unknown-metric",
+                f"checkpoint.monitor is {self.monitor!r}, which validation does not log; it logs {known}",
+            )
+        return float(metrics[self.monitor])
+
+    def best(self, count: int) -> list[str]:
+        """Return the names of the best checkpoints, best first; the older one wins a tie."""
+        sign = -1 if self.mode == "max" else 1
+        ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
+        return ranked[:count]
+
+    def add(self, name: str, score: float | None, interim: bool) -> None:
+        """Record a checkpoint, and drop those that are neither among the newest nor the best.
+
+        An interim checkpoint replaces none and is dropped with the next save: which checkpoints remain at the end
+        does not depend on when a run was stopped.
+        """
+        self.saved = [*(kept for kept in self.saved if kept not in (name, self.interim)), name]
+        self.scores = {kept: score for kept, score in self.scores.items() if kept in self.saved and kept != name}
+        self.interim = name if interim else None
+        if score is not None and not math.isnan(score):
+            self.scores[name] = score
+        if self.keep_last is not None:
+            lasting = [kept for kept in self.saved if kept != self.interim]
+            self._keep({*lasting[-self.keep_last :], *self.best(self.keep_best), name})
+
+    def _keep(self, names: Collection[str]) -> None:
+        self.saved = [name for name in self.saved if name in names]
+        self.scores = {name: score for name, score in self.scores.items() if name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records as plain values."""
+        return {
+            "saved": list(self.saved), "scores": dict(self.scores), "interim": self.interim, "monitor": self.monitor,
+            "mode": self.mode,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any], folder: Path | None = None) -> None:
+        """Restore the records of `state_dict`, less the files that the user deleted from the folder."""
+        self.saved, self.scores, self.interim = list(state["saved"]), dict(state["scores"]), state["interim"]
+        if folder is not None:
+            # The last name is this checkpoint's, which rank zero may be restoring at this moment.
+            self._keep([name for name in self.saved if name == self.saved[-1] or (folder / name).exists()])
+        if self.monitor is None:
+            self.monitor, self.mode = state["monitor"], state["mode"]
+        elif self.monitor != state["monitor"]:
+            self.scores = {}  # values of another metric
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_the_best_is_kept_beside_the_newest():
     assert os.path.samefile("checkpoints/best.ckpt", "checkpoints/update_000016.ckpt")
     assert Path(callback.best_model_path).name == "update_000016.ckpt"
     assert Path(callback.last_model_path).name == "update_000032.ckpt"
-    assert callback.scores == {"update_000016.ckpt": pytest.approx(0.2), "update_000032.ckpt": pytest.approx(0.8)}
+    assert callback.kept.scores == {"update_000016.ckpt": pytest.approx(0.2), "update_000032.ckpt": pytest.approx(0.8)}
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_the_bookkeeping_survives_a_resume():
     first = run(["fit", *BASIC, "--checkpoint.keep_last", "2"])
     kept = first.trainer.checkpoint_callback
     again = run(["fit", "--resume", str(first.folder), "--trainer.max_epochs", "4"]).trainer.checkpoint_callback
-    assert kept.saved == ["update_000008.ckpt"]
+    assert kept.kept.saved == ["update_000008.ckpt"]
     names = {path.name for path in (first.folder / "checkpoints").glob("update*")}
-    assert set(again.saved) == names == {"update_000024.ckpt", "update_000032.ckpt"}
-    assert again.monitor == "val/loss"
+    assert set(again.kept.saved) == names == {"update_000024.ckpt", "update_000032.ckpt"}
+    assert again.kept.monitor == "val/loss"
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file():
@@ -154,7 +154,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file():
     )
     assert [path.name for path in sorted(Path("checkpoints").iterdir())] == ["last.ckpt", "update_000003.ckpt"]
     assert updates_in("last.ckpt") == 3 and last_checkpoint(Path()).name == "last.ckpt"
-    assert callback.saved == ["update_000003.ckpt"]
+    assert callback.kept.saved == ["update_000003.ckpt"]
 
 
 def test_weights_load_without_unpickling():
