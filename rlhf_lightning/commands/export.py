@@ -138,10 +138,12 @@ def run_of(path: Path, best: bool = False) -> Path | None:
 
 def local_backbone(folder: Path) -> str | None:
     """Return the folder of an adapter's backbone; None for whole models and for backbones of the Hub."""
-    from rlhf_lightning.models.resolving import backbone_record
+    from rlhf_lightning.models.resolving import adapter_settings
 
-    source = str(backbone_record(folder).get("source", "")) if (folder / "adapter_config.json").is_file() else ""
-    return source if Path(source).is_absolute() else None
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    source = str(adapter_settings(folder)["base_model_name_or_path"])
+    return source if Path(source).is_dir() or Path(source).is_absolute() else None
 
 
 def read_result(file: str) -> str:

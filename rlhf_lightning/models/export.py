@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -72,13 +74,15 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
             model.save_pretrained(partial, state_dict=grown)
     tokenizer.save_pretrained(partial)
     _pack(partial / "tokenizer.json")
-    record = {"source": source, "fingerprint": fingerprint(source), **facts}
+    record = {"source": model_name(source), "fingerprint": fingerprint(source), **facts}
     quantization = quantization_of(unwrapped(model))
     if quantization is not None:
         record["quantization"] = quantization
     (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     kind = "adapter" if hasattr(model, "peft_config") else "model"
-    (partial / CARD_FILE).write_text(model_card(source, kind, SCORE_BIAS in facts), encoding="utf-8")
+    (partial / CARD_FILE).write_text(
+        model_card(source, kind, SCORE_BIAS in facts, record["fingerprint"]), encoding="utf-8"
+    )
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,8 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        return str(hub.upload_folder(repo_id=repo_id, folder_path=folder))
+        with _without_paths(Path(folder)) as shared:
+            return str(hub.upload_folder(repo_id=repo_id, folder_path=shared))
     except Exception as error:  # of the HTTP library too, which changes with the version of huggingface_hub
         raise ModelError(
             "push-failed",
@@ -145,24 +150,61 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
         ) from error
 
 
-def model_card(source: str, kind: str, scores: bool) -> str:
+@contextmanager
+def _without_paths(folder: Path) -> Iterator[Path]:
+    """Yield a folder; of an adapter whose backbone is a local folder a copy that does not hold its path."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    source = settings.get("base_model_name_or_path")
+    if not isinstance(source, str) or model_name(source) == source:
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        copy = shutil.copytree(folder, Path(place) / folder.name)
+        settings["base_model_name_or_path"] = model_name(source)
+        (copy / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        yield copy
+
+
+def model_name(source: str) -> str:
+    """Return how a folder that others read names a model: by its Hub id, or a local folder without the path to it.
+
+    The folder of a run keeps the run's name: ``sft/version_0/model``.
+    """
+    path = Path(source)
+    if not (path.is_absolute() or path.is_dir()):
+        return source
+    parts = path.resolve().parts
+    run = next((place for place, part in enumerate(parts) if re.fullmatch(r"version_\d+", part)), 0)
+    return "/".join(parts[run - 1 :] if run > 1 else parts[-1:])
+
+
+def model_card(source: str, kind: str, scores: bool, fingerprint: str | None = None) -> str:
     """Return the README.md of an exported folder, which replaces peft's empty one.
 
     Args:
         source: model that training started from.
         kind: "adapter" or "model".
         scores: whether it is a reward model rather than a policy.
+        fingerprint: fingerprint of the weights that training started from.
     """
+    name = model_name(source)
+    local = name != source or Path(source).is_dir()
     head = "SequenceClassification" if scores else "CausalLM"
     loader = f"AutoPeftModelFor{head}" if kind == "adapter" else f"AutoModelFor{head}"
     package = "peft" if kind == "adapter" else "transformers"
-    base = "" if Path(source).is_absolute() else f"base_model: {source}\n"
-    title = "Reward model" if scores else "Policy"
+    base = "" if local else f"base_model: {source}\n"
+    weights = "" if fingerprint is None else f", whose weights have the fingerprint {fingerprint}"
+    elsewhere = (
+        "`adapter_config.json` names the folder of the backbone on the machine that trained the adapter; elsewhere, "
+        "write the folder or Hub id of the same weights there, as `base_model_name_or_path`.\n\n"
+        if local and kind == "adapter"
+        else ""
+    )
     return (
         f"---\n{base}library_name: {package}\ntags:\n- rlhf-lightning\n---\n\n# {title}\n\n"
-        f"Trained with rlhf-lightning from `{source}`. `{BACKBONE_FILE}` holds a fingerprint of the weights that "
-        f"training started from.\n\n```python\nfrom {package} import {loader}\n"
-        "from transformers import AutoTokenizer\n\n"
+        f"Trained with rlhf-lightning from `{name}`{weights}.\n\n{elsewhere}"
+        f"```python\nfrom {package} import {loader}\nfrom transformers import AutoTokenizer\n\n"
         f"model = {loader}.from_pretrained(FOLDER)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n"
     )
 

@@ -253,7 +253,14 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     """
     require_safetensors(folder)
     config = adapter_settings(folder)
-    name = resolve_folder(base or config["base_model_name_or_path"])
+    try:
+        name = resolve_folder(base or config["base_model_name_or_path"])
+    except MissingError as error:
+        raise MissingError(
+            "no-model",
+            f"{error}; it is the backbone of the adapter in {folder}: name the folder or Hub id that it has on this "
+            "machine as base_model_name_or_path in its adapter_config.json",
+        ) from None
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:
         raise ModelError(

@@ -273,7 +273,7 @@ def test_a_run_is_pushed_with_a_card_of_what_made_it(policy_folder, data, hub, c
     assert "DPOModule" in card and manifest["data"]["fingerprint"] in card and "read 12, kept 12" in card
     assert re.search(r"model.beta +\| 0.1", card) and f"torch {torch.__version__}" in card
     assert "## Evaluation of policies" in card and "### Models" in card and "curve.png" not in card
-    assert str(tmp_path) not in card.partition("## How it was trained")[2], "a path of this machine is published"
+    assert not [name for name, content in here.items() if str(tmp_path).encode() in content], "a path is published"
     assert rlhf(["export", "tuned", "--push", "me/tuned", "--public", "--results", "report.md"]) == 0
     assert not is_private(hub["created"][1])
     again = hub["files"]["README.md"].decode()

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from tiny_models import EOS, random_rows, sequences
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.export import export_policy, export_reward_model
+from rlhf_lightning.models.causal_lm import CausalLM, load_policy
+from rlhf_lightning.models.export import export_policy, export_reward_model, model_name
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
 from rlhf_lightning.models.lora import LoraSettings, add_lora
@@ -111,9 +112,40 @@ def test_an_adapters_folder_names_its_backbone_and_holds_no_other_weights(
     policy = load_policy(policy_folder, lora=LoraSettings(r=4))
     folder = export_policy(policy, tokenizer, tmp_path / "model")
     record = json.loads((folder / "backbone.json").read_text())
-    assert record == {"source": policy_folder, "fingerprint": fingerprint(policy_folder)}
+    assert record == {"source": Path(policy_folder).name, "fingerprint": fingerprint(policy_folder)}
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == policy_folder
     assert [file.name for file in folder.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def test_only_an_adapter_keeps_the_path_of_its_backbone(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
+    """A folder may be shared or pushed: a path of this machine stands where peft needs it, and nowhere else."""
+
+    def naming(folder: Path) -> set[str]:
+        return {file.name for file in folder.iterdir() if policy_folder.encode() in file.read_bytes()}
+
+    adapter = export_policy(load_policy(policy_folder, lora=LoraSettings(r=4)), tokenizer, tmp_path / "adapter")
+    whole = export_policy(load_policy(policy_folder), tokenizer, tmp_path / "whole")
+    assert naming(whole) == set() and naming(adapter) == {"adapter_config.json"}
+    card = (adapter / "README.md").read_text()
+    assert "base_model_name_or_path" in card and str(fingerprint(policy_folder)) in card
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("owner/model", "owner/model"), ("/home/me/base", "base"), ("/x/runs/sft/version_3/model", "sft/version_3/model")],
+)
+def test_a_model_is_named_without_the_path_to_it(source: str, name: str) -> None:
+    assert model_name(source) == name
+
+
+def test_an_adapter_without_its_backbone_says_how_to_name_another(
+    policy_folder: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    folder = export_policy(load_policy(policy_folder, lora=LoraSettings(r=4)), tokenizer, tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(policy_folder, "/gone/base"))
+    with refused("no-model", "/gone/base", "base_model_name_or_path"):
+        load_policy(str(folder))
 
 
 def test_a_continued_adapter_is_handed_over_without_its_reference(
@@ -126,7 +158,7 @@ def test_a_continued_adapter_is_handed_over_without_its_reference(
     disturbed(policy, seed=1)
     folder = export_policy(policy, tokenizer, tmp_path / "second")
     assert not any("reference" in str(path) for path in folder.rglob("*"))
-    assert json.loads((folder / "backbone.json").read_text())["source"] == policy_folder
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == policy_folder
     base = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, folder)
     torch.testing.assert_close(logits(loaded), logits(policy.model), atol=1e-5, rtol=1e-5)
