@@ -73,9 +73,7 @@ def export(
         from rlhf_lightning.models.export import push_folder
 
         if (local := local_backbone(folder)) is not None:
-            print(
-                f"the adapter's backbone is the folder {local}, which the repository lacks: --merge writes all weights"
-            )
+            print(f"the repository lacks the adapter's backbone, the folder {local}: --merge writes all weights")
         print(f"{folder} -> {push_folder(folder, push, private=not public)}")
     return 0
 

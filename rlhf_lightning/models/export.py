@@ -80,9 +80,8 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         record["quantization"] = quantization
     (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     kind = "adapter" if hasattr(model, "peft_config") else "model"
-    (partial / CARD_FILE).write_text(
-        model_card(source, kind, SCORE_BIAS in facts, record["fingerprint"]), encoding="utf-8"
-    )
+    card = model_card(source, kind, SCORE_BIAS in facts, record["fingerprint"])
+    (partial / CARD_FILE).write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +193,7 @@ def model_card(source: str, kind: str, scores: bool, fingerprint: str | None = N
     loader = f"AutoPeftModelFor{head}" if kind == "adapter" else f"AutoModelFor{head}"
     package = "peft" if kind == "adapter" else "transformers"
     base = "" if local else f"base_model: {source}\n"
+    title = "Reward model" if scores else "Policy"
     weights = "" if fingerprint is None else f", whose weights have the fingerprint {fingerprint}"
     elsewhere = (
         "`adapter_config.json` names the folder of the backbone on the machine that trained the adapter; elsewhere, "
