@@ -65,47 +65,26 @@ class BadRequest(SettingError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        prompts: token ids of each prompt, int64.
-        prompt_texts: the prompts as text, for ``echo``.
-        settings: sampling settings; None where no token is asked for.
-        n: completions of each prompt.
-        seed: seed of the request; None draws one.
-        stops: texts that end a completion.
-        end_ids: tokens that end a completion.
-        top: most probable tokens reported with each token of a completion; None reports no log-probabilities.
-        prompt_top: the same for the tokens of the prompts.
-        chat: whether the answer is a message.
-        echo: whether the text of the prompt comes first.
-        stream: whether the answer comes in pieces.
-        usage_at_end: whether the last piece of a stream counts tokens.
-        token_ids: whether token ids are returned.
-        tokens_as_ids: whether tokens are written as ``token_id:17``.
-        skip_special: whether special tokens are left out of the text.
-        to_the_end_token: whether the text ends at the tokenizer's end token.
-        tools: whether tool calls in the answer are looked for.
-    """
-
-    prompts: tuple[Tensor, ...]
-    prompt_texts: tuple[str, ...]
-    settings: SamplingSettings | None
-    n: int
-    seed: int | None
-    stops: tuple[str, ...]
-    end_ids: frozenset[int]
-    top: int | None
-    prompt_top: int | None
-    chat: bool
-    echo: bool
-    stream: bool
-    usage_at_end: bool
-    token_ids: bool
-    tokens_as_ids: bool
-    skip_special: bool
-    to_the_end_token: bool
-    tools: bool
+    prompts: tuple[Tensor, ...]  # token ids of each prompt, int64
+    prompt_texts: tuple[str, ...]  # the prompts as text, for ``echo``
+    settings: SamplingSettings | None  # sampling settings; None where no token is asked for
+    n: int  # completions of each prompt
+    seed: int | None  # seed of the request; None draws one
+    stops: tuple[str, ...]  # texts that end a completion
+    end_ids: frozenset[int]  # tokens that end a completion
+    top: int | None  # most probable tokens reported with each token of a completion; None reports no log-probabilities
+    prompt_top: int | None  # the same for the tokens of the prompts
+    chat: bool  # whether the answer is a message
+    echo: bool  # whether the text of the prompt comes first
+    stream: bool  # whether the answer comes in pieces
+    usage_at_end: bool  # whether the last piece of a stream counts tokens
+    token_ids: bool  # whether token ids are returned
+    tokens_as_ids: bool  # whether tokens are written as ``token_id:17``
+    skip_special: bool  # whether special tokens are left out of the text
+    to_the_end_token: bool  # whether the text ends at the tokenizer's end token
+    tools: bool  # whether tool calls in the answer are looked for
 
 
 class Text:
@@ -160,15 +139,10 @@ class Text:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Defaults and limits of requests.
+    """Defaults and limits of requests."""
 
-    Attributes:
-        settings: sampling settings where a request gives none.
-        longest: most tokens of prompt and completion together; None if the model has no limit.
-    """
-
-    settings: SamplingSettings
-    longest: int | None
+    settings: SamplingSettings  # sampling settings where a request gives none
+    longest: int | None  # most tokens of prompt and completion together; None if the model has no limit
 
 
 def read_request(body: Mapping[str, Any], chat: bool, text: Text, limits: RequestLimits) -> Asked:

@@ -42,17 +42,11 @@ pre span{border-right:1px dotted #9aa4af}
 
 
 class Shown(NamedTuple):
-    """A token, or several that only together are text.
+    """A token, or several that only together are text."""
 
-    Attributes:
-        text: what they say.
-        ids: their ids.
-        state: key of `MEANINGS`.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    state: str
+    text: str  # what they say
+    ids: tuple[int, ...]  # their ids
+    state: str  # key of `MEANINGS`
 
 
 def main(argv: Sequence[str]) -> int:

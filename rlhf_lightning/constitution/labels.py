@@ -19,25 +19,15 @@ from rlhf_lightning.scoring.judges.judge import Pair
 
 @dataclass(frozen=True)
 class Comparison:
-    """A judge's comparison of a pair under one principle, in both orders.
+    """A judge's comparison of a pair under one principle, in both orders."""
 
-    Attributes:
-        principle: id of the principle.
-        probability: probability that the first place wins, in the pair's order; None without an answer.
-        swapped_probability: probability that the first place wins, in the swapped order.
-        failures: reasons of missing answers.
-        mass: mean probability of the two letters together.
-        bounded: answers with only an upper bound for one letter's probability.
-        reasoning: the judge's reasoning in both orders.
-    """
-
-    principle: str
-    probability: float | None
-    swapped_probability: float | None
-    failures: tuple[str, ...] = ()
-    mass: float = 1.0
-    bounded: int = 0
-    reasoning: tuple[str, ...] = ()
+    principle: str  # id of the principle
+    probability: float | None  # probability that the first place wins, in the pair's order; None without an answer
+    swapped_probability: float | None  # probability that the first place wins, in the swapped order
+    failures: tuple[str, ...] = ()  # reasons of missing answers
+    mass: float = 1.0  # mean probability of the two letters together
+    bounded: int = 0  # answers with only an upper bound for one letter's probability
+    reasoning: tuple[str, ...] = ()  # the judge's reasoning in both orders
 
     @property
     def answered(self) -> bool:
@@ -46,18 +36,12 @@ class Comparison:
 
 
 class LabelledPair(NamedTuple):
-    """A pair with a judge's label.
+    """A pair with a judge's label."""
 
-    Attributes:
-        pair: the pair.
-        comparisons: comparisons under each principle.
-        preference: probability that the first is better, over orders and principles; None without an answer.
-        verdict: 1 for the first, 0 for the second, 0.5 for a tie (orders or principles contradict each other).
-    """
-
-    pair: Pair
-    comparisons: tuple[Comparison, ...]
-    preference: float | None
+    pair: Pair  # the pair
+    comparisons: tuple[Comparison, ...]  # comparisons under each principle
+    preference: float | None  # probability that the first is better, over orders and principles; None without an answer
+    # 1 for the first, 0 for the second, 0.5 for a tie (orders or principles contradict each other)
     verdict: float | None
 
     def row(self, judge: str, constitution: str) -> dict[str, Any]:

@@ -75,27 +75,16 @@ class ComparisonExample:
 
 @dataclass(frozen=True)
 class Constitution:
-    """Principles, few-shot examples and wording.
+    """Principles, few-shot examples and wording."""
 
-    Attributes:
-        name: name of the constitution.
-        version: version number.
-        language: language of its texts, such as ``en``.
-        revising: principles for critique and revision.
-        comparing: principles for comparison.
-        revision_examples: examples shown before a critique.
-        comparison_examples: examples shown before a comparison.
-        wording: text around the principles.
-    """
-
-    name: str
-    version: int
-    language: str
-    revising: tuple[RevisingPrinciple, ...] = ()
-    comparing: tuple[ComparingPrinciple, ...] = ()
-    revision_examples: tuple[RevisionExample, ...] = ()
-    comparison_examples: tuple[ComparisonExample, ...] = ()
-    wording: Wording = field(default_factory=Wording)
+    name: str  # name of the constitution
+    version: int  # version number
+    language: str  # language of its texts, such as ``en``
+    revising: tuple[RevisingPrinciple, ...] = ()  # principles for critique and revision
+    comparing: tuple[ComparingPrinciple, ...] = ()  # principles for comparison
+    revision_examples: tuple[RevisionExample, ...] = ()  # examples shown before a critique
+    comparison_examples: tuple[ComparisonExample, ...] = ()  # examples shown before a comparison
+    wording: Wording = field(default_factory=Wording)  # text around the principles
 
     def __post_init__(self) -> None:
         if not (self.revising or self.comparing):

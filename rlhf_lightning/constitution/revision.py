@@ -60,21 +60,13 @@ class RevisionSettings:
 
 @dataclass(frozen=True)
 class Round:
-    """One revision.
+    """One revision."""
 
-    Attributes:
-        principle: id of the principle.
-        parent: the answer to be revised.
-        critique: the critique; None if none was asked for.
-        revision: the revised answer.
-        refused: why it is dropped, a key of `REASONS`; empty if it is kept.
-    """
-
-    principle: str
-    parent: str
-    critique: str | None
-    revision: str
-    refused: str = ""
+    principle: str  # id of the principle
+    parent: str  # the answer to be revised
+    critique: str | None  # the critique; None if none was asked for
+    revision: str  # the revised answer
+    refused: str = ""  # why it is dropped, a key of `REASONS`; empty if it is kept
 
 
 @dataclass(frozen=True)

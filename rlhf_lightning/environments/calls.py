@@ -11,15 +11,10 @@ from rlhf_lightning.loading import is_too_deep
 
 
 class Call(NamedTuple):
-    """A call of a tool.
+    """A call of a tool."""
 
-    Attributes:
-        name: name of the tool.
-        arguments: its arguments by name.
-    """
-
-    name: str
-    arguments: dict[str, Any]
+    name: str  # name of the tool
+    arguments: dict[str, Any]  # its arguments by name
 
 
 class CallError(ValueError):

@@ -32,25 +32,15 @@ class Rate(NamedTuple):
 
 
 class AnnotatorResults(NamedTuple):
-    """Results of one annotator.
+    """Results of one annotator."""
 
-    Attributes:
-        name: name of the annotator.
-        judged: standing judgements, with repeats and without skips.
-        skipped: items skipped.
-        seconds: median time of a judgement.
-        consistency: share of hidden repeats judged as the first time; None without repeats.
-        left: share of choices between two that chose the left; None without choices. 0.5: unbiased.
-        reliability: estimated probability that a choice is right; None with fewer than three annotators.
-    """
-
-    name: str
-    judged: int
-    skipped: int
-    seconds: float
-    consistency: Rate | None
-    left: Rate | None
-    reliability: float | None
+    name: str  # name of the annotator
+    judged: int  # standing judgements, with repeats and without skips
+    skipped: int  # items skipped
+    seconds: float  # median time of a judgement
+    consistency: Rate | None  # share of hidden repeats judged as the first time; None without repeats
+    left: Rate | None  # share of choices between two that chose the left; None without choices. 0.5: unbiased.
+    reliability: float | None  # estimated probability that a choice is right; None with fewer than three annotators
 
 
 def rate(hits: float, count: int) -> Rate | None:

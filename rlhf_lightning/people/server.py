@@ -49,21 +49,14 @@ YEAR = 365 * 24 * 3600
 
 @dataclass(frozen=True)
 class PageSettings:
-    """Choices and messages of the page.
+    """Choices and messages of the page."""
 
-    Attributes:
-        reasons: reasons for a choice that can be ticked.
-        flags: problems of an item that can be ticked.
-        state: message for an annotator without an item; empty if nothing more will come.
-        left: number of judgements left, from the number of items that the store has left.
-        instructions: Markdown that annotators read first, and on demand; empty for none.
-    """
-
-    reasons: tuple[str, ...] = REASONS
-    flags: tuple[str, ...] = FLAGS
-    state: Callable[[], str] = lambda: ""
+    reasons: tuple[str, ...] = REASONS  # reasons for a choice that can be ticked
+    flags: tuple[str, ...] = FLAGS  # problems of an item that can be ticked
+    state: Callable[[], str] = lambda: ""  # message for an annotator without an item; empty if nothing more will come
+    # number of judgements left, from the number of items that the store has left
     left: Callable[[int], int] = lambda count: count
-    instructions: str = ""
+    instructions: str = ""  # Markdown that annotators read first, and on demand; empty for none
 
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):

@@ -40,19 +40,12 @@ WAITING = "items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = 
 
 
 class Progress(NamedTuple):
-    """Progress of an annotator.
+    """Progress of an annotator."""
 
-    Attributes:
-        judged: judgements of this annotator, without skipped items.
-        skipped: items that this annotator skipped.
-        left: items of the store that still need this annotator's judgement.
-        seconds: mean time of a judgement, seconds; 0 before the first.
-    """
-
-    judged: int
-    skipped: int
-    left: int
-    seconds: float
+    judged: int  # judgements of this annotator, without skipped items
+    skipped: int  # items that this annotator skipped
+    left: int  # items of the store that still need this annotator's judgement
+    seconds: float  # mean time of a judgement, seconds; 0 before the first
 
 
 class FeedbackStore:

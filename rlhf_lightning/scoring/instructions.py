@@ -129,15 +129,10 @@ def ends(text: str, phrase: str, ignored: str = '"') -> bool:
 
 
 class Instruction(NamedTuple):
-    """One kind of instruction.
+    """One kind of instruction."""
 
-    Attributes:
-        text: the request, with the arguments' names in braces.
-        kept: whether a completion keeps it, called with the completion and the arguments by name.
-    """
-
-    text: str
-    kept: Callable[..., bool]
+    text: str  # the request, with the arguments' names in braces
+    kept: Callable[..., bool]  # whether a completion keeps it, called with the completion and the arguments by name
 
 
 CHECKS: dict[str, Instruction] = {

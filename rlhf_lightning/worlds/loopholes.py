@@ -42,15 +42,10 @@ Name = Literal["length", "flattery", "phrase", "leak"]
 
 
 class Loophole(NamedTuple):
-    """A way to game a score.
+    """A way to game a score."""
 
-    Attributes:
-        used: how far a completion to a request uses it, in [0, 1].
-        planted: an answer changed so that it uses it.
-    """
-
-    used: Callable[[str, str], float]
-    planted: Callable[[str, str, random.Random], str]
+    used: Callable[[str, str], float]  # how far a completion to a request uses it, in [0, 1]
+    planted: Callable[[str, str, random.Random], str]  # an answer changed so that it uses it
 
 
 def _clipped(value: float) -> float:

@@ -24,15 +24,10 @@ class ConstitutionError(RlhfError, ValueError):
 
 @dataclass(frozen=True)
 class ComparingPrinciple:
-    """A principle for comparing two answers.
+    """A principle for comparing two answers."""
 
-    Attributes:
-        id: short name, unique in its list.
-        question: asks which of two answers is better.
-    """
-
-    id: str
-    question: str
+    id: str  # short name, unique in its list
+    question: str  # asks which of two answers is better
 
 
 COMPARISON = """\
@@ -51,40 +46,27 @@ Which of them stands first and how long they are does not count. Name the better
 
 @dataclass(frozen=True)
 class Wording:
-    """The fixed words around the principles, in the language of the constitution.
+    """The fixed words around the principles, in the language of the constitution."""
 
-    Attributes:
-        human: name of the user in a transcript.
-        assistant: name of the assistant.
-        system: name of the instructions before a conversation.
-        critique_request: heads a request for a critique in plain text.
-        critique: heads a critique.
-        revision_request: heads a request for a revision.
-        revision: heads a revision.
-        comparison: the question for a judge, with ``{conversation}``, ``{question}``, ``{first}`` and ``{second}`` once
-            each.
-        answer: beginning of the judge's answer; the letter comes next.
-        reasoning: beginning of the judge's reasoning.
-        conclusion: asks for the letter after reasoning, where the answer cannot be begun for the judge.
-        refusals: beginnings of critiques that refuse to criticise.
-        meta: beginnings of revisions that talk about themselves instead of answering.
-    """
-
-    human: str = "Human"
-    assistant: str = "Assistant"
-    system: str = "System"
-    critique_request: str = "Critique request"
-    critique: str = "Critique"
-    revision_request: str = "Revision request"
-    revision: str = "Revision"
+    human: str = "Human"  # name of the user in a transcript
+    assistant: str = "Assistant"  # name of the assistant
+    system: str = "System"  # name of the instructions before a conversation
+    critique_request: str = "Critique request"  # heads a request for a critique in plain text
+    critique: str = "Critique"  # heads a critique
+    revision_request: str = "Revision request"  # heads a request for a revision
+    revision: str = "Revision"  # heads a revision
+    # the question for a judge, with ``{conversation}``, ``{question}``, ``{first}`` and ``{second}`` once each
     comparison: str = COMPARISON
-    answer: str = "The better answer is ("
-    reasoning: str = "Let us weigh them step by step:"
+    answer: str = "The better answer is ("  # beginning of the judge's answer; the letter comes next
+    reasoning: str = "Let us weigh them step by step:"  # beginning of the judge's reasoning
+    # asks for the letter after reasoning, where the answer cannot be begun for the judge
     conclusion: str = "Now name the better answer by its letter alone: (A) or (B)."
+    # beginnings of critiques that refuse to criticise
     refusals: tuple[str, ...] = (
         "I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I can not", "I won't", "I will not", "I'm unable",
         "I am unable", "I'm not able", "I am not able", "As an AI", "As a language model", "Unfortunately, I",
     )  # fmt: skip
+    # beginnings of revisions that talk about themselves instead of answering
     meta: tuple[str, ...] = (
         "Revision:", "Revised", "Rewritten", "Critique:", "Here is", "Here's", "Here are the", "Sure, here",
         "Certainly! Here", "The revised", "My revised", "My revision", "The rewritten", "I have revised",
@@ -176,21 +158,13 @@ class Judge(Protocol):
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt to be compared.
+    """Two completions of a prompt to be compared."""
 
-    Attributes:
-        prompt: plain text or messages.
-        first: a completion, plain text or messages.
-        second: the other.
-        preference: people's probability that the first is better; None if unknown.
-        columns: further columns of the row.
-    """
-
-    prompt: Prompt
-    first: str | list[Message]
-    second: str | list[Message]
-    preference: float | None = None
-    columns: dict[str, Any] = {}
+    prompt: Prompt  # plain text or messages
+    first: str | list[Message]  # a completion, plain text or messages
+    second: str | list[Message]  # the other
+    preference: float | None = None  # people's probability that the first is better; None if unknown
+    columns: dict[str, Any] = {}  # further columns of the row
 
 
 class Written(NamedTuple):
