@@ -132,11 +132,7 @@ def audited(
 def peek(
     data: str, split: str, most: int | None, kind: str | None, columns: dict[str, str] | None
 ) -> "tuple[str, Iterator[RawRow]]":
-    """Return the kind of a source's rows, by the columns of the first of them, and the rows.
-
-    Raises:
-        DataError: it is empty, or its columns are of no known form.
-    """
+    """Return the kind of a source's rows, by the columns of the first of them, and the rows."""
     from rlhf_lightning.data.files import Unreadable
     from rlhf_lightning.data.formats import kind_of
     from rlhf_lightning.data.sources import Source, read_rows

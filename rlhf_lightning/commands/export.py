@@ -81,11 +81,7 @@ def export(
 def write_folder(
     source: str, target: Path, merge: bool, best: bool, new_tokens: list[str] | None, import_module: str | None
 ) -> Path:
-    """Write the folder and return it; the arguments are those of `export`.
-
-    Raises:
-        SettingError: ``target`` exists, or ``source`` is exported already.
-    """
+    """Write the folder and return it; the arguments are those of `export`."""
     from rlhf_lightning.loading import import_user_module
 
     path = Path(source)
@@ -226,11 +222,7 @@ def _report(difference: float, target: Path, adapter: Path) -> None:
 
 
 def find_checkpoint(path: Path, best: bool = False) -> Path:
-    """Return the checkpoint at ``path``, or the last or best checkpoint of the run there.
-
-    Raises:
-        MissingError: there is none.
-    """
+    """Return the checkpoint at ``path``, or the last or best checkpoint of the run there."""
     from rlhf_lightning.runs.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
     from rlhf_lightning.runs.checkpoint_metadata import SHARDED_META
     from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER, find_run
@@ -257,10 +249,6 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     Args:
         checkpoint: the file, or the folder of shards.
         own: module named by the user, whose classes are allowed too.
-
-    Raises:
-        DataError: the file is not a checkpoint of an AlignmentModule.
-        SettingError: its class cannot be found, or is foreign.
     """
     import rlhf_lightning.modules  # noqa: F401
     from rlhf_lightning.loading import load_class
@@ -309,11 +297,7 @@ def _restored(state: dict[str, Any], checkpoint: Path, settings: dict[str, Any])
 
 
 def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
-    """Return a checkpoint's settings without scorer and engine code, which an export does not need.
-
-    Raises:
-        DataError: other settings name code outside this package and the module ``named`` by the user.
-    """
+    """Return a checkpoint's settings without scorer and engine code, which an export does not need."""
     from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, own_code
 
     kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
@@ -335,9 +319,6 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     Returns:
         The largest difference of a logit between the adapter on its (quantised) backbone as trained and the written
         folder.
-
-    Raises:
-        ModelError: ``merge-differs``: the merged model differs from the unmerged adapter.
     """
     import shutil
 

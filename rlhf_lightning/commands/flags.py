@@ -100,11 +100,7 @@ def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
 
 
 def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
-    """Return a description ``{"class_path": ..., "init_args": ...}`` (or a class name) changed by a flag.
-
-    Raises:
-        SettingError: ``no-class-to-set``.
-    """
+    """Return a description ``{"class_path": ..., "init_args": ...}`` (or a class name) changed by a flag."""
     name = f"model.{flag.setting}"
     if flag.path == ("class_path",):
         same = isinstance(description, Mapping) and description.get("class_path") == flag.value

@@ -180,22 +180,13 @@ def generate(
 
 
 def refuse_overwriting(source: str, out: str) -> None:
-    """Refuse to write over the file that is read.
-
-    Raises:
-        SettingError: ``out-is-input``.
-    """
+    """Refuse to write over the file that is read."""
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
 
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
-    """Return prompts with their further columns; rows without a prompt are counted on stderr.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: no row has a prompt.
-    """
+    """Return prompts with their further columns; rows without a prompt are counted on stderr."""
     from rlhf_lightning.data.canonical import REASONS, RowRefused
     from rlhf_lightning.data.files import Unreadable
     from rlhf_lightning.data.formats import prompt, read_row

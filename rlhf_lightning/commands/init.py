@@ -28,12 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_project(folder: Path, seed: int = 0) -> Path:
-    """Write the template under the folder's name, and the data of a small text world.
-
-    Raises:
-        SettingError: ``invalid-name``: the name cannot be that of a Python package.
-        StateError: ``folder-not-empty``.
-    """
+    """Write the template under the folder's name, and the data of a small text world."""
     name = folder.name
     if not name.isidentifier() or keyword.iskeyword(name) or not name.isascii():
         near = "".join(one if one.isascii() and one.isalnum() else "_" for one in name).strip("_") or "my_project"

@@ -111,9 +111,6 @@ def run_function(
         prog: name of the program in the help.
         positional: parameters that are positional arguments.
         without: fields of dataclasses that are not options.
-
-    Raises:
-        SettingError: ``written-secret``: an argument contains a password or a key.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))

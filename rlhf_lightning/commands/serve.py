@@ -62,11 +62,7 @@ def serve(
 
 
 def access_key(host: str, api_key: str | None) -> str | None:
-    """Return the key that requests must have; None where everybody on this machine may ask.
-
-    Raises:
-        SettingError: other machines can reach the server and no key is named, or the variable is not set.
-    """
+    """Return the key that requests must have; None where everybody on this machine may ask."""
     from rlhf_lightning.commands.web_server import is_loopback
     from rlhf_lightning.sampling.json_server import key_in
 

@@ -121,9 +121,6 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
         over: settings with the text of their values.
         seeds: runs of each arm.
         draws: number of random arms; None takes all combinations.
-
-    Raises:
-        SettingError: a setting is given twice, a range without ``draws``, or two values have the same name.
     """
     names = [name for name, _ in over]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -206,11 +203,7 @@ def _drawn(bounds: tuple[float, float, bool], lot: random.Random) -> str:
 
 
 def record(folder: Path, config: str, path: Path, fixed: dict[str, str], runs: Sequence[PlannedRun]) -> None:
-    """Write sweep.json.
-
-    Raises:
-        SettingError: the folder holds a sweep of another config or with other fixed settings.
-    """
+    """Write sweep.json."""
     from rlhf_lightning.evaluation.report import write_json
 
     base = {"config": config, "config_text": path.read_text(encoding="utf-8"), "set": fixed}

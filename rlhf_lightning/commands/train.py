@@ -268,11 +268,7 @@ def callers_random_state() -> Iterator[None]:
 
 
 def resumed(argv: Sequence[str]) -> list[str]:
-    """Insert the config and the last checkpoint of the run that ``--resume`` names, or `rlhf validate RUN` and so on.
-
-    Raises:
-        MissingError: there is no such run, or it has no checkpoint.
-    """
+    """Insert config and last checkpoint of the run that ``--resume`` names, or `rlhf validate RUN` and so on."""
     given, command = flags(argv), argv[0]
     named = argv[1] if command != "fit" and argv[1:] and not argv[1].startswith("-") else None
     if command != "fit" and "--resume" in given:

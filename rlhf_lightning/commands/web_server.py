@@ -63,9 +63,6 @@ def require_web_server(what: str, extra: str, packages: Sequence[str] = ()) -> N
         what: what needs it, for the message.
         extra: the extra of this package that installs it.
         packages: further packages that are needed.
-
-    Raises:
-        StateError: a package is missing.
     """
     needed = ("starlette", "uvicorn", *packages)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -184,11 +181,7 @@ async def _body_of(receive: Receive, largest: int) -> bytes | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address.
-
-    Raises:
-        StateError: the address is not available.
-    """
+    """Return a socket that listens on an address."""
     bare = host.strip("[]")
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)

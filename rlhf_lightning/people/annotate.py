@@ -308,11 +308,7 @@ def import_records(
 
 
 def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a Parquet file, renamed into place when it is complete.
-
-    Raises:
-        DataError: a column holds text in one row and messages in another.
-    """
+    """Write a Parquet file, renamed into place when it is complete."""
     import pyarrow
     import pyarrow.parquet
 

@@ -112,11 +112,7 @@ class LoopState:
 
 
 def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Hash the content of each file of `FILES`; for YAML the values without comments.
-
-    Raises:
-        MissingError: a file does not exist.
-    """
+    """Hash the content of each file of `FILES`; for YAML the values without comments."""
     found = {}
     for name in FILES:
         path = Path(resolve_recipe(settings[name]))

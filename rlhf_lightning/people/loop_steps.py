@@ -112,11 +112,7 @@ def _can_resume(run: Path) -> bool:
 
 
 def learns_from_prompts(config: str) -> bool:
-    """Whether the objective of a YAML file is on-policy, so that it learns from scores instead of labels.
-
-    Raises:
-        SettingError: the file names no objective.
-    """
+    """Whether the objective of a YAML file is on-policy, so that it learns from scores instead of labels."""
     model = read_config(Path(config)).get("model")
     name = model.get("class_path") if isinstance(model, Mapping) else model
     if not isinstance(name, str):

@@ -57,11 +57,7 @@ def is_name(name: str) -> bool:
 
 
 def checked_names(host: str, annotators: str | None) -> list[str]:
-    """Return the annotators who may use the page; an empty list where everybody on this machine may.
-
-    Raises:
-        SettingError: other machines can reach the page and no annotator is named, or a name is invalid.
-    """
+    """Return the annotators who may use the page; an empty list where everybody on this machine may."""
     names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
     if not names and not is_loopback(host):
         raise SettingError(
@@ -84,12 +80,7 @@ def require_page() -> None:
 
 
 def read_instructions(path: Path) -> str:
-    """Return the text of a file of instructions.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: it is not text.
-    """
+    """Return the text of a file of instructions."""
     if not path.is_file():
         raise MissingError("no-file", f"there is no file {path}: --instructions takes a Markdown file")
     try:

@@ -73,10 +73,6 @@ def config_text(name: str) -> str:
     Args:
         name: a config as JSON text (default family "llama") or .json file; a folder of weights or of an adapter (for
             its backbone); a .gguf file; a published architecture; or a hub id.
-
-    Raises:
-        MissingError: the sizes of ``name`` are unknown.
-        DataError: the text is not a JSON object.
     """
     if name.lstrip().startswith("{"):
         try:
