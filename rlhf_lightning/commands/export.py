@@ -224,15 +224,13 @@ def _report(difference: float, target: Path, adapter: Path) -> None:
 def find_checkpoint(path: Path, best: bool = False) -> Path:
     """Return the checkpoint at ``path``, or the last or best checkpoint of the run there."""
     from rlhf_lightning.runs.checkpoint_files import BEST_CHECKPOINT, last_checkpoint
-    from rlhf_lightning.runs.checkpoint_metadata import SHARDED_META
+    from rlhf_lightning.runs.checkpoint_metadata import SHARDED_META, inside_run
     from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER, find_run
 
     if path.is_file() or (path / SHARDED_META).is_file():
         return path
     if path.suffix == ".ckpt":
         raise MissingError("no-checkpoint", f"there is no checkpoint {path}")
-    from rlhf_lightning.runs.checkpoint_metadata import inside_run
-
     run = find_run(str(path))
     if not best:
         return inside_run(last_checkpoint(run), run)
@@ -252,14 +250,10 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     """
     import rlhf_lightning.modules  # noqa: F401
     from rlhf_lightning.loading import load_class
-    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, check_contents, read_checkpoint, refuse_misfit
+    from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, check_contents, checkpoint_hparams, refuse_misfit
     from rlhf_lightning.training.module import AlignmentModule
 
-    state: Any = read_checkpoint(checkpoint)
-    if not isinstance(state, dict) or not isinstance(state.get("hyper_parameters", {}), dict):
-        raise DataError("incomplete-checkpoint", f"{checkpoint} is not a checkpoint of `rlhf fit`; give another file")
-    unused = ("_instantiator", "optimizer", "lr_scheduler")
-    settings = {k: v for k, v in state.get("hyper_parameters", {}).items() if k not in unused}
+    settings = checkpoint_hparams(checkpoint)
     name = settings.get("_class_path")
     if not isinstance(name, str):
         raise DataError(
@@ -274,33 +268,33 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
     load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
     check_contents(checkpoint, resumes=False)
     try:
-        return _restored(state, checkpoint, without_code(settings, own or PACKAGE))
+        return _restored(checkpoint, without_code(settings, own or PACKAGE))
     except Exception as error:
         refuse_misfit(error, checkpoint)
         raise
 
 
-def _restored(state: dict[str, Any], checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":
+def _restored(checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":
     """Build the module with the settings and the weights of a checkpoint."""
     from lightning.pytorch.cli import instantiate_module
 
-    from rlhf_lightning.runs.checkpoint_metadata import weights_in
+    from rlhf_lightning.runs.checkpoint_metadata import read_checkpoint, weights_in
     from rlhf_lightning.training.module import AlignmentModule
 
     module = instantiate_module(AlignmentModule, settings)
     # The frozen reference needs memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
-    module.on_load_checkpoint(state)
+    module.on_load_checkpoint(read_checkpoint(checkpoint))
     module.load_state_dict(weights_in(checkpoint))
     return module
 
 
 def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
-    """Return a checkpoint's settings without scorer and engine code, which an export does not need."""
+    """Return a checkpoint's settings without what an export does not need: scorer, engine, optimizer, schedule."""
     from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, own_code
 
-    kept = {name: value for name, value in settings.items() if name not in ("engine", "trust_remote_code")}
+    kept = {name: value for name, value in settings.items() if name not in ("engine", "optimizer", "lr_scheduler")}
     coded = {setting for setting, _ in own_code({k: v for k, v in kept.items() if not k.startswith("_")}, named)}
     if "scorer" in coded:
         kept["scorer"] = {"class_path": f"{PACKAGE}.scoring.scorer.ZeroScorer"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, MissingError, SettingError, check_range
+from rlhf_lightning.errors import MissingError, SettingError, check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,34 +187,15 @@ def refuse_overwriting(source: str, out: str) -> None:
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
     """Return prompts with their further columns; rows without a prompt are counted on stderr."""
-    from rlhf_lightning.data.canonical import REASONS, RowRefused
-    from rlhf_lightning.data.files import Unreadable
     from rlhf_lightning.data.formats import prompt, read_row
-    from rlhf_lightning.data.sources import Source, read_rows
+    from rlhf_lightning.data.sources import usable_rows
 
-    if not Path(path).exists():
-        raise MissingError("no-file", f"there is no file {path}")
-    rows: list[tuple[Prompt, dict[str, Any]]] = []
-    refused: dict[str, int] = {}
-    found: set[str] = set()
-    for row in read_rows(Source(path)):
-        if not isinstance(row, Unreadable):
-            found |= set(row)
-        try:
-            canonical = read_row(row, prompt, as_chat)
-            assert canonical.prompt is not None
-            rows.append((canonical.prompt, canonical.columns))
-        except RowRefused as error:
-            refused[error.code] = refused.get(error.code, 0) + 1
-    said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
-    if not rows:
-        columns = ", ".join(sorted(found)) or "none"
-        raise DataError(
-            "no-usable-rows", f"{path} has no usable prompt ({said or 'it is empty'}); its columns are {columns}"
-        )
-    if said:
-        print(f"{path}: skipped {said}", file=sys.stderr)
-    return rows
+    def read(row: Any) -> "tuple[Prompt, dict[str, Any]]":
+        canonical = read_row(row, prompt, as_chat)
+        assert canonical.prompt is not None
+        return canonical.prompt, canonical.columns
+
+    return usable_rows(path, read, "no usable prompt")
 
 
 def hint_at_template(rows: "Sequence[tuple[Prompt, dict[str, Any]]]", tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -133,7 +133,7 @@ def evaluate(
     """Sample every policy on the held-out prompts; return report, samples and points of the plot."""
     import torch
 
-    from rlhf_lightning.evaluation.policies import best_of_n, best_of_n_score, mean_with_interval, sample_and_score
+    from rlhf_lightning.evaluation.policies import best_of_n, mean_with_interval, sample_and_score
     from rlhf_lightning.functional.statistics import best_of_n_kl, wilson_interval
     from rlhf_lightning.models.roles import load_policy, load_reference
     from rlhf_lightning.sampling.engines import SamplingSettings
@@ -158,7 +158,7 @@ def evaluate(
     start_of_free = measure(FREE, reference, prompts[:FRONTIER_PROMPTS])
     points = []
     for n in BEST_OF:
-        gold, score = (mean_with_interval(which(many, largest, n), seed) for which in (best_of_n, best_of_n_score))
+        gold, score = (mean_with_interval(best_of_n(many, largest, n, of), seed) for of in ("gold", "scores"))
         where = "best of n", float(best_of_n_kl(n)), gold["mean"], score["mean"], gold["ci"], score["ci"]
         points.append(FrontierPoint(*where, label=f"n={n}" if n > 1 else "sft"))
     best = {point.label: point for point in points}

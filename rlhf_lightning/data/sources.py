@@ -26,8 +26,15 @@ from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.files import LONGEST_ROW, RawRow, read_file, without_filled_nulls
-from rlhf_lightning.data.finding import bounds_of, files_of, split_of
+from rlhf_lightning.data.files import (
+    FORMATS,
+    LONGEST_ROW,
+    RawRow,
+    Unreadable,
+    format_of,
+    read_file,
+    without_filled_nulls,
+)
 from rlhf_lightning.environments.games import GYM, reasoning_rows
 from rlhf_lightning.errors import DataError, MissingError, SettingError, reason_of
 
@@ -270,8 +277,13 @@ def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
     return found
 
 
-def usable_rows(path: str, read: Callable[[Any], T]) -> list[T]:
-    """Read each row of a file, folder or feedback store with a function; rows that it refuses are counted and reported.
+def usable_rows(path: str, read: Callable[[Any], T], lack: str = "nothing to compare") -> list[T]:
+    """Read each row of a file with a function; rows that it refuses are counted and reported.
+
+    Args:
+        path: file, folder or feedback store.
+        read: turns a row into what the caller needs, or raises `RowRefused`.
+        lack: what a file without a usable row has, for the message.
 
     Raises:
         MissingError: the file does not exist.
@@ -280,15 +292,18 @@ def usable_rows(path: str, read: Callable[[Any], T]) -> list[T]:
     if not Path(path).exists():
         raise MissingError("no-file", f"there is no file {path}")
     found: list[T] = []
+    columns: set[str] = set()
     refused = Counter[str]()
     for row in read_rows(Source(path)):
+        columns.update(() if isinstance(row, Unreadable) else row)
         try:
             found.append(read(row))
         except RowRefused as error:
             refused[error.code] += 1
     said = "; ".join(f"{count} rows: {REASONS.get(reason, reason)}" for reason, count in refused.items())
     if not found:
-        raise DataError("no-usable-rows", f"{path} has nothing to compare ({said or 'it is empty'})")
+        names = ", ".join(sorted(columns)) or "none"
+        raise DataError("no-usable-rows", f"{path} has {lack} ({said or 'it is empty'}); its columns are {names}")
     if said:
         print(f"{path}: left out {said}", file=sys.stderr)
     return found

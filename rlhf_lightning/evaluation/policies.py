@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,30 +105,19 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
     return totals
 
 
-def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
-    """Return the gold reward of the best of ``n`` by proxy score for each prompt, shape (prompts,).
+def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int, of: Literal["gold", "scores"]) -> Tensor:
+    """Return gold reward or proxy score of the best of ``n`` by proxy score for each prompt, shape (prompts,).
 
     This is the unbiased estimate over all subsets of n of a prompt's samples.
 
     Raises:
         DataError: the samples have no scores or no gold reward.
     """
-    if samples.scores is None or samples.gold is None:
-        raise DataError(
-            "no-scores",
-            "best-of-n needs scores and gold rewards: sample with a scorer and a gold reward",
-        )
-    scores = samples.scores.double().view(-1, samples_per_prompt)
-    gold = samples.gold.view(-1, samples_per_prompt)
-    return torch.stack([best_of_n_curve(s, g)[n - 1] for s, g in zip(scores, gold, strict=True)])
-
-
-def best_of_n_score(samples: ScoredSamples, samples_per_prompt: int, n: int) -> Tensor:
-    """Return the proxy score of the best of ``n`` by that score for each prompt, shape (prompts,)."""
-    if samples.scores is None:
-        raise DataError("no-scores", "best-of-n needs scores: sample with a scorer")
-    scores = samples.scores.double().view(-1, samples_per_prompt)
-    return torch.stack([best_of_n_curve(s, s)[n - 1] for s in scores])
+    scores, values = samples.scores, getattr(samples, of)
+    if scores is None or values is None:
+        raise DataError("no-scores", f"best-of-n needs scores and {of}: sample with a scorer and a gold reward")
+    pairs = zip(scores.double().view(-1, samples_per_prompt), values.double().view(-1, samples_per_prompt), strict=True)
+    return torch.stack([best_of_n_curve(score, value)[n - 1] for score, value in pairs])
 
 
 def mean_with_interval(values: Tensor, seed: int = 0) -> dict[str, Any]:

@@ -165,12 +165,7 @@ class LearnedScorer(Scorer):
         return scores
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        encoded = [
-            tokenization.encode_completion(self.tokenizer, completion, prompt)[0]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        rows = [(ids, [True] * len(ids)) for ids in encoded]
-        found: Any = self.judge_sequences(encoded_sequences(self.tokenizer, prompts, rows))
+        found: Any = self.judge_sequences(scored_sequences(self.tokenizer, prompts, completions))
         return found
 
 
@@ -265,6 +260,15 @@ class ProcessScorer(Scorer):
             spans.append((start, start + len(step), now - before))
             start += len(step)
         return Judgement(so_far[-1], span_rewards=spans if completion else ())
+
+
+def scored_sequences(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> Sequences:
+    """Encode prompts with their completions, of which every token is scored."""
+    pairs = zip(prompts, completions, strict=True)
+    encoded = [tokenization.encode_completion(tokenizer, completion, prompt)[0] for prompt, completion in pairs]
+    return encoded_sequences(tokenizer, prompts, [(ids, [True] * len(ids)) for ids in encoded])
 
 
 def encoded_sequences(

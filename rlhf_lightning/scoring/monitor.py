@@ -23,7 +23,7 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.recording import kept_states
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.scoring.composition import ScorerGroup
-from rlhf_lightning.scoring.learned import encoded_sequences, load_scorer
+from rlhf_lightning.scoring.learned import load_scorer, scored_sequences
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, ask_scorer
 from rlhf_lightning.types import MicroBatchLimits, Prompt, Rollout
 
@@ -126,11 +126,7 @@ class LinearProbe(Scorer):
             raise StateError(
                 "probe-without-policy", "LinearProbe reads the policy of a run: use it as a scorer of `rlhf fit`"
             )
-        encoded = [
-            tokenization.encode_completion(self.tokenizer, said, prompt)[0]
-            for prompt, said in zip(prompts, completions, strict=True)
-        ]
-        sequences = encoded_sequences(self.tokenizer, prompts, [(ids, [True] * len(ids)) for ids in encoded])
+        sequences = scored_sequences(self.tokenizer, prompts, completions)
         policy, training = self.policy, self.policy.training
         device, found = next(policy.parameters()).device, dict[int, Tensor]()
         policy.eval()
@@ -142,7 +138,7 @@ class LinearProbe(Scorer):
             grid = layout.scatter(states.double())
             found |= zip(rows, (grid.sum(1) / layout.completion_mask.sum(1, keepdim=True)).cpu(), strict=True)
         policy.train(training)
-        return torch.stack([found[row] for row in range(len(encoded))])
+        return torch.stack([found[row] for row in range(len(completions))])
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Forget the fit if another is due; the next completions are judged by a new one."""
