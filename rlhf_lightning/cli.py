@@ -44,7 +44,7 @@ TOOL_COMMANDS = {
     "show": Command("rlhf_lightning.commands.show", "print the tokens that rows become, and which are learned"),
     "plan": Command("rlhf_lightning.planning.plan", "estimate the memory and compute of a run before it starts"),
     "annotate": Command("rlhf_lightning.people.annotate", "let people compare completions in the browser"),
-    "loop": Command("rlhf_lightning.people.loop_rounds", "run rounds of sampling, labelling, training and evaluation"),
+    "loop": Command("rlhf_lightning.people.loop", "run rounds of sampling, labelling, training and evaluation"),
     "chat": Command("rlhf_lightning.commands.chat", "chat with a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "sample completions for a file of prompts"),
     "serve-vllm": Command("rlhf_lightning.commands.serve_vllm", "start a vLLM server for the rollouts of a run"),

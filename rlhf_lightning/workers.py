@@ -29,6 +29,24 @@ class WorkerFailedError(RlhfError, RuntimeError):
     """A process cannot be started."""
 
 
+def with_retries(
+    attempt: Callable[[Sequence[Any]], list[Outcome]], rows: Sequence[Any], retries: int, wait: float
+) -> tuple[list[Outcome], list[bool]]:
+    """Attempt rows, and those that fail up to ``retries`` times more; return the outcomes, and which took several.
+
+    The wait before a repetition is ``wait`` seconds at first and doubles each time.
+    """
+    outcomes, repeated = attempt(rows), [False] * len(rows)
+    for number in range(retries):
+        left = [row for row, (kind, _) in enumerate(outcomes) if kind != "done"]
+        if not left:
+            break
+        time.sleep(wait * 2**number)
+        for row, outcome in zip(left, attempt([rows[row] for row in left]), strict=True):
+            outcomes[row], repeated[row] = outcome, True
+    return outcomes, repeated
+
+
 class WorkerPool:
     """Works on rows one by one in processes, each row with an enforced time limit.
 

@@ -29,7 +29,7 @@ from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import SimulatedAnnotators
-from rlhf_lightning.people.loop_rounds import seed_of
+from rlhf_lightning.people.loop import seed_of
 from rlhf_lightning.people.loop_steps import (
     LabelPoint,
     draw_label_curves,

@@ -21,7 +21,7 @@ from typing import Any
 from load import Work, run  # in this folder
 
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
-from rlhf_lightning.people.loop_rounds import main as loop
+from rlhf_lightning.people.loop import main as loop
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"dpo": "recipe:labels/dpo", "ppo": "recipe:labels/ppo"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from rlhf_lightning.errors import RlhfError, check_choice, check_range
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.types import Environment, Episode, MultiTurn, Prompt, Reply
-from rlhf_lightning.workers import Outcome, WorkerPool
+from rlhf_lightning.workers import Outcome, WorkerPool, with_retries
 
 
 def load_environment(spec: Any) -> Environment:
@@ -118,14 +117,7 @@ class FaultTolerantEnvironment:
         Raises:
             EnvironmentFailedError: an episode has no reply, and ``on_fault`` is "raise", or too many in a row.
         """
-        outcomes = self._attempt(episodes)
-        for attempt in range(self.retries):
-            left = [place for place, (kind, _) in enumerate(outcomes) if kind != "done"]
-            if not left:
-                break
-            time.sleep(self.wait * 2**attempt)
-            for place, outcome in zip(left, self._attempt([episodes[place] for place in left]), strict=True):
-                outcomes[place] = outcome
+        outcomes, _ = with_retries(self._attempt, episodes, self.retries, self.wait)
         return [self._checked(episode, *outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
 
     def _attempt(self, episodes: Sequence[Episode]) -> list[Outcome]:

@@ -1,13 +1,16 @@
-"""Steps of a loop: sample pairs, train stages, evaluate policies, write the report.
+"""Steps of a loop: sample pairs, train stages, evaluate policies, write the report; and the record of finished ones.
 
 Each step may be killed anywhere and run again; the result is bit-identical.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +18,20 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import rlhf_lightning.modules  # noqa: F401  objectives by their short names
-from rlhf_lightning.atomic_files import write_lines
+from rlhf_lightning.atomic_files import write_lines, write_text
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.generate import SamplingArguments, read_prompts
 from rlhf_lightning.commands.messages import subclasses_of
 from rlhf_lightning.data.feedback.database import items_of, judgements_of
 from rlhf_lightning.data.feedback.records import Item
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import MissingError, SettingError, StateError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, pyplot, save_figure, write_markdown
-from rlhf_lightning.loading import load_class, read_config, read_records
-from rlhf_lightning.models.roles import load_reference
+from rlhf_lightning.loading import load_class, read_config, read_records, read_yaml
+from rlhf_lightning.models.causal_lm import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.run import CONFIG_FILE, MODEL_FOLDER, versions
 from rlhf_lightning.runs.run_records import EVENTS
@@ -37,11 +41,95 @@ from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import Prompt, PromptBatch
 
+STATE_FILE = "state.json"
+FILES = ("prompts", "eval_prompts", "reward_config", "policy_config")
+"""Settings that name a file whose content a loop depends on."""
+
+MAY_CHANGE = ("rounds",)
+"""Settings that may change when a loop is resumed."""
+
 AT_ONCE = 64
 """Prompts sampled at a time."""
 
 COMPLETIONS_FILE, REPORT, PLOT = "completions.jsonl", "loop.md", "loop.png"
 FIGURES = ("gold_reward", "win_rate", "score", "kl", "length", "finished")
+
+
+class LoopState:
+    """Finished steps of a loop, by name, with their results.
+
+    Raises:
+        SettingError: the loop in the folder was started with other settings or other content of a file.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        self.path = folder / STATE_FILE
+        self.steps: dict[str, Any] = {}
+        self.settings, self.files = dict(settings), dict(files)
+        if self.path.is_file():
+            earlier, hashes = self._read()
+            changed = [name for name in settings if name not in MAY_CHANGE and settings[name] != earlier.get(name)]
+            if changed:
+                said = ", ".join(f"{name} {earlier.get(name)} (now {settings[name]})" for name in changed)
+                raise SettingError(
+                    "settings-changed",
+                    f"the loop in {folder} was started with {said}: give another --name, or the same settings",
+                )
+            edited = [settings[name] for name, found in self.files.items() if found != hashes.get(name)]
+            if edited:
+                raise SettingError(
+                    "files-changed",
+                    f"{' and '.join(edited)} changed since the loop in {folder} was started: give another --name, or "
+                    "restore the earlier content",
+                )
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the finished steps; return the settings and the fingerprints of the files."""
+        parts: list[Any] = []
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            parts = [known[name] for name in ("steps", "settings", "files")]
+            sound = all(isinstance(part, dict) for part in (*parts, *parts[0].values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise StateError(
+                "damaged-state",
+                f"{self.path} does not hold the steps, settings and files of a loop: restore it from a copy, or give "
+                "another --name",
+            )
+        self.steps = parts[0]
+        return parts[1], parts[2]
+
+    def step(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a step's result; run it unless it is finished. Steps may be killed anywhere and run again."""
+        if name not in self.steps:
+            print(f"\nloop: {name}", flush=True)
+            began = time.monotonic()
+            result = work()
+            ended = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self.steps[name] = {**result, "seconds": round(time.monotonic() - began, 3), "ended": ended}
+            state = {"settings": self.settings, "files": self.files, "steps": self.steps}
+            write_text(self.path, json.dumps(state, indent=2) + "\n")
+        return dict(self.steps[name])
+
+
+def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the content of each file of `FILES`; for YAML the values without comments."""
+    found = {}
+    for name in FILES:
+        path = Path(resolve_recipe(settings[name]))
+        if not path.exists():
+            raise MissingError("no-file", f"there is no file {path} ({name})")
+        if path.is_file():
+            held = path.read_bytes()
+            if path.suffix in (".yaml", ".yml"):
+                held = json.dumps(read_yaml(held.decode()), sort_keys=True, default=str).encode()
+            found[name] = hashlib.blake2b(held, digest_size=16).hexdigest()
+    return found
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
 def sample_pairs(

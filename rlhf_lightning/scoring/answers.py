@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor
-
 from rlhf_lightning.errors import PackageError, check_range
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
@@ -218,7 +216,7 @@ class MathVerifyScorer(MathAnswerScorer):
                 "missing-package", "MathVerifyScorer needs math-verify: pip install 'rlhf-lightning[math]'"
             )
         self._pool = WorkerPool(answer_verifier, None, seconds, workers)
-        self._measured = Measured("score_failed", "score_timed_out")
+        self.measured = Measured("score_failed", "score_timed_out")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         scores = list(super().__call__(prompts, completions, **columns))
@@ -233,13 +231,10 @@ class MathVerifyScorer(MathAnswerScorer):
         outcomes = self._pool.outcomes(pairs)
         for kind, name in (("failed", "score_failed"), ("timed_out", "score_timed_out")):
             found = {place for place, outcome in zip(asked, outcomes, strict=True) if outcome[0] == kind}
-            self._measured.add(name, [float(place in found) for place in range(len(completions))])
+            self.measured.add(name, [float(place in found) for place in range(len(completions))])
         for place, (kind, value) in zip(asked, outcomes, strict=True):
             scores[place] = float(kind == "done" and value == 1.0)
         return scores
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        return {**super().take_metrics(), **self._measured.take()}
 
 
 def answer_verifier(_: None) -> Callable[[tuple[str, str]], Outcome]:

@@ -123,7 +123,7 @@ class ScorerGroup(Scorer):
         for scorer in self.scorers.values():
             for key, values in scorer.take_metrics().items():
                 taken[key] = torch.fmax(taken[key], values) if key in taken else values
-        return taken
+        return taken | super().take_metrics()
 
 
 def _named(values: Any, what: str, of: str) -> dict[Any, Any]:
@@ -206,18 +206,15 @@ class Ensemble(ScorerGroup):
             )
         super().__init__(named)
         self.penalty = penalty
-        self._deviations = Measured("score/std")
+        self.measured = Measured("score/std")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         rows = self.member_judgements(prompts, completions, columns)
         found = [_mean_and_std([member.score for member in row.values()]) for row in rows]
-        self._deviations.add("score/std", [None if moments is None else moments[1] for moments in found])
+        self.measured.add("score/std", [None if moments is None else moments[1] for moments in found])
         equal = dict.fromkeys(self.scorers, 1 / len(self.scorers))
         bounds = [None if moments is None else moments[0] - self.penalty * moments[1] for moments in found]
         return [self.combined(bound, row, equal) for bound, row in zip(bounds, rows, strict=True)]
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        return {**super().take_metrics(), **self._deviations.take()}
 
 
 def _mean_and_std(row: Sequence[float | None]) -> tuple[float, float] | None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -49,7 +49,7 @@ class EncoderScorer(Scorer):
         self.output_names = labels if len(labels) > 1 else ()
         self.score_index = label_index(self.folder, self.output_names, label, own=False)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        self._measured, self._device = Measured("score_too_long"), torch.device("cpu")
+        self.measured, self._device = Measured("score_too_long"), torch.device("cpu")
 
     def weights_hash(self) -> str | None:
         """Return the hash of the reward model's weights, to notice on resume that they have changed."""
@@ -79,16 +79,13 @@ class EncoderScorer(Scorer):
             self.model.to(device)
         return self
 
-    def take_metrics(self) -> dict[str, Tensor]:
-        return self._measured.take()
-
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         encoded = [self._encode(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         config: Any = self.model.config
         longest = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 10**9)
         lengths = [len(row["input_ids"]) for row in encoded]
-        self._measured.add("score_too_long", [float(length > longest) for length in lengths])
+        self.measured.add("score_too_long", [float(length > longest) for length in lengths])
         fit = [row for row, length in enumerate(lengths) if length <= longest]
         found: list[float | Judgement | None] = [None] * len(encoded)
         for cut in cut_micro_batches([lengths[row] for row in fit], MicroBatchLimits(max_tokens=self.max_tokens)):

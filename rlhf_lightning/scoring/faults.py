@@ -6,11 +6,8 @@ Completions that still have no score end the run or are dropped.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
-
-from torch import Tensor
 
 from rlhf_lightning.errors import RlhfError, SettingError, check_choice, check_range
 from rlhf_lightning.sampling.json_server import ServerError
@@ -18,7 +15,7 @@ from rlhf_lightning.scoring.composition import ScorerGroup
 from rlhf_lightning.scoring.learned import LearnedScorer, load_scorer
 from rlhf_lightning.scoring.scorer import Measured, MissingColumnError, Scorer, Scores
 from rlhf_lightning.types import Judgement, Prompt, Rollout
-from rlhf_lightning.workers import Outcome, WorkerPool
+from rlhf_lightning.workers import Outcome, WorkerPool, with_retries
 
 Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
 """Prompt, completion and columns of one completion, as a scorer takes them."""
@@ -78,7 +75,7 @@ class FaultTolerant(ScorerGroup):
             )
         self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
         self._pool = None if seconds is None else WorkerPool(row_scorer, scorer, seconds, workers)
-        self._measured = Measured("score_failed", "score_timed_out", "score_retried")
+        self.measured = Measured("score_failed", "score_timed_out", "score_retried")
         self._in_a_row = 0
         self._last_fault: Outcome = ("failed", "")
 
@@ -87,9 +84,10 @@ class FaultTolerant(ScorerGroup):
             ([prompt], [text], {name: [values[row]] for name, values in columns.items()})
             for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
         ]
-        outcomes = self._outcomes(rows)
-        self._measured.add("score_failed", [float(kind == "failed") for kind, _ in outcomes])
-        self._measured.add("score_timed_out", [float(kind == "timed_out") for kind, _ in outcomes])
+        outcomes, repeated = with_retries(self._attempt, rows, self.retries, self.wait)
+        self.measured.add("score_retried", [float(one) for one in repeated])
+        self.measured.add("score_failed", [float(kind == "failed") for kind, _ in outcomes])
+        self.measured.add("score_timed_out", [float(kind == "timed_out") for kind, _ in outcomes])
         return [self._score(row, *outcome) for row, outcome in enumerate(outcomes)]
 
     def _score(self, row: int, kind: str, value: Any) -> float | Judgement | None:
@@ -108,19 +106,6 @@ class FaultTolerant(ScorerGroup):
                 "repair the scorer, and resume the run",
             )
         return 0.0 if self.on_fault == "zero" else None
-
-    def _outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
-        """Return the outcome of each row after all attempts."""
-        outcomes, retried = self._attempt(rows), [0.0] * len(rows)
-        for attempt in range(self.retries):
-            left = [row for row, (kind, _) in enumerate(outcomes) if kind != "done"]
-            if not left:
-                break
-            time.sleep(self.wait * 2**attempt)
-            for row, outcome in zip(left, self._attempt([rows[row] for row in left]), strict=True):
-                outcomes[row], retried[row] = outcome, 1.0
-        self._measured.add("score_retried", retried)
-        return outcomes
 
     def _attempt(self, rows: Sequence[Row]) -> list[Outcome]:
         if self._pool is not None:
@@ -147,9 +132,6 @@ class FaultTolerant(ScorerGroup):
             self._last_fault = miscounted(len(scores), len(rows))
             return None
         return [judged(score) for score in scores]
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        return {**super().take_metrics(), **self._measured.take()}
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Tell the scorer. With ``seconds`` its processes keep the state that they started with."""

@@ -15,8 +15,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
@@ -331,7 +329,7 @@ class IFEvalScorer(Scorer):
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
-        self._measured = Measured("unchecked_instructions")
+        self.measured = Measured("unchecked_instructions")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         ids, arguments = (map(_read, column(columns, name, self)) for name in ("instruction_id_list", "kwargs"))
@@ -339,16 +337,13 @@ class IFEvalScorer(Scorer):
             [follows(text, name, given) for name, given in zip(names, many, strict=True)]
             for text, names, many in zip(completions, ids, arguments, strict=True)
         ]
-        self._measured.add("unchecked_instructions", [float(row.count(None)) for row in followed])
+        self.measured.add("unchecked_instructions", [float(row.count(None)) for row in followed])
         return [self._score([found for found in row if found is not None]) for row in followed]
 
     def _score(self, checked: Sequence[bool]) -> float | None:
         if not checked:
             return None
         return float(all(checked)) if self.strict else sum(checked) / len(checked)
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        return self._measured.take()
 
 
 def _read(value: Any) -> list[Any]:

@@ -196,7 +196,7 @@ class Monitor(ScorerGroup):
         super().__init__({"proxy": scorer, "monitor": monitor, **({} if truth is None else {"truth": truth})})
         self.action, self.threshold, self.penalty, self.stop_at = action, threshold, penalty, stop_at
         names = ("monitor_precision", "monitor_recall", "monitor_auroc", "hack_rate")
-        self._measured = Measured("monitor_flagged", *(names if truth is not None else ()))
+        self.measured = Measured("monitor_flagged", *(names if truth is not None else ()))
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         judged = self.member_judgements(prompts, completions, columns)
@@ -217,23 +217,20 @@ class Monitor(ScorerGroup):
     def _measure(
         self, suspicions: Sequence[float | None], flagged: Sequence[bool], truths: Sequence[float | None] | None
     ) -> None:
-        self._measured.add("monitor_flagged", [float(one) for one in flagged])
+        self.measured.add("monitor_flagged", [float(one) for one in flagged])
         if truths is None:
             return
         hacks = [None if truth is None else truth >= 0.5 for truth in truths]
         known = list(zip(hacks, flagged, suspicions, strict=True))
         honest = [value for hack, _, value in known if hack is False and value is not None]
-        self._measured.add("hack_rate", [None if hack is None else float(hack) for hack in hacks])
-        self._measured.add("monitor_precision", [float(hack) if flag and hack is not None else None
+        self.measured.add("hack_rate", [None if hack is None else float(hack) for hack in hacks])
+        self.measured.add("monitor_precision", [float(hack) if flag and hack is not None else None
                                                  for hack, flag, _ in known])  # fmt: skip
-        self._measured.add("monitor_recall", [float(flag) if hack else None for hack, flag, _ in known])
-        self._measured.add(
+        self.measured.add("monitor_recall", [float(flag) if hack else None for hack, flag, _ in known])
+        self.measured.add(
             "monitor_auroc",
             [_above(value, honest) if hack and value is not None and honest else None for hack, _, value in known],
         )
-
-    def take_metrics(self) -> dict[str, Tensor]:
-        return {**super().take_metrics(), **self._measured.take()}
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Tell the members; end the run where the monitor suspects too many completions.

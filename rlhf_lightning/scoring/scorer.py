@@ -75,10 +75,13 @@ class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
     A subclass that needs a device or weights overrides ``to`` and ``load_beside``; one with networks names them in
-    ``models``; one that measures more than its judgements overrides ``take_metrics``. State that changes during
-    training (a running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves
-    while scoring is restored after sample tables and validation, and differs between ranks.
+    ``models``; one that measures more than its judgements sets ``measured``. State that changes during training (a
+    running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves while
+    scoring is restored after sample tables and validation, and differs between ranks.
     """
+
+    measured: Measured | None = None
+    """Further metrics of the completions; `take_metrics` returns them."""
 
     @property
     def models(self) -> Sequence[nn.Module]:
@@ -122,7 +125,7 @@ class Scorer:
         On-policy modules log the mean of each as ``rollout/<name>``. Always return the same names, without values if
         nothing was scored: every rank must log the same.
         """
-        return {}
+        return {} if self.measured is None else self.measured.take()
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Move the scorer's state after a training rollout and its updates, never after sample tables or validation.

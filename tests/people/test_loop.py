@@ -19,7 +19,7 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.web_server import listen
 from rlhf_lightning.data.feedback.database import items_of, judgements_of, reading
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
-from rlhf_lightning.people import loop_rounds, loop_steps
+from rlhf_lightning.people import loop, loop_steps
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Labeller, Page, PeopleLabeller, Supply
 from rlhf_lightning.people.store import FeedbackStore
@@ -100,8 +100,8 @@ def labels_of(folder):
 def test_a_packaged_recipe_counts_by_its_content(flags):
     named = {"prompts": "prompts.jsonl", "eval_prompts": "held_out.jsonl", "policy_config": "dpo.yaml"}
     Path("copy.yaml").write_text((FOLDER / "labels" / "reward.yaml").read_text())
-    packaged = loop_rounds.fingerprints({**named, "reward_config": "recipe:labels/reward"})
-    assert packaged == loop_rounds.fingerprints({**named, "reward_config": "copy.yaml"})
+    packaged = loop.fingerprints({**named, "reward_config": "recipe:labels/reward"})
+    assert packaged == loop.fingerprints({**named, "reward_config": "copy.yaml"})
 
 
 def cut(argv, number, holder, name, times):
@@ -133,10 +133,10 @@ KILLS = [
     (FeedbackStore, "next", 4),
     (ModelExport, "on_train_batch_end", 1),  # in the middle of the reward model
     (ModelExport, "on_train_end", 1),  # it is there, and no record says so
-    (loop_rounds, "write_text", 1),  # between two steps
+    (loop_steps, "write_text", 1),  # between two steps
     (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
-    (loop_rounds, "win_rate", 1),
-    (loop_rounds, "write_report", 1),
+    (loop, "win_rate", 1),
+    (loop, "write_report", 1),
     (FeedbackStore, "judge", 2),  # and the second round
     (ModelExport, "on_train_batch_end", 3),
     (ModelExport, "on_train_end", 1),
@@ -236,7 +236,7 @@ def test_more_is_sampled_where_much_is_skipped(flags, capsys):
 def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flags, monkeypatch, capsys):
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
-    monkeypatch.setattr(loop_rounds.Loop, "_more", lambda *_: False)
+    monkeypatch.setattr(loop.Loop, "_more", lambda *_: False)
     assert rlhf(flags) == 0
     assert "round 0 has 3 of 8 labels and continues" in capsys.readouterr().out
     assert steps_of(Path("runs/loop/tiny"))["round_0/evaluate"]["labels"] == 3
@@ -248,25 +248,25 @@ def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flag
 def test_a_damaged_state_is_one_sentence(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with refused("damaged-state", "give another --name"):
-        loop_rounds.LoopState(tmp_path, {}, {})
+        loop.LoopState(tmp_path, {}, {})
 
 
 def test_edited_files_are_refused(tmp_path):
     """By what they hold: a comment changes nothing."""
     settings = {}
-    for name in loop_rounds.FILES:
+    for name in loop_steps.FILES:
         settings[name] = str(tmp_path / f"{name}.{'yaml' if 'config' in name else 'jsonl'}")
         Path(settings[name]).write_text("a: 1\nb: 2\n")
-    begun = loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
+    begun = loop.LoopState(tmp_path, settings, loop.fingerprints(settings))
     begun.step("first", dict)
     Path(settings["reward_config"]).write_text("# the same\nb: 2\na: 1\n")
-    again = loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
+    again = loop.LoopState(tmp_path, settings, loop.fingerprints(settings))
     assert "first" in again.steps
     for name, held in (("reward_config", "a: 1\nb: 3\n"), ("prompts", "a: 1\nb: 2\n\n")):
         before = Path(settings[name]).read_text()
         Path(settings[name]).write_text(held)
         with refused("files-changed", f"{Path(settings[name]).name} changed since the loop", "give another --name"):
-            loop_rounds.LoopState(tmp_path, settings, loop_rounds.fingerprints(settings))
+            loop.LoopState(tmp_path, settings, loop.fingerprints(settings))
         Path(settings[name]).write_text(before)
 
 
