@@ -62,6 +62,7 @@ def evaluate_reward(
     from rlhf_lightning.evaluation import reward_models as room
     from rlhf_lightning.evaluation.completions import QUESTION
     from rlhf_lightning.evaluation.report import write_report
+    from rlhf_lightning.runs.samples import as_text
     from rlhf_lightning.scoring.judges import load_judge
 
     check_range(beta > 0, "it must be positive", beta=beta)
@@ -109,7 +110,7 @@ def evaluate_reward(
     picture = draw_reliability(report["models"], folder / "reliability.png")
     notes = [f"{len(decided)} pairs with a winner and {len(read) - len(decided)} ties from {pairs}."]
     worst = sorted(range(len(decided)), key=lambda place: gaps[first][place])[:SHOWN_PAIRS]
-    items = [{"pair": decided[place], "prompt": _prompt_text(decided[place]),
+    items = [{"pair": decided[place], "prompt": as_text(decided[place].prompt),
               "margins": [(name, float(found[place])) for name, found in gaps.items()]} for place in worst]  # fmt: skip
     said = write_report(
         folder, "reward.html.jinja", "Evaluation of reward models", notes, sections_of(report, first), report,
@@ -178,12 +179,6 @@ def _text(completion: Any) -> str:
     if len(completion) != 1 or not isinstance(completion[0].get("content"), str):
         raise RowRefused("a completion has several turns")
     return str(completion[0]["content"])
-
-
-def _prompt_text(pair: Any) -> str:
-    from rlhf_lightning.runs.samples import as_text
-
-    return as_text(pair.prompt)
 
 
 def _score(name: str, reference: Any, beta: float) -> Any:

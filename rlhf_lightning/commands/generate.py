@@ -90,9 +90,7 @@ class SamplingArguments:
             MissingError: there is no such folder, or no weights in it.
             ValueError: it is a reward model.
         """
-        import torch
-
-        from rlhf_lightning.models.loading import LoadSettings
+        from rlhf_lightning.models.causal_lm import load_frozen, refuse_reward_model
         from rlhf_lightning.models.resolving import is_adapter, resolve_folder
         from rlhf_lightning.models.roles import load_policy, refuse_reward_model
         from rlhf_lightning.models.self_check import check_weights
@@ -109,9 +107,7 @@ class SamplingArguments:
             stop_tokens=self.stop_tokens or (),
             stop_strings=self.stop_strings or (),
         )
-        policy = load_policy(name, LoadSettings(dtype=self.dtype)).requires_grad_(False).eval()
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        policy.to(accelerator or "cpu")
+        policy = load_frozen(name, self.dtype)
         check_weights(policy)
         return policy, tokenizer
 

@@ -2,7 +2,6 @@
 
 # No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
 
-import html as writer
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,15 +29,6 @@ MEANINGS = {
     "learned control": "control token in the loss, such as the end of a turn",
     "cut": "lost by truncation",
 }
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #d0d7de;border-radius:6px;padding:.7rem}
-.learned{background:#c8f0d0}.control{background:#d5e6fb}.learned.control{background:#7fd69a;font-weight:600}
-.cut{background:#fbd5d5;text-decoration:line-through}.dropped{color:#a40e26}
-pre span{border-right:1px dotted #9aa4af}
-@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}.learned{background:#14532d}
-.control{background:#1e3a5f}.learned.control{background:#15803d}.cut{background:#7f1d1d}}
-"""
 
 
 class Shown(NamedTuple):
@@ -121,7 +111,11 @@ def show(
         for (number, _), outcome in zip(chosen, outcomes, strict=True)
     ]
     if html is not None:
-        Path(html).write_text(page(data, parts, report.describe(data)), encoding="utf-8")
+        from rlhf_lightning.evaluation.report import write_page
+
+        notes = ["Hold the pointer over a token for its id."]
+        shown = {"parts": parts, "meanings": MEANINGS, "summary": report.describe(data)}
+        write_page(Path(html), "show.html.jinja", title=data, notes=notes, **shown)
         print(f"wrote {html}")
         return 0
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -242,24 +236,3 @@ def painted(state: str, text: str) -> str:
     """Colour a text line by line, so that each line can be indented."""
     code = COLOURS[state]
     return "\n".join(f"\033[{code}m{line}\033[0m" if code and line else line for line in text.split("\n"))
-
-
-def page(data: str, parts: list[tuple[str, list[tuple[str, list[Shown]]]]], summary: str) -> str:
-    """Return a page that needs no other file."""
-    legend = " ".join(
-        f'<span class="{state}">{state}</span>: {writer.escape(meaning)}.' for state, meaning in MEANINGS.items()
-    )
-    body = [f"<h1>{writer.escape(data)}</h1>", f"<p>{legend} Hold the pointer over a token for its id.</p>"]
-    for head, shown in parts:
-        dropped = ' class="dropped"' if not shown else ""
-        body.append(f"<h2{dropped}>{writer.escape(head)}</h2>")
-        for title, tokens in shown:
-            spans = "".join(
-                f'<span class="{one.state}" title="{" ".join(map(str, one.ids))}">'
-                f"{writer.escape(one.text).replace(chr(10), '&#8629;' + chr(10))}</span>"
-                for one in tokens
-            )
-            body.append(f"<p>{writer.escape(title)}</p><pre>{spans}</pre>")
-    body.append(f"<p>{writer.escape(summary)}</p>")
-    head = f'<meta charset="utf-8"><title>{writer.escape(data)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"

@@ -370,6 +370,125 @@ def logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
+def load_policy(
+    init_from: str,
+    settings: LoadSettings | None = None,
+    lora: LoraSettings | None = None,
+    value_head: bool = False,
+) -> CausalLM:
+    """Load a causal language model to train or to sample from.
+
+    Args:
+        init_from: hub id, folder (whole weights or an adapter) or .gguf file.
+        settings: precision, attention kernel, checkpointing.
+        lora: train an adapter on the frozen backbone; None trains every weight.
+        value_head: add a critic's head on the trunk.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
+            a reward model's.
+    """
+    settings = settings or LoadSettings()
+    name = resolve_folder(init_from)
+    refuse_reward_adapter(name)
+    continued = name if lora is not None and is_adapter(name) else None
+    source = load_base_of_adapter(name) if continued else name
+    if continued:
+        refuse_other_quantization(continued, settings.quantization)
+        model = load_hf_model(source, AutoModelForCausalLM, settings)
+    else:
+        model = load_weights(name, AutoModelForCausalLM, settings)
+    with reading(init_from):
+        prepare_for_training(model, settings)
+        if lora is not None:
+            refuse_growth(model, source, settings)
+            model = add_lora(model, lora, "CAUSAL_LM", start_from=continued, seed=settings.seed)
+        refuse_nonfinite_weights(model, init_from)
+        policy = CausalLM(model, value_head, source)
+        if settings.self_check:
+            from rlhf_lightning.models.self_check import check_class  # it forwards a CausalLM
+
+            check_class(policy, lora)
+    return policy
+
+
+def refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
+    """Refuse an adapter on embeddings that were given rows: its folder holds no backbone, so they would be lost.
+
+    Raises:
+        SettingError: ``new-tokens-need-rows``.
+    """
+    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(decoder=True).vocab_size
+    if settings.embeddings > rows:
+        raise SettingError(
+            "new-tokens-need-rows",
+            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter's folder "
+            f"cannot hold; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
+            "start from that folder",
+        )
+
+
+def refuse_reward_model(name: str) -> None:
+    """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
+
+    Raises:
+        ModelError: ``name`` is the folder of one.
+    """
+    refuse_reward_adapter(name)
+    if not is_adapter(name) and (Path(name) / "config.json").is_file():
+        with reading(name):
+            kinds = [
+                str(kind) for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+            ]
+        if any("SequenceClassification" in kind for kind in kinds):
+            raise ModelError(
+                "reward-model",
+                f"{name} is a reward model: it scores completions and cannot generate them; name a "
+                "causal language model",
+            )
+
+
+def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:
+    """Load a frozen copy for the KL to be measured from, without gradients and in eval mode."""
+    settings = settings or LoadSettings()
+    policy = load_policy(init_from, settings=settings_for_inference(settings))
+    return policy.requires_grad_(False).eval()
+
+
+def load_frozen(name: str, dtype: str = "float32") -> CausalLM:
+    """Load a policy to sample from or to judge with, in eval mode on the best device there is.
+
+    Raises:
+        MissingError: the folder or its weights do not exist.
+        ModelError: it is a reward model.
+    """
+    refuse_reward_model(resolve_folder(name))
+    policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return policy.to(accelerator or "cpu")
+
+
+def adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each adapted weight merged, under its name in the backbone: base + scaling * B A."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
+            base = layer.base_layer.weight
+            yield f"{name.removeprefix('base_model.model.')}.weight", base + layer.get_delta_weight("default").to(base)
+
+
+def settings_for_inference(settings: LoadSettings) -> LoadSettings:
+    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
+    return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
+
+
+def trainable_fraction(model: nn.Module) -> float:
+    """Share of a model's parameters that training changes."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained / max(total, 1)
+
+
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode without gradients, and every submodule back as it was.

@@ -8,10 +8,11 @@ from typing import Any
 
 from rlhf_lightning.errors import SettingError, check_range
 from rlhf_lightning.loading import load
+from rlhf_lightning.models.causal_lm import load_frozen
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Question, SimulatedJudge, Writer, as_text
-from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter, load_model
+from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter
 from rlhf_lightning.scoring.judges.remote import RemoteJudge
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message
@@ -90,7 +91,7 @@ class CritiqueJudge:
         if isinstance(writer, str):
             settings = SamplingSettings(max_new_tokens, 0.0)
             tokenizer = load_tokenizer(resolve_folder(writer))
-            writer = LocalWriter(load_model(writer, dtype), tokenizer, settings, 0, writer)
+            writer = LocalWriter(load_frozen(writer, dtype), tokenizer, settings, 0, writer)
         self.writer = writer
         self.name = (
             f"{self.judge.name} after {f'{rounds} rounds of debate' if rounds else 'critiques'} by {writer.name}"

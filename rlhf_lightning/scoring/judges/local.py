@@ -13,8 +13,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
-from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_frozen
 from rlhf_lightning.models.resolving import content_hash, resolve_folder
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
@@ -26,19 +25,6 @@ SPELLINGS = '{}| {}|({}| ({}|{})| {})|({})| ({})|{}.| {}.|{}:| {}:|"{}|*{}|**{}'
 
 SHARED_AT_LEAST = 16
 """Shortest common prefix, tokens, that is worth its own forward pass."""
-
-
-def load_model(model: str, dtype: str = "float32") -> CausalLM:
-    """Load a frozen language model onto the best device there is.
-
-    Raises:
-        MissingError: the folder or its weights do not exist.
-        ModelError: it is a reward model.
-    """
-    refuse_reward_model(resolve_folder(model))
-    loaded = load_policy(model, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(accelerator or "cpu")
 
 
 def context_length(model: CausalLM) -> int | None:
@@ -128,7 +114,7 @@ class LocalJudge:
         self.folder = resolve_folder(model) if isinstance(model, str) else None
         if isinstance(model, str):
             self.name = name or model
-            self.model = load_model(model, dtype)
+            self.model = load_frozen(model, dtype)
             self.tokenizer = load_tokenizer(str(self.folder), chat_template, template_args=template_args)
         else:
             if tokenizer is None:
