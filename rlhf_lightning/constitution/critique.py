@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import DataError, SettingError, check_range
+from rlhf_lightning.errors import SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.constitution.revision import Chain
@@ -68,11 +68,7 @@ def critique(
     from rlhf_lightning.evaluation.report import write_json
 
     rules, target = load_constitution(constitution), Path(out)
-    if not rules.revising:
-        raise DataError(
-            "too-few-principles",
-            f"the constitution {rules.title} has no principles to revise by: list some under revising",
-        )
+    rules.require("revising")
     settings = RevisionSettings(rounds, not without_critique, keep_unfinished, sampling.seed)
     drawn = sampling.provenance()
     rows = [prompt for prompt, _ in read_prompts(prompts, as_chat)]

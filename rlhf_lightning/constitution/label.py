@@ -81,12 +81,7 @@ def label(
         )
     rules = load_constitution(constitution)
     settings = LabelSettings(principles, average, reasoning, least_mass, sampling.seed)
-    if len(rules.comparing) < principles:
-        raise SettingError(
-            "too-few-principles",
-            f"the constitution {rules.title} has {len(rules.comparing)} principles to compare by, and principles is "
-            f"{principles}: draw fewer for each pair",
-        )
+    rules.require("comparing", principles)
     if pairs is not None:
         work = given_work(pairs)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_lightning.constitution.labels import Comparison, LabelledPair, judge_metrics, probabilities_of
 from rlhf_lightning.constitution.principles import Constitution, comparison_messages, load_constitution
 from rlhf_lightning.data.feedback.records import Answer, Assignment, text_of
-from rlhf_lightning.errors import SettingError, check_choice, check_range
+from rlhf_lightning.errors import check_choice, check_range
 from rlhf_lightning.functional.judging import (
     debiased_probability,
     debiased_probability_from_logits,
@@ -82,7 +82,7 @@ def label_pairs(
             same labels.
 
     Raises:
-        SettingError: the constitution has fewer comparing principles than are to be drawn.
+        ConstitutionError: it has fewer comparing principles than are to be drawn.
         ContractError: the judge does not give one answer to each question.
     """
     settings = settings or LabelSettings()
@@ -116,19 +116,9 @@ def labelled_of(
 
 
 def drawn_principles(constitution: Constitution, settings: LabelSettings, number: int) -> list[ComparingPrinciple]:
-    """Draw the distinct principles of pair ``number``.
-
-    Raises:
-        SettingError: the constitution has too few.
-    """
-    there = constitution.comparing
-    if len(there) < settings.principles:
-        raise SettingError(
-            "too-few-principles",
-            f"the constitution {constitution.name} has {len(there)} principles to compare by, and principles is "
-            f"{settings.principles}: draw fewer for each pair",
-        )
-    return random.Random(f"{settings.seed}/comparing/{number}").sample(there, settings.principles)
+    """Draw the distinct principles of pair ``number``; see `Constitution.require`."""
+    constitution.require("comparing", settings.principles)
+    return random.Random(f"{settings.seed}/comparing/{number}").sample(constitution.comparing, settings.principles)
 
 
 def _question(

@@ -88,11 +88,6 @@ def probabilities_of(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]
     )
 
 
-def failures_of(labelled: Sequence[LabelledPair]) -> Counter[str]:
-    """Count the reasons of missing answers."""
-    return Counter(reason for one in labelled for comparison in one.comparisons for reason in comparison.failures)
-
-
 def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
     """Return the metrics of a judge; None for those that the labels do not determine.
 
@@ -105,7 +100,8 @@ def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
     comparisons = [comparison for one in labelled for comparison in one.comparisons]
     kept = [one for one in comparisons if one.answered]
     judged = [one for one in labelled if one.preference is not None]
-    failures, questions = failures_of(labelled), 2 * len(comparisons)
+    failures = Counter(reason for one in comparisons for reason in one.failures)
+    questions = 2 * len(comparisons)
     metrics: dict[str, Any] = {
         "pairs": len(labelled),
         "labelled": len(judged),

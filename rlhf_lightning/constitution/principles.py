@@ -116,6 +116,20 @@ class Constitution:
         """Name, version and start of the fingerprint."""
         return f"{self.name} v{self.version} ({self.fingerprint[:8]})"
 
+    def require(self, kind: Literal["revising", "comparing"], count: int = 1) -> None:
+        """Refuse a constitution with fewer principles of a kind than are to be drawn.
+
+        Raises:
+            ConstitutionError: ``too-few-principles``.
+        """
+        there, verb = len(getattr(self, kind)), kind.removesuffix("ing") + "e"
+        if there < count:
+            asked = f", and principles is {count}" if count > 1 else ""
+            raise ConstitutionError(
+                "too-few-principles",
+                f"the constitution {self.name} has {there or 'no'} principles to {verb} by{asked}: list more in {kind}",
+            )
+
     def revising_principle(self, id: str) -> RevisingPrinciple:
         """Return the revising principle with this id."""
         return next(principle for principle in self.revising if principle.id == id)

@@ -19,7 +19,7 @@ from rlhf_lightning.constitution.principles import (
     revision_prompt,
     spaced,
 )
-from rlhf_lightning.errors import DataError, check_range
+from rlhf_lightning.errors import check_range
 from rlhf_lightning.scoring.judges.judge import Writer, Written, first_paragraphs
 from rlhf_lightning.types import Prompt
 
@@ -99,13 +99,9 @@ def revise(
         start: index of the first prompt.
 
     Raises:
-        DataError: the constitution has no revising principles.
+        ConstitutionError: it has no revising principles.
     """
-    if not constitution.revising:
-        raise DataError(
-            "too-few-principles",
-            f"the constitution {constitution.name} has no principles to revise by: list some under revising",
-        )
+    constitution.require("revising")
     numbers = [start + place for place in range(len(prompts))]
     answers = _write(writer, constitution, prompts, [_episode(number, 0) for number in numbers])
     current = [one.text if one is not None else "" for one in answers]
