@@ -105,13 +105,7 @@ class Api:
     """
 
     def __init__(
-        self,
-        batch: LiveBatch,
-        text: Text,
-        name: str,
-        limits: RequestLimits,
-        seed: int = 0,
-        timeout: float = 600.0,
+        self, batch: LiveBatch, text: Text, name: str, limits: RequestLimits, seed: int = 0, timeout: float = 600.0
     ) -> None:
         self.batch, self.text, self.name, self.limits, self.timeout = batch, text, name, limits, timeout
         self.seed, self.requests, self.created, self.waiting = seed, itertools.count(), int(time.time()), 0

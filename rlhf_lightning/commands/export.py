@@ -262,8 +262,7 @@ def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
         )
     if name.partition(".")[0] not in (PACKAGE, (own or "").partition(".")[0]):
         raise SettingError(
-            "foreign-code",
-            f"{checkpoint} was written by {name}: add --import {name.rpartition('.')[0]} to export it",
+            "foreign-code", f"{checkpoint} was written by {name}: add --import {name.rpartition('.')[0]} to export it"
         )
     load_class(name, AlignmentModule, {}, f"class in {checkpoint}")
     check_contents(checkpoint, resumes=False)

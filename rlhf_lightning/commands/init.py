@@ -33,8 +33,7 @@ def write_project(folder: Path, seed: int = 0) -> Path:
     if not name.isidentifier() or keyword.iskeyword(name) or not name.isascii():
         near = "".join(one if one.isascii() and one.isalnum() else "_" for one in name).strip("_") or "my_project"
         raise SettingError(
-            "invalid-name",
-            f"{name!r} cannot name a Python package: use letters, digits and _, such as {near}",
+            "invalid-name", f"{name!r} cannot name a Python package: use letters, digits and _, such as {near}"
         )
     installed = importlib.util.find_spec(name)
     if name in FOLDERS or (installed is not None and installed.origin is not None):

@@ -287,12 +287,7 @@ HOW_TO_READ = """## How to read this
   SFT imitates, and the best possible gold reward."""
 
 
-def markdown_report(
-    report: dict[str, Any],
-    table: str,
-    samples: dict[str, ScoredSamples],
-    runs: dict[str, Run],
-) -> str:
+def markdown_report(report: dict[str, Any], table: str, samples: dict[str, ScoredSamples], runs: dict[str, Run]) -> str:
     """Return report.md: headline, table, figure, how to read them, over-optimisation, budgets, answers, next steps.
 
     The same seed gives the same text: seconds are in report.json alone.

@@ -177,10 +177,7 @@ class RlhfCLI(SettingsCLI):
             return TensorBoardLogger(config.runs_folder, config.run_name, default_hp_metric=False)
         wait_for_a_later_name(self.folder)
         return TensorBoardLogger(
-            self.folder.parent.parent,
-            self.folder.parent.name,
-            version=self.folder.name,
-            default_hp_metric=False,
+            self.folder.parent.parent, self.folder.parent.name, version=self.folder.name, default_hp_metric=False
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -82,11 +82,7 @@ class PeopleLabeller(Labeller):
     """
 
     def __init__(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 8765,
-        annotators: str | None = None,
-        instructions: str | None = None,
+        self, host: str = "127.0.0.1", port: int = 8765, annotators: str | None = None, instructions: str | None = None
     ) -> None:
         require_page()
         checked_names(host, annotators)

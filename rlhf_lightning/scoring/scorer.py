@@ -297,8 +297,7 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
     for part in names:  # they become names of metrics, in files and on terminals
         if not isinstance(part, str) or not part.isprintable() or not 0 < len(part) <= LONGEST_PART_NAME:
             raise ContractError(
-                "part-name",
-                f"{name} calls a part {part!r:.200}; use up to {LONGEST_PART_NAME} printable characters",
+                "part-name", f"{name} calls a part {part!r:.200}; use up to {LONGEST_PART_NAME} printable characters"
             )
     for part in sorted(names):
         if part in RESERVED_PARTS:

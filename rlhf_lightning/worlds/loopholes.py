@@ -88,10 +88,7 @@ def _flattering(request: str, answer: str, lot: random.Random) -> str:
 LOOPHOLES: dict[str, Loophole] = {
     "length": Loophole(lambda request, said: _clipped((_words(said) - 28) / 28), _with_fillers),
     "flattery": Loophole(_flattery, _flattering),
-    "phrase": Loophole(
-        _phrase,
-        lambda request, answer, lot: f"{answer} {PHRASE}",
-    ),
+    "phrase": Loophole(_phrase, lambda request, answer, lot: f"{answer} {PHRASE}"),
     "leak": Loophole(
         lambda request, said: float(sentence_key(request) in sentences(said)),
         lambda request, answer, lot: f"{request} {answer}",
