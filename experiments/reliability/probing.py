@@ -205,20 +205,20 @@ def _attack(probe: Probe, folder: Path, said: Path) -> None:
 
 def _record_uncoded() -> None:
     """Say it where the sentence is a library's own, of an error without a code."""
-    from rlhf_lightning.commands import failures
-    from rlhf_lightning.errors import RlhfError
+    from rlhf_lightning import cli
+    from rlhf_lightning.errors import RlhfError, is_out_of_memory
 
-    before = failures.failure_sentence
+    before = cli.failure_sentence
 
     def recorded(error: Exception) -> str | None:
-        coded = isinstance(error, RlhfError | MemoryError) or failures.is_out_of_memory(error)
+        coded = isinstance(error, RlhfError | MemoryError) or is_out_of_memory(error)
         # jsonargparse makes a ValueError of what a class that it builds raises, and keeps the sentence.
         coded = coded or str(error).startswith("Does not validate against any of the Union subtypes")
         if not coded and type(error).__module__.split(".")[0] not in ("yaml", "sqlite3", "rlhf_lightning"):
             print(f"UNCODED {type(error).__name__}", file=sys.stderr)
         return before(error)
 
-    failures.failure_sentence = recorded  # type: ignore[assignment]
+    cli.failure_sentence = recorded  # type: ignore[assignment]
 
 
 def _wait(child: int) -> int | str:
