@@ -81,12 +81,13 @@ def serve_vllm(
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
     command += shlex.split(arguments)
     print(" ".join(shlex.quote(part) for part in command), flush=True)
-    status = subprocess.run(command, env=environment, check=False).returncode
-    for number in range(1, restarts + 1):
+    status = 0
+    for number in range(restarts + 1):
+        if number:
+            print(f"the server died with status {status}; starting it again, {number} of {restarts} times", flush=True)
+        status = subprocess.run(command, env=environment, check=False).returncode
         if status in ENDED:
             break
-        print(f"the server died with status {status}; starting it again, {number} of {restarts} times", flush=True)
-        status = subprocess.run(command, env=environment, check=False).returncode
     return status
 
 

@@ -32,39 +32,17 @@ def main(argv: Sequence[str]) -> int:
         return run_function(export, argv[1:], "rlhf annotate export")
     if argv[:1] == ["import"]:
         return run_function(import_records, argv[1:], "rlhf annotate import")
-    return run_function(annotate, gathered(gathered(argv, "--model"), "--ensemble"), "rlhf annotate", without=ONE_TURN)
-
-
-def gathered(argv: Sequence[str], option: str) -> list[str]:
-    """Rewrite an option with several values, or given several times, as one JSON list."""
-    values, rest, empty, following = [], [], False, False
-    for argument in argv:
-        if argument == option:
-            empty, following = True, True
-        elif argument.startswith(f"{option}="):
-            values.append(argument.partition("=")[2])
-            following = False
-        elif following and not argument.startswith("--"):
-            values.append(argument)
-            empty = False
-        elif empty:
-            break
-        else:
-            rest.append(argument)
-            following = False
-    if empty:
-        return list(argv)  # the parser reports the missing value
-    return [*rest, option, json.dumps(values)] if values else rest
+    return run_function(annotate, argv, "rlhf annotate", without=ONE_TURN)
 
 
 def annotate(
     store: str,
     prompts: str | None = None,
-    model: list[str] | None = None,
+    model: Sequence[str] = (),
     pairs: str | None = None,
     candidates: int = 2,
     select: str | None = None,
-    ensemble: list[str] | None = None,
+    ensemble: Sequence[str] = (),
     ahead: int | None = None,
     as_chat: bool = False,
     annotators_per_item: int = 1,
@@ -122,7 +100,7 @@ def annotate(
             "wrong-file-ending",
             f"the store {store} does not end in {SUFFIX}, by which training recognizes a store; rename it",
         )
-    if (prompts is None) != (model is None):
+    if (prompts is None) == bool(model):
         raise SettingError("conflicting-settings", "--prompts and --model go together: give both, or neither")
     told = "" if instructions is None else read_instructions(Path(instructions))
     access = access_policy(path, host, annotators)
@@ -142,7 +120,7 @@ def annotate(
             opened.rank(selector)
         choices = tuple(reasons or REASONS), tuple(flags or FLAGS)
         page = PageSettings(*choices, instructions=told)
-        if prompts is not None and model is not None:
+        if prompts is not None:
             ahead = ahead or (AHEAD if selector is None else POOL)
             source = sampling_ahead(opened, prompts, model, candidates, sampling, ahead, as_chat, selector)
             sampler = stack.enter_context(source)
@@ -154,8 +132,8 @@ def annotate(
 
 
 def sampling_ahead(
-    store: "FeedbackStore", prompts: str, models: list[str], candidates: int, sampling: SamplingArguments, ahead: int,
-    as_chat: bool, selector: "Selector | None",
+    store: "FeedbackStore", prompts: str, models: Sequence[str], candidates: int, sampling: SamplingArguments,
+    ahead: int, as_chat: bool, selector: "Selector | None",
 ) -> "SamplingAhead":  # fmt: skip
     """Load the models and return the sampler of the page's items."""
     from rlhf_lightning.commands.generate import read_prompts
@@ -190,7 +168,7 @@ def report_left_out(path: str, columns: "Sequence[dict[str, Any]]") -> None:
         print(f"{path}: training on the store leaves out {', '.join(taken)}: forms and labels use these columns")
 
 
-def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "Selector | None":
+def selector_of(select: str | None, ensemble: Sequence[str], seed: int) -> "Selector | None":
     """Return the selector of --select; None without it."""
     if select is None:
         if ensemble:
@@ -201,7 +179,7 @@ def selector_of(select: str | None, ensemble: list[str] | None, seed: int) -> "S
         return None
     from rlhf_lightning.people.selectors import load_selector
 
-    return load_selector(select, ensemble or [], seed)
+    return load_selector(select, ensemble, seed)
 
 
 def export(

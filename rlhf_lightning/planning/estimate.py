@@ -279,9 +279,6 @@ def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: in
     }
 
 
-# -- compute ----------------------------------------------------------------------------------------------------------
-
-
 # -- speed ------------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +344,9 @@ def most_tokens_per_second(setup: Setup, found: Plan, rates: Rates) -> float:
         batches = math.ceil(drawn / min(setup.rollout.slots or drawn, drawn))
         moved += found.roles[0].bytes * setup.rows.completion * batches
     return found.tokens / (compute + moved / rates.traffic)
+
+
+# -- compute ----------------------------------------------------------------------------------------------------------
 
 
 def _flops(setup: Setup, batch: MicroBatch) -> dict[str, int]:

@@ -23,10 +23,11 @@ from rlhf_lightning.scoring.judges.judge import (
     Question,
     Wording,
     as_text,
+    as_turns,
     checked_answers,
 )
 from rlhf_lightning.scoring.scorer import Scorer, Scores, column
-from rlhf_lightning.types import Judgement, Message, Prompt, Rollout
+from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 GOLD = "gold"
 """Name of the part that holds the second judge's score."""
@@ -171,7 +172,10 @@ class WinRateScorer(Scorer):
     def _question(self, prompt: Prompt, first: str, second: str) -> Question:
         wording = Wording()
         text = wording.comparison.format(
-            conversation=as_text(_turns(prompt), wording), question=self.principle.question, first=first, second=second
+            conversation=as_text(as_turns(prompt), wording),
+            question=self.principle.question,
+            first=first,
+            second=second,
         )
         return Question(prompt, first, second, self.principle, [{"role": "user", "content": text}], wording)
 
@@ -181,10 +185,6 @@ def _first(answers: Sequence[JudgeAnswer]) -> Tensor:
     known = [(0.0, 0.0) if one.failure else (one.first_logprob, one.second_logprob) for one in answers]
     logprobs = torch.tensor(known, dtype=torch.float64).view(-1, 2)
     return preference_probability(logprobs[:, 0], logprobs[:, 1])
-
-
-def _turns(prompt: Prompt) -> Sequence[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _read(path: str) -> Any:
@@ -228,7 +228,7 @@ def as_a_whole(rubric: Sequence[Criterion]) -> str:
 
 def question(prompt: Prompt, completion: str, criterion: str) -> Question:
     """Return the question whether a completion meets a criterion: (A) yes, (B) no."""
-    text = ASKED.format(conversation=as_text(_turns(prompt), VERDICT), completion=completion, criterion=criterion)
+    text = ASKED.format(conversation=as_text(as_turns(prompt), VERDICT), completion=completion, criterion=criterion)
     principle = ComparingPrinciple("rubric", criterion)
     return Question(prompt, completion, "", principle, [{"role": "user", "content": text}], VERDICT)
 

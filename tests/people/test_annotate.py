@@ -1,5 +1,6 @@
 """`rlhf annotate`: what is sampled or given, what is refused, and the server from the command line to the export."""
 
+import functools
 import json
 import socket
 import sqlite3
@@ -15,7 +16,7 @@ from tiny_run import rows_of
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.errors import failure_sentence
-from rlhf_lightning.people.annotate import annotate, gathered
+from rlhf_lightning.people.annotate import annotate
 from rlhf_lightning.people.candidates import given_items, load_policies, sampled_items
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import LearnedScorer
@@ -62,11 +63,16 @@ def test_given_pairs_keep_no_label(tmp_path):
         given_items(str(tmp_path / "empty.jsonl"))
 
 
-def test_models_are_named_one_after_the_other():
-    assert gathered(["--model", "a", "--port", "1", "--model=b"], "--model") == ["--port", "1", "--model", '["a", "b"]']
-    assert gathered(["--port", "1"], "--model") == ["--port", "1"]
-    assert gathered(["--model", "a", "b", "--port", "1"], "--model") == ["--port", "1", "--model", '["a", "b"]']
-    assert gathered(["--model", "--port", "1"], "--model") == ["--model", "--port", "1"], "which the parser refuses"
+@pytest.mark.parametrize("flags", [["--model", "a", "--port", "1", "--model=b"], ["--model", "a", "b", "--port", "1"]])
+def test_models_are_named_one_after_the_other(flags, monkeypatch):
+    named = []
+
+    @functools.wraps(annotate)
+    def look(**given):
+        named.extend(given["model"])
+
+    monkeypatch.setattr("rlhf_lightning.people.annotate.annotate", look)
+    assert rlhf(["annotate", "--store", "feedback.db", *flags]) == 0 and named == ["a", "b"]
 
 
 def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys):

@@ -11,11 +11,10 @@ from rlhf_lightning.loading import load
 from rlhf_lightning.models.causal_lm import load_frozen
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Question, SimulatedJudge, Writer, as_text
+from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Question, SimulatedJudge, Writer, as_text, as_turns
 from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter
 from rlhf_lightning.scoring.judges.remote import RemoteJudge
 from rlhf_lightning.tokenization import load_tokenizer
-from rlhf_lightning.types import Message
 
 
 def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) -> Judge:
@@ -139,6 +138,5 @@ class CritiqueJudge:
 
 
 def _conversation(question: Question) -> str:
-    prompt, wording = question.prompt, question.wording
-    turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return as_text(turns, wording).removesuffix(f"\n\n{wording.assistant}:")
+    wording = question.wording
+    return as_text(as_turns(question.prompt), wording).removesuffix(f"\n\n{wording.assistant}:")

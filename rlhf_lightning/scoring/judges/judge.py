@@ -275,6 +275,11 @@ def first_paragraphs(text: str, wording: Wording) -> str:
     return text[: found.start()] if found else text
 
 
+def as_turns(prompt: Prompt) -> list[Message]:
+    """Return a prompt as messages; plain text is a turn of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+
+
 def as_text(messages: Sequence[Message], wording: Wording) -> str:
     """Return a conversation as a transcript that ends with the assistant's open turn."""
     names = {"user": wording.human, "assistant": wording.assistant}
