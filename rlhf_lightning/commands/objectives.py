@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flag_index import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.loading import shipped_classes
@@ -72,19 +73,18 @@ def objectives(name: str | None = None, json: str | None = None) -> int:
         print(f"{name}  ({entry['paper']})\n\n{entry['doc']}\n\n`rlhf fit --model.help {name}` lists its settings.")
         return 0
     rows = [
-        Objective(kind, entry["family"], entry["paper"], entry["needs"], entry["doc"].partition("\n\n")[0])
+        Objective(kind, entry["family"], entry["paper"], entry["needs"], _summary(entry["doc"]))
         for kind, entry in found.items()
         if entry["paper"]
     ]
-    rows = [row._replace(summary=row.summary.replace("\n", " ")) for row in rows]
     print(table(rows, shutil.get_terminal_size((100, 24)).columns))
     if json is not None:
-        _write(rows, Path(json))
+        write_text(Path(json), dumps([row._asdict() for row in rows], indent=2) + "\n")
     return 0
 
 
-def _write(rows: Sequence[Objective], path: Path) -> None:
-    path.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n", encoding="utf-8")
+def _summary(doc: str) -> str:
+    return doc.partition("\n\n")[0].replace("\n", " ")
 
 
 def table(rows: Sequence[Objective], width: int) -> str:
@@ -130,8 +130,7 @@ def described(kind: type[Any]) -> Objective:
     needs = DATA.get(kind.batch_type.__name__, kind.batch_type.__name__)
     needs += ", reference" if kind.needs_reference else ""
     needs += "".join(f", {name}" for name in ("teacher", "scorer") if _requires(kind, name))
-    summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-    return Objective(kind.__name__, family_of(kind), kind.paper, needs, summary)
+    return Objective(kind.__name__, family_of(kind), kind.paper, needs, _summary(inspect.getdoc(kind) or ""))
 
 
 def _requires(kind: type[Any], name: str) -> bool:
@@ -180,9 +179,9 @@ def build_index() -> str:
             parser = PlainParser(exit_on_error=False)
             parser.add_class_arguments(kind, fail_untyped=False)
             found[part][kind.__name__]["settings"] = numbered(parser)
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in numbers)
+    rows = ",\n".join(dumps(row, ensure_ascii=False) for row in numbers)
     parts = ",\n".join(
-        f'"{part}": {{\n' + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry, ensure_ascii=False)}"
+        f'"{part}": {{\n' + ",\n".join(f"{dumps(name)}: {dumps(entry, ensure_ascii=False)}"
                                        for name, entry in found[part].items()) + "\n}"
         for part in PARTS
     )  # fmt: skip
@@ -190,8 +189,8 @@ def build_index() -> str:
         "AlignmentModule",
         "AlignmentDataModule",
     }
-    bases = json.dumps(sorted(named - found["model"].keys()))
-    return f'{{"settings": [\n{rows}\n],\n"run": {json.dumps(found["run"])},\n"bases": {bases},\n{parts}\n}}\n'
+    bases = dumps(sorted(named - found["model"].keys()))
+    return f'{{"settings": [\n{rows}\n],\n"run": {dumps(found["run"])},\n"bases": {bases},\n{parts}\n}}\n'
 
 
 def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
@@ -223,7 +222,7 @@ def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
 def written(value: Any) -> str:
     """Return a default as YAML writes it."""
     if isinstance(value, Mapping | list | tuple | str | bool | int | float) or value is None:
-        return json.dumps(value).strip('"')
+        return dumps(value).strip('"')
     return str(value)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -45,6 +45,7 @@ PAGE = Path(__file__).with_name("page")
 MOST_CHOICES = 20
 LONGEST_CHOICE = 60
 YEAR = 365 * 24 * 3600
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -227,13 +228,12 @@ class _Pages:
         if not self.access.sees_results(name):
             return self._html("enter.html", 403, asks=False)
 
-        def compute() -> dict[str, Any]:
-            with self.store.reading() as connection:
-                found = results_of(connection)
-                command, init_from = training_command(connection, self.store.path, found["snapshot"].upto)
+        def compute(connection: sqlite3.Connection) -> dict[str, Any]:
+            found = results_of(connection)
+            command, init_from = training_command(connection, self.store.path, found["snapshot"].upto)
             return {**found, "command": command, "init_from": init_from}
 
-        return self._html("results.html", **await run_in_threadpool(compute))
+        return self._html("results.html", **await self._read(compute))
 
     async def labels(self, request: Request) -> Response:
         """The annotator's own labels, a page at a time; each can be undone."""
@@ -249,24 +249,23 @@ class _Pages:
     async def _labels(self, request: Request, annotator: str | None) -> Response:
         before = request.query_params.get("before", "")
         last = int(before) if before.isdecimal() and len(before) < 19 else None
-
-        def compute() -> dict[str, Any]:
-            with self.store.reading() as connection:
-                return label_rows(connection, annotator, last)
-
-        return self._html("labels.html", mine=annotator is not None, **await run_in_threadpool(compute))
+        shown = await self._read(lambda connection: label_rows(connection, annotator, last))
+        return self._html("labels.html", mine=annotator is not None, **shown)
 
     async def download(self, request: Request) -> Response:
         """Every judgement as it was made, as JSON Lines."""
         if not self.access.sees_results(self._who(request)):
             return self._html("enter.html", 403, asks=False)
-
-        def compute() -> str:
-            with self.store.reading() as connection:
-                return "".join(encoded(row) + "\n" for row in rows_of(connection, "judgement"))
-
+        text = await self._read(lambda stored: "".join(encoded(row) + "\n" for row in rows_of(stored, "judgement")))
         name = {"content-disposition": "attachment; filename=labels.jsonl"}
-        return Response(await run_in_threadpool(compute), headers=name, media_type="application/jsonl")
+        return Response(text, headers=name, media_type="application/jsonl")
+
+    async def _read(self, compute: Callable[[sqlite3.Connection], Read]) -> Read:
+        def read() -> Read:
+            with self.store.reading() as connection:
+                return compute(connection)
+
+        return await run_in_threadpool(read)
 
 
 def described(found: Assignment) -> dict[str, Any]:
