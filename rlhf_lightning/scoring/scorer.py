@@ -71,6 +71,23 @@ GoldReward = Callable[[Prompt, str], float]
 """True value of a completion, for simulated judges and annotators."""
 
 
+class Measured:
+    """Values per completion, collected under fixed names until they are taken."""
+
+    def __init__(self, *names: str) -> None:
+        self._values: dict[str, list[float]] = {name: [] for name in names}
+
+    def add(self, name: str, values: Sequence[float | None]) -> None:
+        """Add one value per completion; None values do not count."""
+        self._values[name] += [math.nan if value is None else float(value) for value in values]
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the values since the last call, fp64, shape (completions,) each."""
+        taken = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._values.items()}
+        self._values = {name: [] for name in self._values}
+        return taken
+
+
 class Scorer:
     """A callable that scores completions. Any function with this signature serves as well.
 
@@ -80,7 +97,7 @@ class Scorer:
     scoring is restored after sample tables and validation, and differs between ranks.
     """
 
-    measured: Measured | None = None
+    measured = Measured()
     """Further metrics of the completions; `take_metrics` returns them."""
 
     @property
@@ -125,7 +142,7 @@ class Scorer:
         On-policy modules log the mean of each as ``rollout/<name>``. Always return the same names, without values if
         nothing was scored: every rank must log the same.
         """
-        return {} if self.measured is None else self.measured.take()
+        return self.measured.take()
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
         """Move the scorer's state after a training rollout and its updates, never after sample tables or validation.
@@ -147,23 +164,6 @@ class Scorer:
         Args:
             state: this rank's state; after a change of the number of ranks, the first rank's.
         """
-
-
-class Measured:
-    """Values per completion, collected under fixed names until they are taken."""
-
-    def __init__(self, *names: str) -> None:
-        self._values: dict[str, list[float]] = {name: [] for name in names}
-
-    def add(self, name: str, values: Sequence[float | None]) -> None:
-        """Add one value per completion; None values do not count."""
-        self._values[name] += [math.nan if value is None else float(value) for value in values]
-
-    def take(self) -> dict[str, Tensor]:
-        """Return the values since the last call, fp64, shape (completions,) each."""
-        taken = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._values.items()}
-        self._values = {name: [] for name in self._values}
-        return taken
 
 
 class ZeroScorer(Scorer):

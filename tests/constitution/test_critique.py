@@ -101,7 +101,7 @@ def test_a_rerun_gives_the_same_rows_and_another_seed_others(given):
         (["--model", "http://127.0.0.1:1"], "a server needs server_model"),
         (["--constitution", "no.yaml"], "there is no constitution 'no.yaml'"),
         (["--prompts", "no.jsonl"], "there is no file no.jsonl"),
-        (["--max-new-tokens", "512"], "max_new_tokens is 512, and"),
+        (["--max-new-tokens", "512"], "max_new_tokens is 512: lower it"),
     ],
 )
 def test_wrong_settings_are_said(given, flags, sentence, capsys):

@@ -309,7 +309,7 @@ def test_what_cannot_be_is_said(flags, more, sentence, capsys):
 def test_a_config_file_and_flags_over_it(flags, capsys):
     Path("loop.yaml").write_text("name: other\npool: 4\nlabels: 20\n")
     assert rlhf(["loop", "--config", "loop.yaml", *flags[1:]]) == 1
-    assert "pool is 4, and 1 of 8 labels go to each pair" in capsys.readouterr().err
+    assert "pool is 4: it must be 8 or more, as 1 of 8 labels go to each pair" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         rlhf(["loop", "--config", "loop.yaml", "--labells", "3"])
     assert "the nearest is --labels" in capsys.readouterr().err
