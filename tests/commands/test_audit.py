@@ -81,6 +81,6 @@ def test_similar_and_overlap_are_asked_for(write_rows, capsys):
     test = write_rows([{"text": " ".join(f"a{i}" for i in range(38)) + " b c"}, {"text": "else"}], "test.jsonl")
     status, said, _ = run(capsys, train, "--eval", test, "--similar", "0.7", "--overlap", "13")
     assert status == 0 and "leaked_similar" in said and "overlap" in said
-    for flags in (["--similar", "2"], ["--overlap", "13"]):
+    for flags, words in ((["--similar", "2"], "similar is 2.0"), (["--overlap", "13"], "overlap compares")):
         status, _, error = run(capsys, train, *flags)
-        assert status == 1 and ("overlap" in error)
+        assert status == 1 and words in error

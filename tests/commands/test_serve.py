@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands import serve as serving
+from rlhf_lightning.commands import completion_api
 from rlhf_lightning.commands.completion_api import LARGEST_BODY, make_app
 from rlhf_lightning.commands.completion_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from rlhf_lightning.commands.generate import SamplingArguments
@@ -350,7 +350,7 @@ def test_other_sites_and_strangers_are_refused(api, client, monkeypatch):
 
 
 def test_a_busy_server_says_so_and_a_slow_request_ends(api, client, monkeypatch):
-    monkeypatch.setattr(serving, "MOST_WAITING", 2)
+    monkeypatch.setattr(completion_api, "MOST_WAITING", 2)
     assert ask(client, status=429, n=3)["error"]["type"] == "rate_limit_error"
     monkeypatch.undo()
     monkeypatch.setattr(api, "timeout", 0.05)
