@@ -58,7 +58,14 @@ def best_of_n(
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import Speed, completions, read_prompts, refuse_overwriting, scorer_beside
+    from rlhf_lightning.commands.generate import (
+        Speed,
+        completions,
+        hint_at_template,
+        read_prompts,
+        refuse_overwriting,
+        scorer_beside,
+    )
 
     _check(n, keep, top, threshold)
     sampling.settings()  # raises before anything is read

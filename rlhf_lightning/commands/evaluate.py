@@ -62,7 +62,7 @@ def evaluate(
         out: folder of the report.
         sampling: sampling settings.
     """
-    from rlhf_lightning.commands.generate import read_prompts, scorer_beside
+    from rlhf_lightning.commands.generate import hint_at_template, read_prompts, scorer_beside
     from rlhf_lightning.evaluation.completions import by_prompt, summary
     from rlhf_lightning.evaluation.report import write_report
 

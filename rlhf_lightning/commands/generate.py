@@ -90,9 +90,8 @@ class SamplingArguments:
             MissingError: there is no such folder, or no weights in it.
             ValueError: it is a reward model.
         """
-        from rlhf_lightning.models.causal_lm import load_frozen, refuse_reward_model
         from rlhf_lightning.models.resolving import is_adapter, resolve_folder
-        from rlhf_lightning.models.roles import load_policy, refuse_reward_model
+        from rlhf_lightning.models.roles import load_frozen, refuse_reward_model
         from rlhf_lightning.models.self_check import check_weights
         from rlhf_lightning.tokenization import load_tokenizer
 

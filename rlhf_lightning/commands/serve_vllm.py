@@ -93,9 +93,9 @@ def serve_vllm(
 
 def _written(model: str, folder: str) -> str:
     """Write the model for a server that loads its weights again; return the folder."""
-    from rlhf_lightning.models.causal_lm import load_policy
     from rlhf_lightning.models.loading import LoadSettings
     from rlhf_lightning.models.resolving import resolve_folder
+    from rlhf_lightning.models.roles import load_policy
     from rlhf_lightning.sampling.hand_over import write_server_folder
     from rlhf_lightning.tokenization import load_tokenizer
 

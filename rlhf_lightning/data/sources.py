@@ -26,15 +26,8 @@ from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.rows import Labels, RowKind, rows_of
-from rlhf_lightning.data.files import (
-    FORMATS,
-    LONGEST_ROW,
-    RawRow,
-    Unreadable,
-    format_of,
-    read_file,
-    without_filled_nulls,
-)
+from rlhf_lightning.data.files import LONGEST_ROW, RawRow, Unreadable, read_file, without_filled_nulls
+from rlhf_lightning.data.finding import bounds_of, files_of, split_of
 from rlhf_lightning.environments.games import GYM, reasoning_rows
 from rlhf_lightning.errors import DataError, MissingError, SettingError, reason_of
 

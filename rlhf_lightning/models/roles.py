@@ -133,6 +133,19 @@ def load_reference(init_from: str, settings: LoadSettings | None = None) -> Caus
     return policy.requires_grad_(False).eval()
 
 
+def load_frozen(name: str, dtype: str = "float32") -> CausalLM:
+    """Load a policy to sample from or to judge with, in eval mode on the best device there is.
+
+    Raises:
+        MissingError: the folder or its weights do not exist.
+        ModelError: it is a reward model.
+    """
+    refuse_reward_model(resolve_folder(name))
+    policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return policy.to(accelerator or "cpu")
+
+
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:
     """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
     return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)

@@ -28,7 +28,7 @@ from rlhf_lightning.errors import MissingError, SettingError, StateError
 from rlhf_lightning.evaluation.policies import ScoredSamples, mean_with_interval, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, pyplot, save_figure, write_markdown
 from rlhf_lightning.loading import load_class, read_config, read_records, read_yaml
-from rlhf_lightning.models.causal_lm import load_reference
+from rlhf_lightning.models.roles import load_reference
 from rlhf_lightning.people.candidates import TRIES, load_policies, sampled_items
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.recipes import resolve_recipe

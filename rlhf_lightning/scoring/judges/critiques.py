@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf_lightning.errors import SettingError, check_range
 from rlhf_lightning.loading import load
-from rlhf_lightning.models.causal_lm import load_frozen
 from rlhf_lightning.models.resolving import resolve_folder
+from rlhf_lightning.models.roles import load_frozen
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Question, SimulatedJudge, Writer, as_text, as_turns
 from rlhf_lightning.scoring.judges.local import LocalJudge, LocalWriter

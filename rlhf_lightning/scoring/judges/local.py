@@ -13,9 +13,11 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.errors import ModelError, SettingError
 from rlhf_lightning.functional.judging import option_logprobs
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of, load_frozen
+from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep, inference_mode_of
 from rlhf_lightning.models.resolving import content_hash, resolve_folder
-from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings, load_engine
+from rlhf_lightning.models.roles import load_frozen
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import load_engine
 from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, as_text, first_paragraphs, no_answer
 from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
