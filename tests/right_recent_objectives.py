@@ -1,5 +1,7 @@
 """Right objectives from papers of 2024 to 2026 whose losses clip, select, or rest elsewhere than the shipped ones."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from right_objectives import right
@@ -228,3 +230,72 @@ class OnlineIPO(OnlineDPOModule):
 
     def pair_loss(self, pair):
         return (self.reward_margin(pair) - 0.5).square()
+
+
+# -- of a set that was written without knowledge of the checks --------------------------------------------------------
+
+
+@right
+class BoundedDPO(DPOModule):
+    """Bounded DPO (2506.07492): a setting of its own has the name of one of PPO's."""
+
+    no_target = "no closed form: the rejected side is a mixture with the reference"
+    ranges = {"lam": "(0, 1)"}
+
+    def __init__(self, lam: float = 0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.lam = lam
+
+    def pair_loss(self, pair):
+        lost = pair.rejected_logratio
+        mixed = torch.logaddexp(lost + math.log(self.lam), torch.full_like(lost, math.log1p(-self.lam)))
+        return -F.logsigmoid(self.beta * (pair.chosen_logratio - mixed))
+
+
+@right
+class ImitatesWhatIsGood(KTOModule):
+    """ULMA (2312.02554): a likelihood for good rows, which needs no reference."""
+
+    no_target = "imitation has no reference"
+    needs_mismatched = False
+
+    def unpaired_loss(self, logprobs):
+        imitated = -logprobs.policy_logprobs.sum(-1)
+        return torch.where(logprobs.desirable, imitated, -F.logsigmoid(-self.beta * logprobs.logratio))
+
+
+@right
+class GroupRegression(CriticFreeModule):
+    """GVPO (2504.19599): log-ratios of a group are regressed on its scores; advantages are not read."""
+
+    no_target = "each rollout is one proximal step from the policy that sampled it"
+    needs_minibatch = True
+    needs_minibatch_logprobs = True
+
+    def __init__(self, scorer, kl_coef: float = 0.0, aggregation="sequence_mean_token_sum", **kwargs):
+        super().__init__(scorer=scorer, kl_coef=kl_coef, aggregation=aggregation, **kwargs)
+
+    def objective(self, ratio, logprobs):
+        batch = logprobs.minibatch
+        implied = 0.1 * torch.where(batch.completion_mask, batch.logprobs - batch.old_logprobs, 0.0).sum(-1)
+        _, group = batch.group.unique(return_inverse=True)
+        judged = ~batch.scores.isnan()
+        gap = torch.where(judged, implied - batch.scores, 0.0)
+        zeros = torch.zeros(len(group)).to(gap)
+        mean = zeros.index_add(0, group, gap) / zeros.index_add(0, group, judged.to(gap)).clamp_min(1)
+        residual = torch.where(judged, gap - mean[group], 0.0)[batch.rows].unsqueeze(-1)
+        return residual * 0.1 * logprobs.logprobs
+
+
+@right
+class OnlineSPPO(OnlineDPOModule):
+    """SPPO (2405.00675) on samples of the policy, with soft labels of the scorer."""
+
+    no_target = "log-ratios follow win rates against the policy's own samples"
+
+    def __init__(self, scorer, beta: float = 1.0, soft_labels: bool = True, **kwargs):
+        super().__init__(scorer=scorer, beta=beta, soft_labels=soft_labels, **kwargs)
+
+    def preference_loss(self, pairs):
+        aim = (pairs.target - 0.5) / self.beta
+        return (pairs.chosen_logratio - aim).square() + (pairs.rejected_logratio + aim).square()

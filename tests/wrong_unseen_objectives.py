@@ -13,12 +13,15 @@ from rlhf_lightning.modules import (
     DrGRPOModule,
     GKDModule,
     GRPOModule,
+    KTOModule,
+    ORPOModule,
     PPOModule,
     RewardModule,
     SFTModule,
+    SimPOModule,
 )
 from rlhf_lightning.training.module import as_loss
-from rlhf_lightning.types import Loss
+from rlhf_lightning.types import Advantages, Loss
 
 
 @caught_by("rejected", "likelihood term of rejected")
@@ -196,3 +199,68 @@ class ValuesScaledInPlace(PPOModule):
     def advantages(self, rollout, rewards):
         rollout.values.mul_(0.9)
         return super().advantages(rollout, rewards)
+
+
+# -- of a set that was written without knowledge of the checks --------------------------------------------------------
+
+
+@caught_by("chosen", "the sign inside a penalty")
+class PenaltyOnTheWrongSide(DPOModule):
+    """DPOP's penalty on chosen above the reference, in place of below it."""
+
+    no_target = "no closed form"
+
+    def pair_loss(self, pair):
+        return -F.logsigmoid(self.beta * (pair.margin - 5.0 * pair.chosen_logratio.clamp(min=0)))
+
+
+@caught_by("implicit reward", "a sign in implicit_reward")
+class OddsWithASum(ORPOModule):
+    """log P + log(1 - P) in place of the log-odds."""
+
+    def implicit_reward(self, pairs):
+        chosen = pairs.chosen_sequence_logprobs / pairs.chosen_lengths.clamp(min=1)
+        rejected = pairs.rejected_sequence_logprobs / pairs.rejected_lengths.clamp(min=1)
+        return tuple(mean + torch.log1p(-mean.exp().clamp(max=1 - 1e-6)) for mean in (chosen, rejected))
+
+
+@caught_by("known mistake", "which is 1 / beta")
+class BetaOfThePolicyAlone(DPOModule):
+    def pair_loss(self, pair):
+        policy = pair.chosen_sequence_logprobs - pair.rejected_sequence_logprobs
+        reference = pair.reference_chosen_logprobs.sum(-1) - pair.reference_rejected_logprobs.sum(-1)
+        return -F.logsigmoid(self.beta * policy - reference)
+
+
+@caught_by("known mistake", "both sides are divided by the chosen length; added to the loss")
+class ChosenLengthAndATerm(SimPOModule):
+    no_target = "no closed form, as for SimPO"
+
+    def implicit_reward(self, pairs):
+        lengths = pairs.chosen_lengths.clamp(min=1)
+        return (
+            self.beta * pairs.chosen_sequence_logprobs / lengths,
+            self.beta * pairs.rejected_sequence_logprobs / lengths,
+        )
+
+    def pair_loss(self, pair):
+        chosen, _ = self.implicit_reward(pair)
+        return -F.logsigmoid(self.reward_margin(pair) - self.gamma) - 0.05 * chosen / self.beta
+
+
+@caught_by("mismatched", "matched ones were judged")
+class PointOfItsOwnRows(KTOModule):
+    target_of = KTOModule
+    needs_mismatched = False
+
+    def reference_point(self, matched, mismatched):
+        return matched.mean().clamp(min=0) if len(matched) else matched.new_zeros(())
+
+
+@caught_by("credit", "the direction of a sum")
+class SumOfThePast(CriticFreeModule):
+    def __init__(self, scorer, baseline="none", aggregation="sequence_mean_token_sum", **kwargs):
+        super().__init__(scorer=scorer, baseline=baseline, aggregation=aggregation, **kwargs)
+
+    def advantages(self, rollout, rewards):
+        return Advantages(torch.nan_to_num(rewards).cumsum(-1) * rollout.completion_mask, None)
