@@ -45,7 +45,7 @@ FITS = 1e-6
 """Relative residual below which slopes are those of a mistake."""
 
 
-UNFIT = (RuntimeError, TypeError, AttributeError, ValueError, KeyError, RlhfError)
+UNFIT = (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, RlhfError)
 """Errors of a known mistake that an input has no field for."""
 
 OPTIMIZER = ("learning_rate", "warmup", "adam_eps", "weight_decay", "max_grad_norm", "router_aux_loss_coef")
@@ -205,8 +205,9 @@ class Fit:
     def _counts(self, name: str) -> bool:
         """Whether the shipped loss depends on a setting."""
         before = self.slopes(self.right)
-        with settings_of(self.module, **{name: 1.7 * getattr(self.module, name) + 0.1}):
+        with settings_of(self.module, **{name: 1.7 * getattr(self.module, name) + 0.1}), contextlib.suppress(*UNFIT):
             return misfit(before, self.slopes(self.right))[1] > FITS
+        return False
 
     def _mistaken(self, change: Any, given: Any) -> Tensor:
         losses: Tensor = change(self.right, given, self.module)
