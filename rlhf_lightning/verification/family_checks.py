@@ -50,7 +50,8 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
 
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """A label's two orders, and which side is lifted where the policy has a pair badly wrong, or right."""
-    if replaces_labels(subject, given):
+    replaced = replaces_labels(subject, given)
+    if replaced:
         said = "not measured: numbers take the label's place"
         checks = [at_most(name, 0, 0, said) for name in ("labels", "soft label", "rated margin")]
     else:
@@ -64,7 +65,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     )
     checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
     checks.append(implicit_reward_check(subject, certain))
-    if subject.kind.batch_coupled:
+    if subject.kind.batch_coupled or replaced:
         return checks
     size = float((chosen - rejected).abs().max())
     # A loss need not be monotone at the reference (DiscoPOP), nor lift chosen elsewhere (APO-down).
