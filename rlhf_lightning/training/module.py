@@ -1002,7 +1002,8 @@ class AlignmentModule(LightningModule):
                 alone.
         """
         trainer = attached_trainer(self)
-        if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+        # The optimizer's state of a sharded checkpoint is in its shards, and not in this dictionary.
+        if trainer is not None and trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
             raise StateError(
                 "weights-alone",
                 "the checkpoint holds weights alone (save_weights_only), and a run resumes with the optimizer's state: "
