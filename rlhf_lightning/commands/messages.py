@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning.commands.flag_index import PARTS, all_names, foreign_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
 from rlhf_lightning.loading import import_path, nearest
+from rlhf_lightning.recipes import PREFIX, recipe_names
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -224,7 +226,10 @@ def _type_name(expected: str) -> str:
 def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | None:
     """A config file that is missing or is not YAML."""
     if found := re.search(r"File does not exist: '([^']+)'", message):
-        return f"there is no file {found.group(1)}"
+        name = Path(found.group(1)).stem
+        return f"there is no file {found.group(1)}" + (
+            f"; {PREFIX}{name} is packaged" if name in recipe_names() else ""
+        )
     if "Unexpected config:" in message:
         return "a config file is empty or is not a mapping of settings, such as `model: {class_path: DPOModule}`"
     if found := re.search(r"Problems parsing config: (.+)", message, re.DOTALL):

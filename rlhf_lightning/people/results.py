@@ -15,7 +15,7 @@ import torch
 
 from rlhf_lightning.data.feedback.database import item_of, judgements_of, snapshot_of
 from rlhf_lightning.data.feedback.records import STRENGTH_WORDS, StoredJudgement
-from rlhf_lightning.data.feedback.rows import pair_votes, reliabilities, vote_table
+from rlhf_lightning.data.feedback.rows import pair_votes, reliabilities, rows_of, vote_table
 from rlhf_lightning.functional.judging import krippendorff_alpha
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.people.hostile_text import shown_text
@@ -163,8 +163,10 @@ def training_command(connection: sqlite3.Connection, path: Path, upto: int) -> t
     ).fetchone()
     init_from = None if model is None else str(model[0])
     source = shlex.quote(f"{path}@{upto}")
+    usable = sum(row.get("preference") != 0.5 for row in rows_of(connection, "preference", upto))
+    held_out = min(20, usable // 5)
     command = f"rlhf fit --config recipe:dpo --model.init_from {shlex.quote(init_from or 'POLICY')}"
-    return f"{command} --data.source {source} --data.eval_rows 20 --trainer.max_epochs 3", init_from
+    return f"{command} --data.source {source} --data.eval_rows {held_out} --trainer.max_epochs 3", init_from
 
 
 def annotator_results(judgements: Sequence[StoredJudgement]) -> list[AnnotatorResults]:

@@ -44,6 +44,7 @@ MISTAKES = {
     # the command line
     "a command of another name": ("train --config recipe:dpo", "the commands are fit"),
     "a file that is not there": ("fit --config dpo.yml", "dpo.yml"),
+    "a recipe as a file": ("fit --config recipes/dpo.yaml", "recipe:dpo is packaged"),
     "a recipe of another name": ("fit --config recipe:dop", "did you mean dpo"),
     "a trainer's name": ("fit --model PPOTrainer --data PromptDataModule", "did you mean PPOModule"),
     "a config's name": ("fit --model DPOConfig --data PreferenceDataModule", "did you mean DPOModule"),

@@ -456,9 +456,10 @@ def test_the_training_command_trains_as_it_is_printed(make_store, policy_folder)
         label(store, "ann", prefer(0))
     client = TestClient(make_app(store), base_url=SITE)
     client.post("/api/enter", json={"name": "ann"})
-    command = unescape(re.search(r'<code id="command">(.*?)</code>', client.get("/results").text)[1])
-    words = shlex.split(command)
+    command = re.search(r'<code id="command">(.*?)</code>', client.get("/results").text)[1]
+    words = shlex.split(unescape(re.sub(r"</?span>", "", command)))
     assert words[:3] == ["rlhf", "fit", "--config"] and f"{store.path}@30" in words
+    assert words[words.index("--data.eval_rows") + 1] == "6", "a fifth of the labels"
     tiny = ["--model.lora", "null", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
     assert run([*words[1:], *tiny]).model.updates == 1
 
