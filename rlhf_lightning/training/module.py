@@ -451,7 +451,7 @@ class AlignmentModule(LightningModule):
         Raises:
             ContractError: ``loss-without-update``.
         """
-        if outputs and self.trainer.global_step == self._stepped:
+        if outputs and "loss" in outputs and self.trainer.global_step == self._stepped:
             raise ContractError(
                 "loss-without-update",
                 f"{type(self).__name__}.training_step returned a loss and took no optimizer step, and modules of this "
