@@ -68,7 +68,7 @@ class Verification(NamedTuple):
         checks: one result per check.
         convergence: where training came to rest; None where it was not trained.
         control: expected reward after a short run on true labels, less the same on uninformative labels.
-        seconds: duration of everything.
+        seconds: CPU seconds of everything.
         mistakes: what the class does wrong in words, as far as a known mistake fits what it does.
         notes: what the checks could not see.
         compared_with: shipped class that a loss of another project is compared with; empty for none.
@@ -121,7 +121,7 @@ def verify(
         ContractError: the class belongs to no family with a contract, or its declarations for `rlhf verify` are wrong.
         SettingError: a setting that the class needs is missing.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     if not (issubclass(kind, RolloutModule) or hasattr(kind, "loss_sum") or kind.contract is not None):
         raise ContractError(
             "not-verifiable",
@@ -160,7 +160,7 @@ def verify(
         torch.set_num_threads(threads)
     adapter = getattr(kind, "adapter", None)
     name = adapter.base.__name__ if adapter is not None and adapter.compared else ""
-    return done._replace(seconds=time.perf_counter() - started, mistakes=mistakes, compared_with=name)
+    return done._replace(seconds=time.process_time() - started, mistakes=mistakes, compared_with=name)
 
 
 def is_of_a_user(kind: type[AlignmentModule]) -> bool:

@@ -298,7 +298,8 @@ def page(done: Sequence[Any]) -> str:
         "is measured instead.\n"
         "- Distance: total variation, largest over prompts; the bound is 1e-3.\n"
         "- Gold reward: expected reward of the reference and of the policy at rest.\n"
-        "- Control: gold reward after a short run on true labels or scores, less the same on ones that say nothing.\n\n"
+        "- Control: gold reward after a short run on true labels or scores, less the same on ones that say nothing.\n"
+        "- s: CPU seconds of checking, without start-up.\n\n"
         f"{markdown_table(header, rows)}\n{chances(done)}"
     )
 
