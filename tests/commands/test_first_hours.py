@@ -121,5 +121,10 @@ def test_an_exported_folder_has_a_card_of_its_own(lora: LoraSettings | None, pol
     folder = export_policy(policy, load_tokenizer(policy_folder), "model")
     card = (folder / "README.md").read_text(encoding="utf-8")
     loader = "AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM"
-    assert f"{loader}.from_pretrained" in card and policy_folder in card and "[More Information Needed]" not in card
+    assert (
+        f"{loader}.from_pretrained" in card
+        and "from `model`" in card
+        and policy_folder not in card
+        and "[More Information Needed]" not in card
+    )
     assert json.loads((folder / "backbone.json").read_text())["fingerprint"]
