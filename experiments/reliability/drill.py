@@ -1,13 +1,14 @@
 """Runs that are killed end in the same bits as runs that are left alone.
 
     python experiments/reliability/drill.py --module ppo --kills 20 --strategy fsdp2 --lora
-    python experiments/reliability/drill.py --module all
+    python experiments/reliability/drill.py --module all --resume
 
 One run is left alone; further ones are cut short, resumed and cut short again, until the kills have hit: SIGKILL in a
 rollout, an update, a validation or while a checkpoint is written, SIGTERM, a disk that is full when a checkpoint is
 due, and files that are torn or altered afterwards, as by a machine that loses its power. In the end checkpoint
 (weights, optimizer, random states, counters), exported model, TensorBoard curves and samples.jsonl have to be equal
-bit for bit. The last line says what was lost; the exit status is 1 if anything was.
+bit for bit. The last line says what was lost; the exit status is 1 if anything was. ``--resume`` leaves out the drills
+whose result lies in the folder already; the page is written anew after each drill.
 """
 
 import argparse
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from differences import differences
 from page import render
-from ranks import Ranks
+from ranks import Ranks, import_early
 from world import RANKS, STAGES, STRATEGIES, command, make_world
 
 from rlhf_lightning.runs.interruptions import PREEMPTED
@@ -84,10 +85,12 @@ class Drill:
 
     def whole(self, name: str = "whole") -> Path:
         """Run once without a mishap; return the run's folder."""
-        ranks = Ranks([*self.argv, "--run_name", name], self.folder, self.count)
+        imported = self.folder / "imported"
+        ranks = Ranks([*self.argv, "--run_name", name], self.folder, self.count, imported=imported)
         status, said = ranks.wait()
         if status != 0:
             raise RuntimeError(f"the run that was left alone ended with {status}:\n{said}")
+        import_early(imported)
         self.durations = {phase: ranks.watch.longest(phase) for phase in ("saving", "rollout", "update", "validation")}
         return self.folder / "runs" / name / "version_0"
 
@@ -177,31 +180,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", choices=[*STAGES, "all"], required=True, help="the stage; all writes results.md")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each stage (default 20)")
-    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help="default single; all takes every one")
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, default=None, help="default single; every one with --module all"
+    )
     parser.add_argument("--lora", action="store_true", help="train an adapter; all does both")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults")
+    parser.add_argument("--resume", action="store_true", help="leave out the drills that have a result")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the drills' JSON files")
     parser.add_argument("--page", type=Path, default=HERE / "results.md", help="the page that all of them make")
     arguments = parser.parse_args()
     everything = arguments.module == "all"
     names = list(STAGES) if everything else [arguments.module]
-    strategies = [arguments.strategy or "single"] if not everything or arguments.strategy else list(STRATEGIES)
-    lost = []
+    strategies = list(STRATEGIES) if everything and not arguments.strategy else [arguments.strategy or "single"]
+    drills = {
+        f"{name}_{strategy}_{'lora' if lora else 'full'}": (name, strategy, lora)
+        for strategy in strategies
+        for name in names
+        for lora in ((False, True) if everything else (arguments.lora,))
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    files = {name: arguments.results / f"kills_{name}.json" for name in drills}
+    if not arguments.resume:
+        for file in files.values():
+            file.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world")
-        for name in names:
-            for strategy in strategies:
-                for lora in (False, True) if everything else (arguments.lora,):
-                    place = Path(folder) / f"{name}_{strategy}_{'lora' if lora else 'full'}"
-                    record = Drill(name, strategy, lora, place, world, arguments.seed).run(arguments.kills)
-                    shutil.rmtree(place)
-                    lost += record["lost"]
-                    arguments.results.mkdir(parents=True, exist_ok=True)
-                    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-                    (arguments.results / f"kills_{place.name}.json").write_text(text)
-                    print(place.name, dict(record["counts"]), f"{record['seconds']:.0f} s", *record["lost"], flush=True)
-    if everything:
-        render(arguments.results, arguments.page)
+        for name, drill in drills.items():
+            if files[name].exists():
+                continue
+            record = Drill(*drill, Path(folder) / name, world, arguments.seed).run(arguments.kills)
+            shutil.rmtree(Path(folder) / name)
+            files[name].write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+            print(name, dict(record["counts"]), f"{record['seconds']:.0f} s", *record["lost"], flush=True)
+            if everything:
+                render(arguments.results, arguments.page)
+    lost = [line for file in files.values() for line in json.loads(file.read_text())["lost"]]
     print(f"lost: {'; '.join(lost) if lost else 'nothing'}")
     return int(bool(lost))
 

@@ -1,9 +1,12 @@
 """A run as processes forked from this one, so that the stack is imported once, and the faults that can hit it.
 
-This process must have no threads and no process group when it forks. Each run gets processes of its own, as many as it
-has ranks, which see what torchrun would tell them; when one dies the others are killed, as torchrun would do.
+This process must have no Python threads and no process group when it forks. Each run gets processes of its own, as many
+as it has ranks, which see what torchrun would tell them; when one dies the others are killed, as torchrun would do.
 """
 
+import contextlib
+import gc
+import importlib
 import mmap
 import os
 import random
@@ -22,6 +25,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loops import _EvaluationLoop
 
 from rlhf_lightning import cli
+from rlhf_lightning import commands as _commands  # noqa: F401  first: it defers bitsandbytes, which takes long
 from rlhf_lightning.runs import RunCheckpoint
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.rollout import RolloutModule
@@ -95,11 +99,15 @@ class Ranks:
         folder: working directory.
         count: ranks.
         disk_full_at: save at whose beginning the disk of rank 0 is full; None has room for all.
+        imported: file for the names of all modules that rank 0 has imported at its end; see `import_early`.
     """
 
-    def __init__(self, argv: Sequence[str], folder: Path, count: int = 1, disk_full_at: int | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], folder: Path, count: int = 1, disk_full_at: int | None = None,
+        imported: Path | None = None,
+    ) -> None:  # fmt: skip
         self.watch = Watch()
-        self._disk_full_at = disk_full_at
+        self._disk_full_at, self._imported = disk_full_at, imported
         self._output, pipe = os.pipe()
         if sys.platform == "linux":
             import fcntl
@@ -137,6 +145,8 @@ class Ranks:
             if rank == 0:
                 self._observe()
             status = cli.main(argv)
+            if rank == 0 and self._imported is not None:
+                self._imported.write_text("\n".join(list(sys.modules)))
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
@@ -197,6 +207,16 @@ class Ranks:
         """Send all ranks a signal, in an order of chance."""
         for process in random.sample(self.alive(), len(self.alive())):
             os.kill(process, number)
+
+
+def import_early(imported: Path) -> None:
+    """Import here what a run imported late, in its order, so that the next runs find it in their fork."""
+    for name in imported.read_text().splitlines():
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):  # names that are no files, such as torch.ops.aten
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no collection in a fork writes to the pages that all of them share
 
 
 def _free_port() -> int:
