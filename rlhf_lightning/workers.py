@@ -1,16 +1,19 @@
-"""Processes for user code that may hang or die: rows go in, outcomes come back, each within a time limit."""
+"""Processes for user code that may hang or die, each row within a time limit; and forks that share out work."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.working_directory import Carried
@@ -190,3 +193,97 @@ def serve(connection: Connection, start: Start, spec: Any) -> None:
         connection.send("ready")
         while True:
             connection.send(work(connection.recv()))
+
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+ALONE = 4
+"""Parts worked on before any process is forked: so many take less time than the forks."""
+MOST_FORKS = 8
+"""Forks beyond which this process, which hands out the parts, is what limits the speed."""
+
+
+def in_forks(work: Callable[[Part], Result], parts: Iterable[Part], forks: int | None = None) -> Iterator[Result]:
+    """Yield ``work(part)`` of each part in order, computed in forks of this process, which need not import anything.
+
+    Parts and results are pickled, ``work`` is not. A part that fails in a fork is worked on here, so that its error is
+    raised here. Where a fork is unsafe (not on Linux) all parts are worked on here.
+
+    Args:
+        work: a function of the part alone.
+        parts: at most one per fork is read ahead.
+        forks: number of processes; by default the cores that this process may use, up to `MOST_FORKS`.
+    """
+    if forks is None:
+        forks = min(len(os.sched_getaffinity(0)), MOST_FORKS) if sys.platform == "linux" else 1
+    parts = iter(parts)
+    yield from map(work, islice(parts, None if forks < 2 else ALONE))
+    pool: list[Fork[Part, Result]] = []
+    try:
+        for number, part in enumerate(parts):
+            if len(pool) < forks:
+                pool.append(Fork(work, part))
+                continue
+            worker = pool[number % forks]
+            result = worker.result()
+            worker.give(part)
+            yield result
+        oldest = 0 if len(pool) < forks else (number + 1) % forks
+        yield from (worker.result() for worker in (*pool[oldest:], *pool[:oldest]))
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+class Fork(Generic[Part, Result]):
+    """A fork that works on one part at a time; it ends when this process ends.
+
+    Args:
+        work: what it does.
+        part: its first part.
+    """
+
+    def __init__(self, work: Callable[[Part], Result], part: Part) -> None:
+        self.work = work
+        self.connection, theirs = multiprocessing.Pipe()
+        context: Any = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self._serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.give(part)
+
+    def _serve(self, connection: Connection) -> None:
+        """Work until the other side closes the connection."""
+        self.connection.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads did not survive the fork
+        gc.freeze()
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                part = connection.recv()
+                try:
+                    connection.send((True, self.work(part)))
+                except Exception:  # noqa: BLE001 - raised by the first process, which tries again
+                    connection.send((False, None))
+
+    def give(self, part: Part) -> None:
+        """Hand a part over."""
+        self.part, self.given = part, False
+        with contextlib.suppress(Exception):  # a dead process, or a part that cannot be pickled: `result` does the work
+            self.connection.send(part)
+            self.given = True
+
+    def result(self) -> Result:
+        """Return the result of the part."""
+        with contextlib.suppress(EOFError, OSError):
+            answer: tuple[bool, Any] = self.connection.recv() if self.given else (False, None)
+            if answer[0]:
+                return answer[1]
+        return self.work(self.part)
+
+    def end(self) -> None:
+        """End the process."""
+        self.connection.close()
+        self.process.kill()
+        self.process.join()

@@ -117,15 +117,13 @@ def audited(
         DataError: it is empty, or its columns are unknown.
     """
     from rlhf_lightning.data.audit import Audit
-    from rlhf_lightning.tokenization import all_cores
 
     kind, rows = peek(data, split, most, kind, settings["columns"])
     found = Audit(kind, **settings)
-    with all_cores():
-        if train is None:
-            deque(found.add(rows), maxlen=0)
-        else:
-            found.compare(rows, train)
+    if train is None:
+        deque(found.add(rows), maxlen=0)
+    else:
+        found.compare(rows, train)
     return found
 
 

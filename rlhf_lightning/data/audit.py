@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,15 @@ from rlhf_lightning.data.canonical import REASONS, CanonicalRow, Row, RowRefused
 from rlhf_lightning.data.defects import (
     CONTROL_TOKENS,
     DAMAGE,
-    SPEAKERS,
     NGrams,
     Preferences,
     SimilarTexts,
     contents_of,
     damage_of,
+    disorder_of,
+    has_speaker,
     key_of,
+    longer_wins,
     normalised,
 )
 from rlhf_lightning.data.files import Unreadable
@@ -34,6 +36,7 @@ from rlhf_lightning.data.formats import read_row
 from rlhf_lightning.data.tokenizing import CHUNK, EncodedRow, Outcome, encoder_for
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.tokenization import truncate
+from rlhf_lightning.workers import in_forks
 
 CHECKS = {
     "duplicate": "repeats an earlier row",
@@ -66,6 +69,37 @@ CHECKS = {
 """Meaning of each check. Reasons to drop a row (`canonical.REASONS`) are checks, too."""
 
 Keys = tuple[int | None, int]
+
+
+class RowFacts(NamedTuple):
+    """What an audit keeps of one row.
+
+    Attributes:
+        checks: what was found in the row alone: keys of `CHECKS`, or the one of `canonical.REASONS` to drop it.
+        unused: columns and keys of turns that nothing reads.
+        asked: hash of the normalised prompt; None for a whole text.
+        said: hash of each normalised completion; None where the row cannot be used.
+        ranks: rank of each completion, 0 is best; reversed where the second is more probably the better one.
+        target: as in `CanonicalRow`.
+        exact: hash of texts and labels as they are.
+        loose: hash of normalised texts and ranks.
+        length: of the prompt and the longest completion, in tokens with a tokenizer, else in characters.
+        longer_wins: share of its pairs whose longer completion is the better one.
+        text: the normalised texts, where similar texts or n-grams are looked for.
+    """
+
+    checks: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    asked: int | None = None
+    said: Sequence[int] | None = None
+    ranks: Sequence[int] = ()
+    target: float = 1.0
+    exact: int = 0
+    loose: int = 0
+    length: int = 0
+    longer_wins: float | None = None
+    text: str | None = None
+
 
 SHORTCUT = 0.55
 """Length is a shortcut if the whole interval of its accuracy is above this, or below 1 minus this."""
@@ -153,10 +187,14 @@ class Audit:
             row that cannot be used.
         """
         rows = iter(rows)
-        while chunk := list(islice(rows, CHUNK)):
-            tokenizer = self.tokenizer
-            outcomes = map(self._read, chunk) if tokenizer is None else self.encoder.outcomes(tokenizer, chunk)
-            yield from map(self._take_in, outcomes)
+        for facts in in_forks(self._examine, iter(lambda: list(islice(rows, CHUNK)), [])):
+            yield from map(self._take_in, facts)
+
+    def _examine(self, rows: Sequence[Row | Unreadable]) -> list[RowFacts]:
+        """Look at each row by itself."""
+        tokenizer = self.tokenizer
+        outcomes = map(self._read, rows) if tokenizer is None else self.encoder.outcomes(tokenizer, rows)
+        return list(map(self._facts, outcomes))
 
     def _read(self, row: Row | Unreadable) -> Outcome:
         try:
@@ -165,36 +203,50 @@ class Audit:
         except RowRefused as refusal:
             return Outcome(reason=refusal.code)
 
-    def _take_in(self, outcome: Outcome) -> Keys | None:
-        self.read += 1
+    def _facts(self, outcome: Outcome) -> RowFacts:
         row = outcome.row
         if row is None:
-            self._find(str(outcome.reason))
+            return RowFacts((str(outcome.reason),))
+        texts = [contents_of(part) for part in (row.prompt, *row.completions)]
+        normal = [list(map(normalised, part)) for part in texts]
+        keys = list(map(key_of, normal))
+        labels = str((row.ranks, row.target, row.columns.get("labels") if self.kind == "process" else None))
+        asked, *said = [sum(map(len, part)) for part in texts]
+        encoded = max(outcome.encoded, key=_length, default=None)  # of learned turns, the longest row
+        if encoded is not None:
+            asked, said = len(encoded.prompt), list(map(len, encoded.completions))
+        return RowFacts(
+            (*_of_tokens(outcome), *self._of_texts(row, texts), *disorder_of(row), *self._of_cuts(encoded)),
+            outcome.unused,
+            None if row.prompt is None else keys[0],
+            keys[1:],
+            row.ranks[::-1] if row.target < 0.5 else row.ranks,
+            row.target,
+            key_of([*("\0".join(part) for part in texts), labels]),
+            hash((None if row.prompt is None else keys[0], *keys[1:], *row.ranks)),
+            asked + max(said, default=0),
+            None if self.kind != "preference" else longer_wins(row, said),
+            " ".join(chain(*normal)) if self.similar is not None or self.ngrams is not None else None,
+        )
+
+    def _take_in(self, facts: RowFacts) -> Keys | None:
+        self.read += 1
+        for check in facts.checks:
+            self._find(check)
+        if facts.said is None:
             return None
-        self.unused.update(outcome.unused)
-        for check, found in (
-            ("control_token", outcome.escaped),
-            ("boundary_mismatch", outcome.merged),
-            ("turns_apart", outcome.split),
-            ("last_turn", outcome.last_turn),
-            ("turns_cut", outcome.turns_cut),
-        ):
-            if found:
-                self._find(check)
-        self._check_texts(row)
-        self._check_turns(row)
-        said = [key_of(map(normalised, contents_of(one))) for one in row.completions]
-        asked = None if row.prompt is None else key_of(map(normalised, contents_of(row.prompt)))
-        loose = hash((asked, *said, *row.ranks))
-        repeats = self._check_duplicates(row, loose)
-        if self.similar is not None or self.ngrams is not None:
-            self._check_similar(row, loose, repeats)
-        if asked is not None:
-            self.repeated_prompts += asked in self.prompts
-            self.prompts.setdefault(asked, self.read)
-            self._check_judgements(row, asked, said)
-        self._measure(row, max(outcome.encoded, key=_length, default=None))  # of learned turns, the longest row
-        return asked, loose
+        self.unused.update(facts.unused)
+        repeats = self._check_duplicates(facts)
+        if facts.text is not None:
+            self._check_similar(facts.text, facts.loose, repeats)
+        if facts.asked is not None:
+            self.repeated_prompts += facts.asked in self.prompts
+            self.prompts.setdefault(facts.asked, self.read)
+            self._check_judgements(facts, facts.asked, facts.said)
+        self.lengths.append(facts.length)
+        if facts.longer_wins is not None:
+            self.longer_wins.append(facts.longer_wins)
+        return facts.asked, facts.loose
 
     def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
         """Check rows, and look for each in the training data."""
@@ -249,34 +301,32 @@ class Audit:
             found.rows.append(self.read)
             found.first += [] if first is None else [first]
 
-    def _check_texts(self, row: CanonicalRow) -> None:
-        for part in (row.prompt, *row.completions):
-            for text in contents_of(part):
-                for name in damage_of(text):
-                    self._find(name)
+    def _of_texts(self, row: CanonicalRow, texts: Sequence[Sequence[str]]) -> Iterator[str]:
+        for part, contents in zip((row.prompt, *row.completions), texts, strict=True):
+            for text in contents:
+                yield from damage_of(text)
                 if self.tokenizer is None and CONTROL_TOKENS.search(text):
-                    self._find("control_token")
-                if not isinstance(part, str) and SPEAKERS.search(text):
-                    self._find("second_speaker")
+                    yield "control_token"
+                if not isinstance(part, str) and has_speaker(text):
+                    yield "second_speaker"
 
-    def _check_turns(self, row: CanonicalRow) -> None:
-        if row.prompt is None or isinstance(row.prompt, str):
+    def _of_cuts(self, row: EncodedRow | None) -> Iterator[str]:
+        limit, most = self.max_length, self.max_prompt_length
+        if row is None or (limit is None and most is None):
             return
-        turns = row.prompt
-        if turns[-1]["role"] == "assistant":
-            self._find("open_prompt")
-        elif turns[-1]["role"] not in ("user", "tool"):
-            self._find("no_question")
-        for said in row.completions or [[]]:
-            roles = [turn["role"] for turn in (turns if isinstance(said, str) else [*turns, *said])]
-            if any(one == other != "tool" for one, other in zip(roles, roles[1:], strict=False)):
-                self._find("repeated_role")
-            if any(role in ("system", "developer") for role in roles[1:]):
-                self._find("late_system")
+        if self.kind == "prompt":
+            limit, most = None, most or limit
+        prompt, completions = truncate(row.prompt, row.completions, limit, most)
+        if len(prompt) < len(row.prompt):
+            yield "prompt_cut"
+        for cut, whole in zip(completions, row.completions, strict=True):
+            if len(cut) < len(whole):
+                yield "completion_cut"
+                if limit is not None and len(whole) <= limit // 2:
+                    yield "prompt_crowds_out"
 
-    def _check_similar(self, row: CanonicalRow, loose: int, repeats: bool) -> None:
+    def _check_similar(self, text: str, loose: int, repeats: bool) -> None:
         """Look for a similar row before this one and in the training data, unless it is known to repeat one."""
-        text = " ".join(normalised(one) for part in (row.prompt, *row.completions) for one in contents_of(part))
         train = self.train
         known = train is not None and loose in train.loose
         if train is not None and train.similar is not None and not known and train.similar.first_like(text):
@@ -290,72 +340,45 @@ class Audit:
         if train is None and self.ngrams is not None:
             self.ngrams.add(text)
 
-    def _check_duplicates(self, row: CanonicalRow, loose: int) -> bool:
+    def _check_duplicates(self, row: RowFacts) -> bool:
         """Look for an earlier row that this one repeats; return whether there is one."""
-        parts = [row.prompt, *row.completions]
-        labels = [str((row.ranks, row.target, row.columns.get("labels") if self.kind == "process" else None))]
-        exact = key_of([*("\0".join(contents_of(part)) for part in parts), *labels])
-        if exact in self.exact:
-            self._find("duplicate", self.exact[exact])
-        elif loose in self.loose:
-            self._find("near_duplicate", self.loose[loose])
-        repeats = exact in self.exact or loose in self.loose
-        self.exact.setdefault(exact, self.read)
-        self.loose.setdefault(loose, self.read)
+        if row.exact in self.exact:
+            self._find("duplicate", self.exact[row.exact])
+        elif row.loose in self.loose:
+            self._find("near_duplicate", self.loose[row.loose])
+        repeats = row.exact in self.exact or row.loose in self.loose
+        self.exact.setdefault(row.exact, self.read)
+        self.loose.setdefault(row.loose, self.read)
         return repeats
 
-    def _check_judgements(self, row: CanonicalRow, asked: int, keys: list[int]) -> None:
+    def _check_judgements(self, row: RowFacts, asked: int, said: Sequence[int]) -> None:
         if self.kind == "preference":
             if any(
                 one == other and rank != lower
-                for place, (one, rank) in enumerate(zip(keys, row.ranks, strict=True))
-                for other, lower in zip(keys[:place], row.ranks[:place], strict=True)
+                for place, (one, rank) in enumerate(zip(said, row.ranks, strict=True))
+                for other, lower in zip(said[:place], row.ranks[:place], strict=True)
             ):
                 self._find("near_identical")
-            ranks = row.ranks[::-1] if row.target < 0.5 else row.ranks
             if row.target != 0.5:
-                self.preferences.add(self.read, asked, keys, ranks)
+                self.preferences.add(self.read, asked, said, row.ranks)
         elif self.kind == "unpaired":
-            rank, first = self.judged.setdefault((asked, keys[0]), (row.ranks[0], self.read))
+            rank, first = self.judged.setdefault((asked, said[0]), (row.ranks[0], self.read))
             if rank != row.ranks[0]:
                 self._find("both_ways")
                 known = self.found["both_ways"]
                 known.rows = sorted({*known.rows, first})
 
-    def _measure(self, row: CanonicalRow, encoded: EncodedRow | None) -> None:
-        if encoded is not None:
-            asked, said = len(encoded.prompt), [len(ids) for ids in encoded.completions]
-            self._check_cuts(encoded)
-        else:
-            asked = sum(map(len, contents_of(row.prompt)))
-            said = [sum(map(len, contents_of(one))) for one in row.completions]
-        self.lengths.append(asked + max(said, default=0))
-        if self.kind != "preference" or row.target == 0.5:
-            return
-        ranks = row.ranks[::-1] if row.target < 0.5 else row.ranks
-        wins = [
-            0.5 * ((one > other) - (one < other)) + 0.5
-            for one, rank in zip(said, ranks, strict=True)
-            for other, lower in zip(said, ranks, strict=True)
-            if rank < lower
-        ]
-        if wins:
-            self.longer_wins.append(sum(wins) / len(wins))
 
-    def _check_cuts(self, row: EncodedRow) -> None:
-        if self.max_length is None and self.max_prompt_length is None:
-            return
-        limit, most = self.max_length, self.max_prompt_length
-        if self.kind == "prompt":
-            limit, most = None, most or limit
-        prompt, completions = truncate(row.prompt, row.completions, limit, most)
-        if len(prompt) < len(row.prompt):
-            self._find("prompt_cut")
-        for cut, whole in zip(completions, row.completions, strict=True):
-            if len(cut) < len(whole):
-                self._find("completion_cut")
-                if limit is not None and len(whole) <= limit // 2:
-                    self._find("prompt_crowds_out")
+def _of_tokens(outcome: Outcome) -> Iterator[str]:
+    for check, found in (
+        ("control_token", outcome.escaped),
+        ("boundary_mismatch", outcome.merged),
+        ("turns_apart", outcome.split),
+        ("last_turn", outcome.last_turn),
+        ("turns_cut", outcome.turns_cut),
+    ):
+        if found:
+            yield check
 
 
 def _length(row: EncodedRow) -> int:

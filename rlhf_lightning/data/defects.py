@@ -12,6 +12,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from rlhf_lightning.data.canonical import CanonicalRow
 from rlhf_lightning.types import Message
 
 DAMAGE = {
@@ -25,7 +26,7 @@ DAMAGE = {
 }
 """Kinds of damage: what each means, and the pattern that finds it."""
 
-_ANY = re.compile("|".join(pattern for _, pattern in DAMAGE.values()))
+_LINES = str.maketrans("", "", "\t\n\r")
 _EACH = {name: re.compile(pattern) for name, (_, pattern) in DAMAGE.items()}
 
 CONTROL_TOKENS = re.compile(
@@ -33,14 +34,20 @@ CONTROL_TOKENS = re.compile(
 )
 """Common spellings of control tokens, used without a tokenizer."""
 
-SPEAKERS = re.compile(r"(?:^|\n)\s*(?:Human|Assistant|User|System|AI)\s*:|^### (?:Instruction|Response)", re.MULTILINE)
-"""Speaker marks of transcripts; inside a turn they are often a second turn."""
+_SPEAKERS = re.compile(
+    r"^[^\S\n]*(?:Human|Assistant|User|System|AI)[^\S\n]*:|^### (?:Instruction|Response)", re.MULTILINE
+)
 
 
 def damage_of(text: str) -> Iterator[str]:
     """Yield the kinds of damage in a text, keys of `DAMAGE`."""
-    if _ANY.search(text):
+    if not (text.isascii() and text.translate(_LINES).isprintable()):  # most English texts are
         yield from (name for name, pattern in _EACH.items() if pattern.search(text))
+
+
+def has_speaker(text: str) -> bool:
+    """Whether a text holds a speaker mark of transcripts, which inside a turn is often a second turn."""
+    return (":" in text or "###" in text) and _SPEAKERS.search(text) is not None
 
 
 def contents_of(part: str | list[Message] | None) -> list[str]:
@@ -62,6 +69,37 @@ def key_of(texts: Iterable[str]) -> int:
 def normalised(text: str) -> str:
     """Normalise case, spaces and Unicode form (NFKC), which a reader overlooks."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def disorder_of(row: CanonicalRow) -> Iterator[str]:
+    """Yield what is out of order in the turns of a row, keys of `audit.CHECKS`."""
+    if row.prompt is None or isinstance(row.prompt, str):
+        return
+    turns = row.prompt
+    if turns[-1]["role"] == "assistant":
+        yield "open_prompt"
+    elif turns[-1]["role"] not in ("user", "tool"):
+        yield "no_question"
+    for said in row.completions or [[]]:
+        roles = [turn["role"] for turn in (turns if isinstance(said, str) else [*turns, *said])]
+        if any(one == other != "tool" for one, other in zip(roles, roles[1:], strict=False)):
+            yield "repeated_role"
+        if any(role in ("system", "developer") for role in roles[1:]):
+            yield "late_system"
+
+
+def longer_wins(row: CanonicalRow, lengths: Sequence[int]) -> float | None:
+    """Return the share of a preference's pairs whose longer completion is the better one; None without any."""
+    if row.target == 0.5:
+        return None
+    ranks = row.ranks[::-1] if row.target < 0.5 else row.ranks
+    wins = [
+        0.5 * ((one > other) - (one < other)) + 0.5
+        for one, rank in zip(lengths, ranks, strict=True)
+        for other, lower in zip(lengths, ranks, strict=True)
+        if rank < lower
+    ]
+    return sum(wins) / len(wins) if wins else None
 
 
 WHOLE_LISTS = 32

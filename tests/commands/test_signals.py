@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,22 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
         assert not set(half_made()) - journals, moment
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_audit_in_forks_ends_with_the_signals_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.workers.ALONE", 1)
+    monkeypatch.setattr("rlhf_lightning.data.audit.CHUNK", 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b c", "rejected": "c"}\n' * 400)
+    argv = ["audit", "pairs.jsonl", "--json", "report.json"]
+    status, said, calls = run_with(argv)
+    assert status == 0 and json.loads(Path("report.json").read_text())[0]["read"] == 400, said
+    Path("report.json").unlink()
+    for moment in spread(calls, 5)[1:]:
+        status, said, _ = run_with(argv, [(moment, number)])
+        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
+        assert not Path("report.json").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_annotate_ends_with_the_signals_status_before_and_while_it_serves(
     number: int, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +239,32 @@ def test_annotate_ends_with_the_signals_status_before_and_while_it_serves(
         assert not half_made(), moment
         status, said, _ = run_with(["annotate", "export", "--store", "feedback.db", "--out", "labels.jsonl"])
         assert status == 1 and ("there is no feedback store" in said or "holds nothing" in said), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_serve_ends_with_the_signals_status_before_and_while_it_serves(
+    number: int, policy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn  # noqa: F401 - imported here, and not again in each fork
+
+    from rlhf_lightning.commands import web_server
+
+    argv = ["serve", policy_folder, "--port", "0", "--max_new_tokens", "4"]
+    with monkeypatch.context() as patched:
+        patched.setattr(web_server, "base_url", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        status, said, calls = run_with(argv)
+    assert status == 130, said
+    for moment in spread(calls, 3):
+        status, said, _ = run_with(argv, [(moment, number)])
+        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
+
+    def soon(*_: Any) -> str:
+        threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+        return "here"
+
+    monkeypatch.setattr(web_server, "base_url", soon)
+    status, said, _ = run_with(argv)
+    assert status == 128 + number and "here/v1" in said and "Traceback" not in said, (status, said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -1,14 +1,21 @@
 """What an audit finds in rows where it was put, and that it finds nothing where nothing is."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 from conftest import refused
+from forked import forked
 
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
 from rlhf_lightning.data.canonical import REASONS
 from rlhf_lightning.data.defects import NGrams, Preferences, SimilarTexts
 from rlhf_lightning.data.files import UNREADABLE
 from rlhf_lightning.data.formats import kind_of
+from rlhf_lightning.runs.interruptions import has_ended
+from rlhf_lightning.workers import in_forks
 
 
 def pair(prompt, chosen, rejected, **columns):
@@ -121,6 +128,15 @@ def test_damaged_text(text, check):
     assert audited("sft", [{"prompt": text, "completion": "café – ça va?\t\n"}])[1] == {check: [1]}
 
 
+@pytest.mark.parametrize(
+    "filler", ["\n", " ", "\t\n", "<", "<|", "[", "</", "#", "Human", "Human :", "\u200b", "Ã", "â€"]
+)
+def test_long_runs_take_linear_time(filler):
+    began, text = time.monotonic(), filler * (400_000 // len(filler))
+    audited("sft", [{"prompt": [turn("user", f"x{text}x")], "completion": f"x{text}x"}], similar=0.8)
+    assert time.monotonic() - began < 20
+
+
 def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
     rows = [
         {"prompt": "p" * 6, "completion": "c" * 5},  # 12 tokens with the end
@@ -220,3 +236,64 @@ def test_shares_of_ngrams_by_hand():
     assert grams.share("a b d") == 0.5 and grams.share("b c") == 1.0 and grams.share("a") == 0.0
     grams.add("b d")
     assert grams.share("a b d") == 1.0
+
+
+def test_forks_find_what_one_process_finds(tiny_tokenizer, monkeypatch):
+    lot = np.random.default_rng(3)
+    said = ["good", "Good", "bad\u200b", "a longer answer", "<eos>"]
+    rows = [pair(f"p{a}", said[b], said[c]) for a, b, c in lot.integers([40, 5, 5], size=(300, 3))]
+    rows[70] = UNREADABLE
+    rows[90] = pair([turn("user", "q"), turn("assistant", "a")], "x\nHuman: y", "z")
+    settings = {"tokenizer": tiny_tokenizer, "max_length": 12, "similar": 0.8}
+    alone, found = audited("preference", rows, **settings)
+    monkeypatch.setattr("rlhf_lightning.data.audit.CHUNK", 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    forked, also = audited("preference", rows, **settings)
+    assert also == found and len(found) > 6
+    assert forked.quantiles() == alone.quantiles() and forked.length_shortcut() == alone.length_shortcut()
+
+
+def test_forks_work_in_order_and_end():
+    here = os.getpid()
+    found = list(in_forks(lambda number: (number * number, os.getpid()), range(50), 3))
+    assert [square for square, _ in found] == [number * number for number in range(50)]
+    workers = {process for _, process in found} - {here}
+    assert len(workers) == 3 and all(map(has_ended, workers))
+    begun = in_forks(lambda number: os.getpid(), range(50), 3)
+    workers = {next(begun) for _ in range(9)} - {here}
+    begun.close()
+    assert workers and all(map(has_ended, workers))
+
+
+def test_forks_end_with_the_process_that_forked_them(tmp_path):
+    def killed():
+        begun = in_forks(lambda number: os.getpid(), range(50), 3)
+        workers = {next(begun) for _ in range(9)} - {os.getpid()}
+        (tmp_path / "workers").write_text(" ".join(map(str, workers)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(killed, tmp_path / "said")[0] == -signal.SIGKILL
+    workers, deadline = list(map(int, (tmp_path / "workers").read_text().split())), time.monotonic() + 20
+    while not all(map(has_ended, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(workers) == 3
+
+
+def test_a_part_that_a_fork_cannot_do_is_done_here():
+    here = os.getpid()
+
+    def work(number):
+        if number == 20 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 40:
+            raise ValueError("the 40th")
+        return number
+
+    assert list(in_forks(work, range(40), 2)) == list(range(40))
+    with pytest.raises(ValueError, match="the 40th"):
+        list(in_forks(work, range(50), 2))
+    unpicklable = in_forks(lambda number: lambda: number, range(10), 2)
+    assert [one() for one in unpicklable] == list(range(10))
+    parts = [(lambda n=n: n) for n in range(10)]
+    assert list(in_forks(lambda part: part(), parts, 2)) == list(range(10))

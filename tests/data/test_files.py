@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 
 import pyarrow
@@ -14,6 +15,7 @@ from conftest import refused
 
 from rlhf_lightning.data import files
 from rlhf_lightning.data.files import DUPLICATE_KEY, LONGEST_ROW, TOO_LARGE, UNREADABLE, parse_line, read_file
+from rlhf_lightning.data.sources import Source, read_rows
 
 
 def written(tmp_path, name, content):
@@ -218,3 +220,16 @@ def test_a_csv_row_beyond_the_bound_is_an_error_that_names_its_line(tmp_path):
     for content in ("a,n\nx,1\n" + "y" * LONG + ",2\n", "a,n\nx,1\n" + '"' + "y\n" * LONG):
         with refused("row-too-large", "rows.csv: the row on line 3", "max_row_bytes"):
             list(read_file(written(tmp_path, "rows.csv", content), LONG))
+
+
+def test_pipes_and_devices_are_refused_by_name_and_left_out_of_globs(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("/dev/zero")
+    for name in ("a.jsonl", "b.jsonl"):
+        with refused("not-a-file", name):
+            list(read_rows(Source(str(tmp_path / name))))
+        with refused("not-a-file", name):
+            next(read_file(tmp_path / name))
+    written(tmp_path, "c.jsonl", '{"text": "x"}\n')
+    for source in (tmp_path, tmp_path / "*.jsonl"):
+        assert list(read_rows(Source(str(source)))) == [{"text": "x"}]
