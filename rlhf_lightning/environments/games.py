@@ -107,7 +107,8 @@ class ReasoningGym:
                 f"{GYM}TASK as the source",
             )
         tasks, said = tasks_of(str(row["task"])), str(episode.messages[-1]["content"])
-        answer = (ANSWER.findall(said) or [said])[-1].strip()
+        closed = said[: said.rfind("</answer>") + len("</answer>")]  # an answer that stays open is not searched for
+        answer = (ANSWER.findall(closed) or [said])[-1].strip()
         if may_run_code(answer) and EVALUATES.search(inspect.getsource(inspect.getmodule(type(tasks)))):  # type: ignore[arg-type]
             return Reply(reward=0.0, done=True)
         return Reply(reward=float(tasks.score_answer(answer=answer, entry=tasks[int(row["index"])])), done=True)

@@ -302,6 +302,6 @@ def classifier_labels(folder: str | Path) -> tuple[str, ...]:
         return ()
     with reading(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    if not any("SequenceClassification" in kind for kind in config.architectures or ()):
-        return ()
-    return tuple(str(config.id2label[place]) for place in range(config.num_labels))
+        if not any("SequenceClassification" in kind for kind in config.architectures or ()):
+            return ()
+        return tuple(str(config.id2label[place]) for place in range(config.num_labels))

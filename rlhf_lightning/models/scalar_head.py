@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.compat import is_stateful, uses_sdpa
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.packing import SEES_NOTHING
@@ -77,7 +78,7 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
         if layout.packed is not None:
             nothing = SEES_NOTHING.to(layout.input_ids.device)
             options = {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
-        return module(input_ids=layout.input_ids, use_cache=False, **options)[name].flatten(0, 1)
+        return _read(module, layout.input_ids, **options)[name].flatten(0, 1)
     lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
     groups = lengths
     if pads_rows and switch is not None:  # in one batch all rows are rotated like the longest
@@ -85,13 +86,41 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
     found: Tensor | None = None
     for length in groups.unique().tolist():
         (members,) = (groups == length).nonzero(as_tuple=True)
-        part = module(input_ids=layout.input_ids[members, :length], use_cache=False)[name]
+        part = _read(module, layout.input_ids[members, :length])[name]
         if found is None:
             found = part.new_zeros(rows, width, part.shape[-1])
         padded = torch.nn.functional.pad(part, (0, 0, 0, width - length))
         found = found.index_copy(0, members, padded)
     assert found is not None
     return found.flatten(0, 1)
+
+
+def _read(module: nn.Module, ids: Tensor, **options: Any) -> Any:
+    """Forward rows.
+
+    Raises:
+        ModelError: a token has no embedding, or a row is longer than the learned positions (noticed on the CPU alone;
+            `limits.check_rows` compares rows with a model before training).
+    """
+    try:
+        return module(input_ids=ids, use_cache=False, **options)
+    except IndexError as error:
+        if not str(error).startswith("index out of range in self"):  # what an embedding says
+            raise
+        name, rows, largest = type(module).__name__, vocabulary_rows(module), int(ids.max())
+        if largest >= rows:
+            raise ModelError(
+                "tokenizer-larger-than-model",
+                f"a row holds token id {largest}, but {name} has {rows} embeddings: the tokenizer is another model's; "
+                "use the model's own",
+            ) from error
+        positions = options.get("position_ids")
+        length = ids.shape[1] if positions is None else int(positions.max()) + 1
+        raise ModelError(
+            "positions-exceeded",
+            f"a row of {length} tokens is longer than {name} has positions for; lower data.max_length or the number of "
+            "new tokens, or shorten the texts",
+        ) from error
 
 
 def ropes_of(config: Any) -> list[Mapping[str, Any]]:

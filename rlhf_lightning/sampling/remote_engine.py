@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.models.adapters import active_adapter
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
@@ -96,7 +97,8 @@ class RemoteEngine(SamplingEngine):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer for a server of text alone; loaded on first use."""
         if self._tokenizer is None and self.tokenizer_name is not None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
+            with reading(self.tokenizer_name, "tokenizer"):
+                self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:

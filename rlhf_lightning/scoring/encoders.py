@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from rlhf_lightning.errors import ModelError, SettingError, printable
 from rlhf_lightning.micro_batches import cut_micro_batches
-from rlhf_lightning.models.folders import require_safetensors
+from rlhf_lightning.models.folders import reading, require_safetensors
 from rlhf_lightning.models.loading import LoadSettings, refuse_nonfinite_weights
 from rlhf_lightning.models.resolving import classifier_labels, content_hash, is_adapter, resolve_folder
 from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores
@@ -48,7 +48,8 @@ class EncoderScorer(Scorer):
             )
         self.output_names = labels if len(labels) > 1 else ()
         self.score_index = label_index(self.folder, self.output_names, label, own=False)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        with reading(self.folder, "tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.measured, self._device = Measured("score_too_long"), torch.device("cpu")
 
     def weights_hash(self) -> str | None:
@@ -60,10 +61,11 @@ class EncoderScorer(Scorer):
         """The classifier, frozen; loaded on first use."""
         settings = LoadSettings(dtype=self.dtype)
         require_safetensors(self.folder)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            self.folder, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False,
-        )  # fmt: skip
+        with reading(self.folder, "reward model"):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.folder, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ModelError(
@@ -116,7 +118,8 @@ def is_encoder(folder: str) -> bool:
     """
     if is_adapter(folder):
         return False
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with reading(folder, "reward model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             "encoder-decoder", f"{folder} is an encoder-decoder ({config.model_type}), which cannot score completions; "

@@ -13,6 +13,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 from rlhf_lightning.errors import DataError, SettingError
@@ -20,7 +21,6 @@ from rlhf_lightning.scoring.scorer import Measured, Scorer, Scores, column
 from rlhf_lightning.types import Prompt
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-FENCE = re.compile(r"\A```[A-Za-z]*\s*(.*?)\s*(?:```)?\Z", re.DOTALL)
 
 RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "at least": operator.ge,
@@ -90,8 +90,8 @@ def occurrences(text: str, phrase: str, whole: bool) -> int:
 
 def is_json(text: str, fenced: bool = False) -> bool:
     """Return whether a text is JSON and nothing else; ``fenced`` allows a Markdown fence around it."""
-    if fenced and (found := FENCE.match(text.strip())):
-        text = found.group(1)
+    if fenced and text.lstrip().startswith("```"):
+        text = text.strip()[3:].lstrip(ascii_letters).removesuffix("```").strip()
     try:
         json.loads(text, parse_constant=lambda name: float("nan"))
     except (ValueError, RecursionError):
@@ -107,7 +107,7 @@ def is_quoted(text: str) -> bool:
 
 def has_title(text: str) -> bool:
     """Return whether a text contains a title in double angular brackets."""
-    return bool(re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text))
+    return bool(re.search(r"<<(?=[^<>\n]*\w)[^<>\n]*>>", text))
 
 
 def has_postscript(text: str, marker: str = "P.S.") -> bool:

@@ -20,6 +20,7 @@ from rlhf_lightning.functional.ranking import aggregated_steps
 from rlhf_lightning.loading import load, read_record, shipped_classes
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.folders import reading
 from rlhf_lightning.models.layout import cut_sequences, free_layout, lay_out, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.resolving import (
@@ -294,7 +295,8 @@ def refuse_untrained_head(folder: str) -> None:
         trained = bool(classifier_labels(folder))
     else:
         files = sorted(path.glob("*.safetensors"))
-        names = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
+        with reading(folder, "reward model"):
+            names = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
         trained = not files or any(re.search(r"(^|\.)score\.", name) for name in names)
     if not trained:
         raise ModelError(

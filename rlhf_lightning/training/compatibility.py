@@ -46,7 +46,7 @@ from rlhf_lightning.compat import (
 )
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.compiling import missing_compiler
-from rlhf_lightning.models.folders import trusts
+from rlhf_lightning.models.folders import reading, trusts
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.resolving import is_adapter, resolve_folder
@@ -243,7 +243,10 @@ def kind_of(strategy: Strategy) -> str:
 def plan_of(module: Stage) -> tuple[bool, int | None]:
     """Return from config.json whether a model has a tensor-parallel plan, and its number of key and value heads."""
     name = resolve_folder(module.init_from)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code))
+    with reading(name):
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=trusts(name, module.load_settings.trust_remote_code)
+        )
     heads = getattr(config, "num_key_value_heads", None)
     return tensor_plan(config) is not None, heads
 

@@ -1,24 +1,29 @@
 """Damaged, odd and hostile files of models and adapters: one sentence with a code, before a library reads them."""
 
+import contextlib
 import json
 import os
+import shutil
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_models import save_policy, save_reward_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.loading import refuse_large_yaml
 from rlhf_lightning.models.folders import INDEX, check_folder, read_json, reading, weight_files
 from rlhf_lightning.models.limits import check_prompts
 from rlhf_lightning.models.loading import LoadSettings, load_hf_model
-from rlhf_lightning.models.lora import refuse_slow_patterns
+from rlhf_lightning.models.lora import LoraSettings, refuse_slow_patterns
 from rlhf_lightning.models.resolving import (
     adapter_settings,
     backbone_record,
@@ -26,6 +31,8 @@ from rlhf_lightning.models.resolving import (
     fingerprint,
     refuse_odd_gguf,
 )
+from rlhf_lightning.models.roles import load_policy, load_reference
+from rlhf_lightning.scoring import LearnedScorer
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "model", "target_modules": ["q_proj"]}
 
@@ -178,6 +185,104 @@ def test_a_gguf_with_a_huge_count(tmp_path: Path) -> None:
 def test_errors_of_libraries_become_one_sentence(error: Exception, tmp_path: Path) -> None:
     with refused("unreadable-model", type(error).__name__), reading(str(tmp_path)):
         raise error
+
+
+def header(content: Any, data: bytes = b"") -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "seven bytes": lambda whole: whole[:7],
+    "half a header": lambda whole: whole[:40],
+    "half": lambda whole: whole[: len(whole) // 2],
+    "the last byte is missing": lambda whole: whole[:-1],
+    "a byte more": lambda whole: whole + b"x",
+    "HTML": lambda whole: b"<!DOCTYPE html><html>404</html>",
+    "zeros": lambda whole: bytes(len(whole)),
+    "a pickle": lambda whole: b"PK\x03\x04" + whole,
+    "a pointer of Git LFS": lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "a header of exabytes": lambda whole: b"\xff" * 8 + whole[8:],
+    "a header that is a list": lambda whole: header([]),
+    "a header that is deep": lambda whole: header(b'{"a":' * 5000),
+    "no tensors": lambda whole: header({}),
+    "an unknown type": lambda whole: header({"a": {**ENTRY, "dtype": "X9"}}, bytes(8)),
+    "a negative shape": lambda whole: header({"a": {**ENTRY, "shape": [-2]}}, bytes(8)),
+    "a shape beyond its data": lambda whole: header({"a": {**ENTRY, "shape": [2**40]}}, bytes(8)),
+    "offsets beyond the end": lambda whole: header({"a": {**ENTRY, "data_offsets": [0, 2**50]}}, bytes(8)),
+    "other names": lambda whole: header({"a": ENTRY}, bytes(8)),
+}
+LOADERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "policy": ("model.safetensors", load_policy),
+    "reference": ("model.safetensors", load_reference),
+    "reward model": ("model.safetensors", lambda folder: LearnedScorer(folder)(["w20"], ["w21"])),
+    "adapter": ("adapter_model.safetensors", load_policy),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind of `LOADERS`."""
+    root = tmp_path_factory.mktemp("whole")
+    policy, reward = save_policy(root / "policy"), save_reward_model(root / "reward")
+    load_policy(policy, lora=LoraSettings(r=2)).model.save_pretrained(root / "adapter")
+    tiny_tokenizer().save_pretrained(root / "adapter")
+    kinds = {"policy": policy, "reference": policy, "reward model": reward, "adapter": root / "adapter"}
+    return {name: Path(folder) for name, folder in kinds.items()}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_are_one_sentence(kind: str, damage: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    name, load = LOADERS[kind]
+    shutil.copytree(folders[kind], tmp_path / "x")
+    file = tmp_path / "x" / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises(RlhfError) as caught:
+        load(str(tmp_path / "x"))
+    codes = ("unreadable-model", "untrained-head", "adapter-mismatch", "incomplete-weights")
+    assert caught.value.code in codes, caught.value
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("change", ["other shape", "one is missing", "one is renamed"])
+def test_weights_of_another_model_are_one_sentence(
+    kind: str, change: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    name, load = LOADERS[kind]
+    shutil.copytree(folders[kind], tmp_path / "x")
+    weights = load_file(tmp_path / "x" / name)
+    key = next(key for key in weights if "layers.1" in key)
+    weight = weights.pop(key)
+    weights |= {"other shape": {key: weight[:-1].clone()}, "one is renamed": {f"{key}x": weight}}.get(change, {})
+    save_file(weights, tmp_path / "x" / name, metadata={"format": "pt"})
+    with pytest.raises(RlhfError):
+        load(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0}, {"num_attention_heads": 7}, {"num_hidden_layers": "2"}, {"vocab_size": "many"},
+        {"hidden_act": "unknown"}, {"dtype": "os.system"}, {"torch_dtype": 7}, {"model_type": "none"},
+        {"model_type": None}, {"hidden_size": 0}, {"hidden_size": 1.5}, {"intermediate_size": []},
+        {"num_key_value_heads": 3}, {"rms_norm_eps": "x"}, {"rope_parameters": {"rope_type": "none"}},
+        {"rope_scaling": 7}, {"max_position_embeddings": "x"}, {"pad_token_id": 10**6}, {"tie_word_embeddings": "x"},
+        {"layer_types": ["none"]}, {"quantization_config": {"quant_method": "none"}}, {"head_dim": 0},
+        {"architectures": 7}, {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, {"num_labels": -1},
+    ],
+)  # fmt: skip
+def test_odd_configs_load_or_are_one_sentence(
+    kind: str, change: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[kind], tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    write(tmp_path / "x" / "config.json", {**config, **change})
+    with contextlib.suppress(RlhfError):
+        LOADERS[kind][1](str(tmp_path / "x"))
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))

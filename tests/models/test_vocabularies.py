@@ -19,6 +19,7 @@ from tiny_models import (
     ranked_pairs,
     ranked_step,
     save_policy,
+    save_reward_model,
     sequences,
     tiny_tokenizer,
 )
@@ -40,6 +41,7 @@ from rlhf_lightning.models.loading import LoadSettings, load_weights
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.scoring import LearnedScorer
 
 ROWS = random_rows(4, seed=9)
 
@@ -177,3 +179,22 @@ def test_a_row_that_the_model_has_no_positions_for_is_refused_before_training(tm
     data = SFTDataModule(source=str(tmp_path / "rows.jsonl"), batch_size=1)
     with refused("positions-exceeded", "positions of GPT2LMHeadModel"):
         quiet_trainer(limit_val_batches=0).fit(module, data)
+
+
+def test_streamed_rows_and_scored_texts_beyond_a_model_are_refused(tmp_path: Path) -> None:
+    """Where no rows can be looked at before training, the forward pass says it."""
+    positions = {"max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, num_labels=1, **positions)  # fmt: skip
+    for kind, name in ((AutoModelForCausalLM, "policy"), (AutoModelForSequenceClassification, "reward")):
+        kind.from_config(config).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "w7 w8 w9", "completion": "w10 " * 20}) + "\n")
+    data = SFTDataModule(source=str(tmp_path / "rows.jsonl"), batch_size=1, streaming=True, steps_per_epoch=2)
+    with refused("positions-exceeded", "GPT2Model"):
+        quiet_trainer(limit_val_batches=0).fit(SFTModule(init_from=str(tmp_path / "policy")), data)
+    with refused("positions-exceeded", "GPT2Model"):
+        LearnedScorer(str(tmp_path / "reward"))(["w7"], ["w8 " * 20])
+    small = save_reward_model(tmp_path / "small", vocab_size=20)
+    with refused("tokenizer-larger-than-model", "20 embeddings"):
+        LearnedScorer(small)(["w7"], ["w30"])

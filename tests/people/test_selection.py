@@ -1,12 +1,14 @@
 """Which item comes next: the selectors, the order they bring about, and the error where one lacks something."""
 
 import math
+import time
 
 import pytest
 import torch
 from conftest import refused
 
 from rlhf_lightning.cli import main as rlhf
+from rlhf_lightning.errors import StateError
 from rlhf_lightning.people.candidates import SamplingAhead
 from rlhf_lightning.people.selectors import (
     DisagreementSelector,
@@ -105,6 +107,27 @@ def test_new_items_are_ranked_as_they_come(make_store):
         while ahead.state():
             pass
     assert ahead.failure is None and order_of(store)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "plain"),
+    [
+        (StateError("no-answer", "the server is gone"), True),
+        (OSError("the network is down"), True),
+        (ZeroDivisionError("a bug"), False),
+    ],
+)
+def test_sampling_that_fails_is_one_sentence_and_only_a_bug_has_a_traceback(make_store, capsys, error, plain):
+    def failing():
+        yield [pair(2)]
+        raise error
+
+    with SamplingAhead(make_store(1), failing(), 10) as ahead:
+        while ahead.failure is None:
+            time.sleep(0.01)
+    said = capsys.readouterr().err
+    assert f"sampling has stopped: {error}" in said and str(error) in ahead.state()
+    assert ("Traceback" not in said) == plain and ahead.left(3) == 3
 
 
 def test_one_more_selector_is_a_class_in_a_file(make_store, tmp_path, monkeypatch):

@@ -1,11 +1,22 @@
 """Instructions by value: texts that keep them, texts that nearly do, and rows that are wrong."""
 
+import contextlib
+import inspect
 import json
+import time
 
 import pytest
 from conftest import refused
 
-from rlhf_lightning.scoring.instructions import CHECKS, InstructionScorer, kept, with_instruction
+from rlhf_lightning.environments.calls import READERS, CallError
+from rlhf_lightning.scoring.instructions import (
+    CHECKS,
+    INSTRUCTIONS,
+    InstructionScorer,
+    follows,
+    kept,
+    with_instruction,
+)
 
 CASES = {
     "at_most_words": ({"count": 3}, ["one two", "don't stop now"], ["one two three four", ""]),
@@ -58,3 +69,35 @@ def test_rows_that_are_wrong():
         kept("x", "jsn", {})
     with refused("wrong-arguments", "do not fit"):
         kept("x", "keyword", {"count": 1})
+
+
+@pytest.mark.parametrize("fenced", ["```json\n[1]\n```", "``` [1]", "  ```\n[1]", "[1]", " [1] "])
+def test_json_may_stand_in_a_fence(fenced):
+    assert follows(fenced, "detectable_format:json_format", {})
+
+
+FILLERS = [" ", "\n", "\n ", "*", "*a", "a", "a ", "a-", "<<", "<<a", "```", "[", "{", "(", '"', ".", "P.", "- ", "1",
+           "<tool_call>", "[TOOL_CALLS]", "call: a", "}", "};", "name[ARGS]", "Human", "SECTION "]  # fmt: skip
+
+
+def an_argument(name):
+    if name in ("keywords", "forbidden_words"):
+        return ["tea"]
+    if name == "relation" or name.endswith("_relation"):
+        return "at least"
+    return 2 if name.startswith(("num_", "nth_")) or name.endswith("frequency") else "x"
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+def test_long_runs_take_linear_time(filler):
+    """A policy may write nothing but spaces; each check reads them once."""
+    began, run = time.monotonic(), filler * (200_000 // len(filler))
+    for text in (run, f"```{run}x", f"<<{run}", f"x{run}x", f"- {run}", f'{{"name": {run}', f"[TOOL_CALLS]{run}"):
+        for name, (arguments, *_) in CASES.items():
+            kept(text, name, arguments)
+        for name, check in INSTRUCTIONS.items():
+            follows(text, name, {one: an_argument(one) for one in list(inspect.signature(check).parameters)[1:]})
+        for read in READERS.values():
+            with contextlib.suppress(CallError):
+                read(text)
+    assert time.monotonic() - began < 60

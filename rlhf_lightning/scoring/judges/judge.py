@@ -271,8 +271,8 @@ def first_paragraphs(text: str, wording: Wording) -> str:
     """Return a text up to the point where the writer of a plain transcript continued with another speaker."""
     heads = [wording.human, wording.assistant, wording.critique_request, wording.critique, wording.revision_request]
     heads.append(wording.revision)
-    found = re.search(rf"\n\s*(?:{'|'.join(map(re.escape, heads))})\s*:", text)
-    return text[: found.start()] if found else text
+    found = re.search(rf"\n[^\S\n]*(?:{'|'.join(map(re.escape, heads))})[^\S\n]*:", text)
+    return text[: found.start()].rstrip() if found else text
 
 
 def as_turns(prompt: Prompt) -> list[Message]:
