@@ -41,7 +41,7 @@ def compare(
         runs: run folders, or folders with runs below them, as `rlhf sweep` writes; the last version of each name.
         by: settings that make the arms, as in model.beta; by default all that differ.
         over: x-axis of the curves; episodes and tokens exist for headline metrics.
-        metrics: metrics to compare; by default val/, the rollouts' headlines and train/loss.
+        metrics: metrics to compare, apart by spaces or commas; by default val/, the rollouts' headlines and train/loss.
         unfinished: include runs that have not finished.
         out: folder of the report.
     """
@@ -53,7 +53,7 @@ def compare(
     kept = [run for run in found if run not in left_out]
     if not kept:
         raise DataError("no-finished-run", f"none of {len(found)} runs has finished; give --unfinished to compare them")
-    comparison = RunComparison(kept, by, over, metrics)
+    comparison = RunComparison(kept, _names(by), over, _names(metrics))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"Curves": draw_curves(comparison, folder / "curves.png")}
@@ -67,6 +67,10 @@ def compare(
     write_arms(comparison, folder / "tensorboard")
     print(f"{said}   arms: tensorboard --logdir {folder / 'tensorboard'}")
     return 0
+
+
+def _names(given: Sequence[str]) -> list[str]:
+    return [name for text in given for name in text.split(",") if name]
 
 
 def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> list[str]:
@@ -99,7 +103,7 @@ def sections_of(comparison: "RunComparison") -> "list[Section]":
             values = list(comparison.finals(arm, metric).values())
             if values:
                 mean, *ends = mean_interval(values)
-                finals.append([metric, arm, mean, interval(ends) if len(values) > 1 else "", len(values)])
+                finals.append([metric, arm, mean, interval(ends), len(values)])
         for arm, (gap, adjusted) in comparison.tests(metric).items():
             ends = [gap.low, gap.high]
             tests.append(
@@ -125,7 +129,9 @@ def sections_of(comparison: "RunComparison") -> "list[Section]":
 
 
 def _values(arm: "Mapping[int, FinishedRun]", name: str) -> str:
-    return " / ".join(dict.fromkeys(str(run.settings.get(name)) for run in arm.values()))
+    from rlhf_lightning.evaluation.run_curves import plain
+
+    return " / ".join(dict.fromkeys(plain(run.settings.get(name)) for run in arm.values()))
 
 
 def report_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> dict[str, Any]:

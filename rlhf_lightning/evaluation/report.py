@@ -57,13 +57,15 @@ def cell(value: Any) -> str:
 
 
 def p_value(p: float) -> str:
-    """Return a p-value as text."""
+    """Return a p-value as text; nothing for NaN."""
+    if math.isnan(p):
+        return ""
     return "<0.001" if p < 0.001 else cell(float(p))
 
 
 def interval(ci: Sequence[float], digits: int = 3) -> str:
-    """Return an interval as text."""
-    return f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
+    """Return an interval as text; nothing for one that is not defined, such as that of a single seed."""
+    return "" if math.isnan(ci[0]) else f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -129,6 +130,11 @@ def _is_sample(row: dict[str, Any]) -> bool:
     )
 
 
+def plain(value: Any) -> str:
+    """Return a setting's value as text, null as in YAML."""
+    return "null" if value is None else str(value)
+
+
 def differing(runs: Sequence[FinishedRun]) -> list[str]:
     """Return the settings that are not the same in all runs, seed and names left out."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
@@ -175,9 +181,14 @@ class RunComparison:
         shown = [tag for tag in tags if tag.startswith("val/") or tag in (*ROLLOUT_TAGS, "train/loss")]
         self.metrics = [name for name in metrics or shown if any(self.series(run, name) for run in runs)]
         if not self.metrics or (metrics and len(self.metrics) < len(metrics)):
-            missing = ", ".join(name for name in metrics if name not in self.metrics) or "val/ or rollout/ metrics"
-            known = ", ".join(sorted({tag.removeprefix(self.prefix) for tag in tags if tag.startswith(self.prefix)}))
-            raise SettingError("unknown-metric", f"no run has {missing} over {axis}; there are {known or 'none'}")
+            missing = [name for name in metrics if name not in self.metrics]
+            known = sorted({tag.removeprefix(self.prefix) for tag in tags if tag.startswith(self.prefix)})
+            near = dict.fromkeys(tag for name in missing for tag in get_close_matches(name, known, n=3, cutoff=0.0))
+            raise SettingError(
+                "unknown-metric",
+                f"no run has {', '.join(missing) or 'val/ or rollout/ metrics'} over {axis}; of {len(known)} metrics "
+                f"the nearest are {', '.join(near or known[:3]) or 'none'}",
+            )
 
     @property
     def prefix(self) -> str:
@@ -190,7 +201,7 @@ class RunComparison:
 
     def label(self, run: FinishedRun) -> str:
         """Return the name of a run's arm."""
-        return ", ".join(f"{name.rpartition('.')[2]}={run.settings.get(name)}" for name in self.by) or "all runs"
+        return ", ".join(f"{name.rpartition('.')[2]}={plain(run.settings.get(name))}" for name in self.by) or "all runs"
 
     def series(self, run: FinishedRun, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Return positions and values of a metric of a run; None if it has none."""

@@ -71,7 +71,8 @@ def test_unfinished_runs_are_left_out_and_named(sweep, capsys):
     said = capsys.readouterr().out
     assert "Left out, not finished:" in said and "out of memory" in said and "beta=0.3" not in said.split("## ")[1]
     assert main([str(sweep), "--unfinished"]) == 0
-    assert "a single seed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a single seed" in said and "nan" not in said
 
 
 def test_two_runs_with_one_seed_in_an_arm_are_refused_with_what_differs(sweep):
@@ -81,13 +82,19 @@ def test_two_runs_with_one_seed_in_an_arm_are_refused_with_what_differs(sweep):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code"),
-    [(["--by", "model.gamma"], "unknown-setting"), (["--metrics", "val/none"], "unknown-metric"),
-     (["--over", "episodes"], "unknown-metric")],
+    ("flags", "words"),
+    [(["--by", "model.gamma"], ("unknown-setting",)), (["--metrics", "val/scor"], ("unknown-metric", "val/score")),
+     (["--over", "episodes"], ("unknown-metric",))],
 )  # fmt: skip
-def test_what_no_run_has_is_refused(sweep, flags, code):
-    with refused(code):
+def test_what_no_run_has_is_refused(sweep, flags, words):
+    with refused(*words):
         main([str(sweep), *flags])
+
+
+def test_metrics_may_be_apart_by_commas(sweep, capsys):
+    assert main([str(sweep), "--metrics", "val/score,rollout/kl"]) == 0
+    said = capsys.readouterr().out
+    assert "val/score" in said and "rollout/kl" in said
 
 
 def test_folders_without_runs_or_events_are_refused(tmp_path):
