@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -129,7 +130,8 @@ class BetaDPOModule(DPOModule):
         order = margin.argsort()  # pairs arrive in rank order; sorted, any number of ranks draws alike
         distance = (margin[order] - self.margin_mean) / self.margin_std
         weights = torch.exp(-0.5 * distance**2).double().clamp_min(1e-300).cpu()
-        generator = torch.Generator().manual_seed(hash((self.seed, self.updates)) % 2**63)
+        seed = np.random.SeedSequence([self.seed % 2**64, self.updates]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
         kept = torch.zeros_like(margin, dtype=torch.bool)
         kept[order[torch.multinomial(weights, count, generator=generator).to(order.device)]] = True
         return kept

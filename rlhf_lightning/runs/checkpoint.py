@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lightning.compat import dump_checkpoint, epoch_is_done, validation_follows
 from rlhf_lightning.errors import StateError, TerminatedError, check_range
@@ -134,7 +135,8 @@ class RunCheckpoint(Checkpoint):
         """Restore the caller's signal handlers, and name the checkpoint that an interrupted run continues from."""
         self._signal.stop_listening()
         interrupted = isinstance(exception, KeyboardInterrupt | TerminatedError)
-        if interrupted and self.kept.saved and self.folder is not None and trainer.is_global_zero:
+        trains = trainer.state.fn == TrainerFn.FITTING
+        if interrupted and trains and self.kept.saved and self.folder is not None and trainer.is_global_zero:
             print(
                 f"{self.last_model_path} is complete: `rlhf fit --resume {self.folder.parent}` continues from it",
                 flush=True,

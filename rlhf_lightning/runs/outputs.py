@@ -129,6 +129,11 @@ class PredictionWriter(Callback):
                     part.unlink()
         print(f"predictions: {self.path}")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Delete this rank's part."""
+        if self.path is not None:
+            self._part(trainer.global_rank).unlink(missing_ok=True)
+
     def _part(self, rank: int) -> Path:
         assert self.path is not None
         return self.path.with_name(f".{self.path.name}.rank{rank}.partial")

@@ -202,6 +202,23 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
         assert not set(half_made()) - journals, moment
 
 
+def test_a_stopped_predict_leaves_no_rows_and_names_no_run_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_run import SlopeModule
+
+    predict = SlopeModule.predict_step
+
+    def stopped_later(self: Any, step: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return predict(self, step, batch_idx)
+
+    assert run_with([*FIT, "--run_name", "done"])[0] == 0
+    monkeypatch.setattr(SlopeModule, "predict_step", stopped_later)
+    status, said, _ = run_with(["predict", "runs/done"])
+    assert status == 128 + signal.SIGHUP and not half_made(), said
+    assert "--resume" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_audit_in_forks_ends_with_the_signals_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.workers.ALONE", 1)
