@@ -19,6 +19,7 @@ from rlhf_lightning.verification.subject import (
     differentiate,
     with_leaves,
     with_parts,
+    without_leaves,
 )
 
 SETTLED = 40.0
@@ -96,7 +97,9 @@ def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
     """Check that the implicit reward of a completion never falls where its log-probability rises."""
     names, least = [side[0] for side in SIDES[:2]], 0.0
     for one in (given, settled(given), *draws(given, list(SIDES[:2]))):
-        slopes = differentiate(lambda pairs: torch.cat(subject.module.implicit_reward(pairs)), one, names)[1]
+        slopes = differentiate(
+            lambda pairs: torch.cat(subject.module.implicit_reward(without_leaves(pairs))), one, names
+        )[1]
         least = min(least, *(float(slope.min()) for slope in slopes.values()))
     advice = "an implicit reward falls where its completion becomes likelier: look at a sign in implicit_reward"
     return at_least("implicit reward", least, -1e-9, advice)
