@@ -205,7 +205,7 @@ class StandardisedOverTheRollout(GRPOModule):
         return torch.nan_to_num((rewards - known.mean()) / (known.std() + 1e-4))
 
 
-@caught_by("ratio one")
+@caught_by("clip")
 class RatioCountsTwice(GRPOModule):
     def policy_loss(self, logprobs):
         ratio = self.ratio(logprobs)
