@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -282,8 +283,9 @@ class RunHparams(Callback):
         self._write_end(trainer, Status.STATUS_SUCCESS)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Mark the run as failed."""
-        self._write_end(trainer, Status.STATUS_FAILURE)
+        """Mark the run as failed; where that cannot be written, the run's own failure is the one to report."""
+        with contextlib.suppress(OSError):
+            self._write_end(trainer, Status.STATUS_FAILURE)
 
     def _write_end(self, trainer: Trainer, status: int) -> None:
         """Write how the run ended, once."""

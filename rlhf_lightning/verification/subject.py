@@ -143,8 +143,10 @@ class Subject:
         known, own = self.known, own_bases(self.kind)
         shipped = {name for base in self.kind.__mro__[len(own) :] for name in parameters_of(base)}
         chosen = {name: value for name, value in SMALL_WORLD_SETTINGS.items() if name in shipped}
-        if any("kl_coef" in parameters_of(base) and parameters_of(base)["kl_coef"].default == 0 for base in own):
-            chosen.pop("kl_coef", None)  # the class has no KL penalty
+        stated = self.kind.target_of or any("target_policy" in vars(base) for base in own)
+        free = any("kl_coef" in parameters_of(base) and parameters_of(base)["kl_coef"].default == 0 for base in own)
+        if free and not stated:
+            chosen.pop("kl_coef", None)  # the class has no KL penalty, and states no target that needs one
         if "teacher" in known:
             chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
             chosen.pop("kl_coef", None)  # the teacher has the reference's place, and there is no KL penalty

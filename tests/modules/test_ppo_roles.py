@@ -196,7 +196,7 @@ def test_a_critic_beside_a_reward_model_of_another_backbone_starts_from_the_poli
 @pytest.mark.parametrize("kind", [DPOModule, KTOModule, GRPOModule, PPOModule])
 def test_every_family_loads_one_backbone_and_no_copy(stages: dict[str, str], kind: Any, monkeypatch: Any) -> None:
     loads = []
-    for place in ("loading", "causal_lm"):
+    for place in ("loading", "roles"):
         name = f"rlhf_lightning.models.{place}.load_hf_model"
         monkeypatch.setattr(name, lambda *a, **k: loads.append(a) or load(*a, **k))
     on_policy: dict[str, Any] = {"scorer": stages["reward"], "kl_coef": 0.1}

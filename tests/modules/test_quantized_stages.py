@@ -99,7 +99,7 @@ def test_each_stage_trains_an_adapter_on_four_bits(stages: dict[str, Trained], b
     assert not trained.backbone_moved
     assert {p.dtype for p in trained.module.parameters() if p.requires_grad} == {torch.float32}
     record = json.loads((Path(trained.folder) / "backbone.json").read_text())
-    assert record["source"] == base and record["quantization"] == "nf4"
+    assert record["source"] == Path(base).name and record["quantization"] == "nf4"
     assert not (Path(trained.folder) / "model.safetensors").exists()
 
 

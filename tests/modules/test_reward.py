@@ -261,7 +261,7 @@ def test_a_reward_model_trains_the_policys_adapter_on_and_hands_over_an_adapter(
             module.configure_model()
             module.export(folder)
         record = json.loads((folder / "backbone.json").read_text())
-        assert record["source"] == policy_folder and record["score_bias"] == module.reward_model.bias != 0.0
+        assert record["source"] == Path(policy_folder).name and record["score_bias"] == module.reward_model.bias != 0.0
         assert not (folder / "model.safetensors").exists()
         with torch.no_grad():
             raw = module.reward_model(layout)
