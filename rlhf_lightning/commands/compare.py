@@ -41,7 +41,7 @@ def compare(
         runs: run folders, or folders with runs below them, as `rlhf sweep` writes; the last version of each name.
         by: settings that make the arms, as in model.beta; by default all that differ.
         over: x-axis of the curves; episodes and tokens exist for headline metrics.
-        metrics: metrics to compare, apart by spaces or commas; by default val/, the rollouts' headlines and train/loss.
+        metrics: metrics, separated by spaces or commas; by default val/, the rollouts' headlines and train/loss.
         unfinished: include runs that have not finished.
         out: folder of the report.
     """

@@ -146,8 +146,8 @@ def adapted_kl_coef(
     r"""KL coefficient after a rollout, steered towards a target KL (Ziegler et al., arXiv 1909.08593).
 
     kl_coef * (1 + e * episodes / horizon), e = clip(kl / target - 1, -0.2, 0.2), kl the sequence KL in nats: summed
-    over tokens and averaged over the rollout's completions, of which there are ``episodes``. Over ``horizon`` episodes
-    the coefficient may change by a fifth.
+    over tokens and averaged over the rollout's ``episodes`` completions. Over ``horizon`` episodes the coefficient may
+    change by a fifth.
     """
     error = (torch.as_tensor(kl) / target - 1).clamp(-0.2, 0.2)
     return kl_coef * (1 + error * episodes / horizon)

@@ -150,7 +150,7 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
 
 
 class KeptCheckpoints:
-    """The checkpoints of a run with their scores, of which the newest and the best are kept.
+    """The checkpoints of a run with their scores; the newest and the best are kept.
 
     Args:
         keep_last: number of newest checkpoints to keep; None keeps all.

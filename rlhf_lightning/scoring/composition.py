@@ -127,7 +127,7 @@ class ScorerGroup(Scorer):
 
 
 def _named(values: Any, what: str, of: str) -> dict[Any, Any]:
-    """Return a mapping as it is, and a list by position."""
+    """Return a mapping unchanged, and a list keyed by position."""
     if isinstance(values, Mapping):
         return dict(values)
     if isinstance(values, Sequence) and not isinstance(values, str):

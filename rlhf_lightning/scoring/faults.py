@@ -29,7 +29,7 @@ class FaultTolerant(ScorerGroup):
     """Another scorer whose faults are retried; a fault that stays ends the run or costs the completion its score.
 
     Faults: an exception, a process that dies, a timeout, a wrong number of scores, and a score that is NaN, infinite or
-    not a number. None is no fault: the scorer says that it cannot judge.
+    not a number. None is not a fault: the scorer says that it cannot judge.
 
     With ``seconds`` each completion is scored by itself in another process, which is killed at the time limit; the
     scorer must be importable there. Without it the scorer gets all completions at once in this process, and one by one

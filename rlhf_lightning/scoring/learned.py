@@ -266,7 +266,7 @@ class ProcessScorer(Scorer):
 def scored_sequences(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]
 ) -> Sequences:
-    """Encode prompts with their completions, of which every token is scored."""
+    """Encode prompts with their completions; every token of a completion is scored."""
     pairs = zip(prompts, completions, strict=True)
     encoded = [tokenization.encode_completion(tokenizer, completion, prompt)[0] for prompt, completion in pairs]
     return encoded_sequences(tokenizer, prompts, [(ids, [True] * len(ids)) for ids in encoded])

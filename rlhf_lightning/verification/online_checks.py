@@ -80,7 +80,7 @@ def three_samples_check(module: Any, rollout: Rollout) -> Check:
 
 
 def missing_end_check(subject: Subject) -> Check:
-    """A completion that does not end by itself loses against one that does, whatever the scorer says."""
+    """A completion that does not end by itself loses against one that does, regardless of its score."""
     module = subject.fresh(missing_eos_penalty=1e3)
     drawn = module.draw([subject.world.questions(2)])
     told = torch.tensor(subject.world.score(drawn.batch.texts, texts_of(subject, drawn.sequences)))

@@ -1,11 +1,11 @@
-"""Where estimators that are no loss of a population come to rest: their papers' mean updates, transcribed and solved.
+"""Where estimators without a population loss come to rest: their papers' mean updates, transcribed and solved.
 
-A group's standardised score depends on who is in the group, and k3 or k2 of a sample is no divergence's gradient: such
-methods minimise nothing. What they do have is a mean update, here written in NumPy from the papers' formulas, in fp64,
-sharing nothing with the modules, and a policy at which it is zero.
+A group's standardised score depends on the other members, and the gradient of k3 or k2 over samples is not that of a
+divergence. Such methods minimise nothing, but they have a mean update and a policy at which it is zero. Here the mean
+updates are written in NumPy from the papers' formulas, in fp64, and share no code with the modules.
 
 A policy is a table of next-token probabilities, so a mean update sum_i p_i sum_t c_it grad log pi(y_it | y_i<t) is zero
-where c, averaged over the completions that pass a prefix, is the same whatever token comes next.
+where c, averaged over the completions that pass a prefix, is the same for every next token.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ JointLoss = Callable[[Array, StepPairs, float], float]
 
 
 def pairs_of(problems: Sequence[Population]) -> StepPairs:
-    """List each pair as often as it is in the data."""
+    """List each pair as many times as the data has it."""
     rows = [
         (prompt, i, j)
         for prompt, problem in enumerate(problems)

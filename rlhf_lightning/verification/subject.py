@@ -334,7 +334,7 @@ def differentiated(given: Any) -> Sequence[str]:
     """Return the fields of an override point's input that carry gradient; subclasses have those of their base.
 
     Raises:
-        ContractError: it is no input of a known family.
+        ContractError: no known family has this input.
     """
     names = next((names for kind, names in DIFFERENTIATED.items() if isinstance(given, kind)), None)
     if names is None:

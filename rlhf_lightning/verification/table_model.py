@@ -59,8 +59,8 @@ class TabularConfig(PretrainedConfig):
     def transitions(self) -> Tensor:
         """Return the prefix that each prefix and token lead to, int64, shape (prefixes, vocabulary).
 
-        Prefix 0 is nothing read yet, prefix 1 whatever no sampler reaches. A prompt token begins anew: what a teacher
-        reads before the prompt changes nothing.
+        Prefix 0 stands for an empty context, prefix 1 for every context that sampling cannot reach. A prompt token
+        starts a new context, so what a teacher reads before the prompt changes nothing.
         """
         rows: list[list[int]] = [[0] + [1] * (self.vocab_size - 1), [1] * self.vocab_size]
         level: list[int] = []
@@ -175,7 +175,7 @@ class TabularForSequenceClassification(TabularPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> SequenceClassifierOutputWithPast:
-        """Return the scalar at the last id that is no pad."""
+        """Return the scalar at the last id that is not padding."""
         outputs = self.model(input_ids, **kwargs)
         last = (input_ids != 0).long().cumsum(-1).argmax(-1)
         logits = self.score(outputs.last_hidden_state[torch.arange(len(input_ids)), last])

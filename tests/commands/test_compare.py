@@ -91,7 +91,7 @@ def test_what_no_run_has_is_refused(sweep, flags, words):
         main([str(sweep), *flags])
 
 
-def test_metrics_may_be_apart_by_commas(sweep, capsys):
+def test_metrics_may_be_separated_by_commas(sweep, capsys):
     assert main([str(sweep), "--metrics", "val/score,rollout/kl"]) == 0
     said = capsys.readouterr().out
     assert "val/score" in said and "rollout/kl" in said

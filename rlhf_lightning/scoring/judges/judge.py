@@ -147,7 +147,7 @@ class Judge(Protocol):
     """Anything that answers questions; no base class is needed.
 
     Attributes:
-        name: source of the labels, written beside them.
+        name: source of the labels, written with them.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Writer(Protocol):
     """Anything that continues prompts with text; no base class is needed.
 
     Attributes:
-        name: source of the rows, written beside them.
+        name: source of the rows, written with them.
     """
 
     name: str

@@ -114,7 +114,7 @@ class RemoteJudge:
 
     The answer's tokens are read up to the letter; marks may stand before it. The most probable tokens there that spell
     a letter are summed. A letter that is not among them gets the probability of the least probable of them, an upper
-    bound, and the answer is marked as bounded. An answer without a letter is no answer.
+    bound, and the answer is marked as bounded. An answer without a letter counts as missing.
 
     Args:
         url: address without the route, such as ``http://host:8000``.
