@@ -1,6 +1,7 @@
 """Rules of the house that no type checker knows: imports point one way, losses are pure, everything is described."""
 
 import ast
+import importlib
 import re
 import subprocess
 from collections.abc import Iterable
@@ -546,3 +547,15 @@ def test_loading_alone_imports_what_a_user_names():
     found = {str(path.relative_to(ROOT)) for path in FILES if imports_by_name(ast.parse(path.read_text()))}
     assert found == IMPORTS_BY_OWN_NAME | {"rlhf_lightning/loading.py"}
     assert imports_by_name(ast.parse("from importlib import import_module\ndef f(x):\n    return import_module(x)"))
+
+
+def test_experiments_import_names_that_exist():
+    missing = []
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_lightning"):
+                module, place = importlib.import_module(node.module), node.module.replace(".", "/")
+                for name in (alias.name for alias in node.names):
+                    if not (hasattr(module, name) or list(ROOT.glob(f"{place}/{name}.py"))):
+                        missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing

@@ -44,7 +44,8 @@ def run(folder: Path, lag: int, epochs: int, rollouts: int) -> dict[str, float]:
     from rlhf_lightning.data import PromptDataModule
     from rlhf_lightning.models.causal_lm import CausalLM
     from rlhf_lightning.modules import GRPOModule
-    from rlhf_lightning.sampling.engines import Completions, SamplingRequest, SlotEngine
+    from rlhf_lightning.sampling.engines import Completions, SamplingRequest
+    from rlhf_lightning.sampling.slot_engine import SlotEngine
     from rlhf_lightning.sampling.worker_engine import WorkerEngine
 
     torch.set_num_threads(1)
