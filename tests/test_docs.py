@@ -24,7 +24,7 @@ LEFT_BEHIND = {
     "sft-on-your-data": "runs/my_sft/version_0/model",
     "reward-model": "best.jsonl",
     "ppo": "over_optimised/report.md",
-    "dpo": "runs/beta/comparison/report.md",
+    "dpo": "comparison/report.md",
     "grpo": "runs/brief/version_0/model",
     "own-objective": "runs/offset",
     "tools": "episodes.jsonl",
