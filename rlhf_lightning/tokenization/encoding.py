@@ -106,8 +106,8 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rende
     pieces = [_pieces(facts, one) for one in rendered]
     texts = [(text, before) for one in pieces for text, before in one]
     with_joint = [place for place, one in enumerate(rendered) if _has_joint(facts, one)]
-    befores = [rendered[place].before[-JOINT:] for place in with_joint]
-    joints = [(before, before + pieces[place][0][0][:JOINT]) for place, before in zip(with_joint, befores, strict=True)]
+    starts = [rendered[place].before[-JOINT:] for place in with_joint]
+    joints = [(before, before + pieces[place][0][0][:JOINT]) for place, before in zip(with_joint, starts, strict=True)]
     encoded = iter(_encode_after(tokenizer, facts, texts))
     alone = _encode(tokenizer, [text for pair in joints for text in pair])
     joint_ids = dict(zip(with_joint, zip(alone[::2], alone[1::2], strict=True), strict=True))
