@@ -154,7 +154,7 @@ LOWER = (
 def failure_sentence(error: Exception) -> str | None:
     """Return one sentence about a failure; None for an unexpected error, whose traceback is needed."""
     name, text = type(error).__name__, str(error).strip()
-    first = text.splitlines()[0] if text else name
+    first = reason_of(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if isinstance(error.__context__, OSError):  # the full disk prevented a report of the first error
             return failure_sentence(error.__context__)

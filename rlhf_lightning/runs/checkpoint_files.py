@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf_lightning.atomic_files import move_into_place, write_text
-from rlhf_lightning.errors import MissingError, RlhfError, SettingError
+from rlhf_lightning.errors import MissingError, RlhfError, SettingError, reason_of
 from rlhf_lightning.runs.run import CHECKPOINTS_FOLDER
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -91,11 +91,11 @@ def attempted(step: Callable[[], None]) -> str | None:
     try:
         step()
     except (OSError, CheckpointException) as error:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return reason_of(error)
     except RuntimeError as error:
         if "write" not in str(error):
             raise
-        return str(error).strip().splitlines()[0]
+        return reason_of(error)
     return None
 
 
