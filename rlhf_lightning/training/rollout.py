@@ -249,14 +249,16 @@ class RolloutModule(AlignmentModule):
             self._sample_ahead(step, batch_idx)
         with learning():
             rollout = self.collect(*step.micro_batches)
+        updates = self.updates
         norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
         self.rollouts += 1
         self.episodes += step.rows
         self.tokens += int(self.sum_over_ranks(rollout.completion_mask.sum()))
         means = self.log_rollout(meter, norm, step.rows)
         self._end_rollout(rollout, means)
-        loss = {"loss": value} if (value := self.trainer.callback_metrics.get("train/loss")) is not None else {}
-        return {**loss, **means}
+        loss = self.trainer.callback_metrics.get("train/loss")
+        learned = loss is not None and self.updates > updates  # else the loss would be an earlier rollout's
+        return {**({"loss": loss} if learned else {}), **means}
 
     @property
     def samples_ahead(self) -> bool:

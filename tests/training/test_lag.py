@@ -182,3 +182,13 @@ def test_lag_without_a_correction_is_said(policy_folder: str, prompts: str, tmp_
         train(
             module_of(policy_folder, lag=1, sampler_correction="token_truncate"), data_of(prompts, tmp_path, rollouts=1)
         )
+
+
+def test_a_rollout_that_nothing_is_learned_from_is_no_error(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    class LearnsOnce(Recorded):
+        def learn(self, rollout: Rollout, batch: Any, meter: Any) -> float:
+            return super().learn(rollout, batch, meter) if self.rollouts == 0 else 0.0
+
+    settings = {"max_new_tokens": 6, "lr_schedule": "constant", "kl_coef": 0.0, "ppo_epochs": 1}
+    module = train(LearnsOnce(init_from=policy_folder, scorer=lengths, **settings), data_of(prompts, tmp_path))
+    assert module.rollouts == ROLLOUTS and module.updates == 1
