@@ -53,7 +53,10 @@ def alone(name: str, folder: str, settings: str) -> dict[str, Any]:
 
 
 def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any], bound: float = 1e-9) -> None:
-    """Hold every gradient and weight to a relative bound, and what was drawn to equality."""
+    """Hold every gradient and weight to a relative bound, and what was drawn to equality.
+
+    Metrics are logged in fp32, so that they agree to 1e-6 at best; to the bound, where scores are fp32 already.
+    """
     for part in ("gradients", "weights"):
         assert found[0][part].keys() == expected[part].keys() and expected[part]
         for name, value in expected[part].items():
@@ -63,7 +66,7 @@ def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any], bound: f
     for rank in found:
         drawn |= rank["drawn"]
     assert drawn == expected["drawn"]
-    assert found[0]["log"] == pytest.approx(expected["log"], rel=1e-6, abs=1e-6)
+    assert found[0]["log"] == pytest.approx(expected["log"], rel=max(bound, 1e-6), abs=max(bound, 1e-6))
 
 
 def compare(
