@@ -49,15 +49,8 @@ from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
-from rlhf_lightning.training import checkpoint_state, optimization
-from rlhf_lightning.training.compatibility import (
-    check,
-    check_evaluation_loaders,
-    check_loader,
-    check_optimizers,
-    check_trainer,
-    settled_precision,
-)
+from rlhf_lightning.training import checkpoint_state, optimization, trainer_checks
+from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
@@ -385,7 +378,7 @@ class AlignmentModule(LightningModule):
             SettingError: a setting of the trainer, or a callback, does not work with this module.
         """
         if self.trainer.state.fn == "fit":
-            check_trainer(self.trainer, self)
+            trainer_checks.check_trainer(self.trainer, self)
             if any(isinstance(callback, NEED_WEIGHTS) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
                 self.configure_model()
         return []
@@ -398,22 +391,12 @@ class AlignmentModule(LightningModule):
             ContractError: ``wrong-batch-type``: the DataModule yields another kind of batch.
             SettingError: trained weights would be in bf16 or quantized.
         """
-        bounds = self.trainer.max_steps, self.trainer.max_epochs, self.trainer.limit_train_batches
-        if stage == "fit" and 0 in bounds:
-            raise SettingError(
-                "no-updates",
-                "trainer.max_steps, max_epochs or limit_train_batches is 0: nothing would be trained; give 1 or more, "
-                "or `rlhf validate`",
-            )
+        trainer_checks.check_length(self.trainer, stage)
         self._settle_precision()
-        check_evaluation_loaders(self.trainer)
+        trainer_checks.check_evaluation_loaders(self.trainer)
         datamodule = attached_datamodule(self.trainer)
         check(self.trainer, self, datamodule, fits=stage == "fit")
-        offered = getattr(datamodule, "batch_types", None)
-        if offered is not None and stage != "predict" and self.batch_type not in offered:
-            names = " or ".join(sorted(kind.__name__ for kind in offered))
-            wanted = f"{type(self).__name__} takes {self.batch_type.__name__}"
-            raise ContractError("wrong-batch-type", f"{wanted}, but {type(datamodule).__name__} yields {names}")
+        trainer_checks.check_datamodule(datamodule, self, stage)
 
     def on_fit_start(self) -> None:
         """Set train mode, and place the frozen models in eval mode."""
@@ -425,14 +408,9 @@ class AlignmentModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
-        check_optimizers(self.trainer)
-        check_loader(self.trainer)
-        if self.trainer.ckpt_path is not None and self.trainer.global_step and not self.updates:
-            raise StateError(
-                "lost-progress",
-                f"the checkpoint has {self.trainer.global_step} updates, and {type(self).__name__} restored none: its "
-                "on_save_checkpoint and on_load_checkpoint must call super()",
-            )
+        trainer_checks.check_optimizers(self.trainer)
+        trainer_checks.check_loader(self.trainer)
+        trainer_checks.check_progress(self.trainer, self)
         state = self.resume_state
         if state.asked_before is not None and state.asked is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
@@ -451,13 +429,7 @@ class AlignmentModule(LightningModule):
         Raises:
             ContractError: ``loss-without-update``.
         """
-        if outputs and "loss" in outputs and self.trainer.global_step == self._stepped:
-            raise ContractError(
-                "loss-without-update",
-                f"{type(self).__name__}.training_step returned a loss and took no optimizer step, and modules of this "
-                "package optimize manually: override the loss itself (docs/extending.md), call super().training_step, "
-                "or self.update([lambda: loss_sum], count)",
-            )
+        trainer_checks.check_stepped(self.trainer, self, outputs, self._stepped)
 
     def on_fit_end(self) -> None:
         """Restore the random state of a resumed run's caller."""
@@ -536,20 +508,7 @@ class AlignmentModule(LightningModule):
         Raises:
             ContractError: ``no-step``: the DataLoader yields something else than a `types.Step`.
         """
-        if not hasattr(batch, "micro_batches"):
-            raise ContractError(
-                "no-step",
-                f"the DataLoader yields a {type(batch).__name__}, and {type(self).__name__} takes a Step of "
-                f"{self.batch_type.__name__}: give the rows to a DataModule of rlhf_lightning.data as its source (a "
-                "datasets.Dataset, a list of dicts or a file)",
-            )
-        parts = batch.micro_batches
-        if not self.trainer.predicting and parts and not isinstance(parts[0], self.batch_type):
-            raise ContractError(
-                "wrong-batch-type",
-                f"{type(self).__name__} takes {self.batch_type.__name__}, but the DataLoader yields Steps of "
-                f"{type(parts[0]).__name__}",
-            )
+        trainer_checks.check_step(batch, self)
         if self.trainer.training:  # Lightning has counted the last batch as one update; callbacks log next
             set_logged_step(self.trainer, self.updates)
         return batch

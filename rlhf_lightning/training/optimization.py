@@ -282,6 +282,23 @@ def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             )
 
 
+def check_moments(optimizer: Optimizer) -> None:
+    """Refuse restored moments of other shapes than their weights; a fused kernel would read beyond them.
+
+    Raises:
+        StateError: ``checkpoint-does-not-fit``.
+    """
+    for weight, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
+            shape = getattr(state.get(name), "shape", None)  # of a number, and of what is missing, None
+            if shape not in (None, torch.Size() if name == "step" else weight.shape):
+                raise StateError(
+                    "checkpoint-does-not-fit",
+                    f"the checkpoint's optimizer has {name} of shape {tuple(shape)} for a weight of shape "
+                    f"{tuple(weight.shape)}; use another checkpoint of the run",
+                )
+
+
 def take_new_settings(optimizer: Optimizer, scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Give a restored optimizer and scheduler the settings asked for now; moments and counters stay.
 

@@ -31,8 +31,8 @@ from torch.utils.data.distributed import DistributedSampler
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
 from rlhf_lightning.modules import DPOModule, GRPOModule, RewardModule, SFTModule
 from rlhf_lightning.runs import RunProgress
-from rlhf_lightning.training.compatibility import check_loader
 from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.trainer_checks import check_loader
 
 ROWS = [{"prompt": f"w{n}", "completion": f"w{n % 7} w{n % 5}"} for n in range(24)]
 PAIRS = [{"prompt": f"w{n}", "chosen": f"w{n % 7} w1", "rejected": "w2"} for n in range(24)]
