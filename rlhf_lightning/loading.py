@@ -13,15 +13,18 @@ import inspect
 import json
 import os
 import pkgutil
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
 from rlhf_lightning import working_directory
-from rlhf_lightning.errors import DataError, MissingError, SettingError
+from rlhf_lightning.errors import DataError, MissingError, RlhfError, SettingError
 
 
 def _text_of(path: Path, errors: str = "strict") -> str:
@@ -147,12 +150,7 @@ def import_path(path: str, what: str = "object") -> Any:
     """
     module_name, _, attribute = path.rpartition(".")
     working_directory.allow(module_name)
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError, SyntaxError) as error:
-        raise SettingError("not-importable", f"{what} {path!r} cannot be imported: {error}") from error
-    except SystemExit as error:
-        raise _exits(module_name, error) from error
+    module = _imported(module_name, f"{what} {path!r}")
     if not hasattr(module, attribute):
         near = nearest(attribute, (name for name in vars(module) if not name.startswith("_")))
         hint = f"; did you mean {module_name}.{near}?" if near else ""
@@ -177,21 +175,29 @@ def import_user_module(name: str) -> str:
         working_directory.allow(name, str(path.parent.resolve()))
     else:
         working_directory.allow(name)
-    try:
-        importlib.import_module(name)
-    except (ModuleNotFoundError, SyntaxError) as error:
-        raise SettingError("not-importable", f"module {name!r} cannot be imported: {error}") from error
-    except SystemExit as error:
-        raise _exits(name, error) from error
+    _imported(name, f"module {name!r}")
     return name
 
 
-def _exits(module: str, error: SystemExit) -> SettingError:
-    return SettingError(
-        "not-importable",
-        f"module {module!r} calls sys.exit({error.code!r}) when it is imported; put its script part under "
-        "if __name__ == '__main__'",
-    )
+def _imported(name: str, said: str) -> ModuleType:
+    """Import a module that a user named; ``said`` names it in errors."""
+    try:
+        return importlib.import_module(name)
+    except RlhfError:
+        raise
+    except SystemExit as error:
+        raise SettingError(
+            "not-importable",
+            f"module {name!r} calls sys.exit({error.code!r}) when it is imported; put its script part under "
+            "if __name__ == '__main__'",
+        ) from error
+    except Exception as error:
+        installed = ("<", sys.prefix, sys.base_prefix)  # also the import system, whose frames are in no file
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(installed)]
+        where = "".join(f" in {f.filename}, line {f.lineno}" for f in frames[-1:])
+        foreseen = isinstance(error, ModuleNotFoundError | SyntaxError) or not frames
+        raised = "" if foreseen else f" ({type(error).__name__}{where})"
+        raise SettingError("not-importable", f"{said} cannot be imported: {error}{raised}") from error
 
 
 def shipped_classes(room: str, base: Any) -> dict[str, Any]:

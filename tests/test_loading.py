@@ -173,3 +173,10 @@ def test_a_key_that_stands_twice_is_refused(text: str) -> None:
 
 def test_a_key_may_stand_in_several_mappings() -> None:
     refuse_repeated_keys("a: {a: 1}\nb: &x {a: 1}\nc: [*x, *x, a, a]\nd: {<<: *x, a: 2}")
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "sys.exit()", "int('x')"])
+def test_a_users_module_that_fails_is_named_with_the_line(text, tmp_path):
+    (tmp_path / "failing_of_mine.py").write_text(f"x = 1\n{text}\n")
+    with refused("not-importable", "failing_of_mine.py, line 2"):
+        import_user_module(str(tmp_path / "failing_of_mine.py"))

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def chat(folder: str, system: str | None = None, sampling: SamplingArguments = DEFAULTS) -> int:
-    """Chat with a policy. From a pipe, each line is a turn and each answer is printed.
+    """Chat with a policy. From a pipe, each line is a turn and each answer is printed, and Ctrl-C ends the command.
 
     Without a chat template each line is continued as plain text, without the earlier turns. With --environment the
     policy's turns are replied to, such as calls of tools, until the environment ends the episode.
@@ -46,7 +46,7 @@ def chat(folder: str, system: str | None = None, sampling: SamplingArguments = D
         print(f"{folder}\n{HELP}")
         if not conversation.has_turns:
             print("the tokenizer has no chat template: each line is continued as plain text")
-    converse(conversation, lines(interactive), print)
+    converse(conversation, lines(interactive), print, interactive)
     return 0
 
 
@@ -61,8 +61,10 @@ def lines(interactive: bool) -> Iterator[str]:
             return
 
 
-def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[..., None]) -> None:
-    """Answer each line; lines that start with a slash are commands."""
+def converse(
+    conversation: "Conversation", typed: Iterator[str], show: Callable[..., None], stoppable: bool = False
+) -> None:
+    """Answer each line; lines that start with a slash are commands. Ctrl-C ends the answer alone if ``stoppable``."""
     for line in typed:
         text = line.strip()
         if not text:
@@ -79,6 +81,8 @@ def converse(conversation: "Conversation", typed: Iterator[str], show: Callable[
                 for piece in conversation.answer(text):
                     show(printable(piece), end="", flush=True)
             except KeyboardInterrupt:
+                if not stoppable:
+                    raise
                 show(" (stopped)", end="")
             show("")
 

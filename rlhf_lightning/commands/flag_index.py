@@ -7,6 +7,7 @@ The index, flag_index.json, answers within a second; the parser needs ten, since
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -211,7 +212,7 @@ def misplaced(part: str, name: str) -> str | None:
     if Path(name).suffix in (".yaml", ".yml"):  # the settings of a class
         return None
     names_file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-    if part == "model" and name and ("/" in name or Path(name).is_dir()):
+    if part == "model" and name and ("/" in name or os.path.isdir(name)):
         return (
             f"--model takes an objective, such as DPOModule; the model to start from goes to --model.init_from {name}"
         )
@@ -225,7 +226,7 @@ def wrong_form(argument: str, value: str) -> str | None:
     name = argument.lstrip("-").partition("=")[0]
     if argument.startswith("-") and not argument.startswith("--") and name.replace("-", "_") in all_names():
         return f"an option begins with two hyphens: --{name}"
-    if argument == "--model.lora" and not value.startswith(("{", "null")) and not Path(value).is_file():
+    if argument == "--model.lora" and not value.startswith(("{", "null")) and not os.path.isfile(value):
         rank = value if value.isdecimal() else "16"
         return f"model.lora is a group of settings: give --model.lora.r {rank}, or '{{r: {rank}}}'"
     return None

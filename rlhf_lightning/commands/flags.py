@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
     if flag.path == ("class_path",):
         same = isinstance(description, Mapping) and description.get("class_path") == flag.value
         return dict(description) if same else {"class_path": flag.value, "init_args": {}}
-    if isinstance(description, str) and ("/" in description or Path(description).is_dir()):
+    if isinstance(description, str) and ("/" in description or os.path.isdir(description)):
         raise SettingError(
             "no-class-to-set", f"{name} is the folder {description}, which has no arguments; give a class"
         )
@@ -134,12 +135,13 @@ def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list
     """Return each config file of a command line with the class and the argument names in its section ``part``."""
     found = []
     for name, file in option_pairs(argv):
-        if name == "--config" and Path(file).is_file():
+        if name == "--config" and os.path.isfile(file):
             try:
                 read = read_yaml(Path(file).read_text(encoding="utf-8"))
             except UnicodeDecodeError as error:
                 raise SettingError("invalid-config", f"{file} is not a text in UTF-8: {error}") from error
             section = read.get(part) if isinstance(read, dict) else None
             if isinstance(section, dict) and isinstance(section.get("class_path"), str):
-                found.append((file, section["class_path"], list(section.get("init_args") or {})))
+                settings = section.get("init_args")
+                found.append((file, section["class_path"], list(settings) if isinstance(settings, dict) else []))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -207,10 +208,32 @@ def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | 
     given = value.group(1).strip()
     wrapped = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", given)
     given = wrapped.group(1) if wrapped else given
+    if sentence := _wrong_description(key, given):
+        return sentence
     kinds = list(dict.fromkeys(kind for kind in expected if kind))
     if inner and kinds[-1:] == ["null"] and "Subtypes" not in part:
         kinds = kinds[:-1]
     return f"{key} must be {' or '.join(kinds)}, not {given}"
+
+
+def _wrong_description(key: str, given: str) -> str | None:
+    """Say what is wrong with a class that was given as a mapping, or with one in a list."""
+    try:
+        value = ast.literal_eval(given)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    for one in value if isinstance(value, list) else [value]:
+        if not isinstance(one, dict) or "class_path" not in one:
+            continue
+        if not isinstance(one["class_path"], str):
+            return f"{key}: class_path is {one['class_path']!r}: give the name or the import path of a class"
+        if not isinstance(one.get("init_args", {}), dict | None):
+            name, value = one["class_path"], one["init_args"]
+            return f"{key}: init_args of {name} must be a mapping such as '{{a: b}}', not {value!r}"
+        for name, inner in (one.get("init_args") or {}).items():
+            if sentence := _wrong_description(f"{key}.{name}", repr(inner)):
+                return sentence
+    return None
 
 
 def _type_name(expected: str) -> str:

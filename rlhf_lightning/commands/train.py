@@ -24,7 +24,7 @@ from rlhf_lightning.commands.parsing import usage_error
 from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train_settings import SettingsCLI, announce
 from rlhf_lightning.compat import setting_of
-from rlhf_lightning.errors import MissingError
+from rlhf_lightning.errors import MissingError, RlhfError
 from rlhf_lightning.loading import import_path, read_config
 from rlhf_lightning.runs import RankWatch, RunFolder, RunHparams, RunManifest, RunProgress, RunRecords, SkippedUpdates
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
@@ -211,6 +211,11 @@ class RlhfCLI(SettingsCLI):
             except Exception as error:
                 if checkpoint is not None:
                     refuse_misfit(error, checkpoint)
+                # A logger that cannot note how the run failed hides the failure.
+                hidden = next((one for one in contexts(error) if isinstance(one, RlhfError)), None)
+                if hidden is not None and isinstance(error, OSError):
+                    error = hidden
+                    raise error from None
                 raise
         self.unlock()
 
@@ -232,6 +237,13 @@ class RlhfCLI(SettingsCLI):
         if self.lock is not None:
             release_lock(self.lock)
             self.lock = None
+
+
+def contexts(error: BaseException) -> Iterator[BaseException]:
+    """Yield what was being handled when an error was raised, the latest first."""
+    while error.__context__ is not None:
+        error = error.__context__
+        yield error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -309,6 +321,6 @@ def run_of(checkpoint: str) -> Path | None:
 def default_run_name(argv: Sequence[str], config: Namespace) -> str:
     """Return the name of the first config file, or of the module: ``dpo`` for dpo.yaml and for DPOModule."""
     path = flags(argv).get("--config", "")
-    if path and Path(path).is_file() and Path(path).stem != Path(CONFIG_FILE).stem:
+    if path and os.path.isfile(path) and Path(path).stem != Path(CONFIG_FILE).stem:
         return Path(path).stem
     return module_run_name(str(config.model.class_path).rpartition(".")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -371,7 +372,7 @@ def typed_texts(argv: Sequence[str]) -> Iterator[str]:
     for name, value in option_pairs(argv):
         if name not in ("--config", "--ckpt_path", "--resume", "--run_name", "--runs_folder"):
             yield value
-        elif name == "--config" and Path(value).is_file():
+        elif name == "--config" and os.path.isfile(value):
             yield Path(value).read_text(encoding="utf-8", errors="replace")
 
 

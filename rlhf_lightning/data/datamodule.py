@@ -31,6 +31,9 @@ from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
 from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
+MOST_WORKERS = 1024
+"""Most processes that collate ahead."""
+
 
 class AlignmentDataModule(AttachedDataModule, ABC):
     """Base of the DataModules: rows of text in, one `types.Step` for each optimizer step out.
@@ -151,6 +154,11 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             if value is not None and value < bound:
                 rest = ", or null for no bound" if name in free else ""
                 raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least {bound}{rest}")
+        if not 0 <= self.num_workers <= MOST_WORKERS:
+            raise SettingError(
+                "setting-out-of-range",
+                f"num_workers is {self.num_workers}: it must be between 0 and {MOST_WORKERS}, processes",
+            )
         if self.completes and (self.max_prompt_length or 0) >= (self.max_length or np.inf):
             raise SettingError(
                 "no-room-for-completion",

@@ -95,8 +95,8 @@ def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
     trainable = state.get("trainable", state["trained"])
     if not isinstance(trainable, list) or not trainable or not all(name in state["trained"] for name in trainable):
         yield "trainable is not a list of names in trained"
-    if not isinstance(state.get("asked"), Mapping | None):
-        yield "asked is not a mapping"
+    if state.get("asked") is not None and not _are_settings(state["asked"]):
+        yield "asked holds no settings of an optimizer and its scheduler"
     if not resumes:
         return
     if not state["random"] or not all(isinstance(one, Mapping) for one in state["random"]):
@@ -109,6 +109,17 @@ def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
     loop = state["loops"].get("fit_loop")
     if not isinstance(loop, Mapping) or not {"epoch_loop.batch_progress", "epoch_progress"} <= set(loop):
         yield "loops lacks the position of training"
+
+
+def _are_settings(asked: Any) -> bool:
+    """Tell whether this is what `optimization.asked` returns."""
+    if not isinstance(asked, Mapping) or not {"optimizer", "groups", "scheduler", "schedule"} <= set(asked):
+        return False
+    groups = asked["groups"]
+    rated = isinstance(groups, list) and all(
+        isinstance(group, Mapping) and isinstance(group.get("lr"), int | float) for group in groups
+    )
+    return rated and isinstance(asked["schedule"], Mapping)
 
 
 RESTORING = ("checkpoint_connector.py", "checkpoint_state.py", "checkpoint_metadata.py")

@@ -52,6 +52,9 @@ class SampleTable(Callback):
         super().__init__()
         check_range(prompts >= 0, "give 0 (off) or more", **{"samples.prompts": prompts})
         check_period("samples.every_n_updates", every_n_updates)
+        length, heat = {"samples.max_new_tokens": max_new_tokens}, {"samples.temperature": temperature}
+        check_range(max_new_tokens is None or 1 <= max_new_tokens < 2**31, "give 1 or more, below 2147483648", **length)
+        check_range(temperature is None or temperature >= 0, "give 0 (greedy) or more", **heat)
         self.count = prompts
         self.every_n_updates = every_n_updates
         self.max_new_tokens = max_new_tokens

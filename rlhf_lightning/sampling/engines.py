@@ -49,10 +49,10 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         for name, valid, range_ in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "be at least 1, and below 2147483648"),
             ("temperature", self.temperature >= 0, "be 0 (greedy) or positive"),
             ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]"),
-            ("top_k", self.top_k >= 0, "be 0 (all tokens) or positive"),
+            ("top_k", 0 <= self.top_k < 2**31, "be 0 (all tokens) or positive, and below 2147483648"),
         ):
             if not valid:
                 raise SettingError("setting-out-of-range", f"{name} is {getattr(self, name)}: it must {range_}")

@@ -290,7 +290,7 @@ def check_moments(optimizer: Optimizer) -> None:
     """
     for weight, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
-            shape = getattr(state.get(name), "shape", None)  # of a number, and of what is missing, None
+            shape = getattr(state.get(name), "shape", None)  # None for a number, and for a missing name
             if shape not in (None, torch.Size() if name == "step" else weight.shape):
                 raise StateError(
                     "checkpoint-does-not-fit",

@@ -259,7 +259,7 @@ def check_datamodule(datamodule: Any, module: Any, stage: str) -> None:
 
 
 def check_step(batch: Any, module: Any) -> None:
-    """Refuse what is no Step of the module's batches.
+    """Refuse anything but a Step of the module's batches.
 
     Raises:
         ContractError: ``no-step`` or ``wrong-batch-type``.

@@ -80,9 +80,19 @@ def test_an_answer_can_be_stopped_and_what_was_shown_is_kept(conversation, monke
 
     monkeypatch.setattr(Conversation, "_pieces", pieces)
     shown = Shown()
-    converse(conversation, iter(["hello"]), shown)
+    converse(conversation, iter(["hello"]), shown, stoppable=True)
     assert shown.text == "half an (stopped)\n"
     assert conversation.turns[-1] == {"role": "assistant", "content": "half an"}
+
+
+def test_a_stop_ends_a_chat_that_reads_from_a_pipe(conversation, monkeypatch):
+    def interrupted(text):
+        yield "half an"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        converse(conversation, iter(["hello", "never answered"]), lambda text="", **options: None)
 
 
 def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypatch):

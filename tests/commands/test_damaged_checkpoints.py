@@ -54,6 +54,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "state_dict empty": with_value("state_dict", {}),
     "optimizer a text": with_value("optimizer_states", ["x"]),
     "optimizer without groups": with_value("optimizer_states", [{"state": {}, "param_groups": []}]),
+    "moments of another shape": lambda state: {**state, "optimizer_states": [{
+        **state["optimizer_states"][0],
+        "state": {key: {name: torch.ones(1) for name in one} for key, one in
+                  state["optimizer_states"][0]["state"].items()},
+    }]},
     "a callback's state is a text": lambda state: {**state, "callbacks": dict.fromkeys(state["callbacks"], "x")},
     "loops a text": with_value("loops", "x"),
     "loops without parts": with_value("loops", {"fit_loop": {}}),
@@ -61,6 +66,10 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "trainable empty": with_value("trainable", []),
     "trainable of other names": with_value("trainable", ["x"]),
     "progress negative": lambda state: {**state, "progress": dict.fromkeys(state["progress"], -5)},
+    **{f"asked is {name}": with_value("asked", value) for name, value in {
+        "empty": {}, "a text": "x",
+        "without a rate": {"optimizer": "x", "groups": [{}], "scheduler": None, "schedule": {}},
+    }.items()},
     "random empty": with_value("random", []),
     "a list": lambda state: [state],
 }  # fmt: skip

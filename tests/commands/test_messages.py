@@ -217,3 +217,33 @@ def test_help_reads_well(command, capsys):
     ):
         assert option in shown
     assert "--optimizer" not in shown and "--weights_only" not in shown and "==SUPPRESS==" not in shown
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 20_000, "/" * 5_000, "a" * 5_000])
+@pytest.mark.parametrize("option", ["--model", "--model.lora", "--config", "--data"])
+def test_a_very_long_value_is_no_file_name(option, text, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        raise SystemExit(main(["fit", "--config", "recipe:dpo", "--model.init_from", "x", option, text]))
+    said = capsys.readouterr().err
+    assert exit_status.value.code == 2 and "Traceback" not in said and "Errno" not in said
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ("model: {class_path: SFTModule, init_args: 7}", "model: init_args of SFTModule must be a mapping"),
+        ("model: {class_path: SFTModule, init_args: [1]}", "model: init_args of SFTModule must be a mapping"),
+        ("data: {class_path: SFTDataModule, init_args: x}", "data: init_args of SFTDataModule must be a mapping"),
+        ("model: {class_path: 7}", "model: class_path is 7"),
+        ("trainer: {callbacks: [{class_path: EarlyStopping, init_args: 7}]}", "trainer.callbacks: init_args of"),
+        (
+            "model: {class_path: GRPOModule, init_args: {scorer: {class_path: WordScorer, init_args: 7}}}",
+            "model.scorer: init_args of WordScorer must be a mapping",
+        ),
+    ],
+)
+def test_a_class_with_arguments_of_another_form_is_one_sentence(config, sentence, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(config)
+    with pytest.raises(SystemExit) as exit_status:
+        main(["fit", "--config", str(tmp_path / "c.yaml")])
+    assert exit_status.value.code == 2 and sentence in capsys.readouterr().err

@@ -256,6 +256,7 @@ def test_turns_that_the_template_refuses_are_counted(ready, write_rows):
         ({"eval_rows": 2, "eval_source": "x"}, "conflicting-settings", ["eval_source and eval_rows"]),
         ({"eval_rows": -1}, "setting-out-of-range", ["eval_rows is -1: it must be at least 0"]),
         ({"batch_size": 0}, "setting-out-of-range", ["batch_size is 0: it must be at least 1"]),
+        ({"num_workers": 10**21}, "setting-out-of-range", ["num_workers is", "between 0 and 1024"]),
         ({"eval_batch_size": 0}, "setting-out-of-range", ["eval_batch_size is 0: it must be at least 1"]),
         ({"max_tokens": 0}, "setting-out-of-range", ["max_tokens is 0: it must be at least 1, or null for no bound"]),
         ({"max_length": 1}, "setting-out-of-range", ["max_length is 1: it must be at least 2"]),

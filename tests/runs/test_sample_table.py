@@ -113,7 +113,9 @@ def test_a_conversation_is_shown_turn_by_turn():
     assert as_table([row]).splitlines()[2] == "| system: Be kind<br>user: Hi | Hello | -1.235 | no | 2 |"
 
 
-@pytest.mark.parametrize("arguments", [{"prompts": -1}, {"every_n_updates": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"prompts": -1}, {"every_n_updates": 0}, {"max_new_tokens": 10**21}, {"temperature": -0.1}]
+)
 def test_senseless_settings_are_refused(arguments):
     with refused("setting-out-of-range", f"samples.{next(iter(arguments))} is"):
         SampleTable(**arguments)
