@@ -258,6 +258,10 @@ def fit_command(folder: Path, config: str, fixed: dict[str, str], run: PlannedRu
     return [*command, "--config", config, *flags, f"--runs_folder={folder}", f"--run_name={run.name}"]
 
 
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
+"""Signals that end a sweep with its runs."""
+
+
 class Sweep:
     """Trains the runs of a sweep on this machine, some at a time; the arguments are those of `sweep`."""
 
@@ -270,7 +274,9 @@ class Sweep:
 
     def run(self) -> int:
         """Train, print the summary, and return the exit status."""
-        before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [number for name in STOPPING if (number := getattr(signal, name, None)) is not None]
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+        before = {number: signal.signal(number, self.stop) for number in heard}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 results = dict(zip((run.name for run in self.runs), pool.map(self.train, self.runs), strict=True))

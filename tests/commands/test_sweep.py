@@ -106,7 +106,8 @@ def test_preempted_runs_are_resumed_and_failed_ones_named(capsys):
     assert "6 of 6 runs finished" in said and "kind=fine" not in said.split("\n\n")[0]
 
 
-def test_a_stopped_sweep_exits_with_75_and_continues(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_sweep_exits_with_75_and_continues(number, tmp_path, capsys):
     code = "import sys; from rlhf_lightning.commands import sweep; sys.executable = sys.argv[1]; "
     code += "import rlhf_lightning.runs.checkpoint_files as files; files.last_checkpoint = lambda run: run; "
     code += "raise SystemExit(sweep.main(sys.argv[2:]))"
@@ -116,7 +117,7 @@ def test_a_stopped_sweep_exits_with_75_and_continues(tmp_path, capsys):
     while not Path("s/kind=slow/seed_0/version_0/waits").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    sweep.send_signal(signal.SIGTERM)
+    sweep.send_signal(number)
     assert sweep.wait(60) == 75
     assert status_of("kind=slow/seed_0") == "interrupted" and status_of("kind=fine/seed_0") == "new"
     assert main(argv) == 0
