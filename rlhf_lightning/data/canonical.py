@@ -34,9 +34,11 @@ REASONS = {
     "json_text": "a column holds messages as JSON text that cannot be read, or only some columns do; store lists",
     "media": "it has images, audio or video, which are not read; remove them, or rename their column",
     "unknown_role": "a role is none of " + ", ".join(sorted(set(ROLES.values()))),
-    "bad_tool_call": "a tool call or the description of a tool is not {name, arguments}, or not valid JSON",
+    "bad_tool_call": "a tool call or the description of a tool is not {name, arguments}, or not valid JSON, or tools "
+    "are described in two ways, or in a later turn than the first",
     "tools_without_messages": "tools are described, but the prompt is plain text; use messages, or set as_chat",
-    "bad_turn_weight": "weight, train, trainable, loss_mask or loss of a turn is not true, false or a number from 0 up",
+    "bad_turn_weight": "weight, train, trainable, loss_mask or loss of a turn is not true, false or a number from 0 "
+    "up; in preferences, and in answers that the prompt begins, it is true or false",
     "trained_turn": "a turn that is not the assistant's is marked as trained, which is not supported",
     "two_systems": "the system column and a system turn differ",
     "bad_history": "history is not a list of messages, or of pairs of a question and an answer",
@@ -64,7 +66,6 @@ REASONS = {
     "tools_left_out": "the chat template leaves out the descriptions of tools",
     "tool_calls_left_out": "the chat template leaves out tool calls",
     "prompt_not_continued": "the chat template renders the answer so that it does not continue its prompt",
-    "too_many_turns": "a completion has more than 256 turns of the assistant; set last_turn_only, or cut it",
     "control_token_read": "a turn spells a control token on which the chat template acts",
     "nothing_supervised": "no supervised token is left after truncation",
 }

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -389,13 +390,16 @@ def _csv(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow
 
 
 def _csv_lines(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[str]:
-    number = 0
+    number, returns = 0, False
     while line := stream.readline(longest + 2):
         number += 1
         if len(line) > longest + 1:
             raise _csv_row_too_large(file, number, longest)
         text = line.decode("utf-8", errors="surrogateescape")
-        yield text.removeprefix("\ufeff") if number == 1 else text
+        if number == 1:
+            text = text.removeprefix("\ufeff")
+            returns = "\r" in text.partition('"')[0].rstrip("\r\n")
+        yield from re.split(r"(?<=\r)(?!\n)", text) if returns else (text,)
 
 
 def _csv_row_too_large(file: Path, line: int, longest: int) -> DataError:

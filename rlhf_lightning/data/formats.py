@@ -9,9 +9,9 @@ list of such votes). Judged alone: a demonstration with ``label``, or a preferen
 rows. Judged step by step: ``prompt`` + ``completions``, the steps of one completion, + ``labels``. Prompts: ``prompt``,
 or what the other forms have before the completion. Text may be plain or messages everywhere.
 
-``system``, ``history`` (earlier turns) and ``tools`` go into the prompt of any form. ``preference`` (probability that
-chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the row) are optional numbers. All
-other columns are handed on.
+``system``, ``history`` (earlier turns) and ``tools`` (or ``functions``) go into the prompt of any form. ``preference``
+(probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the row) are optional
+numbers. All other columns are handed on.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ OTHER_NAMES = {
 
 
 def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
-    """Return the first of the forms whose columns the row has."""
-    for form in forms:
-        if all(column in row for column in form):
-            return form
-    raise RowRefused("missing_columns")
+    """Return the first of the forms whose columns the row has; those of a table's other rows are all null."""
+    found = [form for form in forms if all(column in row for column in form)]
+    if not found:
+        raise RowRefused("missing_columns")
+    return next((form for form in found if any(row[column] is not None for column in form)), found[0])
 
 
 def check_columns(found: Iterable[str], forms: tuple[Form, ...], where: str) -> None:
@@ -117,9 +117,10 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
 
 def _with_lists(row: Row, forms: tuple[Form, ...]) -> tuple[Row, Form]:
     """Find the row's form, and read its columns that hold messages as JSON text, where all of them do."""
-    if "conversations" in row and "messages" not in row and "chosen" not in row:
+    if "conversations" in row and row.get("messages") is None and row.get("chosen") is None:
         row = {**row, "messages": row["conversations"]}
-    texts = {name: row[name] for name in ("prompt", "completion", "chosen", "rejected") if name in row}
+    names = ("prompt", "completion", "chosen", "rejected")
+    texts = {name: row[name] for name in names if row.get(name) is not None}
     spelt = [name for name, value in texts.items() if spells_turns(value)]
     if len(spelt) > 1 and len(spelt) == len(texts):  # a text alone may be somebody's words
         row = {**row, **{name: from_json(texts[name], "json_text") for name in spelt}}
@@ -338,8 +339,10 @@ def _label(row: Row, name: str, default: float, least: float = 0.0, most: float 
 
 
 def _instruction(row: Row) -> str:
-    parts = [text_of(row["instruction"], "empty_prompt"), row.get("input")]
-    return "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
+    asked, given = text_of(row["instruction"], "empty_prompt"), row.get("input")
+    if not isinstance(given, str | None):
+        raise RowRefused("empty_prompt")
+    return f"{asked}\n\n{given}" if given and given.strip() else asked
 
 
 def _voted(row: Row, name: str) -> Row:

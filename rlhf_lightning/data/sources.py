@@ -106,12 +106,12 @@ def as_file(source: Any, cache: Path) -> Any:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in source]
     except (TypeError, AttributeError) as error:
         raise SettingError("not-json", f"source has rows that cannot be written as JSON ({error})") from error
-    text = "".join(lines)
-    file = cache / "sources" / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.jsonl"
+    text = "".join(lines).encode("utf-8", "surrogatepass")  # a row with half a surrogate is dropped when it is read
+    file = cache / "sources" / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.jsonl"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text)
         partial.replace(file)
     return str(file)
 

@@ -295,7 +295,8 @@ class Encoder:
     def unused_of(self, row: CanonicalRow) -> tuple[str, ...]:
         """Name the columns and the keys of turns that nothing reads."""
         used = {*self.slots, *(("labels",) if self.separator is not None else ())}
-        columns = [] if self.hands_on else [f"column {name!r}" for name in row.columns if name not in used]
+        left = [] if self.hands_on else [name for name, value in row.columns.items() if value is not None]
+        columns = [f"column {name!r}" for name in left if name not in used]
         return (*columns, *(f"key {name!r} of turns" for name in row.unused))
 
     def _numbers(self, row: CanonicalRow) -> dict[str, float]:

@@ -22,7 +22,11 @@ TURN_KEYS = {
 """Keys of a turn that are read."""
 
 MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
-"""Columns, and types of the parts of a content, that hold no text."""
+"""Columns, keys of turns, and types of the parts of a content, that hold no text."""
+
+TEXTS = ("text", "input_text", "output_text")
+THOUGHTS = ("thinking", "reasoning")
+"""Types of the parts of a content that are read."""
 
 LARGEST = 1e6
 """Largest weight, and largest margin either way: beyond it a loss in single precision has no finite value."""
@@ -56,8 +60,13 @@ def messages_of(value: Any) -> list[Message]:
         value = [value]
     if not isinstance(value, list | tuple) or not value:
         raise RowRefused("malformed_messages")
-    turns = [_message(turn) for turn in value]
-    return [turn for turn in turns if turn is not None]
+    turns = [made for turn in value if (made := _message(turn)) is not None]
+    tools, *later = [tools_of(turn.get("tools")) for turn in value]
+    if any(later):  # they would hold from that turn on
+        raise RowRefused("bad_tool_call")
+    if turns and tools:
+        turns[0]["tools"] = tools
+    return turns
 
 
 def _message(turn: Any) -> Message | None:
@@ -69,6 +78,8 @@ def _message(turn: Any) -> Message | None:
     if name.lower() not in ROLES:
         raise RowRefused("unknown_role")
     role = ROLES[name.lower()]
+    if any(turn.get(key) for key in MEDIA):
+        raise RowRefused("media")
     content, thought = _text_of_parts(content)
     calls = _calls_of(turn, name, content)
     made: Message = {"role": role, "content": "" if name == "function_call" else content or ""}
@@ -80,7 +91,7 @@ def _message(turn: Any) -> Message | None:
         made["reasoning_content"] = thought
     if calls:
         made["tool_calls"] = calls
-    made |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    made |= {key: str(turn[key]) for key in ("name", "tool_call_id") if isinstance(turn.get(key), str | int)}
     if (weight := _weight_of(turn, role)) != 1:
         made["weight"] = weight
     if not made["content"].strip() and not calls and role != "tool":
@@ -102,10 +113,10 @@ def _text_of_parts(content: Any) -> tuple[str | None, str]:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if str(kind).removeprefix("input_").removesuffix("_url") in MEDIA:
             raise RowRefused("media")
-        text = part.get("thinking" if kind == "thinking" else "text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
+        text = part.get(kind, part.get("text")) if isinstance(part, Mapping) else part
+        if not isinstance(text, str) or kind not in (*TEXTS, *THOUGHTS):
             raise RowRefused("malformed_messages")
-        (thoughts if kind == "thinking" else texts).append(text)
+        (thoughts if kind in THOUGHTS else texts).append(text)
     return "".join(texts), "".join(thoughts)
 
 
@@ -131,8 +142,8 @@ def _call(value: Any) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise RowRefused("bad_tool_call")
     made: dict[str, Any] = {"type": "function"}
-    if isinstance(value.get("id"), str):
-        made["id"] = value["id"]
+    if isinstance(value.get("id"), str | int):
+        made["id"] = str(value["id"])
     return {**made, "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
@@ -172,7 +183,9 @@ def _without_nulls(value: Any) -> Any:
 
 
 def history_of(value: Any) -> list[Message]:
-    """Read earlier turns: messages, or pairs of a question and an answer."""
+    """Read earlier turns: messages, or pairs of a question and an answer; as a list, or JSON text."""
+    if isinstance(value, str):
+        value = from_json(value, "bad_history") if value.strip() else None
     if value is None or (isinstance(value, list | tuple) and not value):
         return []
     if not isinstance(value, list | tuple):
@@ -195,7 +208,9 @@ def unused_keys(values: Iterable[Any]) -> Iterator[str]:
             continue
         for turn in value if isinstance(value, list | tuple) else (value,):
             if isinstance(turn, Mapping) and ("role" in turn or "from" in turn):
-                yield from (str(key) for key, one in turn.items() if key not in TURN_KEYS and one is not None)
+                thinks = ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == "assistant"
+                read = TURN_KEYS if thinks else TURN_KEYS.difference(THOUGHT_KEYS)
+                yield from (str(key) for key, one in turn.items() if key not in read and one not in (None, "", []))
 
 
 def with_user(turns: list[Message]) -> list[Message]:
@@ -224,6 +239,8 @@ def completion_of(value: Any) -> str | list[Message]:
             raise RowRefused("no_assistant_turn")
         if all(turn.get("weight", 1) == 0 for turn in turns if turn["role"] == "assistant"):
             raise RowRefused("no_learned_turn")
+        if "tools" in turns[0]:  # they belong before the prompt
+            raise RowRefused("bad_tool_call")
         return turns
     if spells_turns(value):
         raise RowRefused("json_text")
@@ -252,28 +269,31 @@ def one_style(prompt: Prompt, completions: list[Any], as_chat: bool) -> tuple[Pr
 
 def context_of(row: Row) -> set[str]:
     """Return which of the columns ``system``, ``history`` and ``tools`` a row has."""
-    systems = {"system"} if isinstance(row.get("system", 0), str | None) else set()
-    return systems | {name for name in ("history", "tools") if name in row}
+    systems = {"system"} if not isinstance(row.get("system", 0), int | float) else set()
+    return systems | {name for name in ("history", "tools", "functions") if name in row}
 
 
 def in_context(row: Row, prompt: Prompt) -> Prompt:
-    """Put a row's ``system``, ``history`` and ``tools`` into its prompt, which becomes messages."""
+    """Put a row's ``system``, ``history`` and ``tools`` (or ``functions``) into its prompt, which becomes messages."""
     context = context_of(row)
     if not context:
         return prompt
-    system, history = row.get("system"), history_of(row.get("history"))
-    if context - {"tools"}:
+    system, _ = _text_of_parts(row["system"] if "system" in context else None)
+    history = history_of(row.get("history"))
+    if context - {"tools", "functions"}:
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if isinstance(system, str) and system.strip():
+        if system and system.strip():
             first = prompt[0] if prompt[0]["role"] == "system" else None
             if first is not None and first["content"].strip() != system.strip():
                 raise RowRefused("two_systems")
             prompt = prompt if first is not None else [{"role": "system", "content": system}, *prompt]
         begins = 1 if prompt[0]["role"] == "system" else 0
         prompt = [*prompt[:begins], *history, *prompt[begins:]]
-    if tools := tools_of(row.get("tools")):
+    if tools := tools_of(row.get("tools")) or tools_of(row.get("functions")):
         if isinstance(prompt, str):
             raise RowRefused("tools_without_messages")
+        if any(turn.get("tools", tools) != tools for turn in prompt):
+            raise RowRefused("bad_tool_call")
         prompt = [{**prompt[0], "tools": tools}, *prompt[1:]]
     return prompt
 
@@ -296,7 +316,8 @@ def pair_of(row: Row, explicit: bool) -> tuple[Prompt, list[Any]]:
         both = [messages_of(chosen), messages_of(rejected)]
         if explicit and all(turns and turns[0]["role"] == "assistant" for turns in both):
             return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]
-        return _common_turns(*both)  # some sets repeat the prompt in both columns
+        prompt, completions = _common_turns(*both)  # some sets repeat the prompt in both columns
+        return _agreed(row["prompt"], prompt) if explicit else prompt, completions
     if explicit:
         return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]
     texts = [text_of(chosen, "empty_completion"), text_of(rejected, "empty_completion")]
@@ -314,6 +335,21 @@ def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Promp
     if same is None or any(turns[same]["role"] != "assistant" for turns in (chosen, rejected)):
         raise RowRefused("prompts_differ")
     return with_user(chosen[:same]), [completion_of(chosen[same:]), completion_of(rejected[same:])]
+
+
+def _agreed(given: Any, shared: list[Message]) -> list[Message]:
+    """Return the turns that both sides begin with, or those of the prompt's column if it has more before them."""
+    if not given:
+        return shared
+    if isinstance(given, str):
+        texts = [turn["content"].strip() for turn in shared]
+        if any(given.strip() in text or text in given for text in texts):
+            return shared
+    elif (turns := messages_of(given))[-len(shared) :] == shared:
+        return turns
+    elif turns in (shared[: len(turns)], shared[-len(turns) :]):
+        return shared
+    raise RowRefused("prompts_differ")
 
 
 def _common_text(chosen: str, rejected: str) -> tuple[Prompt, list[Any]]:

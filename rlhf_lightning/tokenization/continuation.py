@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -60,12 +61,12 @@ class RenderedConversation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
         self.tokenizer, self.facts, self.turns = tokenizer, facts_of(tokenizer), turns
-        self.tools = turns[0].get("tools") if turns else None
+        self.tools = next((turn["tools"] for turn in turns if turn.get("tools")), None)
         self.real = [self.facts.for_template(turn) for turn in turns]
         self.safe = [self.facts.guarded_values(turn, turn["role"] == "assistant") for turn in self.real]
         self.safe_tools = self.facts.guarded_values(self.tools, False)
         self.is_safe = self.safe == self.real and self.safe_tools == self.tools
-        self._check_calls()
+        self._check_tools()
 
     def text(self, stop: int, generation: bool = False, open_turn: bool = False) -> str:
         """Render the first turns."""
@@ -111,10 +112,7 @@ class RenderedConversation:
         text = self.facts.restored(text)
         for turn in replies:
             if str(turn["content"]).strip() not in text:
-                raise TurnsRefused(
-                    "turn-left-out",
-                    f"the chat template leaves out a reply of the role {turn['role']!r}; use another template",
-                )
+                raise _left_out(turn["role"])
 
     def up_to_end(self, text: str, content: str, calls: bool) -> Said:
         """Return a rendering of a turn up to its end token; with ``calls`` tool calls follow its content."""
@@ -180,13 +178,12 @@ class RenderedConversation:
         return f"{self.facts.guarded(thought, spoken=True)}\n{closed}\n\n{turn.lstrip()}"
 
     def _check_turns(self, text: str, stop: int) -> None:
-        text = self.facts.restored(text)
-        for turn in self.turns[:stop]:
-            if turn["role"] in ("user", "system", "developer") and turn["content"].strip() not in text:
-                raise TurnsRefused(
-                    "turn-left-out",
-                    f"the chat template leaves out a turn of the role {turn['role']!r}; use a template that renders it",
-                )
+        text, written = self.facts.restored(text), self._written(stop)
+        for place, turn in enumerate(self.turns[:stop]):
+            if turn["role"] not in ("user", "system", "developer"):
+                continue
+            if turn["content"].strip() not in text or (written and place not in written):
+                raise _left_out(turn["role"])
         names = [(tool.get("function") or tool).get("name") for tool in self.tools or ()]
         if not all(str(name) in text for name in names):
             raise TurnsRefused(
@@ -198,48 +195,62 @@ class RenderedConversation:
         thought = next((message[name] for name in THOUGHT_KEYS if message.get(name)), "")
         *thoughts, answer = _between_tags(message["content"])
         if answer.strip() not in text:
-            raise TurnsRefused(
-                "turn-left-out",
-                "the chat template leaves out a turn of the role 'assistant'; use a template that renders it",
-            )
+            raise _left_out("assistant")
         if not all(one.strip() in text for one in (*thoughts, thought)):
             raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a learned turn")
 
     def _check_order(self, place: int) -> None:
         """Refuse a template that writes other turns after the answer: they would be learned with it."""
-        roles = tuple(turn["role"] for turn in self.turns[: place + 1])
-        if roles not in self.facts.answer_is_last:
-            marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
-            try:
-                given = [self.facts.for_template(turn) for turn in marked]
-                written = apply_template(self.tokenizer, given, False, tools=self.tools)
-            except TurnsRefused:  # the roles alone may make no conversation
-                written = ""
-            after = written.rpartition(f"\ue003{place}\ue003")[2]
-            self.facts.answer_is_last[roles] = "\ue003" not in after or f"\ue003{place}\ue003" not in written
-        if not self.facts.answer_is_last[roles]:
+        written = self._written(place + 1)
+        if place in written and written[-1] != place:
             raise TurnsRefused(
                 "turn-after-answer",
                 "the chat template writes earlier turns after the answer, which would be learned; use another template",
             )
 
-    def _check_calls(self) -> None:
-        """Render the conversation with marked names of functions: a template may ignore tool calls."""
-        marked, count = [], 0
+    def _written(self, stop: int) -> tuple[int, ...]:
+        """Return which of the first turns the template writes, in order; none where it refuses their roles alone."""
+        roles = tuple(turn["role"] for turn in self.turns[:stop])
+        if roles not in self.facts.written_turns:
+            marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
+            written = ""
+            with suppress(TurnsRefused):  # the roles alone may make no conversation
+                given = [self.facts.for_template(turn) for turn in marked]
+                written = apply_template(self.tokenizer, given, False, tools=self.tools)
+            self.facts.written_turns[roles] = tuple(map(int, re.findall("\ue003([0-9]+)\ue003", written)))
+        return self.facts.written_turns[roles]
+
+    def _check_tools(self) -> None:
+        """Render the conversation with marked names of functions and results of tools: a template may ignore either."""
+        turns: list[Message] = []
+        marks: list[tuple[str, str]] = []
+
+        def mark(kind: str) -> str:
+            marks.append((kind, f"\ue003{len(marks)}\ue003"))
+            return marks[-1][1]
+
         for turn in self.real:
+            if turn["role"] == "tool":
+                result = mark("result")
+                turn = {**turn, "content": [{"type": "text", "text": result}] if self.facts.parts else result}
             if calls := turn.get("tool_calls"):
-                names = [f"{call['function']['name']}\ue003{count + place}\ue003" for place, call in enumerate(calls)]
-                both = zip(calls, names, strict=True)
-                count += len(calls)
-                turn = {**turn, "tool_calls": [{**c, "function": {**c["function"], "name": n}} for c, n in both]}
-            marked.append(turn)
-        if not count:
-            return
-        written = apply_template(self.tokenizer, marked, False, tools=self.tools)
-        if not all(f"\ue003{place}\ue003" in written for place in range(count)):
+                functions = [{**call["function"], "name": call["function"]["name"] + mark("call")} for call in calls]
+                both = zip(calls, functions, strict=True)
+                turn = {**turn, "tool_calls": [{**call, "function": function} for call, function in both]}
+            turns.append(turn)
+        written = apply_template(self.tokenizer, turns, False, tools=self.tools) if marks else ""
+        missing = {kind for kind, text in marks if text not in written}
+        if "call" in missing:
             raise TurnsRefused(
                 "tool-calls-left-out", "the chat template leaves out tool calls; use a template that renders them"
             )
+        if missing:
+            raise _left_out("tool")
+
+
+def _left_out(role: str) -> TurnsRefused:
+    sentence = f"the chat template leaves out a turn of the role {role!r}; use a template that renders it"
+    return TurnsRefused("turn-left-out", sentence)
 
 
 def chained(prompts: Sequence[str], said: Sequence[Said]) -> list[Span] | None:

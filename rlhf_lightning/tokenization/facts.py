@@ -115,7 +115,7 @@ class Facts:
         dated: whether the template writes a date.
         stops: ids of further tokens that end a completion.
         stop_strings: texts that end a completion.
-        answer_is_last: for roles of turns, whether the template writes the last of them last.
+        written_turns: for roles of turns, the places of those that the template writes, in its order.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,7 +129,7 @@ class Facts:
         self.reads_thoughts = self.moves_thoughts = self.thinks = False
         self.calls: tuple[Literal["object", "text"], bool] | None = None
         self.dated = False
-        self.answer_is_last: dict[tuple[str, ...], bool] = {}
+        self.written_turns: dict[tuple[str, ...], tuple[int, ...]] = {}
         vocabulary = tokenizer.get_vocab() if tokenizer.init_kwargs.get(STOP_TOKENS) else {}
         stops = tokenizer.init_kwargs.get(STOP_TOKENS, ())
         self.stops = tuple(vocabulary[name] for name in stops if name in vocabulary)

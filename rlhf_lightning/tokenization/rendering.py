@@ -17,7 +17,14 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.tokenization.continuation import MOST_TURNS, Rendered, RenderedConversation, Span, chained
+from rlhf_lightning.tokenization.continuation import (
+    MOST_TURNS,
+    Rendered,
+    RenderedConversation,
+    Said,
+    Span,
+    chained,
+)
 from rlhf_lightning.tokenization.facts import facts_of
 from rlhf_lightning.tokenization.templates import TurnsRefused
 from rlhf_lightning.types import Message, Prompt
@@ -211,29 +218,28 @@ def _answer(
     conversation = RenderedConversation(tokenizer, turns)
     direct = len(before)
     learned = [place for place in range(direct, len(turns)) if _is_learned(turns[place])]
-    if len(learned) > MOST_TURNS and not last_turn_only:
-        raise TurnsRefused(
-            "too-many-turns",
-            f"{len(learned):,} turns are learned in one conversation, and at most {MOST_TURNS} can be; set "
-            "last_turn_only, or cut the conversation",
-        )
-    places = learned[-1:] if last_turn_only else learned
-    if not places:
+    if not learned:
         return conversation.completion(asked, [], True)
-    prompts = [asked if place == direct else conversation.prompt(place) for place in places]
-    said = [
-        conversation.said(place, text, first if place == direct else None)
-        for place, text in zip(places, prompts, strict=True)
-    ]
+    if any(turns[place].get("weight", 1) != 1 for place in learned):
+        raise TurnsRefused("bad-turn-weight", "a turn of this completion has a weight, and it can only count or not")
+
+    def told(places: list[int]) -> tuple[list[str], list[Said]]:
+        prompts = [asked if place == direct else conversation.prompt(place) for place in places]
+        pairs = zip(places, prompts, strict=True)
+        return prompts, [conversation.said(place, text, first if place == direct else None) for place, text in pairs]
+
+    prompts, said = told(learned[-1:] if last_turn_only else learned[:MOST_TURNS])
     spans = chained(prompts, said)
     if spans is None:  # only the last turn has the context that it has in use
-        spans, prompts, places = [Span(said[-1].text)], prompts[-1:], places[-1:]
+        prompts, said = told(learned[-1:])
+        spans = [Span(said[0].text)]
     if not prompts[0].startswith(asked):
         raise TurnsRefused(
             "prompt-not-continued", "the chat template renders the prompt otherwise once it was answered"
         )
     spans = [Span(prompts[0][len(asked) :], False), *spans]
-    return conversation.completion(asked, spans, said[-1].ended, len(places) < len(learned))
+    made = conversation.completion(asked, spans, said[-1].ended, len(said) == 1 < len(learned))
+    return made._replace(turns_cut=1 < len(said) < len(learned))
 
 
 def _is_learned(turn: Message) -> bool:

@@ -178,6 +178,75 @@ def test_what_nothing_reads_is_counted(thinking):
     assert report.unused == {}, "a scorer gets the other columns of prompts"
 
 
+def test_keys_and_columns_that_others_write_are_read_or_counted(thinking, tiny_tokenizer):
+    asked, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    tool = {"name": "add", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    for first in (
+        {"role": "system", "content": "", "tools": [tool]},
+        {"role": "system", "content": "s", "tools": [tool]},
+    ):
+        assert '"name": "add"' in learned(thinking, {"messages": [first, asked, said]})[0][0][0]
+    assert '"name": "add"' in learned(thinking, {"messages": [asked, said], "functions": [tool]})[0][0][0]
+    (outcome,) = encoder_for("sft", prefix="be kind").outcomes(thinking, [{"messages": [asked, said], "tools": [tool]}])
+    assert "be kind" in (text := thinking.decode(outcome.encoded[0].prompt)) and '"name": "add"' in text
+    part = {"type": "reasoning", "text": "Let me see."}
+    row = {"messages": [asked, {"role": "assistant", "content": [part, {"type": "output_text", "text": "Yo."}]}]}
+    assert learned(thinking, row)[0] == [(ASKED, ONE, ONE)]
+    _, report = learned(thinking, {"messages": [{**asked, "reasoning": "why"}, said], "source": None, "id": ""})
+    assert report.unused == {"column 'id'": 1, "key 'reasoning' of turns": 1}
+    earlier = {"prompt": "two?", "completion": "2", "system": [{"type": "text", "text": "be kind"}]}
+    for history in ("", "[]", '[["one?", "1"]]'):
+        ((text, *_),), _ = learned(tiny_tokenizer, {**earlier, "history": history})
+        assert text.startswith("<|system|>\nbe kind<|end|>\n") and ("one?" in text) == ("one?" in history)
+
+
+def test_columns_of_another_form_are_null_in_a_table(tiny_tokenizer):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    row = {"messages": None, "prompt": "hi", "completion": "yo"}
+    assert demonstration(row).completions == ["yo"]
+    assert demonstration({"messages": turns, "prompt": None, "completion": None}).prompt == turns[:1]
+    assert demonstration({"messages": None, "conversations": turns}).prompt == turns[:1]
+    with pytest.raises(RowRefused):  # a form that is there in part is not passed over for another
+        demonstration({"prompt": "hi", "completion": None, "text": "hi yo"})
+    assert learned(tiny_tokenizer, {**row, "source": None})[1].unused == {}
+
+
+def test_a_prompt_beside_whole_conversations_agrees_with_them():
+    brief, asked = {"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}
+    chosen, rejected = ({"role": "assistant", "content": said} for said in "ab")
+
+    def prompt_with(given, *before):
+        return preference({"prompt": given, "chosen": [*before, chosen], "rejected": [*before, rejected]}).prompt
+
+    for given in ("hi", None, "Human: hi", [asked]):
+        assert prompt_with(given, asked) == [asked]
+        assert prompt_with(given, brief, asked) == [brief, asked]
+    assert prompt_with([brief, asked], asked) == [brief, asked]
+    for given in ("another", [brief], [asked, chosen]):
+        with pytest.raises(RowRefused) as refusal:
+            prompt_with(given, asked)
+        assert refusal.value.code == "prompts_differ"
+
+
+def test_weights_of_turns_are_all_or_nothing_in_pairs(tiny_tokenizer):
+    row = {"prompt": [{"role": "user", "content": "hi"}], "rejected": [{"role": "assistant", "content": "b"}]}
+    for weight, dropped in ((1, {}), (0.5, {"bad_turn_weight": 1})):
+        chosen = [{"role": "assistant", "content": "a", "weight": weight}]
+        assert learned(tiny_tokenizer, {**row, "chosen": chosen}, "preference")[1].dropped == dropped
+
+
+def test_turns_that_a_template_leaves_out_are_missed_however_short(tiny_tokenizer):
+    silent = tokenizer_with(
+        "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role + ': ' + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    asked, said = {"role": "user", "content": "sum?"}, {"role": "assistant", "content": "sum is 7"}
+    brief, told = {"role": "system", "content": "s"}, {"role": "tool", "content": "7"}
+    for turns in ([brief, asked, said], [asked, told, said]):
+        assert learned(silent, {"messages": turns})[1].dropped == {"turn_left_out": 1}
+        assert learned(tiny_tokenizer, {"messages": turns})[1].kept == 1
+
+
 def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
     (row,) = rows_of("json_text.jsonl")
     ((asked, chosen, *_),), _ = learned(thinking, row, "preference")
@@ -208,6 +277,17 @@ def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
           "system": "d"}, "two_systems"),
         ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{"name": "f"}]}]}, "bad_tool_call"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "media"),
+        ({"messages": [{"role": "user", "content": "hi", "images": ["a.png"]}]}, "media"),
+        ({"messages": [{"role": "user", "content": [{"type": "document", "text": "a"}]}]}, "malformed_messages"),
+        ({"messages": [{"role": "user", "content": "hi"}], "system": {"role": "system"}}, "no_assistant_turn"),
+        ({"prompt": "p", "completion": "c", "system": {"content": "be brief"}}, "malformed_messages"),
+        ({"prompt": "p", "completion": "c", "history": "[1]"}, "bad_history"),
+        ({"prompt": [{"role": "user", "content": "hi", "tools": [{"name": "f"}]}], "completion": "c",
+          "tools": [{"name": "g"}]}, "bad_tool_call"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a",
+          "tools": [{"name": "f"}]}]}, "bad_tool_call"),
+        ({"prompt": "p", "completion": [{"role": "assistant", "content": "a", "tools": [{"name": "f"}]}]},
+         "bad_tool_call"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_meaning_is_refused(row, reason):
@@ -314,8 +394,17 @@ def test_a_conversation_without_end_is_learned_up_to_256_turns(thinking):
     assert "the later turns are left out" in report.describe("x") and report.metrics["data/turns_cut"] == 1
     assert found == learned(thinking, {"messages": turns[:512]})[0]
     assert learned(thinking, {"messages": turns}, last_turn_only=True, max_length=64)[1].turns_cut == 0
+
+
+def test_pairs_of_more_than_256_learned_turns_are_cut_alike(tiny_tokenizer, thinking):
+    turns = [{"role": ("user", "assistant")[place % 2], "content": f"a{place}"} for place in range(514)]
     pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:2]}
-    assert learned(thinking, pair, kind="preference")[1].dropped == {"too_many_turns": 1}
+    found, report = learned(tiny_tokenizer, pair, kind="preference")
+    assert report.turns_cut == report.kept == 1 and report.last_turn == 0
+    assert found == learned(tiny_tokenizer, {**pair, "chosen": turns[1:512]}, kind="preference")[0]
+    found, report = learned(thinking, pair, kind="preference")  # earlier turns are rendered otherwise
+    assert report.last_turn == report.kept == 1 and report.turns_cut == 0
+    assert found[0][3] == "<think>\n\n</think>\n\na513<|im_end|>"
 
 
 def test_thought_tags_that_are_special_tokens_stay_in_the_text(thinking):

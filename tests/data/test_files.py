@@ -61,6 +61,13 @@ def test_csv_loses_no_row_in_a_quote(tmp_path):
         list(read_file(written(tmp_path, "rows.csv", "n,n\na,1\n")))
 
 
+def test_lines_of_csv_may_end_with_carriage_returns(tmp_path):
+    rows = [{"a": "1", "b": "x\r2"}, {"a": "3", "b": "y"}]
+    for end in ("\r", "\r\n", "\n"):
+        content = end.join(["a,b", '1,"x\r2"', "3,y", ""])
+        assert list(read_file(written(tmp_path, "rows.csv", content.encode()))) == rows
+
+
 def test_broken_utf8_is_kept_apart_from_what_it_is_not(tmp_path):
     assert list(read_file(written(tmp_path, "rows.csv", b"\xef\xbb\xbfprompt\na\xff\n"))) == [{"prompt": "a\udcff"}]
     assert list(read_file(written(tmp_path, "t.txt", b"\xef\xbb\xbfa\xff\n\nb"))) == [

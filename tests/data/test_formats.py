@@ -153,6 +153,8 @@ REFUSED = [
     (demonstration, {"prompt": "p", "completion": " \n"}, "empty_completion"),
     (demonstration, {"prompt": "p", "completion": []}, "empty_completion"),
     (demonstration, {"text": None}, "empty_completion"),
+    (demonstration, {"instruction": "add", "input": 5, "output": "c"}, "empty_prompt"),
+    (demonstration, {"instruction": "add", "input": ["x"], "output": "c"}, "empty_prompt"),
     (demonstration, {"messages": []}, "malformed_messages"),
     (demonstration, {"messages": "hello"}, "malformed_messages"),
     (demonstration, {"messages": [user("p"), "c"]}, "malformed_messages"),

@@ -7,7 +7,7 @@ from conftest import refused
 
 from rlhf_lightning.data.files import UNREADABLE
 from rlhf_lightning.data.finding import files_of
-from rlhf_lightning.data.sources import Source, parse_sources, read_rows, source_fingerprint
+from rlhf_lightning.data.sources import Source, as_file, parse_sources, read_rows, source_fingerprint
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "ü\u2028b", "n": 2}, {"prompt": "c", "n": 3}]
 
@@ -32,6 +32,11 @@ def test_lines_that_hold_no_row_are_counted(tmp_path):
     deep = b"[" * 100_000
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\nnonsense\n"text"\n{"a": "\xff"}\n{"a": \n' + deep + b'\n{"a": 2}')
     assert read(file) == [{"a": 1}, *[UNREADABLE] * 5, {"a": 2}]
+
+
+def test_rows_from_memory_lose_the_one_with_half_a_surrogate_alone(tmp_path):
+    file = as_file([ROWS[0], {"prompt": "\ud83d"}, ROWS[2]], tmp_path)
+    assert read(file) == [ROWS[0], UNREADABLE, ROWS[2]]
 
 
 @pytest.mark.parametrize("whole", [ROWS, {"data": ROWS}])

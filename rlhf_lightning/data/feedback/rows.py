@@ -24,7 +24,7 @@ Labels = Literal["mean", "reliability"]
 Row = dict[str, Any]
 Reliabilities = Mapping[str, float] | None
 
-ELSEWHERE = ("ranks", "prompts", "system", "history", "tools")
+ELSEWHERE = ("ranks", "prompts", "system", "history", "tools", "functions")
 TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, *MEDIA, *ELSEWHERE}
 """Columns that a form or a label uses. A prompt's own ones would pass for judgements, so rows leave them out."""
 
