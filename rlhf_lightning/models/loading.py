@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,10 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
             "set from_scratch=true to draw new weights from its config.json",
         )
     with _without_load_report():
-        model, report = kind.from_pretrained(
-            name, dtype=settings.torch_dtype, output_loading_info=True, use_safetensors=True, **options
-        )
+        options |= {"dtype": settings.torch_dtype, "output_loading_info": True, "use_safetensors": True}
+        model, report = _from_pretrained(name, kind, options)
     missing = set(report["missing_keys"]) if report["missing_keys"] else set()
+    _refuse_foreign_weights(name, model, sorted(report["unexpected_keys"] or ()))
     if any(key.startswith("score.") for key in missing):
         initialise_head(model.score, text_config(model).hidden_size, settings.seed)
         missing = {key for key in missing if not key.startswith("score.")}
@@ -197,6 +198,45 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     if settings.quantization is not None:
         leave_the_file(model)
     return model
+
+
+def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a model, and name the first weight whose shape is not that of the config."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **options)
+        key, found, wanted = min(report["mismatched_keys"])
+        raise ModelError(
+            "unreadable-model",
+            f"{name}: the weight {key} has the shape {tuple(found)}, and by config.json it is {tuple(wanted)}; use the "
+            "config of these weights",
+        ) from error
+
+
+def _refuse_foreign_weights(name: str, model: Any, unread: list[str]) -> None:
+    """Refuse weights of a file that belong to a layer without a place for them, and name others that are left out.
+
+    Further weights of a layer, such as a bias, a scale or an adapter, mean that the file's model is another one.
+
+    Raises:
+        ModelError: ``foreign-weights``.
+    """
+    layers = {key for key, module in model.named_modules() if key and next(module.children(), None) is None}
+    for key in unread:
+        if not layers.isdisjoint(accumulate(key.split(".")[:-1], lambda outer, inner: f"{outer}.{inner}")):
+            raise ModelError(
+                "foreign-weights",
+                f"{name} has the weight {key}, and that layer of a {type(model).__name__} has no place for it: its "
+                "config.json describes another model; use the config of these weights, or save them merged and "
+                "unquantized",
+            )
+    others = [key for key in unread if not key.startswith("lm_head.")]  # a reward model leaves the LM head out
+    if others:
+        few = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        rank_zero_info(f"{name} has weights that a {type(model).__name__} does not use: {few}.")
 
 
 def _refuse_larger_than_memory(name: str, described: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from rlhf_lightning.errors import PackageError, SettingError
+from rlhf_lightning.errors import ModelError, PackageError, SettingError
 
 Quantization = Literal["nf4", "int8"]
 KINDS = ("nf4", "int8")
@@ -75,3 +75,18 @@ def quantization_of(model: Any) -> Quantization | None:
     if getattr(model, "is_loaded_in_4bit", False):
         return "nf4"
     return "int8" if getattr(model, "is_loaded_in_8bit", False) else None
+
+
+def refuse_quantized_file(model: Any, name: str, asked: Quantization | None) -> None:
+    """Refuse to train on weights that their file holds in 4 or 8 bits, unless that was asked for: they stay frozen.
+
+    Raises:
+        ModelError: ``quantized-weights``.
+    """
+    found = quantization_of(model)
+    if found != asked and found is not None:
+        raise ModelError(
+            "quantized-weights",
+            f"{name} holds its weights in {4 if found == 'nf4' else 8} bits, which stay frozen: set quantization to "
+            f"{found} and lora (--model.quantization {found} --model.lora.r 16), or name the model in full precision",
+        )

@@ -39,7 +39,7 @@ from rlhf_lightning.models.loading import (
     refuse_nonfinite_weights,
 )
 from rlhf_lightning.models.lora import LoraSettings, add_lora
-from rlhf_lightning.models.quantization import quantization_of
+from rlhf_lightning.models.quantization import quantization_of, refuse_quantized_file
 from rlhf_lightning.models.resolving import (
     SCORE_BIAS,
     adapter_settings,
@@ -61,6 +61,7 @@ def load_policy(
     settings: LoadSettings | None = None,
     lora: LoraSettings | None = None,
     value_head: bool = False,
+    frozen: bool = False,
 ) -> CausalLM:
     """Load a causal language model to train or to sample from.
 
@@ -69,6 +70,7 @@ def load_policy(
         settings: precision, attention kernel, checkpointing.
         lora: train an adapter on the frozen backbone; None trains every weight.
         value_head: add a critic's head on the trunk.
+        frozen: whether it is only sampled from, so that its file may hold quantized weights.
 
     Raises:
         FileNotFoundError: there is no such folder, or no weights in it.
@@ -77,8 +79,7 @@ def load_policy(
     """
     settings = settings or LoadSettings()
     name = resolve_folder(init_from)
-    if is_adapter(name):
-        refuse_reward_model(name)
+    refuse_reward_model(name)
     continued = name if lora is not None and is_adapter(name) else None
     source = load_base_of_adapter(name) if continued else name
     if continued:
@@ -86,6 +87,8 @@ def load_policy(
         model = load_hf_model(source, AutoModelForCausalLM, settings)
     else:
         model = load_weights(name, AutoModelForCausalLM, settings)
+    if not frozen:
+        refuse_quantized_file(model, init_from, settings.quantization)
     with reading(init_from):
         prepare_for_training(model, settings)
         if lora is not None:
@@ -129,7 +132,7 @@ def refuse_reward_model(name: str) -> None:
 
 def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:
     """Load a frozen copy for the KL to be measured from, without gradients and in eval mode."""
-    policy = load_policy(init_from, settings_for_inference(settings or LoadSettings()))
+    policy = load_policy(init_from, settings_for_inference(settings or LoadSettings()), frozen=True)
     return policy.requires_grad_(False).eval()
 
 
@@ -141,7 +144,7 @@ def load_frozen(name: str, dtype: str = "float32") -> CausalLM:
         ModelError: it is a reward model.
     """
     refuse_reward_model(resolve_folder(name))
-    policy = load_policy(name, LoadSettings(dtype=dtype)).requires_grad_(False).eval()
+    policy = load_policy(name, LoadSettings(dtype=dtype), frozen=True).requires_grad_(False).eval()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return policy.to(accelerator or "cpu")
 

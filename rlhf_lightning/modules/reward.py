@@ -22,6 +22,7 @@ from rlhf_lightning.functional.ranking import (
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import add_lora
+from rlhf_lightning.models.quantization import refuse_quantized_file
 from rlhf_lightning.models.resolving import (
     MEAN_VARIANCE,
     OUTPUT_NAMES,
@@ -97,6 +98,7 @@ class RewardModule(OfflineModule):
             refuse_other_quantization(continued, self.load_settings.quantization)
             name = load_base_of_adapter(continued)
         model = load_reward_hf_model(name, self.load_settings, self.outputs, pad_token_id=self.tokenizer.pad_token_id)
+        refuse_quantized_file(model, name, self.load_settings.quantization)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:
             model = add_lora(model, self.lora, "SEQ_CLS", continued, self.seed)

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.loading import LoadSettings, load_hf_model, load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder
-from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.models.roles import load_policy, load_reference
 from rlhf_lightning.models.scalar_head import ScalarModel
 
 BATCH = sequences(random_rows(4, seed=31))
@@ -85,6 +86,54 @@ def test_from_scratch_draws_the_weights_of_the_seed_and_leaves_the_global_state_
 def test_from_scratch_does_not_read_the_weights_that_are_there(policy_folder: str) -> None:
     stored = weights(load_policy(policy_folder))
     assert not equal(weights(load_policy(policy_folder, LoadSettings(from_scratch=True, seed=4))), stored)
+
+
+@pytest.mark.parametrize("piece", ["bias", "weight_scale", "lora_A.weight"])
+def test_weights_that_a_layer_has_no_place_for_are_refused(piece: str, tmp_path: Path, policy_folder: str) -> None:
+    shutil.copytree(policy_folder, tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    key = f"model.layers.1.self_attn.q_proj.{piece}"
+    save_file(load_file(file) | {key: torch.ones(32)}, file, metadata={"format": "pt"})
+    with refused("foreign-weights", key):
+        load_policy(str(tmp_path / "x"))
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) -> None:
+    shutil.copytree(policy_folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": VOCABULARY + 8}
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with refused("unreadable-model", "model.embed_tokens.weight has the shape (120, 32)", "it is (128, 32)"):
+        load_policy(str(tmp_path / "x"))
+
+
+def test_a_file_of_4_bit_weights_trains_an_adapter_where_that_is_said(tmp_path: Path, policy_folder: str) -> None:
+    load_policy(policy_folder, LoadSettings(quantization="nf4"), LoraSettings(r=2)).model.unload().save_pretrained(
+        tmp_path
+    )
+    ids = torch.tensor([[7, 9, 30]])
+    with refused("quantized-weights", "4 bits", "set quantization to nf4"):
+        load_policy(str(tmp_path))
+    with refused("quantized-weights"):
+        load_policy(str(tmp_path), lora=LoraSettings(r=2))
+    expected = load_reference(str(tmp_path)).model(input_ids=ids).logits
+    policy = load_policy(str(tmp_path), LoadSettings(quantization="nf4"), LoraSettings(r=2))
+    torch.testing.assert_close(policy.model(input_ids=ids).logits, expected)
+
+
+def test_a_whole_reward_model_starts_no_policy(reward_folder: str) -> None:
+    with refused("reward-model", reward_folder):
+        load_policy(reward_folder)
+
+
+def test_weights_that_a_model_does_not_use_are_named(tmp_path: Path, policy_folder: str, caplog: Any) -> None:
+    shutil.copytree(policy_folder, tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    save_file(load_file(file) | {"v_head.summary.weight": torch.ones(1, 32)}, file, metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO):
+        load_policy(str(tmp_path / "x"))
+        load_reward_hf_model(policy_folder, LoadSettings())
+    assert "does not use: v_head.summary.weight." in caplog.text
+    assert caplog.text.count("does not use") == 1
 
 
 def test_a_folder_without_weights_is_refused_with_the_way_out(bare_folder: str) -> None:
