@@ -328,7 +328,7 @@ def pair_of(row: Row, explicit: bool) -> tuple[Prompt, list[Any]]:
     return _common_text(*texts)
 
 
-def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, list[Any]]:
+def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Any]]:
     if chosen == rejected:
         raise RowRefused("identical_completions")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
