@@ -299,3 +299,51 @@ class OnlineSPPO(OnlineDPOModule):
     def preference_loss(self, pairs):
         aim = (pairs.target - 0.5) / self.beta
         return (pairs.chosen_logratio - aim).square() + (pairs.rejected_logratio + aim).square()
+
+
+# -- further classes of kinds that were refused ------------------------------------------------------------------------
+
+
+@right
+class RobustRegression(DPOModule):
+    """REBEL (2404.16767) on fixed pairs with Huber's loss: the gap of the data's scores takes the label's place."""
+
+    data_columns = ("gap",)
+    target_of = DPOModule
+
+    def preference_loss(self, pairs):
+        return F.huber_loss(self.reward_margin(pairs), pairs.extras["gap"], reduction="none")
+
+
+@right
+class EloScores(RewardModule):
+    """Scores in points of Elo: 400 points are a factor of 10 in the odds."""
+
+    no_target = "the declared rewards are in other units"
+
+    def ranking_loss(self, scores):
+        return super().ranking_loss(scores._replace(scores=scores.scores * math.log(10) / 400))
+
+
+class WithInstruction(GKDModule):
+    """The teacher reads an instruction that the student does not see (context distillation)."""
+
+    def joined(self, prompt, instruction):
+        return torch.cat([instruction, prompt])
+
+    def teacher_sequences(self, sequences):
+        instruction = torch.tensor(self.tokenizer("Think first .", add_special_tokens=False)["input_ids"])
+        return sequences._replace(prompts=tuple(self.joined(prompt, instruction) for prompt in sequences.prompts))
+
+
+@right
+class InstructionBefore(WithInstruction):
+    """It stands before the prompt."""
+
+
+@right
+class HintBehind(WithInstruction):
+    """It stands behind the prompt."""
+
+    def joined(self, prompt, instruction):
+        return torch.cat([prompt, instruction])

@@ -15,6 +15,7 @@ from rlhf_lightning.modules import (
     GRPOModule,
     KTOModule,
     ORPOModule,
+    PlackettLuceModule,
     PPOModule,
     RewardModule,
     SFTModule,
@@ -264,3 +265,15 @@ class SumOfThePast(CriticFreeModule):
 
     def advantages(self, rollout, rewards):
         return Advantages(torch.nan_to_num(rewards).cumsum(-1) * rollout.completion_mask, None)
+
+
+@caught_by("list at rest", "what each pick competes with")
+class PicksAgainstEverybody(PlackettLuceModule):
+    target_of = PlackettLuceModule
+
+    def ranking_loss(self, scores):
+        same = scores.group.unsqueeze(1) == scores.group.unsqueeze(0)
+        against = torch.where(same, scores.scores.unsqueeze(0), -torch.inf).logsumexp(-1)
+        last = ~(same & (scores.ranks.unsqueeze(1) < scores.ranks.unsqueeze(0))).any(-1)
+        losses = torch.where(last, 0.0, against - scores.scores)
+        return losses.new_zeros(len(scores.target)).index_add(0, scores.group, losses)

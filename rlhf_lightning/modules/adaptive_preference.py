@@ -124,7 +124,7 @@ class BetaDPOModule(DPOModule):
 
     def _kept(self, margin: Tensor) -> Tensor:
         """Draw the pairs to keep, bool, shape (pairs,); the draw is addressed by the update, so all ranks agree."""
-        count = max(round(self.keep * len(margin)), 1)
+        count = max(int(self.keep * len(margin)), 1)  # as released
         if count == len(margin) or self.margin_std <= ROUNDING:
             return torch.ones_like(margin, dtype=torch.bool)
         order = margin.argsort()  # pairs arrive in rank order; sorted, any number of ranks draws alike

@@ -62,7 +62,8 @@ class ORPOModule(DPOModule):
 
     loss = -S_w / n_w - weight * log sigmoid(o), o = log [P_w / (1 - P_w)] - log [P_l / (1 - P_l)] the log odds ratio of
     the mean probabilities per token P = e^{S / n} (Hong et al., 2403.07691, Eq. 6 and 7). When both means are m, the
-    loss is -m + weight * log 2.
+    loss is -m + weight * log 2. The likelihood is averaged over each row's completion: TRL averages over all chosen
+    tokens of a batch, and the authors' code counts the prompt's tokens too.
     Target: no closed form; the minimiser of the population loss. As the weight is small, it is near the chosen
     completions' frequencies over lengths.
 
@@ -91,7 +92,7 @@ class CPOModule(RPOModule):
     r"""CPO: reference-free DPO plus the chosen completion's likelihood.
 
     loss = -log sigmoid(beta (S_w - S_l)) - alpha S_w / n_w (Xu et al., 2401.08417). When S and n are the same on both
-    sides, the loss is log 2 - alpha S / n.
+    sides, the loss is log 2 - alpha S / n. TRL averages the likelihood over all chosen tokens of a batch.
     Target: no closed form; the minimiser of the population loss, between exp(reward / beta) and the chosen completions'
     frequencies over lengths.
     """

@@ -141,15 +141,13 @@ def verify(
                 checks += foreign_checks(subject)
             own = is_of_a_user(kind)
             checks += state_checks(subject) if own else []
-            control = measured_control(subject)
+            found, module = None, subject.fresh()
+            if with_convergence:
+                found = with_twins_target(subject, converge(module, world, steps_of(kind), judge=judge_of(subject)))
+            control = measured_control(subject, found)
             advice = "true labels must earn more gold reward than uninformative labels"
             checks.append(at_least("control", control, 1e-4, advice))
-            found = None
-            if with_convergence:
-                module = subject.fresh()
-                # A rare pair counts by the product of two small chances, and takes its time.
-                steps = 600 if issubclass(kind, OnlineDPOModule) else 300
-                found = with_twins_target(subject, converge(module, world, steps, judge=judge_of(subject)))
+            if found is not None:
                 checks += [*target_checks(subject, found), export_check(module, world)]
             fails = any(not check.held for check in checks)
             mistakes = mistakes_of(subject) if own or fails else []
@@ -218,14 +216,25 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
     return on_policy_checks if issubclass(kind, OnPolicyModule) else offline_checks
 
 
-def measured_control(subject: Subject) -> float:
-    """Return how much more gold reward true labels earn than uninformative ones."""
+def steps_of(kind: type[AlignmentModule]) -> int:
+    """Return the updates of a round: a rare pair counts by the product of two small chances, and takes its time."""
+    return 200 if issubclass(kind, OnlineDPOModule) else 100
+
+
+def measured_control(subject: Subject, found: Convergence | None = None) -> float:
+    """Return how much more gold reward true labels earn than uninformative ones.
+
+    Args:
+        subject: the class.
+        found: where training on true labels came to rest; None trains to rest if that is needed.
+    """
     control = subject.short_run(False) - subject.short_run(True)
     if control >= 1e-4:
         return control
     # An objective that is not monotone at the reference may need to come to rest.
-    ends = (converge(subject.fresh(), subject.world, 300, shuffled=shuffled) for shuffled in (False, True))
-    control = next(ends).gold_after - next(ends).gold_after
+    world, steps = subject.world, steps_of(subject.kind)
+    found = converge(subject.fresh(), world, steps) if found is None else found
+    control = found.gold_after - converge(subject.fresh(), world, steps, shuffled=True).gold_after
     if control < 1e-4 and issubclass(subject.kind, OnPolicyModule):  # a method for success rates
         with subject.world.success_rates():
             return subject.short_run(False) - subject.short_run(True)
@@ -251,11 +260,12 @@ def inherits_target(kind: type[AlignmentModule]) -> bool:
 
 
 def probe(subject: Subject) -> Tensor:
-    """Return the gradient of one small step, by which classes of a family are distinguished."""
+    """Return the gradient of one small step, by which classes of a family are distinguished; its module is used up."""
     if issubclass(subject.kind, OnPolicyModule):
         return Update(subject).gradient()
     batch = some_rows(subject)
-    return step_gradient(subject, [batch], len(batch.weights), sum(int(m.sum()) for m in batch.sequences.supervised))
+    tokens = sum(int(mask.sum()) for mask in batch.sequences.supervised)
+    return step_gradient(subject, [batch], len(batch.weights), tokens, subject.module)
 
 
 def twin_of(subject: Subject) -> tuple[Subject, float] | None:
@@ -263,7 +273,7 @@ def twin_of(subject: Subject) -> tuple[Subject, float] | None:
     kind = subject.kind
     if kind.contract is not None or (issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule)):
         return None
-    own = probe(subject)
+    own = probe(Subject(kind, subject.world, subject.folder, subject.settings))
     for other in objective_classes():
         alike = contract_of(other) is contract_of(kind) and other.batch_type is kind.batch_type
         if other is kind or not alike or not bool(own.any()):

@@ -36,8 +36,12 @@ from rlhf_lightning.verification.resting_points import COPIES
 from rlhf_lightning.verification.targets import demonstrated, judged, outputs_of, policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
-PATH_EVERY = 10
+PATH_EVERY = 5
 """Updates between two points of the path of training."""
+
+ROUNDS = 3
+STILL, SETTLED = 1e-7, 1e-6
+"""Largest slope at rest: of a fixed function, and of losses that follow the samples."""
 
 
 class Convergence(NamedTuple):
@@ -89,7 +93,7 @@ def quiet_trainer() -> Trainer:
 def converge(
     module: AlignmentModule,
     world: EnumerableWorld,
-    steps: int = 500,
+    steps: int = 100,
     learning_rate: float = 0.2,
     shuffled: bool = False,
     judge: AlignmentModule | None = None,
@@ -99,7 +103,7 @@ def converge(
     Args:
         module: made with ``init_from`` the world's folder; trained in place, in fp64.
         world: the world of that folder.
-        steps: updates; the learning rate falls to 0 along a cosine.
+        steps: updates of a round; the learning rate falls to 0 along a cosine.
         learning_rate: of Adam at the start.
         shuffled: take labels or scores that say nothing (all equally likely), as a control.
         judge: module whose target it is compared with; None takes its own.
@@ -123,6 +127,7 @@ def converge(
     target, source, distance = judged(module if judge is None else judge, world, policy, outputs)
     golds = (world.expected_reward(world.problem.reference), world.expected_reward(policy))
     kl, law = world.kl(policy), law_of(policy, world)
+    path.append((steps, golds[1], kl))
     return Convergence(policy, target, source, distance, *golds, kl, seconds, tuple(path), law, outputs)
 
 
@@ -177,21 +182,42 @@ def minimise(
     learning_rate: float,
     watch: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Run Adam to rest, and where a loss is so flat that it is not there yet, L-BFGS behind it.
+    """Run rounds of Adam until the loss is at rest, each with a quarter of the learning rate of the one before.
 
-    L-BFGS needs a fixed function: losses of samples, or with statistics of the step in them, are left to Adam.
+    Where the loss is a fixed function, L-BFGS follows each round. Losses of samples, or with statistics of the step in
+    them, are left to Adam.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    descend(loss, parameters, steps, learning_rate, watch)
-    left = max((float(p.grad.abs().max()) for p in parameters if p.grad is not None), default=0.0)
-    if left > 1e-5:  # a steep start has thrown it far off
-        descend(loss, parameters, steps, learning_rate / 4)
     shares = hasattr(module, "adapter")  # a mean of another project: its gradient is exact, and no row has a value
-    if left < 1e-7 or isinstance(module, RolloutModule | GKDModule) or module.batch_coupled or shares:
-        return
+    fixed = not (isinstance(module, RolloutModule | GKDModule) or module.batch_coupled or shares)
+    still = STILL if fixed else SETTLED
+    for place in range(ROUNDS * (2 if module.batch_coupled else 1)):  # sorting makes kinks
+        descend(
+            loss, parameters, steps, learning_rate / 4 ** (place % ROUNDS), watch if place == 0 else lambda step: None
+        )
+        left = steepest(parameters)
+        if fixed and left >= still:
+            before = [parameter.detach().clone() for parameter in parameters]
+            finish(loss, parameters)
+            fixed = steepest(parameters) < left / 10
+            if not fixed:  # a weight without gradient, say: it goes where the value is lower, not where the slope is 0
+                torch._foreach_copy_([parameter.data for parameter in parameters], before)
+                continue
+            left = steepest(parameters)
+        if left < still:
+            return
+
+
+def steepest(parameters: list[Any]) -> float:
+    """Return the largest slope by a weight."""
+    return max((float(p.grad.abs().max()) for p in parameters if p.grad is not None), default=0.0)
+
+
+def finish(loss: Callable[[], Tensor], parameters: list[Any]) -> None:
+    """Run L-BFGS on a fixed function."""
     finisher = torch.optim.LBFGS(
         parameters,
-        max_iter=500,
+        max_iter=250,
         history_size=50,
         tolerance_grad=1e-10,
         tolerance_change=1e-14,
@@ -201,7 +227,8 @@ def minimise(
     def closure() -> Tensor:
         finisher.zero_grad()
         value = loss()
-        value.backward()
+        if value.requires_grad:
+            value.backward()
         return value
 
     finisher.step(closure)

@@ -7,6 +7,7 @@ whose slopes are those of the class, up to a factor, is named; likewise for shap
 from __future__ import annotations
 
 import contextlib
+import re
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,26 @@ from rlhf_lightning.types import CriticValues, PolicyLogprobs, PreferenceLogprob
 from rlhf_lightning.verification.advantage_mistakes import advantage_mistake, return_mistake, reward_mistake
 from rlhf_lightning.verification.cases import Case, cut, some_rows
 from rlhf_lightning.verification.exact import PairPopulation
-from rlhf_lightning.verification.fit import FITS, diagnose, misfit
-from rlhf_lightning.verification.mistakes import Losses, settings_of
-from rlhf_lightning.verification.subject import Subject, known_statistics
+from rlhf_lightning.verification.fit import FITS, OPTIMIZER, diagnose, misfit
+from rlhf_lightning.verification.mistakes import Losses, is_certain, settings_of
+from rlhf_lightning.verification.subject import (
+    Subject,
+    known_statistics,
+    own_bases,
+    parameters_of,
+    point_of,
+    said_by,
+)
 
 ODD = {"beta": 0.37, "label_smoothing": 0.0, "desirable_weight": 1.3, "undesirable_weight": 0.8}
 """Settings while slopes are fitted, at which no mistake looks like another one."""
+
+
+RELATIVES = 2
+"""Shipped objectives besides its base that a class is compared with."""
+
+LACKING = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
+"""Errors of settings that a class does not take, and of fields that it does not have."""
 
 
 def shipped_base(kind: type[AlignmentModule]) -> type[AlignmentModule] | None:
@@ -37,21 +52,44 @@ def shipped_base(kind: type[AlignmentModule]) -> type[AlignmentModule] | None:
     return next((base for base in kind.__mro__[1:] if base in shipped), None)
 
 
+def relatives_of(kind: type[AlignmentModule]) -> list[type[AlignmentModule]]:
+    """Return the shipped objectives of its family that a class names, or whose own settings it takes.
+
+    People write a method from a more general class: then it is compared with the method too.
+    """
+    own = {name for one in own_bases(kind) for name in parameters_of(one)} - {"self", "kwargs"}
+    name, words = kind.__name__, set(re.findall(r"\w+", said_by(kind)))
+    found = []
+    for other in objective_classes():
+        short = other.__name__.removesuffix("Module")
+        alike = other.batch_type is kind.batch_type and point_of(other) == point_of(kind)
+        settings = parameters_of(other).keys() - {"self", "kwargs", "scorer", "beta", "kl_coef", *OPTIMIZER}
+        named = short in words or (bool(re.search("[A-Z]{2}", short)) and short in name)
+        if alike and other not in kind.__mro__ and (named or (settings and settings <= own)):
+            found.append(other)
+    return found[:RELATIVES]
+
+
 def mistakes_of(subject: Subject) -> list[str]:
     """Return the mistakes of a class in words, as far as a known one fits what it does."""
     base = shipped_base(subject.kind)
     if base is None or (hasattr(subject.kind, "adapter") and issubclass(base, OnPolicyModule)):
         return []
-    try:
-        theirs = Subject(base, subject.world, subject.folder, subject.settings_for(base))
-        right = theirs.fresh(moved=True)
-    except (RlhfError, TypeError, ValueError):
-        return []
-    found = statistic_mistakes(subject.module)
+    found = [*statistic_mistakes(subject.module), *mistakes_against(subject, base)]
+    if not any(map(is_certain, found)) and not hasattr(subject.kind, "adapter"):
+        for other in relatives_of(subject.kind):
+            found += [f"{words} (of {other.__name__})" for words in mistakes_against(subject, other)]
+    return list(dict.fromkeys(found))
+
+
+def mistakes_against(subject: Subject, base: type[AlignmentModule]) -> list[str]:
+    """Return the mistakes that make a shipped objective the class."""
+    found: list[str] = []
     # Only words are lost here, no check: a class may lack what a known mistake would change.
-    with contextlib.suppress(RlhfError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
-        found += _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
-    return list(dict.fromkeys(words for words in found if words))
+    with contextlib.suppress(RlhfError, RuntimeError, *LACKING):
+        right = Subject(base, subject.world, subject.folder, subject.settings_for(base)).fresh(moved=True)
+        found = _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
+    return [words for words in found if words]
 
 
 def statistic_mistakes(module: Any) -> list[str]:

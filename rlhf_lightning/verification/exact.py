@@ -151,6 +151,17 @@ class PairPopulation(PolicyGradient):
         prompts, count = world.config.prompts, len(world.completions)
         self.listed = padded_layout(world.sequences(list(itertools.product(range(prompts), range(count)))))
         self.place = self.index[0] * count + self.index[1]
+        self.calls, self.varies, self.kept = 0, False, None
+
+    def pairs(self, rollout: Rollout) -> Any:
+        """Return the module's pairs of a rollout; where the policy does not change them, look at every tenth anew."""
+        again = self.varies or self.kept is None or self.calls % 10 < 2
+        self.calls += 1
+        if again:
+            before, self.kept = self.kept, self.module.pairs(rollout)
+            both = () if before is None else zip(before, self.kept, strict=True)
+            self.varies |= any(one.shape != other.shape or bool((one != other).any()) for one, other in both)
+        return self.kept
 
     def rollout(self) -> Rollout:
         """Return every pair of completions of every prompt as one rollout, by the module's own forward."""
@@ -170,7 +181,7 @@ class PairPopulation(PolicyGradient):
     def loss(self) -> Tensor:
         """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
         module, rollout = self.module, self.rollout()
-        pairs = module.pairs(rollout)
+        pairs = self.pairs(rollout)
         if not len(pairs.chosen):
             return 0.0 * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
         logprobs = module.preference_logprobs(rollout, pairs)

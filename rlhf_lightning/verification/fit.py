@@ -184,12 +184,12 @@ class Fit:
                 return words
             if residual < FITS and "sign" not in words:
                 flipped = flipped or f"{words} and the sign is flipped"
-        for name, words, value in self._settings():
+        numbers = {name: value for name, value in self._numbers() if self._counts(name)}
+        for name, words, value in wrong_settings(numbers):
             with settings_of(self.module, **{name: value}):
                 factor, residual = self.misfit(self.right)
             if residual < FITS and factor > 0:
                 return words
-        numbers = {name: getattr(self.module, name) for name, _, _ in self._settings() if self._counts(name)}
         for (one, first), (other, second) in itertools.permutations(numbers.items(), 2):
             for words, values in (
                 (f"{one} and {other} are exchanged", {one: second, other: first}),
@@ -213,21 +213,11 @@ class Fit:
         losses: Tensor = change(self.right, given, self.module)
         return losses
 
-    def _settings(self) -> Iterator[tuple[str, str, float]]:
-        """Yield (setting, words, value) of settings that a loss may have wrong."""
+    def _numbers(self) -> Iterator[tuple[str, float]]:
+        """Yield the settings that a loss may have wrong."""
         for name, value in dict(self.module.hparams).items():
-            if not isinstance(value, float) or not hasattr(self.module, name) or name in OPTIMIZER:
-                continue
-            yield name, f"{name} has the wrong sign", -value
-            yield name, f"{name} counts twice", 2 * value
-            yield name, f"{name} counts half", value / 2
-            yield name, f"{name} is left out", 0.0
-            yield name, f"{name} is taken as 1", 1.0
-            if 0 < value < 1:
-                yield name, f"{name} is exchanged with 1 - {name}", 1 - value
-            if value:
-                yield name, f"{name} is inverted", 1 / value
-                yield name, f"{name} is squared", value**2
+            if isinstance(value, float) and hasattr(self.module, name) and name not in OPTIMIZER:
+                yield name, getattr(self.module, name)
 
     def of_a_number(self) -> str:
         """Fit mistakes that have a number: beta, or a gap in the margin."""
@@ -290,6 +280,21 @@ class Fit:
                     if float(rest.norm() / self.measured.norm()) < FITS and float(found[0, 0]) > 0:
                         return f"{words}; added to the loss: {_share(name, float(found[1, 0] / found[0, 0]))}"
         return ""
+
+
+def wrong_settings(numbers: dict[str, float]) -> Iterator[tuple[str, str, float]]:
+    """Yield (setting, words, value) of what people make of settings."""
+    for name, value in numbers.items():
+        yield name, f"{name} has the wrong sign", -value
+        yield name, f"{name} counts twice", 2 * value
+        yield name, f"{name} counts half", value / 2
+        yield name, f"{name} is left out", 0.0
+        yield name, f"{name} is taken as 1", 1.0
+        if 0 < value < 1:
+            yield name, f"{name} is exchanged with 1 - {name}", 1 - value
+        if value:
+            yield name, f"{name} is inverted", 1 / value
+            yield name, f"{name} is squared", value**2
 
 
 def _share(name: str, share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from rlhf_lightning.verification.subject import (
     at_most,
     field_function,
     has_outputs,
-    own_bases,
+    said_by,
 )
 
 
@@ -271,6 +272,32 @@ def list_weight_check(subject: Subject) -> list[Check]:
     return [at_most("list weight", max(factors) / max(min(factors), 1e-300) - 1, 1e-9, advice)]
 
 
+def list_rest_check(subject: Subject) -> list[Check]:
+    """Check that a loss which pairs bring to the true scores is at rest there for lists of three too.
+
+    A class with a `no_target` may use lists otherwise: their best and worst members alone, for instance.
+    """
+    if subject.kind.no_target or subject.kind.data_columns or float(slope_at_truth(subject, 2)) > 1e-9:
+        return []
+    advice = "lists of three, ranked by Plackett-Luce, do not rest where pairs do: look at what each pick competes with"
+    return [at_most("list at rest", slope_at_truth(subject, 3), 1e-9, advice)]
+
+
+def slope_at_truth(subject: Subject, members: int) -> Tensor:
+    """Return the largest mean slope at the scores by which lists are ranked (Plackett-Luce)."""
+    scores = torch.tensor([0.4, -0.3, 1.0], dtype=torch.float64)[:members]
+    orders = torch.tensor(list(itertools.permutations(range(members))))
+    picked = (orientation(subject) * scores)[orders]
+    chance = torch.stack([picked[:, k] - picked[:, k:].logsumexp(-1) for k in range(members)]).sum(0).exp()
+    leaf = scores.repeat(len(orders)).requires_grad_()
+    group, ones = torch.arange(len(orders)).repeat_interleave(members), torch.ones_like(chance)
+    losses = subject.values(
+        subject.module, RankedScores(leaf, group, orders.argsort(-1).flatten(), ones, 0 * ones, ones)
+    )
+    slopes = torch.autograd.grad((chance * losses).sum(), leaf)[0]
+    return slopes.view(-1, members).sum(0).abs().max()
+
+
 def orientation(subject: Subject) -> int:
     """Return 1 where the better completion has the higher score, -1 where scores are costs."""
     return -1 if subject.module.lower_is_better else 1
@@ -306,7 +333,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
     checks += comparison_checks(subject, given)
     if not has_outputs(given):
-        checks += [*list_checks(subject, certain), *list_weight_check(subject)]
+        checks += [*list_checks(subject, certain), *list_weight_check(subject), *list_rest_check(subject)]
     if has_safety(given):
         unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
         function, (leaf,) = field_function(subject, module, unsure)
@@ -332,12 +359,6 @@ def level_check(subject: Subject, moved: float) -> list[Check]:
         "or each of them, not their difference"
     )
     return [at_least("level", moved, 1e-9, advice)]
-
-
-def said_by(kind: type) -> str:
-    """Return what a class of a user's own says about itself: its name, its docstring, and why it has no target."""
-    said = ((one.__name__, vars(one).get("__doc__") or "", vars(one).get("no_target", "")) for one in own_bases(kind))
-    return " ".join(" ".join(words) for words in said)
 
 
 def shifted(function: Callable[..., Tensor], leaf: Tensor, by: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class Subject:
     @cached_property
     def overridden(self) -> str:
         """Name of the family's override point."""
-        return next(name for name in OVERRIDE_POINTS if hasattr(self.kind, name))
+        return point_of(self.kind)
 
     def seen(self, module: Any, run: Callable[[], Any]) -> Any:
         """Return what the override point was given while ``run`` ran; None if it was not called."""
@@ -357,6 +357,11 @@ def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[
     return partial(function), leaves
 
 
+def point_of(kind: type) -> str:
+    """Return the name of a class's override point; empty where it has none."""
+    return next((name for name in OVERRIDE_POINTS if hasattr(kind, name)), "")
+
+
 def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     """Return the parameters of a class's own ``__init__``; none where it inherits it."""
     if "__init__" not in vars(kind):
@@ -367,6 +372,12 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
 def own_bases(kind: type) -> list[type]:
     """Return a class and its bases up to the shipped one that it derives from."""
     return list(takewhile(lambda base: not base.__module__.startswith("rlhf_lightning."), kind.__mro__))
+
+
+def said_by(kind: type) -> str:
+    """Return what a class of a user's own says about itself: its name, its docstring, and why it has no target."""
+    said = ((one.__name__, vars(one).get("__doc__") or "", vars(one).get("no_target", "")) for one in own_bases(kind))
+    return " ".join(" ".join(words) for words in said)
 
 
 def all_parameters(kind: type) -> set[str]:

@@ -6,6 +6,8 @@ its reach, and modules take it unedited, as they take any other folder.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class TabularConfig(PretrainedConfig):
         """Return the prefix that each prefix and token lead to, int64, shape (prefixes, vocabulary).
 
         Prefix 0 stands for an empty context, prefix 1 for every context that sampling cannot reach. A prompt token
-        starts a new context, so what a teacher reads before the prompt changes nothing.
+        starts a new context, so what a teacher reads before the prompt changes nothing, and neither do unknown words.
         """
         rows: list[list[int]] = [[0] + [1] * (self.vocab_size - 1), [1] * self.vocab_size]
         level: list[int] = []
@@ -79,6 +81,7 @@ class TabularConfig(PretrainedConfig):
             level = following
         table = torch.tensor(rows)
         table[:, 1 + self.tokens :] = table[0, 1 + self.tokens :]
+        table[:, 0] = torch.arange(len(table))
         return table
 
 
@@ -101,6 +104,16 @@ class TabularPreTrainedModel(PreTrainedModel):
     config_class = TabularConfig
     base_model_prefix = "model"
     _tied_weights_keys: Any = None
+    _read: dict[tuple[str, ...], Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Read an unchanged folder once per process: the checks make a hundred instances of a class."""
+        changed = max(path.stat().st_mtime_ns for path in Path(name).iterdir())
+        key = (cls.__name__, str(name), str(changed), str(config), str(sorted(kwargs.items())))
+        if key not in cls._read:
+            cls._read[key] = super().from_pretrained(name, *args, config=config, **kwargs)
+        return copy.deepcopy(cls._read[key])
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave new tables as their class draws them."""
