@@ -277,3 +277,25 @@ class PicksAgainstEverybody(PlackettLuceModule):
         last = ~(same & (scores.ranks.unsqueeze(1) < scores.ranks.unsqueeze(0))).any(-1)
         losses = torch.where(last, 0.0, against - scores.scores)
         return losses.new_zeros(len(scores.target)).index_add(0, scores.group, losses)
+
+
+@caught_by("known mistake", "gamma has the wrong sign (of SimPOModule)")
+class GapOfTheWrongSign(DPOModule):
+    """SimPO, written from DPO."""
+
+    no_target = "no closed form"
+    needs_reference = False
+
+    def __init__(self, beta: float = 2.0, gamma: float = 1.0, **kwargs: Any):
+        super().__init__(beta=beta, **kwargs)
+        self.gamma = gamma
+
+    def implicit_reward(self, pairs):
+        chosen, rejected = pairs.chosen_lengths.clamp(min=1), pairs.rejected_lengths.clamp(min=1)
+        return (
+            self.beta * pairs.chosen_sequence_logprobs / chosen,
+            self.beta * pairs.rejected_sequence_logprobs / rejected,
+        )
+
+    def pair_loss(self, pair):
+        return -F.logsigmoid(self.reward_margin(pair) + self.gamma)

@@ -64,7 +64,7 @@ def relatives_of(kind: type[AlignmentModule]) -> list[type[AlignmentModule]]:
         short = other.__name__.removesuffix("Module")
         alike = other.batch_type is kind.batch_type and point_of(other) == point_of(kind)
         settings = parameters_of(other).keys() - {"self", "kwargs", "scorer", "beta", "kl_coef", *OPTIMIZER}
-        named = short in words or (bool(re.search("[A-Z]{2}", short)) and short in name)
+        named = short in words or bool(re.search(f"(?<![A-Z]){short}", name) and re.search("[A-Z]{2}", short))
         if alike and other not in kind.__mro__ and (named or (settings and settings <= own)):
             found.append(other)
     return found[:RELATIVES]
@@ -78,7 +78,8 @@ def mistakes_of(subject: Subject) -> list[str]:
     found = [*statistic_mistakes(subject.module), *mistakes_against(subject, base)]
     if not any(map(is_certain, found)) and not hasattr(subject.kind, "adapter"):
         for other in relatives_of(subject.kind):
-            found += [f"{words} (of {other.__name__})" for words in mistakes_against(subject, other)]
+            certain = filter(is_certain, mistakes_against(subject, other))
+            found += [f"{words} (of {other.__name__})" for words in certain]
     return list(dict.fromkeys(found))
 
 

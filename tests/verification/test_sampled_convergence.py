@@ -85,7 +85,7 @@ def test_sampled_training_comes_to_rest_where_exact_gradients_do(name: str):
     if name == "ReinforcePlusPlusBaselineModule":
         target = rest_of_the_whitened_baseline(world, made(name).kl_coef)
     elif target is None:
-        target = converge(made(name), world, steps=200).policy
+        target = converge(made(name), world).policy
     module = made(name, learning_rate=0.06, lr_schedule="linear")
     size = world.config.prompts * SAMPLES * GROUPS
     batches = [questions_of(world, GROUPS, SAMPLES, size * number) for number in range(ROLLOUTS)]

@@ -61,16 +61,14 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
 def test_exact_gradients_reach_the_target(kind):
     """Those whose statistics or token weights make it no matter of course."""
     world, folder = world_and_folder()
-    found = converge(Subject(kind, world, folder).fresh(), world, steps=300)
+    found = converge(Subject(kind, world, folder).fresh(), world)
     assert found.source == ("transcription" if kind is LDDPOModule else "declared")
     assert found.distance < 1e-3
 
 
 def test_on_policy_methods_with_one_gradient_come_to_rest_at_one_place():
     world, folder = world_and_folder()
-    ends = [
-        converge(Subject(kind, world, folder).fresh(), world, steps=300).policy for kind in (GRPOModule, GSPOModule)
-    ]
+    ends = [converge(Subject(kind, world, folder).fresh(), world).policy for kind in (GRPOModule, GSPOModule)]
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
@@ -79,7 +77,7 @@ def test_a_reference_that_moves_leads_each_round_as_far_as_the_last(kind):
     world, folder = world_and_folder()
     module = Subject(kind, world, folder).fresh()
     for moves in range(3):
-        minimise(expected_loss(module, world), module, 400, 0.2)
+        minimise(expected_loss(module, world), module, 200, 0.2)
         wanted = torch.softmax(world.problem.reference.log() + (moves + 1) * world.rewards / module.beta, -1)
         assert float((policy_of(module, world) - wanted).abs().sum(-1).max()) / 2 < 1e-3
         module.reference.follow(1.0)
@@ -88,7 +86,7 @@ def test_a_reference_that_moves_leads_each_round_as_far_as_the_last(kind):
 def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
     world, folder = world_and_folder()
     module = Subject(AOTModule, world, folder).fresh()
-    policy = converge(module, world, steps=400).policy.numpy()
+    policy = converge(module, world).policy.numpy()
     pairs = resting_points.pairs_of([population_of(world, prompt) for prompt in range(world.config.prompts)])
     separate = resting_points.joint_minimiser(resting_points.aot, pairs, module.beta, world.problem.reference.numpy())
     losses = [resting_points.joint_loss("AOTModule", found, pairs, module) for found in (policy, separate)]
