@@ -20,7 +20,7 @@ WORDS = {
     "LogOfSigmoid": "logsigmoid instead of log(sigmoid)",
     "ExponentUnbounded": "clamp log-ratios before exp",
     "OffsetUnderTheSameStatement": "constant of -1 nats",
-    "BetaInTheWrongPlace": "look at beta",
+    "BetaInTheWrongPlace": "beta is inverted",
     "LabelsDrowned": "both labels count alike",
     "LastTokenAlone": "of the last token alone",
     "FirstTokenSkipped": "without the first token",

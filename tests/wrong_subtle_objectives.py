@@ -45,7 +45,7 @@ class OnlyTheReferenceIsAveraged(DPOModule):
         return dpo_loss(policy - reference, self.beta)
 
 
-@caught_by("target", "look at beta")
+@caught_by("target", "beta is squared")
 class BetaTwice(DPOModule):
     def pair_loss(self, pair):
         return dpo_loss(self.beta * pair.margin, self.beta)
