@@ -284,6 +284,12 @@ def subject_rollout(expected: PolicyGradient) -> Rollout:
     return rollout._replace(values=torch.where(mask, values, 0.0) if values.shape == mask.shape else values)
 
 
+def part_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
+    """Return the named rows of a rollout; groups are numbered anew."""
+    part = select_episodes(rollout, rows)
+    return part._replace(group=torch.unique(part.group, return_inverse=True)[1])
+
+
 class Update:
     """One update on a few groups of a rollout, by the module's own code, after the policy has moved from the rollout's.
 
@@ -293,7 +299,7 @@ class Update:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.module = self.fresh()
+        self.module = subject.fresh(moved=True)
         case = Case(subject, self.module)
         size = case.expected.group_size
         self.rows = [row for group in PICKED for row in range(size * group, size * (group + 1))]
@@ -301,15 +307,9 @@ class Update:
             self.rows = [row % len(case.rollout.scores) for row in self.rows]
         noise = torch.randn(case.rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(5))
         old = torch.where(case.rollout.completion_mask, case.rollout.old_logprobs + 0.1 * noise, 0.0)
-        self.rollout: Rollout = select_episodes(case.rollout._replace(old_logprobs=old), self.rows)
-        self.rollout = self.rollout._replace(
-            group=torch.unique(self.rollout.group, return_inverse=True)[1], episodes=torch.arange(len(self.rows))
-        )
+        self.rollout = part_of(case.rollout._replace(old_logprobs=old), self.rows)
+        self.rollout = self.rollout._replace(episodes=torch.arange(len(self.rows)))
         self.advantages = self.module.advantages(self.rollout, self.module.shape_rewards(self.rollout).detach())
-
-    def fresh(self) -> Any:
-        """Return an instance whose policy has moved, which its invariants only warn of."""
-        return self.subject.fresh(moved=True, on_violation="warn")
 
     def gradient(
         self, module: Any = None, rows: Sequence[int] | None = None, limits: MicroBatchLimits = NO_LIMITS
@@ -328,4 +328,5 @@ class Update:
     def over_ranks(self) -> tuple[Tensor, str]:
         """Return the sum of the gradients of two ranks with unequal shares, and the error where one fails."""
         place = 2 * len(self.rows) // 3
-        return in_ranks([self.fresh(), self.fresh()], self.gradient, [range(place), range(place, len(self.rows))])
+        modules = [self.subject.fresh(moved=True) for _ in range(2)]
+        return in_ranks(modules, self.gradient, [range(place), range(place, len(self.rows))])

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Rollout, Sequences
-from rlhf_lightning.verification.cases import PICKED, gradient_of, in_ranks
+from rlhf_lightning.verification.cases import PICKED, gradient_of, in_ranks, part_of
 from rlhf_lightning.verification.exact import PairPopulation, opponent_of
 from rlhf_lightning.verification.family_checks import pair_checks
 from rlhf_lightning.verification.offline_checks import input_checks
@@ -142,37 +142,24 @@ def drawing_check(subject: Subject) -> Check:
 
 def update_checks(subject: Subject) -> list[Check]:
     """How a minibatch is cut, and among how many ranks, changes no gradient."""
-    whole = step_gradient(subject, fresh(subject))
+    whole = step_gradient(subject, subject.fresh(moved=True))
     scale = float(whole.abs().max())
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
     checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
     for name, limits in (("micro-batches", MicroBatchLimits(4)), ("max tokens", MicroBatchLimits(None, 9))):
-        found = step_gradient(subject, fresh(subject), limits=limits)
+        found = step_gradient(subject, subject.fresh(moved=True), limits=limits)
         checks.append(at_most(name, (found - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
     shares = [list(range(8)), list(range(8, 12))]
     ranks, said = in_ranks(
-        [fresh(subject), fresh(subject)], lambda module, rows: step_gradient(subject, module, rows), shares
+        [subject.fresh(moved=True) for _ in range(2)], lambda module, rows: step_gradient(subject, module, rows), shares
     )
     return [*checks, at_most("two ranks", (ranks - whole).abs().max() / max(scale, 1e-300), 1e-7, advice + said)]
-
-
-def fresh(subject: Subject) -> Any:
-    """Return an instance whose policy has moved, which its invariants only warn of: mistakes have their own checks."""
-    return subject.fresh(moved=True, on_violation="warn")
 
 
 def some_groups(subject: Subject, module: Any) -> Rollout:
     """Return a rollout of six pairs of completions of unequal length, one of them a tie."""
     rows = [row for group in PICKED for row in (2 * group, 2 * group + 1)]
     return part_of(PairPopulation(module, subject.world).rollout(), rows)
-
-
-def part_of(rollout: Rollout, rows: list[int]) -> Rollout:
-    """Return the named rows of a rollout; groups are numbered anew."""
-    index = torch.tensor(rows)
-    fields: dict[str, Any] = {n: part[index] for n, part in rollout._asdict().items() if isinstance(part, Tensor)}
-    fields["group"] = torch.unique(fields["group"], return_inverse=True)[1]
-    return rollout._replace(**{**fields, "sequences": select(rollout.sequences, rows)})
 
 
 def step_gradient(

@@ -29,7 +29,7 @@ def temperature_checks(subject: Subject) -> list[Check]:
     """Check that a temperature reaches the log-probabilities of rollouts and of updates."""
     if "temperature" not in subject.known:
         return []
-    module, world = subject.fresh(moved=True, temperature=TEMPERATURE, on_violation="warn"), subject.world
+    module, world = subject.fresh(moved=True, temperature=TEMPERATURE), subject.world
     module.trainer.training = True  # validation draws less
     rollout = module.collect(world.questions(2))
     exact = token_logprobs_of(world, module.model.model.model.table.weight.detach() / TEMPERATURE, rollout.sequences)

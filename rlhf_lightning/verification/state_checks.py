@@ -117,15 +117,9 @@ def set_state(module: Any, state: State) -> None:
         setattr(getattr(module, holder) if inner else module, inner or holder, copy.deepcopy(value))
 
 
-def fresh(subject: Subject) -> Any:
-    """Return an instance whose policy has moved, which its invariants only warn of."""
-    told = {"on_violation": "warn"} if issubclass(subject.kind, RolloutModule) else {}
-    return subject.fresh(moved=True, **told)
-
-
 def moved_by(subject: Subject, run: Callable[[Subject, Any], Any]) -> tuple[State, Any]:
     """Return the state that a step moves, with its later values, and the module after that step."""
-    module = fresh(subject)
+    module = subject.fresh(moved=True)
     before = state_of(module)
     run(subject, module)
     after = state_of(module)
@@ -168,7 +162,7 @@ def train(subject: Subject, module: Any) -> dict[str, Any]:
 
 def after_checkpoint(subject: Subject) -> State:
     """Return the state of a module that resumes from a checkpoint after a training step."""
-    module, resumed = fresh(subject), fresh(subject)
+    module, resumed = subject.fresh(moved=True), subject.fresh(moved=True)
     train(subject, module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
@@ -180,7 +174,7 @@ def effect(subject: Subject, state: State) -> float:
     """Return how much state changes what is learned from the same data."""
     if not state:
         return 0.0
-    plain, moved = fresh(subject), fresh(subject)
+    plain, moved = subject.fresh(moved=True), subject.fresh(moved=True)
     set_state(moved, state)
     before, after = learned(subject, plain), learned(subject, moved)
     return float((after - before).abs().max()) if before.shape == after.shape else float("inf")
@@ -205,7 +199,7 @@ def kl_coef_check(subject: Subject) -> Check:
     """Check that a KL coefficient that adapts is larger after a rollout with much KL than after one with little."""
     found = []
     for kl in (1e-4, 20.0):
-        module = fresh(subject)
+        module = subject.fresh(moved=True)
         measured = module.log_rollout
 
         def told(
