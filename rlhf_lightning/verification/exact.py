@@ -151,7 +151,8 @@ class PairPopulation(PolicyGradient):
         prompts, count = world.config.prompts, len(world.completions)
         self.listed = padded_layout(world.sequences(list(itertools.product(range(prompts), range(count)))))
         self.place = self.index[0] * count + self.index[1]
-        self.calls, self.varies, self.kept = 0, False, None
+        self.calls, self.varies = 0, False
+        self.kept: Any = None
 
     def pairs(self, rollout: Rollout) -> Any:
         """Return the module's pairs of a rollout; where the policy does not change them, look at every tenth anew."""
@@ -159,8 +160,9 @@ class PairPopulation(PolicyGradient):
         self.calls += 1
         if again:
             before, self.kept = self.kept, self.module.pairs(rollout)
-            both = () if before is None else zip(before, self.kept, strict=True)
-            self.varies |= any(one.shape != other.shape or bool((one != other).any()) for one, other in both)
+            if before is not None:
+                both = zip(before, self.kept, strict=True)
+                self.varies |= any(one.shape != other.shape or bool((one != other).any()) for one, other in both)
         return self.kept
 
     def rollout(self) -> Rollout:
