@@ -201,7 +201,8 @@ def minimise(
             finish(loss, parameters)
             fixed = steepest(parameters) < left / 10
             if not fixed:  # a weight without gradient, say: it goes where the value is lower, not where the slope is 0
-                torch._foreach_copy_([parameter.data for parameter in parameters], before)
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.data.copy_(value)
                 continue
             left = steepest(parameters)
         if left < still:
