@@ -39,11 +39,17 @@ def limits_of(model: Any) -> Limits:
     inner, config = unwrapped(model), text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
     layers = trunk(model)
-    text = layers.get_decoder() if isinstance(layers, PreTrainedModel) else None  # an image tower has positions too
+    text = (layers.get_decoder() if isinstance(layers, PreTrainedModel) else None) or layers
+    parts = [
+        (f"{name}.", one.config) for name, one in text.named_modules() if isinstance(one, PreTrainedModel) and name
+    ]
+    towers = tuple(name for name, of_part in parts if type(of_part) is not type(config))  # images have positions, too
     tables = [
         module.num_embeddings - int(getattr(module, "offset", 0))
-        for name, module in (text or layers).named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Embedding)
+        and ("position" in name or name.endswith("wpe"))
+        and not name.startswith(towers)
     ]
     rows = vocabulary_rows(inner)
     positions, trained = min(tables, default=None), None if tables else longest

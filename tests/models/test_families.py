@@ -17,6 +17,13 @@ def test_a_family_that_matters_is_right(name: str, tmp_path: Path) -> None:
     assert {found[column] for column in QUICK} <= RIGHT, found
 
 
+@pytest.mark.parametrize(
+    ("name", "column"), [("git", "in groups"), ("phi4_multimodal", "in groups"), ("xlstm", "exported")]
+)
+def test_a_family_with_towers_or_weights_of_its_own_drawing_is_right(name: str, column: str, tmp_path: Path) -> None:
+    assert measure(name, tmp_path, (column,))[column] == "right"
+
+
 def test_the_page_has_a_row_for_every_family() -> None:
     rows = dict(re.findall(r"^\| (\S+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE))
     rows.pop("family")
