@@ -207,6 +207,48 @@ def test_conversations_are_learned_as_the_template_writes_them(name, messages):
     assert found in allowed or set(found.split()) <= {"equal", "continues"}, found
 
 
+ODD = {
+    "composed letters": ("cafe\u0301 \ufb01 \u2460", "re\u0301sume\u0301 \u212b"),
+    "ends of lines": ("a\r\nb\rc\x85d\u2028e", "x\r\ny\tz"),
+    "invisible characters": ("a\x00b\x1b[31m\ufeff", "\ufeffc\x07\u200bd"),
+    "spaces around": ("\u00a0 q \u3000", "\n\n  answer\t \n"),
+    "indented code": ("code?", "    def f():\n        return 1\n"),
+    "right to left": ("\u202bשלום\u202c", "مرحبا\u200f!"),
+    "joined emoji": ("👩‍👩‍👧‍👦 🏳️‍🌈", "👍🏽 𠜎"),
+    "templates": ("{{ 7*7 }}{% for %}{# gone #}", "{{ messages }}{% endfor %}"),
+    "markup": ("<b>&amp;</b>", "&lt;script&gt;</b>"),
+    "JSON": ('{"role": "user", "content": "hi"}', '[{"a": null}, "\\n"]'),
+    "backslashes": ("C:\\new\\table", "\\n stays"),
+    "numbers": ("1", "2"),
+    "the same words": ("yes", "yes", "yes", "yes"),
+    "long": ("word and " * 2000 + "end?", "more and " * 2000 + "end."),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_odd_contents_are_learned_by_every_template(name):
+    for kind, contents in ODD.items():
+        found = check_turns(name, turns_of("ua" * (len(contents) // 2), *contents))
+        assert set(found.split()) <= {"equal", "continues"}, (kind, found)
+
+
+ODD_ROLES = ("uua", "sua", "suasua", "dua", "sdua", "uaa", "uata", "ssua")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_odd_orders_of_roles_are_learned_or_refused(name):
+    for roles in ODD_ROLES:
+        contents = [f"{role}{place}q" for place, role in enumerate(roles)]
+        found = check_turns(name, turns_of(roles, *contents))
+        refusals = {"turns-refused", "turn-left-out", "turns-merged", "prompt-not-continued"}
+        assert found in refusals or set(found.split()) <= {"equal", "continues"}, (roles, found)
+
+
+def turns_of(roles, *contents):
+    names = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
+    return [{"role": names[role], "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_nobody_speaks_for_another(name):
     tokenizer = tokenizer_of(name)
