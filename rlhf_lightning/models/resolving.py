@@ -300,7 +300,11 @@ def classifier_labels(folder: str | Path) -> tuple[str, ...]:
     """Return the labels of a folder or hub id whose config names a sequence classifier; empty for other models."""
     if is_adapter(str(folder)):
         return ()
+    file = Path(folder) / "config.json"
     with reading(str(folder)):
+        # Models with code of their own are asked here too, before it is known whether that code may run.
+        if file.is_file() and "SequenceClassification" not in str(read_json(file).get("architectures")):
+            return ()
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if not any("SequenceClassification" in kind for kind in config.architectures or ()):
             return ()
