@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -68,6 +68,21 @@ TOOL_COMMANDS = {
     "objectives": Command("rlhf_lightning.commands.objectives", "list the objectives with their papers and data"),
     "verify": Command("rlhf_lightning.verification.verify", "test that an objective, shipped or your own, is correct"),
 }
+LIKELY = {
+    **dict.fromkeys(("train", "finetune", "run"), "fit"),
+    **dict.fromkeys(("infer", "inference", "sample"), "generate"),
+    **dict.fromkeys(("doctor", "preprocess"), "audit"),
+    **dict.fromkeys(("web", "ui"), "annotate"),
+    "resume": "fit --resume RUN",
+    "eval": "evaluate",
+    "merge": "export --merge",
+    "convert": "export",
+    "vllm": "serve-vllm",
+    "list": "objectives",
+}
+"""Commands of other tools, and what they are here."""
+QUICK_HELP = (*TRAINING_COMMANDS, "plan", "loop")
+"""Commands whose help and wrong flags are answered from an index, since their parsers import torch."""
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 COMMAND_LINE_CODES = ("unknown-recipe", "no-class-to-set")
 """Codes of errors in the command line itself: the exit status is 2."""
@@ -120,20 +135,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, commands = arguments[0], {**TRAINING_COMMANDS, **TOOL_COMMANDS}
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
-        return _fail(f"there is no command {name!r}: {hint}", USAGE_ERROR)
+        return _fail(f"there is no command {name!r}: {_likely(name, commands)}", USAGE_ERROR)
     received: list[int] = []
     with terminable(received):
         status = _run(name, commands[name], arguments)
     return 128 + received[0] if received and status == 0 else status
 
 
+def _likely(name: str, commands: Collection[str]) -> str:
+    """Return a hint at the command that an unknown name probably means; it may be a recipe's, as in ``rlhf dpo``."""
+    recipe = name.lower().replace("-", "_")
+    if name not in LIKELY and recipe in importlib.import_module("rlhf_lightning.recipes").recipe_names():
+        return f"did you mean `rlhf fit --config recipe:{recipe}`?"
+    near = LIKELY.get(name) or "".join(difflib.get_close_matches(name, commands, n=1))
+    return f"did you mean {near}?" if near else f"the commands are {', '.join(commands)}"
+
+
 def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command and return its exit status; failures and signals become a sentence."""
     working_directory.install()
     try:
-        if name in TRAINING_COMMANDS:  # help and wrong flags, without importing torch
+        if name in QUICK_HELP:  # help and wrong flags, without importing torch
             found = importlib.import_module("rlhf_lightning.commands.flag_index").quick_answer(arguments)
             if found is not None:
                 print(found.text, file=sys.stderr if found.status else sys.stdout, flush=True)

@@ -40,6 +40,19 @@ def set_logged_step(trainer: Any, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def logged_batch(trainer: Any) -> Any:
+    """Return the batch whose step runs; ``self.log`` weighs a mean over an epoch by its size."""
+    return getattr(trainer._results, "batch", None)
+
+
+def call_before_zero_grad(trainer: Any, optimizer: Any) -> None:
+    """Call the hooks ``on_before_zero_grad``, which Lightning calls with automatic optimization alone."""
+    from lightning.pytorch.trainer import call
+
+    for hooks in (call._call_callback_hooks, call._call_lightning_module_hook):
+        hooks(trainer, "on_before_zero_grad", optimizer)
+
+
 def checkpoint_period(callback: Any) -> tuple[int, Any]:
     """Return ``every_n_train_steps`` (0 for never) and ``train_time_interval`` of a ModelCheckpoint."""
     return callback._every_n_train_steps, callback._train_time_interval

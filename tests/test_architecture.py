@@ -21,7 +21,9 @@ TOP_LEVEL = set(
 
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
-GROUND = set("errors atomic_files working_directory workers compat loading types micro_batches functional".split())
+GROUND = set(
+    "errors quiet atomic_files working_directory workers compat loading types micro_batches functional".split()
+)
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
 SCORING = SAMPLING | {"scoring"}
@@ -33,6 +35,7 @@ RUNS = MODULES | {"runs"}
 CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
 MAY_IMPORT = {
     "errors": set(),
+    "quiet": set(),
     "compat": {"errors"},
     "types": {"errors"},
     "atomic_files": set(),

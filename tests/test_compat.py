@@ -34,9 +34,14 @@ class Line(LightningModule):
         self.line = torch.nn.Linear(1, 1)
         self.seen: list[Any] = []
 
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.zeroed = optimizer
+
     def training_step(self, batch: Any, index: int) -> None:
         optimizer: Any = self.optimizers()
+        compat.call_before_zero_grad(self.trainer, optimizer)
         optimizer.zero_grad()
+        assert compat.logged_batch(self.trainer) is batch, "the trainer's results no longer hold the batch"
         self.manual_backward(self.line(batch).sum())
         optimizer.step()
 
@@ -64,6 +69,11 @@ def fitted(tmp_path: Any) -> Line:
 def test_lightning_attaches_its_trainer_to_a_module(fitted: Line) -> None:
     assert compat.attached_trainer(Line()) is None, "LightningModule._trainer is no longer None before a fit"
     assert compat.attached_trainer(fitted) is fitted.trainer, "LightningModule._trainer is no longer the trainer"
+
+
+def test_lightning_calls_hooks_by_their_name(fitted: Line) -> None:
+    assert fitted.zeroed.optimizer is not None, "on_before_zero_grad was not called"
+    assert compat.logged_batch(fitted.trainer) is None, "the trainer's results hold a batch after the fit"
 
 
 def test_lightning_gives_a_trainer_no_datamodule_until_it_has_one(fitted: Line) -> None:

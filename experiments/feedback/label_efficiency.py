@@ -23,7 +23,6 @@ import torch
 from scipy import stats
 
 from rlhf_lightning.commands.generate import SamplingArguments
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.data.feedback.database import items_of
 from rlhf_lightning.evaluation.policies import ScoredSamples, sample_and_score
 from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown
@@ -40,6 +39,7 @@ from rlhf_lightning.people.loop_steps import (
 )
 from rlhf_lightning.people.selectors import load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore
+from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import load_scorer
 from rlhf_lightning.worlds.assistant import gold_of_conversation

@@ -147,8 +147,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from rlhf_lightning.commands import train
     from rlhf_lightning.commands.quickstart import fresh_folder
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.models.resolving import resolve_folder
+    from rlhf_lightning.quiet import silence_libraries
 
     silence_libraries()
     out, seed = fresh_folder(arguments.out), arguments.seed

@@ -109,11 +109,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import real_report
 
     from rlhf_lightning.commands.quickstart import fresh_folder
-    from rlhf_lightning.commands.quiet import silence_libraries
     from rlhf_lightning.evaluation.policies import sample_and_score
     from rlhf_lightning.loading import cache_folder
     from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.models.roles import load_policy, load_reference
+    from rlhf_lightning.quiet import silence_libraries
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.tokenization import load_tokenizer
 

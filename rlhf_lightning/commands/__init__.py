@@ -6,7 +6,7 @@ import sys
 import types
 from typing import Any
 
-from rlhf_lightning.commands.quiet import silence_log_messages
+from rlhf_lightning.quiet import silence_log_messages
 
 
 class _Deferred(types.ModuleType):

@@ -20,6 +20,7 @@ import yaml
 from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
 from rlhf_lightning.errors import printable
 from rlhf_lightning.loading import nearest
+from rlhf_lightning.recipes import recipe_names
 
 INDEX = Path(__file__).with_name("flag_index.json")
 PARTS = ("model", "data")
@@ -30,46 +31,10 @@ GROUPS = frozenset(
 REFUSED = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
 """Trainer flags that the modules refuse; help does not list them."""
 
-PAGE = """\
-usage: rlhf {command} [--config FILE.yaml|recipe:NAME ...] [--model CLASS] [--data CLASS] [--GROUP.SETTING VALUE ...]
+ROOMS = ("modules", "data", "training", "runs", "people", "planning")
+"""Packages whose files define settings."""
 
-examples:
-  rlhf fit --config recipe:sft --model.init_from MODEL --data.source demonstrations.jsonl
-  rlhf fit --config recipe:dpo --model.init_from runs/sft/version_0/model --data.source pairs.jsonl
-  rlhf fit --config recipe:ppo --model.init_from runs/sft/version_0/model --model.scorer runs/reward/version_0/model \\
-    --data.source prompts.jsonl
-  rlhf fit --model my_file.MyObjective --data PreferenceDataModule --data.source pairs.jsonl --model.init_from MODEL
-  rlhf fit --resume runs/dpo
-
-frequent settings:
-  --config FILE|recipe:NAME          settings as YAML; later files and flags override earlier files
-  --model CLASS                      the objective: SFTModule, RewardModule, DPOModule, PPOModule, GRPOModule, your own
-  --model.init_from MODEL            folder, adapter folder, .gguf file or Hub id of the model to start from
-  --model.learning_rate VALUE        peak learning rate
-  --model.lora.r RANK                train a LoRA adapter instead of all weights
-  --data CLASS                       SFTDataModule, PreferenceDataModule, PromptDataModule, UnpairedDataModule ...
-  --data.source DATA                 .jsonl, .json, .parquet, .csv file, feedback store or Hub dataset
-  --data.eval_rows N                 rows held out for validation; --data.eval_source takes them from another source
-  --data.batch_size N                rows of one optimizer step over all devices
-  --data.micro_batch_size N          rows of one forward pass on a device; lower it if memory runs out
-  --data.max_length N                longest prompt and completion in tokens
-  --trainer.max_epochs N             epochs (default 1)
-  --trainer.precision bf16-mixed     compute in bfloat16
-  --trainer.devices N                number of devices; --config recipe:hardware/fsdp shards the model over them
-  --run_name NAME                    name of the folder below runs/
-  --resume RUN                       continue a run from its last checkpoint
-  --seed_everything N                seed of weights, data order and sampling (default 0)
-
-more help:
-  rlhf {command} --model.help CLASS        equation, paper and all settings of an objective
-  rlhf {command} --data.help CLASS         all settings of a DataModule
-  rlhf {command} --model CLASS --help      settings of the classes that flags and config files choose
-  rlhf {command} --help GROUP              trainer, checkpoint, samples, export or predictions
-  rlhf {command} --help all                every option, from the parser itself
-  rlhf objectives                     the objectives with their papers and data
-  rlhf plan ...                       memory and compute of a run, from the same flags
-"""
-
+PAGES = Path(__file__).with_name("help_pages.yaml")
 FOREIGN_NAMES = Path(__file__).with_name("foreign_names.yaml")
 
 
@@ -103,7 +68,7 @@ def is_stale() -> bool:
 
 def _sources() -> list[Path]:
     """Return the files that define settings."""
-    return [file for room in ("modules", "data", "training", "runs") for file in INDEX.parents[1].glob(f"{room}/*.py")]
+    return [file for room in ROOMS for file in INDEX.parents[1].glob(f"{room}/*.py")]
 
 
 @lru_cache(maxsize=1)
@@ -160,7 +125,11 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | Non
 
 
 def quick_answer(argv: Sequence[str]) -> Answered | None:
-    """Return the answer to a training command line for help, or with a wrong flag; None if the command must run."""
+    """Return the answer to a command line for help, or with a wrong flag; None if the command must run.
+
+    Args:
+        argv: the command line of a training command, of `rlhf plan` or of `rlhf loop`, which starts with its name.
+    """
     command, rest = argv[0], with_underscores(argv[1:])
     pairs = option_pairs(rest)
     options = dict(reversed(pairs))
@@ -172,14 +141,73 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
     asked = options.get("--help", options.get("-h"))
     if asked is not None:
         return help_answer(command, asked, chosen)
-    sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_form(*pair) for pair in pairs)]
-    sentences += [wrong_form(argument, "") for argument in rest] + [wrong_option(name, chosen) for name, _ in pairs]
+    if command == "loop":
+        sentences = [wrong_tool_option(command, name) for name, _ in pairs]
+    else:
+        sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_form(*pair) for pair in pairs)]
+        sentences += [wrong_form(argument, "") for argument in rest] + [stray_value(command, argv[1:])]
+        sentences += [wrong_option(name, chosen) for name, _ in pairs if name[2:] not in names_of_tool(command)]
     wrong = next(filter(None, sentences), None)
-    if not rest:
+    if not rest and command != "loop":
         wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
     elif wrong is None or is_stale():
         return None
     return Answered(2, f"rlhf {command}: {printable(wrong)}\n`rlhf {command} --help` lists the options.")
+
+
+def names_of_tool(command: str) -> set[str]:
+    """Return the options that a tool has besides those of a run."""
+    return {one.name for one in settings_of(index()["tools"].get(command, {}).get("settings", ()))}
+
+
+def wrong_tool_option(command: str, option: str) -> str | None:
+    """Return what is wrong with an option of a tool that reads no settings of a run."""
+    name, known = option.lstrip("-"), names_of_tool(command) | {"config", "help", "print_config"}
+    if name.endswith("help") or any(name == one or name.startswith(f"{one}.") for one in known):
+        return None
+    hint = suggestion(name, known)
+    return f"there is no setting {option}" + (f"; {hint}" if hint else "")
+
+
+def stray_value(command: str, argv: Sequence[str]) -> str | None:
+    """Return what is wrong with a value that follows no option, and how it is probably meant."""
+    expected, option, before = command in ("validate", "test", "predict"), "", ""  # the run that is evaluated
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            expected, option, before = not equals, name, value
+        elif expected:
+            expected, before = False, argument
+        elif equals and name.lstrip("+~").replace(".", "").isidentifier():
+            return f"unexpected argument {argument!r}: a setting is written --{name.lstrip('+~')}={value}"
+        elif takes_list(option):
+            return f"unexpected argument {argument!r}: a list is written {option} '[{before}, {argument}]'"
+        else:
+            return f"unexpected argument {argument!r}: a value follows an option, such as {option_for(argument)}"
+    return None
+
+
+def takes_list(option: str) -> bool:
+    """Whether an option of a run or of a shipped class can be a list."""
+    name = option.lstrip("-")
+    part, _, inside = name.partition(".")
+    name = inside if part in PARTS else name
+    return any(row[0] == name and "list" in row[1] for row in index()["settings"])
+
+
+def option_for(value: str) -> str:
+    """Return an option with a value that was given without one."""
+    for part in PARTS:
+        if class_entry(part, value) is not None:
+            return f"--{part} {value}"
+    if value in recipe_names():
+        return f"--config recipe:{value}"
+    path = Path(value)
+    if any(path.glob("version_*")) or (path / "manifest.json").is_file():
+        return f"--resume {value}"
+    if is_data_file(value):
+        return f"--data.source {value}"
+    return f"--model.init_from {value}" if path.is_dir() else f"--config {value}"
 
 
 def chosen_class(argv: Sequence[str], part: str) -> str:
@@ -211,14 +239,18 @@ def misplaced(part: str, name: str) -> str | None:
     """Return where a model or a file goes that was given as a class."""
     if Path(name).suffix in (".yaml", ".yml"):  # the settings of a class
         return None
-    names_file = Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
     if part == "model" and name and ("/" in name or os.path.isdir(name)):
         return (
             f"--model takes an objective, such as DPOModule; the model to start from goes to --model.init_from {name}"
         )
-    if part == "data" and (names_file or "/" in name):
+    if part == "data" and (is_data_file(name) or "/" in name):
         return f"--data takes a DataModule, such as PreferenceDataModule; the data go to --data.source {name}"
     return None
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name is that of a file of rows."""
+    return Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
 
 def wrong_form(argument: str, value: str) -> str | None:
@@ -271,7 +303,15 @@ def help_answer(command: str, asked: str, chosen: dict[str, str]) -> Answered | 
     if any(entry is None for entry in entries.values()):
         return None
     pages = [class_page(part, chosen[part], entry, brief=True) for part, entry in entries.items() if entry is not None]
-    return Answered(0, "\n\n".join(pages) or PAGE.format(command=command).rstrip())
+    return Answered(0, "\n\n".join(pages) or command_page(command))
+
+
+def command_page(command: str) -> str:
+    """Return the page of ``rlhf COMMAND --help``."""
+    pages: dict[str, str] = yaml.safe_load(PAGES.read_text(encoding="utf-8"))
+    entry = index()["tools"].get(command, {"doc": "", "settings": ()})
+    page = pages.get(command, pages["run"])
+    return page.format(command=command, about=entry["doc"], settings=lines_of(settings_of(entry["settings"])))
 
 
 def class_page(part: str, name: str, entry: dict[str, Any], brief: bool = False) -> str:

@@ -179,6 +179,7 @@ def build_index() -> str:
             parser = PlainParser(exit_on_error=False)
             parser.add_class_arguments(kind, fail_untyped=False)
             found[part][kind.__name__]["settings"] = numbered(parser)
+    tools = {name: {"doc": doc, "settings": numbered(parser)} for name, (doc, parser) in tool_parsers().items()}
     rows = ",\n".join(dumps(row, ensure_ascii=False) for row in numbers)
     parts = ",\n".join(
         f'"{part}": {{\n' + ",\n".join(f"{dumps(name)}: {dumps(entry, ensure_ascii=False)}"
@@ -190,7 +191,19 @@ def build_index() -> str:
         "AlignmentDataModule",
     }
     bases = dumps(sorted(named - found["model"].keys()))
-    return f'{{"settings": [\n{rows}\n],\n"run": {dumps(found["run"])},\n"bases": {bases},\n{parts}\n}}\n'
+    further = f'"run": {dumps(found["run"])},\n"bases": {bases},\n"tools": {dumps(tools)}'
+    return f'{{"settings": [\n{rows}\n],\n{further},\n{parts}\n}}\n'
+
+
+def tool_parsers() -> dict[str, tuple[str, Any]]:
+    """Return description and parser of the tools whose help the index holds; of `rlhf plan` its own options alone."""
+    from rlhf_lightning.commands.parsing import PlainParser
+    from rlhf_lightning.people.loop import loop_parser
+    from rlhf_lightning.planning.plan import add_plan_options
+
+    plan, loop = PlainParser(), loop_parser()
+    add_plan_options(plan)
+    return {"plan": ("", plan), "loop": (str(loop.description), loop)}
 
 
 def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:

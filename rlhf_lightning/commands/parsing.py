@@ -17,9 +17,9 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.errors import SettingError, printable
 from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, shipped_classes
+from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
 # The module makes scorers from class_path and init_args, and checkpoints store these; the parser must not.

@@ -21,11 +21,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flags import flags, with_underscores
 from rlhf_lightning.commands.parsing import usage_error
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train_settings import SettingsCLI, announce
 from rlhf_lightning.compat import setting_of
 from rlhf_lightning.errors import MissingError, RlhfError
 from rlhf_lightning.loading import import_path, read_config
+from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.runs import RankWatch, RunFolder, RunHparams, RunManifest, RunProgress, RunRecords, SkippedUpdates
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import as_plain, check_contents, inside_run, refuse_misfit

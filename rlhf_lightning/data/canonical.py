@@ -49,6 +49,7 @@ REASONS = {
     "turns_do_not_alternate": "a transcript's turns do not alternate",
     "inline_role_marker": "a transcript's turn holds another role marker",
     "identical_completions": "chosen equals rejected",
+    "identical_after_truncation": "truncation makes chosen and rejected equal; raise max_length",
     "bad_label": "the label is none of true, false, 1, 0 and -1",
     "bad_vote": "a vote on two completions is none of 1, 2, 0 and tie",
     "bad_step_labels": "the labels are not one number between 0 and 1, or null, for each step",

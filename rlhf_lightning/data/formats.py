@@ -107,11 +107,16 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
         if match := known or difflib.get_close_matches(name, missing, n=1, cutoff=0.8):
             near[name] = match[0]
     hint = "".join(f" Did you mean {wanted!r} by {column!r}?" for column, wanted in near.items())
+    holds = (name for name, kind in KINDS.items() if any(set(form) <= set(found) for form in kind.forms))
+    example = "question: prompt"
+    if not near and (kind := next(holds, None)):
+        hint = f" They are those of {'SFT' if kind == 'sft' else kind.capitalize()}DataModule."
+        example = "chosen: completion" if ("prompt", "completion") in forms and "chosen" in found else example
     accepted = "; ".join(" + ".join(form) for form in forms)
     return DataError(
         "no-accepted-form",
         f"{where} has the columns {', '.join(map(repr, found)) or 'none'}, and none of the accepted forms: {accepted}."
-        f"{hint} Rename columns with the argument columns, e.g. columns: {{question: prompt}}.",
+        f"{hint} Rename columns with the argument columns, e.g. columns: {{{example}}}.",
     )
 
 

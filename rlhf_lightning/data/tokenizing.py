@@ -337,7 +337,8 @@ class Encoder:
         if any(not any(flags) for flags in supervised):
             raise RowRefused("nothing_supervised")
         if len(completions) > 1 and all(ids == completions[0] for ids in completions):
-            raise RowRefused("identical_completions")
+            written = all(ids == full[0] for ids in full)
+            raise RowRefused("identical_completions" if written else "identical_after_truncation")
         cuts = {"prompt"} if len(cut) < len(prompt) else set()
         cuts |= {"completion"} if any(len(a) < len(b) for a, b in zip(completions, full, strict=True)) else set()
         one = EncodedRow(

@@ -17,7 +17,6 @@ from jsonargparse import ActionConfigFile
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.parsing import PlainParser
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.errors import DataError, SettingError, StateError, check_range
 from rlhf_lightning.people.handing_out import Policy
 from rlhf_lightning.people.labeller import Labeller
@@ -36,6 +35,7 @@ from rlhf_lightning.people.loop_steps import (
 )
 from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
+from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.runs.run import checked_run_name
 from rlhf_lightning.sampling.engines import SamplingSettings
@@ -316,13 +316,19 @@ class Loop:
         print(f"\n{write_report(self.folder, self.settings.name, [start, *figures])}\n\nreport: {self.folder / REPORT}")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run ``rlhf loop``."""
+def loop_parser() -> PlainParser:
+    """Return the parser of `rlhf loop`."""
     doc = docstring_parser.parse(inspect.getdoc(LoopSettings) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
     parser = PlainParser(prog="rlhf loop", description=description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings; flags win over it")
     parser.add_class_arguments(LoopSettings, as_group=False)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``rlhf loop``."""
+    parser = loop_parser()
     given = parser.parse_args(with_underscores(argv))
     made = parser.instantiate(given).as_dict()
     plain, made = ({name: value for name, value in one.items() if name != "config"} for one in (given.as_dict(), made))

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train_settings import SettingsCLI
 from rlhf_lightning.loading import flat_settings, read_config
 from rlhf_lightning.models.lora import LoraSettings
@@ -22,6 +22,7 @@ from rlhf_lightning.planning.estimate import Plan, Rates, measured_rates, most_t
 from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Setup, micro_batch
 from rlhf_lightning.planning.setup_from_config import A_MODEL, setup_of
+from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.training.module import AlignmentModule
 
 FITS, DOES_NOT_FIT = 0, 1
@@ -55,10 +56,15 @@ class PlanCLI(SettingsCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of `rlhf plan`."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--memory", type=float | None, default=None, help="memory of each device in GB")
-        parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
-        parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
-        parser.add_class_arguments(Assumed, "plan")
+        add_plan_options(parser)
+
+
+def add_plan_options(parser: ArgumentParser) -> None:
+    """Add the options that `rlhf fit` lacks."""
+    parser.add_argument("--memory", type=float | None, default=None, help="memory of each device in GB")
+    parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
+    parser.add_class_arguments(Assumed, "plan")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,7 +28,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.compat import attached_datamodule, attached_trainer, set_logged_step
+from rlhf_lightning.compat import (
+    attached_datamodule,
+    attached_trainer,
+    call_before_zero_grad,
+    logged_batch,
+    set_logged_step,
+)
 from rlhf_lightning.errors import ContractError, SettingError, StateError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.loading import check_ranges
@@ -45,6 +51,7 @@ from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_o
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.quiet import silence_log_messages
 from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
@@ -54,6 +61,8 @@ from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
+
+silence_log_messages()
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
 """Callbacks that look at the weights in their ``setup``, before they are loaded."""
@@ -690,6 +699,7 @@ class AlignmentModule(LightningModule):
             DivergenceError: ``max_skipped_updates`` consecutive updates were skipped.
         """
         optimizer: Any = self.optimizers()
+        call_before_zero_grad(self.trainer, optimizer.optimizer)
         optimizer.zero_grad()
         # Strategies average gradients over data-parallel ranks; the factor makes the average a sum.
         scale = data_ranks(self)[1] / max(count, 1)
@@ -747,6 +757,14 @@ class AlignmentModule(LightningModule):
             self._log_over_work(metrics)
         loss = {"loss": torch.tensor(metrics["train/loss"])} if "train/loss" in metrics else {}
         return {**loss, **{name: torch.tensor(value) for name, value in metrics.items()}}
+
+    def log(self, *args: Any, **settings: Any) -> None:
+        """Log a value as Lightning does; a mean over an epoch weighs each step by its rows."""
+        trainer = attached_trainer(self)
+        step = None if trainer is None else logged_batch(trainer)
+        if settings.get("batch_size") is None and isinstance(step, Step):
+            settings["batch_size"] = step.rows
+        super().log(*args, **settings)
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""

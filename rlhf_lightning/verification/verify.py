@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         return COULD_NOT_RUN
     from transformers.utils import logging as transformers_logging
 
-    from rlhf_lightning.commands.quiet import silence_libraries
+    from rlhf_lightning.quiet import silence_libraries
     from rlhf_lightning.verification.contract import Verification, verify
 
     silence_libraries()

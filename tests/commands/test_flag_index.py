@@ -82,6 +82,7 @@ def test_a_wrong_flag_is_answered_from_the_index(flags, sentence):
         "--trainer.callbacks+ x --trainer.logger CSVLogger --print_config --model.class_path DPOModule",
         "--model AlignmentModule --model.init_from x -c nothing.yaml --resume runs/x --ckpt_path y --seed_everything 1",
         "--model.scorer.help x",
+        "--model.lora.targets [a,b] --model.beta=1 --trainer.fast_dev_run --seed_everything 1 --print_config",
     ],
 )
 def test_right_flags_and_own_classes_go_on_to_the_parser(flags):
@@ -106,6 +107,15 @@ def test_help_is_one_page_and_lists_no_refused_flag(capsys):
     assert not [name for name in flag_index.REFUSED if name in shown] and ":class:" not in shown
 
 
+@pytest.mark.parametrize(("command", "option"), [("plan", "memory"), ("loop", "rounds")])
+def test_tools_whose_parsers_import_torch_have_a_page_too(command, option, capsys):
+    assert cli.main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: rlhf {command} ") and f"--{option} " in page
+    assert len(page.splitlines()) <= 100 and max(map(len, page.splitlines())) <= 120
+    assert quick_answer([command, "--config", "recipe:labels/loop", f"--{option}", "8"]) is None
+
+
 def test_help_of_classes_shows_paper_and_arguments(capsys):
     Path("mine.yaml").write_text("model: {class_path: DPOModule}\ndata: {class_path: PreferenceDataModule}\n")
     assert cli.main(["fit", "--config", "mine.yaml", "--help"]) == 0
@@ -120,6 +130,7 @@ def test_help_imports_no_parser_and_no_torch(tmp_path):
     code = (
         "import sys; from rlhf_lightning.cli import main\n"
         "for argv in (['fit', '--help'], ['fit', '--lr', '1'], ['fit', '--model', 'DPOModule', '--help']): main(argv)\n"
+        "for argv in (['plan', '--help'], ['loop', '--help'], ['loop', '--runds', '1'], ['sft']): main(argv)\n"
         "try: main(['quickstart', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules)))\n"
         "main(['objectives'])\n"

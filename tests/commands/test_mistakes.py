@@ -42,7 +42,9 @@ BEST = "best-of-n --model POLICY --scorer scorers.texts --prompts prompts.jsonl 
 
 MISTAKES = {
     # the command line
-    "a command of another name": ("train --config recipe:dpo", "the commands are fit"),
+    "a command of another name": ("train --config recipe:dpo", "did you mean fit?"),
+    "a recipe as a command": ("dpo --data.source pairs.jsonl", "rlhf fit --config recipe:dpo"),
+    "a command that is nothing": ("xyzzy", "the commands are fit"),
     "a file that is not there": ("fit --config dpo.yml", "dpo.yml"),
     "a recipe as a file": ("fit --config recipes/dpo.yaml", "recipe:dpo is packaged"),
     "a recipe of another name": ("fit --config recipe:dop", "did you mean dpo"),
@@ -59,7 +61,15 @@ MISTAKES = {
     "a misspelt setting": (f"{DPO} --model.beat 0.1", "the nearest is --model.beta"),
     "a setting of another part": (f"{DPO} --model.batch_size 8", "--data.batch_size"),
     "a setting of another objective": (f"{DPO} --model.kl_coef 0.1", "is not an argument of DPOModule"),
-    "a value without its option": ("fit recipe:dpo", "a value follows an option"),
+    "a recipe without its option": ("fit recipe:dpo", "such as --config recipe:dpo"),
+    "an objective without its option": ("fit DPOModule", "such as --model DPOModule"),
+    "a file without its option": (f"{DPO} more.jsonl --seed_everything 1", "such as --data.source more.jsonl"),
+    "settings as equations": (f"{DPO} model.beta=0.2", "written --model.beta=0.2"),
+    "files that the shell spelt out": (
+        f"{DPO} --data.source pairs.jsonl chats.jsonl", "--data.source '[pairs.jsonl, chats.jsonl]'",
+    ),
+    "a misspelt option of plan": ("plan --config recipe:dpo --memry 80", "the nearest is --memory"),
+    "a misspelt setting of a loop": ("loop --config recipe:labels/loop --runds 1", "the nearest is --rounds"),
     "no model at all": ("fit", "missing: --model CLASS and --data CLASS"),
     "no scorer": (GRPO, "GRPOModule needs --model.scorer"),
     "a text as a number": (f"{DPO} --model.beta high", "model.beta must be a number, not high"),
@@ -110,6 +120,7 @@ MISTAKES = {
     "a line that is not JSON": (f"{DPO} --data.source broken.jsonl", "broken.jsonl"),
     "columns of other names": (f"{DPO} --data.source nameless.jsonl", "columns"),
     "demonstrations for DPO": (f"{DPO} --data.source answers.jsonl", "answers.jsonl"),
+    "pairs for SFT": (f"{SFT} --data.source pairs.jsonl", "those of PreferenceDataModule"),
     "pairs that are alike": (f"{DPO} --data.source alike.jsonl", "alike"),
     "messages without a template": (f"{DPO.replace('POLICY', 'PLAIN')} --data.source chats.jsonl", "chat template"),
     "a template file that is not there": (f"{DPO} --model.chat_template mine.jinja", "mine.jinja"),

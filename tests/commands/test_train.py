@@ -17,11 +17,11 @@ from lightning.pytorch import Trainer
 from tiny_run import BASIC, UPDATES, events_of, rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.quiet import silence_libraries
 from rlhf_lightning.commands.train import main, run
 from rlhf_lightning.data import SFTDataModule
 from rlhf_lightning.loading import import_path
 from rlhf_lightning.modules import SFTModule
+from rlhf_lightning.quiet import silence_libraries
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_both_sides_share_the_truncated_prompt(ready, write_rows):
 def test_pairs_that_truncation_makes_equal_are_dropped(ready, write_rows):
     rows = [{"prompt": "uv", "chosen": "s" * 20, "rejected": "s" * 30}, *PAIRS]
     data = ready(PreferenceDataModule(write_rows(rows), max_length=8))
-    assert data.report.dropped == {"identical_completions": 1} and data.report.kept == 2
+    assert data.report.dropped == {"identical_after_truncation": 1} and data.report.kept == 2
 
 
 def test_equal_pairs_alone_are_an_error(ready, write_rows):

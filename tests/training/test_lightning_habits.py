@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -465,6 +466,41 @@ def test_a_callback_sees_the_backward_pass_and_stops_the_run(policy_folder: str)
             trainer.should_stop = True
 
     assert fit(policy_folder, [Look()], max_epochs=4).updates == 1 and seen == ["before", "after"]
+
+
+def test_hooks_see_each_zeroing_of_the_gradients(policy_folder: str) -> None:
+    seen: list[Any] = []
+
+    class Look(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append(type(optimizer))
+
+    class Mine(SFTModule):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            seen.append("module")
+
+    fit(policy_folder, [Look()], module=Mine(init_from=policy_folder, self_check=False))
+    assert seen == [torch.optim.AdamW, "module"] * 3
+
+
+def test_a_mean_over_validation_weighs_steps_by_their_rows(
+    policy_folder: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Mine(SFTModule):
+        def validation_step(self, step: Any, batch_idx: int) -> None:
+            super().validation_step(step, batch_idx)
+            self.log("mine", float(step.rows))
+
+    trainer = quiet_trainer()
+    trainer.fit(Mine(init_from=policy_folder, self_check=False), rows(eval_batch_size=4))
+    assert float(trainer.callback_metrics["mine"]) == pytest.approx((4 * 4 + 2 * 2) / 6)
+    assert not [one for one in recwarn if "ambiguous" in str(one.message)]
+
+
+@pytest.mark.parametrize("text", ["💡 Tip: For seamless cloud logging", "GPU available: False, used: False"])
+def test_advertisements_are_silent_in_scripts_too(text: str) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    assert not logger.filter(logging.LogRecord("x", logging.INFO, "f", 1, text, None, None))
 
 
 # -- before and without a Trainer --------------------------------------------------------------------------------------

@@ -8,19 +8,22 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
+
+NOISE = ("💡 Tip:", "GPU available:", "TPU available:", "HPU available:")
+"""Advertisements for hosted services; the device is in the manifest."""
 
 SILENCED_MESSAGES = {
-    "lightning.pytorch.utilities.rank_zero": (
-        "💡 Tip:",  # advertisements for hosted services
-        "GPU available:",  # the device is in the manifest
-        "TPU available:",
-        "HPU available:",
-        "`Trainer.fit` stopped:",  # printed at the normal end of every run
-    ),
-    "lightning.fabric.utilities.rank_zero": ("GPU available:", "TPU available:"),
+    "lightning.pytorch.utilities.rank_zero": NOISE,
+    "lightning.fabric.utilities.rank_zero": NOISE,
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # kernels that training cannot use
+}
+
+MESSAGES_OF_COMMANDS = {
+    "lightning.pytorch.utilities.rank_zero": ("`Trainer.fit` stopped:",),  # printed at the normal end of every run
     "lightning.fabric.utilities.seed": ("Seed set to",),  # the seed is in config.yaml and in the manifest
 }
+"""Messages that say something in a script, and nothing new in a command."""
 
 SILENCED_WARNINGS = (
     # The loaders read token ids from memory: worker processes would only add start-up time.
@@ -45,23 +48,24 @@ SILENCED_WARNINGS = (
 class _Silence(logging.Filter):
     """Drop messages that contain one of the texts."""
 
-    def __init__(self, texts: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.texts = texts
+        self.texts: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return not any(text in message for text in self.texts)
 
 
-def silence_log_messages() -> None:
+def silence_log_messages(messages: Mapping[str, Sequence[str]] = SILENCED_MESSAGES) -> None:
     """Silence log messages; call it before the libraries are imported, since some messages come then."""
     if os.environ.get("RLHF_DEBUG"):
         return
-    for name, texts in SILENCED_MESSAGES.items():
+    for name, texts in messages.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(present, _Silence) for present in logger.filters):
-            logger.addFilter(_Silence(texts))
+        found = next((present for present in logger.filters if isinstance(present, _Silence)), _Silence())
+        found.texts.update(texts)
+        logger.addFilter(found)  # a filter that is there is not added again
 
 
 def silence_libraries() -> None:
@@ -71,6 +75,7 @@ def silence_libraries() -> None:
     if os.environ.get("RLHF_DEBUG"):
         return
     silence_log_messages()
+    silence_log_messages(MESSAGES_OF_COMMANDS)
     for message in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _silence_transformers()
