@@ -193,7 +193,7 @@ class RunComparison:
     @property
     def prefix(self) -> str:
         """What the tags of this x-axis begin with."""
-        return "" if self.axis == "updates" else f"by_{self.axis}/"
+        return "" if self.axis == "updates" else f"vs_{self.axis}/"
 
     @staticmethod
     def _varies(arm: Mapping[int, FinishedRun], name: str) -> bool:

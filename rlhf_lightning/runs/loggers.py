@@ -28,15 +28,18 @@ PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_l
 """Arguments that set a logger's folder and run name; null derives them from the run folder."""
 
 COMPARED = {
-    "compare": {
-        name: ["Multiline", [rf"(val|rollout)/{pattern}$"]]
-        for name, pattern in {
-            "reward accuracy": "(reward_)?accuracy", "margin": "(reward|score)_margin", "score": "score", "KL": "kl",
-            "length": "(length|completion_length)", "EOS rate": "eos_rate",
-        }.items()
-    }
+    "reward accuracy": "(reward_)?accuracy", "margin": "(reward|score)_margin", "score": "score", "KL": "kl",
+    "length": "(length|completion_length)", "EOS rate": "eos_rate",
 }  # fmt: skip
-"""Charts of TensorBoard's custom scalars: metrics that compare across objectives."""
+"""Metrics that compare across objectives, as patterns of their names."""
+
+CHARTS = {
+    f"compare{over}": {
+        name: ["Multiline", [rf"{prefix}(val|rollout)/{pattern}$"]] for name, pattern in COMPARED.items()
+    }
+    for over, prefix in (("", ""), (" over episodes", "vs_episodes/"), (" over tokens", "vs_tokens/"))
+}
+"""Groups of TensorBoard's custom scalars: `COMPARED` over each x-axis."""
 
 HEADLINES = ("val/loss", "val/accuracy", "val/reward_accuracy", "val/score", "val/kl", "rollout/score", "rollout/kl")
 """Metrics of the HPARAMS tab after a module's own: the tab takes its columns from one run for all of them."""
@@ -246,7 +249,8 @@ class RunHparams(Callback):
         """Pin the curves that compare objectives; those that a resumed run continues are pinned already."""
         for logger in trainer.loggers if trainer.is_global_zero and not trainer.global_step else []:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(COMPARED)
+                own = {"losses": {name: ["Multiline", [f"loss/{name}$"]] for name in [type(pl_module).__name__]}}
+                logger.experiment.add_custom_scalars(CHARTS | own)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings and the names of the metrics."""

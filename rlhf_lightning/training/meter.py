@@ -154,13 +154,12 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
             logger.log_metrics(metrics, step=step)
 
 
-def log_over(loggers: Iterable[Logger], axis: str, metrics: dict[str, float], position: int) -> None:
-    """Log metrics to TensorBoard over another x-axis than updates, under ``by_<axis>/``.
+def log_to_tensorboard(loggers: Iterable[Logger], metrics: dict[str, float], position: int) -> None:
+    """Log metrics to TensorBoard alone, which has one x-axis per tag and puts equal tags of all runs into one chart.
 
-    TensorBoard has one x-axis per tag. Other loggers have the axis as ``progress/<axis>`` in each row.
+    Other loggers have the further axes as ``progress/<axis>`` in each row.
     """
-    views = [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
-    log_scalars(views, {f"by_{axis}/{name}": value for name, value in metrics.items()}, position)
+    log_scalars([logger for logger in loggers if isinstance(logger, TensorBoardLogger)], metrics, position)
 
 
 @rank_zero_only

@@ -59,7 +59,7 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimization, trainer_checks
 from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
-from rlhf_lightning.training.meter import Meter, TokenClock, log_over, log_scalars, peak_flops
+from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
 
 silence_log_messages()
@@ -755,6 +755,8 @@ class AlignmentModule(LightningModule):
         if self.steps % max(every, 1) == 0:
             log_scalars(self.loggers, metrics | self.performance(), self.updates)
             self._log_over_work(metrics)
+            if "train/loss" in metrics:  # losses of different objectives would flatten each other in one chart
+                log_to_tensorboard(self.loggers, {f"loss/{type(self).__name__}": metrics["train/loss"]}, self.updates)
         loss = {"loss": torch.tensor(metrics["train/loss"])} if "train/loss" in metrics else {}
         return {**loss, **{name: torch.tensor(value) for name, value in metrics.items()}}
 
@@ -778,7 +780,7 @@ class AlignmentModule(LightningModule):
         """Log the headline metrics over episodes and tokens too, to compare objectives with different updates."""
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
-            log_over(self.loggers, axis, headline, position)
+            log_to_tensorboard(self.loggers, {f"vs_{axis}/{name}": headline[name] for name in headline}, position)
 
     def performance(self) -> dict[str, float]:
         """Return the speed since the last call as metrics; they reach the loggers alone, since no two runs agree."""

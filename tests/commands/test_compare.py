@@ -30,7 +30,7 @@ def write_run(folder: Path, beta: float, seed: int, status: str = "finished", lr
         writer.add_scalar("val/score", (10 * beta + seed) * step / 10, step)
         writer.add_scalar("rollout/score", step, step)
         writer.add_scalar("rollout/kl", step * beta, step)
-        writer.add_scalar("by_tokens/val/score", float(step), step * 100)
+        writer.add_scalar("vs_tokens/val/score", float(step), step * 100)
     writer.close()
     return folder
 

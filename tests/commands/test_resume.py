@@ -89,7 +89,7 @@ def assert_same(whole: Path, resumed: Path) -> None:
         [tag for tag in events_of(run).Tags()["scalars"] if not tag.startswith("perf/")]  # which tell the time
         for run in (whole, resumed)
     )
-    assert one == other and "by_tokens/train/loss" in one
+    assert one == other and "vs_tokens/train/loss" in one
     for tag in one:
         assert scalars_of(whole, tag) == scalars_of(resumed, tag), tag
     assert (whole / "samples.jsonl").read_bytes() == (resumed / "samples.jsonl").read_bytes()
@@ -183,7 +183,7 @@ def test_an_earlier_checkpoint_gives_up_the_later_ones() -> None:
     again = run(["fit", "--resume", str(first), "--ckpt_path", earlier, "--trainer.max_steps", "5"])
     names = sorted(path.name for path in (first / "checkpoints").glob("update*"))
     assert names == [f"update_00000{n}.ckpt" for n in range(1, 6)] and again.model.updates == 5
-    assert [step for step, _ in scalars_of(first, "by_episodes/train/loss")] == [6]
+    assert [step for step, _ in scalars_of(first, "vs_episodes/train/loss")] == [6]
     assert (first / "checkpoints" / "last.ckpt").samefile(first / "checkpoints" / "update_000005.ckpt")
 
 

@@ -123,8 +123,8 @@ def test_the_step_of_every_logger_counts_updates_and_the_other_axes_are_columns(
     assert column(cli.folder / "metrics.csv", "progress/tokens") == [(3 * n, 2.0 * n) for n in range(1, UPDATES + 1)]
     memory = cli.trainer.loggers[2]
     assert memory.steps == sorted(memory.steps)
-    assert not [name for name in memory.names if name.startswith("by_")]
-    assert [step for step, _ in scalars_of(cli.folder, "by_tokens/train/loss")] == [
+    assert not [name for name in memory.names if name.startswith(("vs_", "loss/"))]
+    assert [step for step, _ in scalars_of(cli.folder, "vs_tokens/train/loss")] == [
         2 * n for n in range(1, UPDATES + 1)
     ]
 

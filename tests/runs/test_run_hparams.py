@@ -1,10 +1,12 @@
 """TensorBoard's HPARAMS tab, read back from the event file."""
 
+import re
 from pathlib import Path
 
 import pytest
 import tiny_run
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_run import BASIC, UPDATES, RolloutModule, events_of, scalars_of
 
@@ -98,5 +100,12 @@ def test_nested_settings_get_dotted_names():
 
 def test_metrics_that_compare_stand_in_one_group_of_custom_scalars():
     folder = run(["fit", *BASIC]).folder
-    content = events_of(folder).PluginTagToContent("custom_scalars")
-    assert "custom_scalars__config__" in content
+    events = events_of(folder)
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
+    charts = {group.title: {one.title: one.multiline.tag[0] for one in group.chart} for group in layout.category}
+    assert list(charts) == ["compare", "compare over episodes", "compare over tokens", "losses"]
+    assert re.match(charts["compare over tokens"]["KL"], "vs_tokens/val/kl")
+    assert re.match(charts["compare"]["reward accuracy"], "val/reward_accuracy")
+    assert charts["losses"] == {"SlopeModule": "loss/SlopeModule$"}
+    assert scalars_of(folder, "loss/SlopeModule") == scalars_of(folder, "train/loss")
