@@ -175,7 +175,7 @@ def failure_sentence(error: Exception) -> str | None:
         errors = [line.strip().removeprefix("- ") for line in text.partition("Errors:\n")[2].splitlines()]
         of_parser = ("Not a valid subclass", "Expected a", "Subclass types expect", "a class path", "a dict ")
         return next((line for line in errors if line and not line.startswith(of_parser)), text)
-    if text.startswith("No supported gpu backend"):
+    if text.startswith(("No supported gpu backend", "`CUDAAccelerator` can not run")):
         return "trainer.accelerator asks for a GPU, and torch finds none: set trainer.accelerator to cpu or auto"
     if text.startswith("Early stopping conditioned on metric"):
         metric, known = text.split("`")[1], text.partition("following: ")[2].replace("`", "")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
     else:
         sentences = [*(wrong_class(*item) for item in chosen.items()), *(wrong_form(*pair) for pair in pairs)]
         sentences += [wrong_form(argument, "") for argument in rest] + [stray_value(command, argv[1:])]
-        sentences += [wrong_option(name, chosen) for name, _ in pairs if name[2:] not in names_of_tool(command)]
+        sentences += [wrong_option(name, chosen, names_of_tool(command)) for name, _ in pairs]
     wrong = next(filter(None, sentences), None)
     if not rest and command != "loop":
         wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
@@ -264,13 +264,19 @@ def wrong_form(argument: str, value: str) -> str | None:
     return None
 
 
-def wrong_option(option: str, chosen: dict[str, str]) -> str | None:
-    """Return what is wrong with an option; None if it is known or an own class may know it."""
+def wrong_option(option: str, chosen: dict[str, str], further: Collection[str] = ()) -> str | None:
+    """Return what is wrong with an option; None if it is known or an own class may know it.
+
+    Args:
+        option: the option with its hyphens.
+        chosen: the classes of `PARTS`, "" for none.
+        further: options of the command besides those of a run.
+    """
     if not option.startswith("--"):
         return None
     name = option[2:].rstrip("+").replace(".init_args.", ".")
     part, _, inside = name.partition(".")
-    known = all_names()
+    known = all_names().union(further)
     if name.endswith("help") or inside == "class_path":
         return None
     if part in PARTS and inside:

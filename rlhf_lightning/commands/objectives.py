@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shutil
 import sys
 import textwrap
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
@@ -50,6 +52,10 @@ DATA = {
     "UnpairedBatch": "judgements",
     "PromptBatch": "prompts",
 }
+
+
+TOOLS = {"plan": "rlhf_lightning.planning.plan", "loop": "rlhf_lightning.people.loop"}
+"""Tools whose parsers import torch, and the modules whose ``tool_parser`` makes them; of `plan` its own options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -179,7 +185,8 @@ def build_index() -> str:
             parser = PlainParser(exit_on_error=False)
             parser.add_class_arguments(kind, fail_untyped=False)
             found[part][kind.__name__]["settings"] = numbered(parser)
-    tools = {name: {"doc": doc, "settings": numbered(parser)} for name, (doc, parser) in tool_parsers().items()}
+    parsers = {name: importlib.import_module(module).tool_parser() for name, module in TOOLS.items()}
+    tools = {name: {"doc": str(one.description), "settings": numbered(one)} for name, one in parsers.items()}
     rows = ",\n".join(dumps(row, ensure_ascii=False) for row in numbers)
     parts = ",\n".join(
         f'"{part}": {{\n' + ",\n".join(f"{dumps(name)}: {dumps(entry, ensure_ascii=False)}"
@@ -195,17 +202,6 @@ def build_index() -> str:
     return f'{{"settings": [\n{rows}\n],\n{further},\n{parts}\n}}\n'
 
 
-def tool_parsers() -> dict[str, tuple[str, Any]]:
-    """Return description and parser of the tools whose help the index holds; of `rlhf plan` its own options alone."""
-    from rlhf_lightning.commands.parsing import PlainParser
-    from rlhf_lightning.people.loop import loop_parser
-    from rlhf_lightning.planning.plan import add_plan_options
-
-    plan, loop = PlainParser(), loop_parser()
-    add_plan_options(plan)
-    return {"plan": ("", plan), "loop": (str(loop.description), loop)}
-
-
 def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
     """Return name, type, default and help of a parser's options; fields of optional dataclasses are listed too."""
     from dataclasses import MISSING, fields, is_dataclass
@@ -217,7 +213,7 @@ def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
     rows = []
     for action in parser_actions(parser):
         name = str(action.dest)
-        if name in GROUPS or name in REFUSED or name.endswith(".help"):
+        if name in GROUPS or name in REFUSED or name.endswith(".help") or action.default == SUPPRESS:
             continue
         hint = type_of_option(action) or type(action.default)
         default = "required" if action.required else written(action.default)

@@ -316,7 +316,7 @@ class Loop:
         print(f"\n{write_report(self.folder, self.settings.name, [start, *figures])}\n\nreport: {self.folder / REPORT}")
 
 
-def loop_parser() -> PlainParser:
+def tool_parser() -> PlainParser:
     """Return the parser of `rlhf loop`."""
     doc = docstring_parser.parse(inspect.getdoc(LoopSettings) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
@@ -328,7 +328,7 @@ def loop_parser() -> PlainParser:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``rlhf loop``."""
-    parser = loop_parser()
+    parser = tool_parser()
     given = parser.parse_args(with_underscores(argv))
     made = parser.instantiate(given).as_dict()
     plain, made = ({name: value for name, value in one.items() if name != "config"} for one in (given.as_dict(), made))

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
+from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.train_settings import SettingsCLI
 from rlhf_lightning.loading import flat_settings, read_config
 from rlhf_lightning.models.lora import LoraSettings
@@ -65,6 +66,13 @@ def add_plan_options(parser: ArgumentParser) -> None:
     parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
     parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
     parser.add_class_arguments(Assumed, "plan")
+
+
+def tool_parser() -> ArgumentParser:
+    """Return a parser of these options alone."""
+    parser = PlainParser()
+    add_plan_options(parser)
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:

@@ -67,7 +67,7 @@ def load_tokenizer(
                 f"the tokenizer {str(name_or_folder)!r} needs its own Python code; if you trust it, "
                 f"allow it with --model.trust_remote_code {name_or_folder}",
             ) from error
-        reason = reason_of(error)
+        reason = reason_of(error).partition(" from one of")[0]
         if "couldn't connect" in reason or "offline mode" in reason:
             raise MissingError(
                 "hub-unreachable",
