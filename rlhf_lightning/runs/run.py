@@ -174,9 +174,16 @@ def checked_run_name(name: str) -> str:
     """Return a run's name if it stays inside the runs folder.
 
     Raises:
-        SettingError: the name is absolute, too long, contains "..", or has characters that are unsafe in file names.
+        SettingError: the name is absolute, too long, contains "..", has characters that are unsafe in file names, or is
+            that of a version.
     """
     parts = name.split("/")
+    if re.fullmatch(r"version_\d+", parts[-1]):
+        raise SettingError(
+            "invalid-run-name",
+            f"run_name is {name!r}, and each run gets the next version of its name: leave out {parts[-1]}, or continue "
+            f"that run with --resume",
+        )
     if not all(re.fullmatch(r"[\w][\w.\-=+]{0,199}", part) for part in parts):
         raise SettingError(
             "invalid-run-name",
@@ -197,7 +204,12 @@ def reserve_version(runs: Path, name: str) -> Path:
         raise SettingError(
             "invalid-run-name", f"run_name is {name!r}, but {parent} is a link out of {runs}: choose another name"
         )
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise SettingError(
+            "not-a-folder", f"{runs / name} cannot be made, since a file is in its place: choose another --runs_folder"
+        ) from error
     version = max((number for number, _ in versions(parent)), default=-1) + 1
     while True:
         folder = parent / f"version_{version}"

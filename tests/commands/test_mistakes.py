@@ -75,6 +75,8 @@ MISTAKES = {
     "a text as a number": (f"{DPO} --model.beta high", "model.beta must be a number, not high"),
     "a seed that is a text": (f"{DPO} --seed_everything x", "seed_everything"),
     "a run name outside the runs": (f"{DPO} --run_name ../mine", "run_name is"),
+    "a version as a run name": (f"{DPO} --run_name dpo/version_0", "leave out version_0"),
+    "a file as the folder of runs": (f"{DPO} --runs_folder empty.jsonl", "choose another --runs_folder"),
     "the best checkpoint of a new run": (f"{DPO} --ckpt_path best", "--resume RUN"),
     "a misspelt option of a tool": ("quickstart --sed 1", "unrecognized arguments: --sed"),
     "a model as objective": ("fit --model org/model --data PreferenceDataModule", "--model.init_from org/model"),
