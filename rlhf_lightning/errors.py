@@ -175,11 +175,16 @@ def failure_sentence(error: Exception) -> str | None:
         errors = [line.strip().removeprefix("- ") for line in text.partition("Errors:\n")[2].splitlines()]
         of_parser = ("Not a valid subclass", "Expected a", "Subclass types expect", "a class path", "a dict ")
         return next((line for line in errors if line and not line.startswith(of_parser)), text)
-    if text.startswith(("No supported gpu backend", "`CUDAAccelerator` can not run")):
+    if text.startswith("No supported gpu backend") or "Accelerator` can not run on your system" in text:
         return "trainer.accelerator asks for a GPU, and torch finds none: set trainer.accelerator to cpu or auto"
+    if text.startswith(("`Trainer(devices=", "`devices` selected with `CPUAccelerator`")):
+        return "trainer.devices must be the number of GPUs, or of processes on the CPU: give 1 or more"
     if text.startswith("Early stopping conditioned on metric"):
         metric, known = text.split("`")[1], text.partition("following: ")[2].replace("`", "")
-        return f"EarlyStopping monitors {metric}, which this run does not log: set its monitor to one of {known}"
+        remedy = f"set its monitor to one of {known}"
+        if metric.startswith("val/") and "val/" not in known:
+            remedy = f"give held-out rows (data.eval_rows), or {remedy}"
+        return f"EarlyStopping monitors {metric}, which this run does not log: {remedy}"
     # Errors of this package are written for users. Lightning's is checked by name, since it is not imported here.
     own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
     foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"

@@ -113,6 +113,8 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | Non
     groups = {one.partition(".")[0] for one in known if "." in one}
     if inside:
         group = group if group in groups else nearest(group, groups) or ""
+        if group and inside.partition(".")[0] == "class_path":
+            return f"the nearest is {dashes}{group}"
         below = {one.partition(".")[2]: one for one in known if one.startswith(f"{group}.")}
         near = inside if inside in below else nearest(inside, below)
         return f"the nearest is {dashes}{below[near]}" if near else None
@@ -133,6 +135,8 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
     command, rest = argv[0], with_underscores(argv[1:])
     pairs = option_pairs(rest)
     options = dict(reversed(pairs))
+    if wrong := next(filter(None, (wrong_config(value) for name, value in pairs if name == "--config")), None):
+        return refusal(command, wrong)
     for part in PARTS:
         entry = class_entry(part, options.get(f"--{part}.help", ""))
         if entry is not None:
@@ -152,7 +156,24 @@ def quick_answer(argv: Sequence[str]) -> Answered | None:
         wrong = "missing: --model CLASS and --data CLASS, or a --config file such as recipe:dpo"
     elif wrong is None or is_stale():
         return None
-    return Answered(2, f"rlhf {command}: {printable(wrong)}\n`rlhf {command} --help` lists the options.")
+    return refusal(command, wrong)
+
+
+def refusal(command: str, sentence: str) -> Answered:
+    """Return the answer to a wrong command line."""
+    return Answered(2, f"rlhf {command}: {printable(sentence)}\n`rlhf {command} --help` lists the options.")
+
+
+def wrong_config(file: str) -> str | None:
+    """Return what is wrong with a config file that is another kind of file, or a folder."""
+    path = Path(file)
+    if path.is_dir():
+        return f"--config takes a YAML file, and {file} is a folder; a run's is {path / 'config.yaml'}"
+    if path.suffix == ".py":
+        return f"--config takes a YAML file; a class of {file} goes to --model {path.stem}.CLASS"
+    if is_data_file(file) and path.suffix != ".json":
+        return f"--config takes a YAML file; the data go to --data.source {file}"
+    return None
 
 
 def names_of_tool(command: str) -> set[str]:

@@ -19,7 +19,11 @@ from rlhf_lightning.recipes import PREFIX, recipe_names
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-TYPE_NAMES |= {"list": "a list such as '[a, b]'", "dict": "a mapping such as '{a: b}'"}
+TYPE_NAMES |= {
+    "list": "a list such as '[a, b]'",
+    "dict": "a mapping such as '{a: b}'",
+    "tuple": "a list such as '[a, b]'",
+}
 CLASS = re.compile(r"given class_path '([^']+)'")
 
 

@@ -65,6 +65,8 @@ def files_of(given: str, split: str = "train") -> list[Path] | None:
         DataError: if a folder or a glob mixes formats or splits.
     """
     path = Path(given).expanduser()
+    if "://" in given:
+        raise MissingError("no-data", f"{given!r} is an address, from which no rows are read; give a downloaded file")
     refuse_device(path)
     if path.exists():
         bounds_of(split, 0)
@@ -77,6 +79,10 @@ def files_of(given: str, split: str = "train") -> list[Path] | None:
         return _files_in(path, split_of(split))
     if any(mark in given for mark in "*?["):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        whole, _, part = given.removesuffix("]").partition("[")
+        if not found and ":" in part and Path(whole).is_file():
+            slice_ = f"'{{path: {whole}, split: 'train[{part}]'}}'"
+            raise MissingError("no-data", f"{given!r} is no file; for a slice of its rows give {slice_}, or data.rows")
         if not found:
             raise MissingError("no-data", f"no file matches {given!r} (in {Path.cwd()}); check the pattern")
         _check_no_split(given, split)

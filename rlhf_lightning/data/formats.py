@@ -112,6 +112,8 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
     if not near and (kind := next(holds, None)):
         hint = f" They are those of {'SFT' if kind == 'sft' else kind.capitalize()}DataModule."
         example = "chosen: completion" if ("prompt", "completion") in forms and "chosen" in found else example
+    if len(found) == 1 and ";" in found[0]:
+        hint = " Its columns are separated by semicolons: save it with commas."
     accepted = "; ".join(" + ".join(form) for form in forms)
     return DataError(
         "no-accepted-form",

@@ -67,7 +67,7 @@ def refused_strategy(strategy: str) -> str | None:
             "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
             "by norm"
         )
-    elif "deepspeed" in strategy.lower():
+    elif "deepspeed" in strategy.lower() or strategy.lower().startswith("zero"):
         reason = "DeepSpeed's engine counts micro-batches and clips gradients, which the modules here do themselves"
     else:
         return None
