@@ -167,7 +167,7 @@ def refusal(command: str, sentence: str) -> Answered:
 def wrong_config(file: str) -> str | None:
     """Return what is wrong with a config file that is another kind of file, or a folder."""
     path = Path(file)
-    if path.is_dir():
+    if os.path.isdir(file):
         return f"--config takes a YAML file, and {file} is a folder; a run's is {path / 'config.yaml'}"
     if path.suffix == ".py":
         return f"--config takes a YAML file; a class of {file} goes to --model {path.stem}.CLASS"
@@ -223,12 +223,11 @@ def option_for(value: str) -> str:
             return f"--{part} {value}"
     if value in recipe_names():
         return f"--config recipe:{value}"
-    path = Path(value)
-    if any(path.glob("version_*")) or (path / "manifest.json").is_file():
+    if os.path.isdir(value) and (any(Path(value).glob("version_*")) or (Path(value) / "manifest.json").is_file()):
         return f"--resume {value}"
     if is_data_file(value):
         return f"--data.source {value}"
-    return f"--model.init_from {value}" if path.is_dir() else f"--config {value}"
+    return f"--model.init_from {value}" if os.path.isdir(value) else f"--config {value}"
 
 
 def chosen_class(argv: Sequence[str], part: str) -> str:

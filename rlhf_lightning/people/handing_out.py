@@ -60,6 +60,7 @@ def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: floa
     row = db.execute(
         "SELECT i.id, EXISTS (SELECT 1 FROM assignments WHERE item = i.id) AS begun "
         "FROM items i LEFT JOIN item_values v ON v.item = i.id WHERE "
+        "i.id NOT IN (SELECT item FROM full_items) AND "
         "NOT EXISTS (SELECT 1 FROM assignments WHERE item = i.id AND annotator = :annotator) AND "
         "(SELECT count(*) FROM assignments a WHERE a.item = i.id AND a.repeat = 0 AND ("
         f"    EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id AND l.verdict IN {COUNTED}) OR "
@@ -68,6 +69,21 @@ def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: floa
         {"annotator": annotator, "since": now - policy.lease, "wanted": policy.annotators},
     ).fetchone()
     return None if row is None else int(row[0])
+
+
+def note_full_items(db: sqlite3.Connection, policy: Policy, assignment: int | None = None) -> None:
+    """Note whether the item of an assignment has enough labels; None notes it of all items.
+
+    To count the labels of a whole store for each judgement would cost the square of the labels.
+    """
+    chosen = "" if assignment is None else "item = (SELECT item FROM assignments WHERE id = :assignment) AND "
+    values = {"assignment": assignment, "wanted": policy.annotators}
+    db.execute(f"DELETE FROM full_items WHERE {chosen}1", values)
+    db.execute(
+        f"INSERT INTO full_items SELECT item FROM live WHERE {chosen}repeat = 0 AND verdict IN {COUNTED} "
+        "GROUP BY item HAVING count(*) >= :wanted",
+        values,
+    )
 
 
 def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy, key: int | str) -> int | None:

@@ -30,7 +30,15 @@ from rlhf_lightning.data.feedback.records import (
     in_item_order,
 )
 from rlhf_lightning.errors import ContractError, StateError
-from rlhf_lightning.people.handing_out import COUNTED, Policy, fresh_item, open_assignment, repeat_item, sides
+from rlhf_lightning.people.handing_out import (
+    COUNTED,
+    Policy,
+    fresh_item,
+    note_full_items,
+    open_assignment,
+    repeat_item,
+    sides,
+)
 from rlhf_lightning.types import Prompt
 
 if TYPE_CHECKING:
@@ -80,6 +88,7 @@ class FeedbackStore:
             self._connection = open_for_writing(self.path, self.policy.salt)
             self.id, salt = identity_of(self._connection)
             self._inode = self.path.stat().st_ino
+            note_full_items(self._connection, self.policy)
         except BaseException:
             self._lock.release()
             raise
@@ -282,6 +291,7 @@ class FeedbackStore:
             ),
         )  # fmt: skip
         assert cursor.lastrowid is not None
+        note_full_items(db, self.policy, assignment)
         return cursor.lastrowid
 
     def undo(self, annotator: str, key: str, judgement: int | None = None) -> int | None:
@@ -313,6 +323,7 @@ class FeedbackStore:
                 "INSERT INTO judgements (key, annotator, assignment, undoes, judged) VALUES (?, ?, ?, ?, ?)",
                 (key, annotator, last[1], last[0], self._now()),
             )
+            note_full_items(db, self.policy, last[1])
             return cursor.lastrowid
 
     def _known(self, db: sqlite3.Connection, annotator: str, key: str, assignment: int | None) -> int | None:
@@ -336,11 +347,9 @@ class FeedbackStore:
                 [annotator],
             ).fetchone()
             (left,) = self._connection.execute(
-                # Both lists are made once; asked anew for each item they would cost the square of the labels.
                 "SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM live WHERE annotator = :annotator) "
-                f"AND id NOT IN (SELECT item FROM live WHERE repeat = 0 AND verdict IN {COUNTED} "
-                "GROUP BY item HAVING count(*) >= :wanted)",
-                {"annotator": annotator, "wanted": self.policy.annotators},
+                "AND id NOT IN (SELECT item FROM full_items)",
+                {"annotator": annotator},
             ).fetchone()
         return Progress(judged, skipped, left, seconds or 0.0)
 

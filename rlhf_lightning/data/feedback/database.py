@@ -104,8 +104,11 @@ IMMUTABLE = "".join(
 )
 """Triggers that keep judgements from being changed, by this package or in a database shell."""
 
-VALUES = "CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT"
-"""Selector values of items; they belong to this process and are not part of the file."""
+OF_THIS_PROCESS = """
+CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT;
+CREATE TEMP TABLE full_items (item INTEGER PRIMARY KEY) STRICT;
+"""
+"""Selector values of items, and items with enough labels, which are not counted anew; not part of the file."""
 
 STANDING = (
     "SELECT j.id, j.annotator, a.item, a.repeat, a.shown, j.verdict, j.ranks, j.strength, j.reasons, j.flags, "
@@ -164,7 +167,7 @@ def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
                 f"CAST(X'{salt.encode().hex()}' AS TEXT));\n"
                 f"PRAGMA application_id = {MARK};\nPRAGMA user_version = {VERSION};\nCOMMIT;"
             )
-        connection.execute(VALUES)
+        connection.executescript(OF_THIS_PROCESS)
     except BaseException:
         connection.close()
         raise
