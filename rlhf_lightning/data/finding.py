@@ -82,7 +82,7 @@ def files_of(given: str, split: str = "train") -> list[Path] | None:
         whole, _, part = given.removesuffix("]").partition("[")
         if not found and ":" in part and Path(whole).is_file():
             slice_ = f"'{{path: {whole}, split: 'train[{part}]'}}'"
-            raise MissingError("no-data", f"{given!r} is no file; for a slice of its rows give {slice_}, or data.rows")
+            raise MissingError("no-data", f"{given!r} is not a file; for a slice of its rows give {slice_}, or data.rows")
         if not found:
             raise MissingError("no-data", f"no file matches {given!r} (in {Path.cwd()}); check the pattern")
         _check_no_split(given, split)
