@@ -81,8 +81,8 @@ def files_of(given: str, split: str = "train") -> list[Path] | None:
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         whole, _, part = given.removesuffix("]").partition("[")
         if not found and ":" in part and Path(whole).is_file():
-            slice_ = f"'{{path: {whole}, split: 'train[{part}]'}}'"
-            raise MissingError("no-data", f"{given!r} is not a file; for a slice of its rows give {slice_}, or data.rows")
+            told = f"{given!r} is not a file; for a slice of its rows give '{{path: {whole}, split: 'train[{part}]'}}'"
+            raise MissingError("no-data", f"{told}, or data.rows")
         if not found:
             raise MissingError("no-data", f"no file matches {given!r} (in {Path.cwd()}); check the pattern")
         _check_no_split(given, split)
