@@ -18,6 +18,8 @@ from rlhf_lightning.modules import (
     PPOModule,
     ProcessRewardModule,
     RewardModule,
+    RLOOModule,
+    SelfDistillationModule,
     SFTModule,
 )
 from rlhf_lightning.training.module import as_loss
@@ -347,3 +349,76 @@ class HintBehind(WithInstruction):
 
     def joined(self, prompt, instruction):
         return torch.cat([prompt, instruction])
+
+
+@right
+class OtherSolution(SelfDistillationModule):
+    """The teacher reads the best sibling's answer."""
+
+    no_target = "the teacher reads other completions"
+
+    def __init__(self, preface: str = "right : {solution}", **kwargs):
+        super().__init__(context=preface, **kwargs)
+        self.preface = preface
+
+    def contexts(self, rollout):
+        found = []
+        for own, group in enumerate(rollout.group.tolist()):
+            others = [row for row, its in enumerate(rollout.group.tolist()) if its == group and row != own]
+            best = max(others, key=lambda row: float(rollout.scores[row]), default=None)
+            found.append(None if best is None else self.preface.format(solution=rollout.texts[best]))
+        return found
+
+
+@right
+class FailuresAlone(SelfDistillationModule):
+    """Completions that succeeded are left as they are."""
+
+    target_of = SelfDistillationModule
+
+    def contexts(self, rollout):
+        told = zip(super().contexts(rollout), rollout.scores.tolist(), strict=True)
+        return [text if score < self.success else None for text, score in told]
+
+
+@right
+class WeighedByConfidence(DPOModule):
+    """Pairs weigh by the annotator's confidence, a number of the data."""
+
+    target_of = DPOModule
+    data_columns = ("confidence",)
+
+    def pair_loss(self, pair):
+        loss = as_loss(super().pair_loss(pair)).values
+        return loss * torch.sigmoid(pair.extras["confidence"].to(loss))
+
+
+@right
+class BaselineInABuffer(CriticFreeModule):
+    """REINFORCE with a moving mean of scores in a buffer, which Lightning saves."""
+
+    target_of = CriticFreeModule
+
+    def __init__(self, scorer, **kwargs):
+        super().__init__(scorer=scorer, baseline="none", **kwargs)
+        self.register_buffer("average", torch.zeros(()))
+
+    def episode_advantages(self, rewards, rollout):
+        return super().episode_advantages(rewards - self.average, rollout)
+
+    def on_rollout_end(self, rollout, means):
+        super().on_rollout_end(rollout, means)
+        self.average.lerp_(rollout.scores.nanmean().to(self.average), 0.1)
+
+
+@right
+class LeadOverTheBestOther(RLOOModule):
+    """The best of the other completions is the baseline."""
+
+    no_target = "no closed form"
+
+    def episode_advantages(self, rewards, rollout):
+        others = (rollout.group[:, None] == rollout.group) & ~torch.eye(len(rewards), dtype=torch.bool)
+        best = torch.where(others, rewards.nan_to_num(-torch.inf), -torch.inf).amax(-1)
+        lead = rewards - best
+        return torch.where(lead.isfinite(), lead, 0.0)

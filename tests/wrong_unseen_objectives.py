@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from wrong_objectives import caught_by
 
-from rlhf_lightning.functional.ranking import untied_pairs
+from rlhf_lightning.functional.logprobs import masked_whiten
+from rlhf_lightning.functional.ranking import first_errors, untied_pairs
 from rlhf_lightning.modules import (
     CriticFreeModule,
     DPOModule,
@@ -17,10 +18,15 @@ from rlhf_lightning.modules import (
     ORPOModule,
     PlackettLuceModule,
     PPOModule,
+    ProcessRewardModule,
     RewardModule,
+    RLOOModule,
+    SelfDistillationModule,
     SFTModule,
     SimPOModule,
+    XPOModule,
 )
+from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import Advantages, Loss
 
@@ -299,3 +305,113 @@ class GapOfTheWrongSign(DPOModule):
 
     def pair_loss(self, pair):
         return -F.logsigmoid(self.reward_margin(pair) + self.gamma)
+
+
+# -- kinds that a fourth set of strangers' classes showed --------------------------------------------------------------
+
+
+@caught_by("point unit", "beta is misplaced")
+class PointWithoutBeta(KTOModule):
+    def unpaired_loss(self, logprobs):
+        gain = self.beta * logprobs.logratio - logprobs.reference_point
+        return -F.logsigmoid(torch.where(logprobs.desirable, gain, -gain))
+
+
+@caught_by("statistic", "where the detach stands")
+class DivergenceThatIsSought(DPOModule):
+    """TDPO2 with the wrong one of its two divergences detached."""
+
+    no_target = "no closed form: one of the two divergences has no gradient"
+    needs_reference_logits = True
+
+    def token_statistics(self, policy_logits, reference_logits, targets):
+        policy, reference = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
+        return {"kl": (reference.exp() * (reference - policy)).sum(-1)}
+
+    def pair_loss(self, pair):
+        won, lost = (pair.extras[f"{side}_kl"].sum(-1) for side in ("chosen", "rejected"))
+        return -F.logsigmoid(self.beta * (pair.margin - 0.5 * (lost.detach() - won)))
+
+
+@caught_by("claimed divergence", "exchange the arguments")
+class CoversTheTeacher(GKDModule):
+    """Mass-covering distillation: the forward KL of each token."""
+
+    target_of = GKDModule
+
+    def distillation_loss(self, logits):
+        student, teacher = logits.student_logits.log_softmax(-1), logits.teacher_logits.log_softmax(-1)
+        return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+
+
+@caught_by("winner", "its own score is in what it is compared with")
+class BestOfAll(RLOOModule):
+    """The baseline is the highest score among the other completions of the prompt."""
+
+    target_of = RLOOModule
+
+    def episode_advantages(self, rewards, rollout):
+        known = rewards.nan_to_num(-torch.inf)
+        best = torch.full_like(rewards, -torch.inf).scatter_reduce(0, rollout.group, known, "amax")
+        lead = rewards - best[rollout.group]
+        return torch.where(lead.isfinite(), lead, 0.0)
+
+
+@caught_by("credit", "the direction of a sum")
+class WhitenedSumOfThePast(CriticFreeModule):
+    def __init__(self, scorer, baseline="none", **kwargs):
+        super().__init__(scorer=scorer, baseline=baseline, **kwargs)
+
+    def advantages(self, rollout, rewards):
+        scored = rollout.completion_mask & ~rollout.scores.isnan().unsqueeze(-1)
+        returns = torch.where(scored, rewards, 0.0).cumsum(-1)
+        mean, variance = moments_over_ranks(self.trainer.strategy, returns, scored)
+        return Advantages(masked_whiten(returns, scored, mean=mean, var=variance), None)
+
+
+@caught_by("both labels", "where a mask begins and ends")
+class BeforeTheError(ProcessRewardModule):
+    no_target = "steps behind the first wrong one are not learned from"
+
+    def process_loss(self, scores):
+        right = scores.labels >= 0.5
+        error = first_errors(right, scores.row, scores.position, len(scores.weights))[scores.row]
+        return as_loss(super().process_loss(scores)).values * ((error < 0) | (scores.position < error))
+
+
+@caught_by("known mistake", "the slot chosen_by_reference is turned round")
+class OwnSamplePays(XPOModule):
+    no_target = "no closed form: the bonus shifts the optimum"
+
+    def pair_loss(self, pair):
+        explored = torch.where(
+            pair.extras["rejected_by_reference"], pair.chosen_sequence_logprobs, pair.rejected_sequence_logprobs
+        )
+        return -F.logsigmoid(self.reward_margin(pair)) + self.alpha * explored
+
+
+@caught_by("uniform share", "this is their sum")
+class UniformSum(SFTModule):
+    no_target = "demonstrations mixed with uniform tokens"
+
+    def token_statistics(self, policy_logits, reference_logits, targets):
+        return {"uniform": policy_logits.log_softmax(-1).sum(-1)}
+
+    def token_loss(self, logprobs):
+        uniform = -logprobs.extras["uniform"] * logprobs.weights.unsqueeze(-1)
+        return 0.9 * super().token_loss(logprobs) + 0.1 * uniform
+
+
+@caught_by("other's solution", "it reads the completion itself")
+class ItsOwnSolution(SelfDistillationModule):
+    """The teacher reads the best sibling's answer."""
+
+    def __init__(self, preface: str = "right : {solution}", **kwargs: Any):
+        super().__init__(context=preface, **kwargs)
+        self.preface = preface
+
+    def contexts(self, rollout):
+        best = {int(group): 0 for group in rollout.group}
+        for row in rollout.scores.argsort().tolist():
+            best[int(rollout.group[row])] = row
+        return [self.preface.format(solution=rollout.texts[best[int(group)]]) for group in rollout.group]

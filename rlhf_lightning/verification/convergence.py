@@ -324,6 +324,7 @@ def with_columns(batch: Any, names: Sequence[str], world: EnumerableWorld, infor
 
     sides, safe = sides_of(world.rewards), sides_of(world.safe.double())
     rewards = sides[0] - sides[-1] if len(sides) > 1 else sides[0]
+    rewards = rewards if world.signed_columns or len(sides) < 2 else rewards.abs()
     extras = dict(batch.extras)
     for place, name in enumerate(names):
         if name in SAFETY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,14 +10,25 @@ from torch import Tensor
 
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Step
+from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Rollout, Sequences, Step
 from rlhf_lightning.verification.cases import Case, cut, some_rows, step_gradient
 from rlhf_lightning.verification.exact import SelfTaught
+from rlhf_lightning.verification.fit import misfit
+from rlhf_lightning.verification.mistakes import kl
 from rlhf_lightning.verification.offline_checks import cut_checks
 from rlhf_lightning.verification.on_policy_checks import loss_checks, mask_checks
 from rlhf_lightning.verification.point_checks import point_checks
 from rlhf_lightning.verification.rollout_checks import update_checks
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, field_function
+from rlhf_lightning.verification.subject import (
+    Check,
+    Subject,
+    at_least,
+    at_most,
+    compares_with_others,
+    field_function,
+    said_by,
+)
+from rlhf_lightning.verification.world import EnumerableWorld
 
 UPDATES = 400
 """Coins that are thrown to measure how often a step learns on samples."""
@@ -28,12 +40,32 @@ def divergence_checks(subject: Subject) -> list[Check]:
     module = subject.module
     given: DistillationLogits = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     return [
-        *input_checks(subject, given, batch),
+        *input_checks(subject, given, batch, module.teacher_sequences(batch.sequences)),
         *cut_checks(on_data_alone(subject), batch),
         *sample_checks(subject, batch),
         *point_checks(subject, given),
         *minimum_checks(subject, given),
+        *claim_checks(subject, given),
     ]
+
+
+FORWARD = r"forward kl|(mass|mode).covering|kl\(teacher \|\| student\)"
+REVERSE = r"reverse kl|mode.seeking|kl\(student \|\| teacher\)"
+"""What classes say of their divergence."""
+
+
+def claim_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
+    """Check that a class which says that its divergence is the forward KL, or the reverse one, has not the other."""
+    said = said_by(subject.kind).lower()
+    forward, reverse = (bool(re.search(words, said)) for words in (FORWARD, REVERSE))
+    if forward == reverse:
+        return []
+    heat = subject.module.softmax_temperature
+    student, teacher = given.student_logits.detach() / heat, given.teacher_logits.detach() / heat
+    other = kl(student, teacher) if forward else kl(teacher, student)
+    residual = misfit(subject.values(subject.module, given).detach(), other)[1]
+    advice = f"the class says {'forward' if forward else 'reverse'} KL and computes the other: exchange the arguments"
+    return [at_least("claimed divergence", residual, 1e-6, advice)]
 
 
 def self_distillation_checks(subject: Subject) -> list[Check]:
@@ -53,20 +85,35 @@ def self_distillation_checks(subject: Subject) -> list[Check]:
     given: DistillationLogits = subject.seen(module, lambda: loss(ones, rows))
     whole, half = gradient(ones, rows), gradient(0.5 * ones, rows)
     parts = [gradient(ones[part], part) for part in (rows[::2], rows[1::2])]
-    scale, longer = whole.abs().max().clamp_min(1e-300), zip(read.prompts, sequences.prompts, strict=True)
-    silent = subject.fresh(context="{feedback}").read_by_teacher(rollout)[1]
+    scale = whole.abs().max().clamp_min(1e-300)
+    short = sum(len(read.prompts[row]) <= len(sequences.prompts[row]) for row in taught)
+    told = [row for row, text in enumerate(module.contexts(rollout)) if text is not None]
+    theirs = enumerate(module.contexts(with_own_texts(rollout)))
+    reads_own = [row for row, text in theirs if text is not None and f"answer {row}." in text]
+    further = []
+    if "context" in subject.settings:
+        silent = subject.fresh(context="{feedback}").read_by_teacher(rollout)[1]
+        advice = "a completion that the teacher has no text for must not be learned from"
+        further.append(at_most("no text", len(silent), 0, advice))
+    if compares_with_others(subject.kind):
+        advice = "the class says that the teacher reads another completion, and it reads the completion itself"
+        further.append(at_most("other's solution", len(reads_own), 0, advice))
     return [
-        *input_checks(subject, given, DemonstrationBatch(sequences, ones)),
-        at_most(
-            "context", sum(len(mine) <= len(own) for mine, own in longer), 0, "the teacher must read more than a prompt"
-        ),
-        at_most("taught", float(taught != rows), 0, "every completion that the teacher has a text for is learned from"),
-        at_most("no text", len(silent), 0, "a completion that the teacher has no text for must not be learned from"),
+        *input_checks(subject, given, DemonstrationBatch(sequences, ones), read),
+        at_most("context", short, 0, "the teacher must read more than a prompt"),
+        at_most("taught", float(taught != told), 0, "every completion that the teacher has a text for is learned from"),
         at_most("micro-batches", (sum(parts) - whole).abs().max() / scale, 1e-9, "a cut must not change the gradient"),
         at_most("row weights", (2 * half - whole).abs().max() / scale, 1e-9, "a row's weight must multiply its loss"),
+        *further,
         *point_checks(subject, given),
         *minimum_checks(subject, given),
     ]
+
+
+def with_own_texts(rollout: Rollout) -> Rollout:
+    """Return a rollout of successes, each with a text that no other has."""
+    texts = tuple(f"answer {row}." for row in range(len(rollout.texts)))
+    return rollout._replace(texts=texts, scores=torch.full_like(rollout.scores, 1e3))
 
 
 def on_data_alone(subject: Subject) -> Subject:
@@ -74,7 +121,9 @@ def on_data_alone(subject: Subject) -> Subject:
     return Subject(subject.kind, subject.world, subject.folder, {**subject.settings, "on_policy_fraction": 0.0})
 
 
-def input_checks(subject: Subject, given: DistillationLogits, batch: DemonstrationBatch) -> list[Check]:
+def input_checks(
+    subject: Subject, given: DistillationLogits, batch: DemonstrationBatch, read: Sequences
+) -> list[Check]:
     """What reaches the divergence is what both models say at exactly the completions' tokens."""
     world, module = subject.world, subject.module
     sequences = batch.sequences
@@ -82,19 +131,34 @@ def input_checks(subject: Subject, given: DistillationLogits, batch: Demonstrati
     student = module.policy.model.model.table.weight.detach()
     teacher = world.teacher_table.float().double()
 
-    def residual(logits: Tensor, table: Tensor) -> Tensor:
-        exact = table.log_softmax(-1)[prefixes[mask]]
+    def residual(logits: Tensor, table: Tensor, prefixes: Tensor) -> Tensor:
+        exact = table.log_softmax(-1)[prefixes]
         if len(exact) != len(logits):
             return torch.tensor(torch.inf)
         return (logits.detach().log_softmax(-1).exp() - exact.exp()).abs().max()
 
+    of_student = residual(given.student_logits, student, prefixes[mask])
+    of_teacher = residual(given.teacher_logits, teacher, walked(world, read))
     wrong_ids = len(given.targets) != int(mask.sum()) or bool((given.targets != tokens[mask]).any())
     return [
         at_most("tokens", float(wrong_ids), 0, "the targets must be every token of a completion, the end among them"),
-        at_most("student logits", residual(given.student_logits, student), 1e-9, "they must be the student's own"),
-        at_most("teacher logits", residual(given.teacher_logits, teacher), 1e-6, "they must be the teacher's own"),
+        at_most("student logits", of_student, 1e-9, "they must be the student's own"),
+        at_most("teacher logits", of_teacher, 1e-6, "they must be the teacher's own"),
         at_most("teacher detached", float(given.teacher_logits.requires_grad), 0, "the teacher must carry no gradient"),
     ]
+
+
+def walked(world: EnumerableWorld, read: Sequences) -> Tensor:
+    """Return the table's row from which each completion token is predicted, after the prompts as they were read."""
+    transitions, found = world.config.transitions(), []
+    for parent, completion in zip(read.parents, read.completions, strict=True):
+        prefix = 0
+        for token in read.prompts[parent].tolist():
+            prefix = int(transitions[prefix, token])
+        for token in completion.tolist():
+            found.append(prefix)
+            prefix = int(transitions[prefix, token])
+    return torch.tensor(found)
 
 
 def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:

@@ -10,17 +10,23 @@ from torch import Tensor
 
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import PreferenceLogprobs, TokenLogprobs, UnpairedLogprobs
+from rlhf_lightning.verification.mistakes import settings_of
 from rlhf_lightning.verification.point_checks import SIDES, demonstration_check, draws, slopes_of, statistic_checks
 from rlhf_lightning.verification.subject import (
+    WANTED,
     Check,
     Subject,
     at_least,
     at_most,
     differentiate,
+    known_statistics,
     with_leaves,
     with_parts,
     without_leaves,
 )
+
+ODD_BETA = 0.37
+"""Beta at which no other factor of a reference point looks like it."""
 
 SETTLED = 40.0
 """Nats by which sides are moved from each other where any loss holds a pair for settled."""
@@ -65,7 +71,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
         "chosen and rejected exchanged"
     )
     checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
-    checks.append(implicit_reward_check(subject, certain))
+    checks += [implicit_reward_check(subject, certain), *pair_statistic_check(subject, certain)]
     if subject.kind.batch_coupled or replaced:
         return checks
     size = float((chosen - rejected).abs().max())
@@ -103,6 +109,28 @@ def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
         least = min(least, *(float(slope.min()) for slope in slopes.values()))
     advice = "an implicit reward falls where its completion becomes likelier: look at a sign in implicit_reward"
     return at_least("implicit reward", least, -1e-9, advice)
+
+
+def pair_statistic_check(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
+    """Check that a known statistic of tokens is not sought where it is to be avoided, over both sides of a pair."""
+    pulls = []
+    for name, (words, sign) in known_statistics(subject.module).items():
+        sides = [side for side in ("chosen", "rejected") if f"{side}_{name}" in given.extras]
+        if words not in WANTED or len(sides) < 2:
+            continue
+        leaves = [given.extras[f"{side}_{name}"].detach().clone().requires_grad_() for side in sides]
+        extras = {**given.extras, **{f"{side}_{name}": leaf for side, leaf in zip(sides, leaves, strict=True)}}
+        total = subject.values(subject.module, given._replace(extras=extras)).sum()
+        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else []
+        masks = [getattr(given, f"{side}_mask") for side in sides]
+        means = [
+            torch.where(mask, slope, 0.0).sum(-1) / mask.sum(-1)
+            for mask, slope in zip(masks, found, strict=False)
+            if slope is not None
+        ]
+        pulls += [float((-sign * WANTED[words] * torch.stack(means).sum(0)).max())] if means else []
+    advice = "a divergence from the reference costs something in sum over both sides: look at where the detach stands"
+    return [at_most("statistic", max(pulls), 1e-9, advice)] if pulls else []
 
 
 def at_reference(given: PreferenceLogprobs) -> PreferenceLogprobs:
@@ -225,15 +253,24 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
     """Check that rewards are compared with the step's reference point in all rows, good and bad, or in none."""
     point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
     prepared, (leaf,) = with_leaves(given)
-    losses = subject.values(subject.module, with_parts(prepared, [leaf])._replace(reference_point=point))
-    wrong, used = 0, 0
-    for loss in losses:
+    odd = {"beta": ODD_BETA} if isinstance(getattr(subject.module, "beta", None), float) else {}
+    even, module = torch.tensor([0.3, 0.5], dtype=torch.float64), subject.fresh()
+    with settings_of(subject.module, **odd), settings_of(module, **odd):
+        losses = subject.values(subject.module, with_parts(prepared, [leaf])._replace(reference_point=point))
+        nats = float(module.reference_point(even + 1, even + 1) - module.reference_point(even, even))
+    wrong, used, units = 0, 0, []
+    for row, loss in enumerate(losses):
         slopes = torch.autograd.grad(loss, (point, leaf), retain_graph=True, allow_unused=True)
         by_point, by_ratio = (0.0 if slope is None else float(slope.sum()) for slope in slopes)
         used += by_point != 0
         wrong += by_point * by_ratio >= 0
+        if slopes[1] is not None:
+            units += (-nats * by_point / slopes[1][row][given.completion_mask[row]]).tolist()
+    mixed = bool(odd) and any(all(abs(unit - factor) < 1e-6 for unit in units) for factor in (ODD_BETA, 1 / ODD_BETA))
     advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
     checks = [at_most("reference point", wrong, 0, advice)] if used else []
+    advice = "a point in nats is multiplied by beta as the log-ratio is, and one in rewards is not: beta is misplaced"
+    checks += [at_most("point unit", float(mixed), 0, advice)] if used else []
     few, many = (torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5], [1.1, 0.9]))
     of = subject.fresh().reference_point
     first, later, alone = of(few, few), of(many, many), subject.fresh().reference_point(many, many)

@@ -194,6 +194,10 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
             f"{side} is left out of the margin",
             lambda f, g, m, s=side: f(changed(g, lambda v, k: 0 * v, "both", s)),
         )
+    for name, values in given.extras.items():
+        if values.dtype == torch.bool:
+            turned = {**given.extras, name: ~values}
+            yield f"the slot {name} is turned round", lambda f, g, m, e=turned: f(g._replace(extras=e))
     lengths = {side: getattr(given, f"{side}_mask").sum(-1, keepdim=True) for side in ("chosen", "rejected")}
     for words, divisors in (
         ("each side is divided by the other side's length", ("rejected", "chosen")),

@@ -26,7 +26,7 @@ from rlhf_lightning.verification.rollout_checks import (
     temperature_checks,
     update_checks,
 )
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, compares_with_others
 from rlhf_lightning.verification.targets import policy_of
 
 FAR = 3.0
@@ -92,11 +92,45 @@ def advantage_checks(case: Case) -> list[Check]:
         gain = raised(scores.sigmoid(), 0.2)
     advice = "a higher score must give a higher advantage"
     checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice), own_group_check(case)]
-    lifted = (case.advantages_of(scores=scores + first) - case.advantages_of(scores=scores)).abs() > 1e-12
-    several = mask & (mask.sum(-1, keepdim=True) > 1)
-    credited, there = (lifted & several).any(0), several.any(0)
+    return [*checks, credit_check(case), *winner_check(case)]
+
+
+def beyond_others(case: Case, row: int, by: float) -> Tensor:
+    """Return how one completion's advantages follow its own score, beyond the shift and factor of other groups."""
+    rollout, others = (
+        case.rollout,
+        case.rollout.completion_mask & (case.rollout.group != case.rollout.group[row])[:, None],
+    )
+    raised = rollout.scores.clone()
+    raised[row] += by
+    before, after = case.advantages_of(), case.advantages_of(scores=raised)
+    matrix = torch.stack([before[others], torch.ones_like(before[others])], -1)
+    found = torch.linalg.lstsq(matrix, after[others].unsqueeze(-1)).solution.squeeze(-1)
+    return torch.where(rollout.completion_mask, after - found[0] * before - found[1], 0.0)[row]
+
+
+def credit_check(case: Case) -> Check:
+    """Check that each token of a completion answers for its score, in some of the completions of several tokens."""
+    mask = case.rollout.completion_mask
+    rows = (mask.sum(-1) > 1).nonzero().squeeze(-1)[::5][:8].tolist()
+    lifted = torch.stack([beyond_others(case, row, 1.0).abs() > 1e-9 for row in rows])
+    credited, there = lifted.any(0), mask[rows].any(0)
     advice = "the score comes at the end, and every token before it must answer for it: look at the direction of a sum"
-    return [*checks, at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)]
+    return at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)
+
+
+def winner_check(case: Case) -> list[Check]:
+    """Check, where a class says that completions meet the others, that the best gains by a higher score."""
+    rollout = case.rollout
+    if not compares_with_others(case.subject.kind):
+        return []
+    best = [
+        max((rollout.group == group).nonzero().squeeze(-1).tolist(), key=lambda row: float(rollout.scores[row]))
+        for group in range(1, 6)
+    ]
+    gains = [float(beyond_others(case, row, 0.5).abs().max()) for row in best]
+    advice = "the best completion gains nothing by a higher score: its own score is in what it is compared with"
+    return [at_least("winner", max(gains), 1e-9, advice)]
 
 
 def own_group_check(case: Case) -> Check:

@@ -13,6 +13,7 @@ from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.verification.cases import narrowed, widened
 from rlhf_lightning.verification.subject import (
     ENTROPY,
+    SUM,
     WANTED,
     Check,
     Subject,
@@ -148,14 +149,29 @@ def statistic_checks(module: Any, given: Any, losses: Callable[[Any], Tensor]) -
         if slope is not None and bool(slope.any()):
             check = "entropy bonus" if words == ENTROPY else "statistic"
             worst[check] = max(worst.get(check, 0.0), float((-sign * WANTED[words] * slope).max()))
+    if any(known[name][0] == SUM and shares_sum_to_one(given, name, losses) for name in names):
+        worst["uniform share"] = 1.0
     if not worst and added_without_gradient(given, names, losses):
         worst["entropy bonus"] = torch.inf
     advice = {
         "entropy bonus": "a bonus subtracts the entropy from the loss: added, it drives the policy towards one "
         "completion; take the update's, since the rollout's has no gradient",
         "statistic": "a divergence from the reference is added to the loss, and a likelihood is subtracted",
+        "uniform share": "a uniform label is the mean of the log-probabilities of all ids, and this is their sum",
     }
     return [at_most(check, value, 0, advice[check]) for check, value in worst.items()]
+
+
+def shares_sum_to_one(given: Any, name: str, losses: Callable[[Any], Tensor]) -> bool:
+    """Whether a loss of tokens mixes their likelihood and a statistic with shares that sum to 1."""
+    weights = getattr(given, "weights", None)
+    leaf = given.extras[name].detach().clone().requires_grad_()
+    values, slopes = differentiate(losses, given._replace(extras={**given.extras, name: leaf.detach()}), ["logprobs"])
+    found = torch.autograd.grad(losses(given._replace(extras={**given.extras, name: leaf})).sum(), leaf)[0]
+    if weights is None or values.dim() != 2:
+        return False
+    left = (slopes["logprobs"].abs() + found.abs() - weights.unsqueeze(-1))[given.completion_mask]
+    return bool((left.abs() < 1e-9).all())
 
 
 def added_without_gradient(given: Any, names: Collection[str], losses: Callable[[Any], Tensor]) -> bool:

@@ -71,12 +71,16 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
     A class that says in ``no_target`` why it has another rest, a ranking of steps say, lifts right steps against wrong.
     """
     if subject.kind.no_target:
-        pulls = [
-            slope_of_step(subject, given, step, 0.0) - slope_of_step(subject, given, step, 1.0)
-            for step in range(len(given.labels))
-        ]
+        falls, rises = (
+            [slope_of_step(subject, given, step, label) for step in range(len(given.labels))] for label in (0.0, 1.0)
+        )
+        pulls = [fall - rise for fall, rise in zip(falls, rises, strict=True)]
         lifted = max(pulls) if min(pulls) > -1e-12 else min(pulls)  # a completion of one step has no order
-        return [at_least("direction", lifted, 1e-12, "right steps must rise and wrong ones fall: look at the sign")]
+        advice = "steps of one label are never learned from: look at where a mask begins and ends"
+        return [
+            at_least("direction", lifted, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
+            at_least("both labels", min(max(falls), -min(rises)), 1e-12, advice),
+        ]
     odds = torch.logit(given.labels)
     at_rest = slopes_of_scores(subject, given._replace(scores=odds)).abs().max()
     soft = slopes_of_scores(subject, given)

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import Step
 from rlhf_lightning.verification import online_checks
 from rlhf_lightning.verification.cases import Case, some_rows
+from rlhf_lightning.verification.exact import SelfTaught
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, own_bases, parameters_of
 
-OF_THE_BASES = frozenset((*COUNTERS, "training", "limits"))
+OF_THE_BASES = frozenset((*COUNTERS, "training", "limits", "_buffers", "_untouched"))
 """Attributes of the shipped bases that move in every step."""
 
 State = dict[str, Any]
@@ -166,6 +168,8 @@ def after_checkpoint(subject: Subject) -> State:
     train(subject, module)
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
+    kept = module.state_dict()  # Lightning saves the buffers
+    resumed.load_state_dict({name: kept[name] for name, _ in module.named_buffers() if name in kept}, strict=False)
     resumed.on_load_checkpoint(checkpoint)
     return state_of(resumed)
 
@@ -186,6 +190,8 @@ def learned(subject: Subject, module: Any) -> Tensor:
         rollout = online_checks.some_groups(subject, module)
         pairs = module.pairs(rollout)
         return subject.gradients(module, lambda: module.pair_loss_sum(rollout, pairs, Meter()))
+    if isinstance(module, SelfDistillationModule):
+        return subject.gradients(module, SelfTaught(module, subject.world).loss)
     if isinstance(module, RolloutModule):
         case = Case(subject, module)
         found: Tensor = case.advantages.advantages.detach()

@@ -243,12 +243,13 @@ def without_leaves(given: Any) -> Any:
     return given._replace(**{name: part.clone() for name, part in leaves.items() if part.is_leaf})
 
 
-ENTROPY = "the policy's entropy"
+ENTROPY, SUM = "the policy's entropy", "the sum of the policy's log-probabilities of all ids"
 WANTED = {
     "KL(policy || reference)": 1,
     "KL(reference || policy)": 1,
     ENTROPY: -1,
     "the policy's mean log-probability of all ids": -1,
+    SUM: -1,
 }
 """Known statistics of tokens, and whether a loss of tokens that holds one rises or falls with it."""
 
@@ -263,7 +264,7 @@ def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
     except Exception:  # it asks for more than logits
         return {}
     p, r = own.log_softmax(-1), theirs.log_softmax(-1)
-    parts = (p.exp() * (p - r), r.exp() * (r - p), -p.exp() * p, p / p.shape[-1])
+    parts = (p.exp() * (p - r), r.exp() * (r - p), -p.exp() * p, p / p.shape[-1], p)
     known = {**dict(zip(WANTED, parts, strict=True)), "the reference's entropy": -r.exp() * r}
     return {
         name: (words, sign)
@@ -380,6 +381,13 @@ def said_by(kind: type) -> str:
     """Return what a class of a user's own says about itself: its name, its docstring, and why it has no target."""
     said = ((one.__name__, vars(one).get("__doc__") or "", vars(one).get("no_target", "")) for one in own_bases(kind))
     return " ".join(" ".join(words) for words in said)
+
+
+def compares_with_others(kind: type) -> bool:
+    """Whether a class of a user's own says that a completion meets the others of its prompt, without itself."""
+    return bool(
+        re.search(r"sibling|leave.one.out|other (completion|sample|answer)s?\b|the others", said_by(kind).lower())
+    )
 
 
 def all_parameters(kind: type) -> set[str]:

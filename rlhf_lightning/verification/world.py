@@ -74,6 +74,7 @@ class EnumerableWorld:
         table[:, 1 + tokens :] = IMPOSSIBLE
         self.reference_table = table
         self.costs = torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.signed_columns = True
 
     def _listed(self) -> list[tuple[int, ...]]:
         """Every completion: those that end by themselves, shortest first, then those cut off at the longest."""
@@ -168,6 +169,15 @@ class EnumerableWorld:
             yield
         finally:
             self.rewards = before
+
+    @contextlib.contextmanager
+    def unsigned(self) -> Iterator[None]:
+        """Let columns of pairs hold the size of the gap alone within a block, as an annotator's confidence does."""
+        self.signed_columns = False
+        try:
+            yield
+        finally:
+            self.signed_columns = True
 
     # -- folders ------------------------------------------------------------------------------------------------------
 
