@@ -357,7 +357,7 @@ class OtherSolution(SelfDistillationModule):
 
     no_target = "the teacher reads other completions"
 
-    def __init__(self, preface: str = "right : {solution}", **kwargs):
+    def __init__(self, preface: str = "p1 {solution}", **kwargs):
         super().__init__(context=preface, **kwargs)
         self.preface = preface
 

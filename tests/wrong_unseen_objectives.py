@@ -406,7 +406,7 @@ class UniformSum(SFTModule):
 class ItsOwnSolution(SelfDistillationModule):
     """The teacher reads the best sibling's answer."""
 
-    def __init__(self, preface: str = "right : {solution}", **kwargs: Any):
+    def __init__(self, preface: str = "p1 {solution}", **kwargs: Any):
         super().__init__(context=preface, **kwargs)
         self.preface = preface
 
