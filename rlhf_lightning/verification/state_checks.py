@@ -191,7 +191,8 @@ def learned(subject: Subject, module: Any) -> Tensor:
         pairs = module.pairs(rollout)
         return subject.gradients(module, lambda: module.pair_loss_sum(rollout, pairs, Meter()))
     if isinstance(module, SelfDistillationModule):
-        return subject.gradients(module, SelfTaught(module, subject.world).loss)
+        taught: Any = module
+        return subject.gradients(module, SelfTaught(taught, subject.world).loss)
     if isinstance(module, RolloutModule):
         case = Case(subject, module)
         found: Tensor = case.advantages.advantages.detach()
