@@ -14,6 +14,67 @@ COUNTED = "('ranking', 'tie', 'both_bad')"
 
 Row = tuple[int, int, int, str]
 
+COUNTS = f"""
+CREATE TEMP TABLE stock (
+    item INTEGER PRIMARY KEY, begun INTEGER NOT NULL, value REAL, labels INTEGER NOT NULL,
+    wanting INTEGER GENERATED ALWAYS AS (labels < {{wanted}}) STORED
+) STRICT;
+CREATE INDEX temp.order_of_items ON stock (wanting, begun DESC, value DESC, item);
+CREATE TEMP TABLE open (
+    assignment INTEGER PRIMARY KEY, annotator TEXT NOT NULL, item INTEGER NOT NULL, repeat INTEGER NOT NULL,
+    given REAL NOT NULL
+) STRICT;
+CREATE INDEX temp.open_of_an_annotator ON open (annotator);
+CREATE INDEX temp.open_of_an_item ON open (item);
+CREATE TEMP TABLE seen (
+    annotator TEXT NOT NULL, item INTEGER NOT NULL, judged INTEGER NOT NULL, skipped INTEGER NOT NULL,
+    seconds REAL NOT NULL, PRIMARY KEY (annotator, item)
+) STRICT, WITHOUT ROWID;
+
+INSERT INTO stock (item, begun, labels)
+    SELECT id, EXISTS (SELECT 1 FROM assignments WHERE item = i.id), 0 FROM items i;
+UPDATE stock SET labels = found.labels FROM (
+    SELECT item, count(*) AS labels FROM live WHERE repeat = 0 AND verdict IN {COUNTED} GROUP BY item
+) AS found WHERE found.item = stock.item;
+INSERT INTO open SELECT id, annotator, item, repeat, given FROM assignments a
+    WHERE NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id);
+INSERT INTO seen SELECT annotator, item, sum(verdict IN {COUNTED}), sum(verdict = 'skip'),
+    sum(iif(verdict IN {COUNTED}, seconds, 0)) FROM live GROUP BY annotator, item;
+
+CREATE TEMP TRIGGER item_added AFTER INSERT ON main.items BEGIN
+    INSERT INTO stock (item, begun, labels) VALUES (NEW.id, 0, 0);
+END;
+CREATE TEMP TRIGGER item_given AFTER INSERT ON main.assignments BEGIN
+    INSERT INTO open VALUES (NEW.id, NEW.annotator, NEW.item, NEW.repeat, NEW.given);
+    UPDATE stock SET begun = 1, value = NULL WHERE item = NEW.item;
+END;
+CREATE TEMP TRIGGER item_judged AFTER INSERT ON main.judgements WHEN NEW.undoes IS NULL BEGIN
+    UPDATE stock SET labels = labels + 1 WHERE NEW.verdict IN {COUNTED}
+        AND item = (SELECT item FROM open WHERE assignment = NEW.assignment AND repeat = 0);
+    INSERT INTO seen SELECT NEW.annotator, item, NEW.verdict IN {COUNTED}, NEW.verdict = 'skip',
+        iif(NEW.verdict IN {COUNTED}, NEW.seconds, 0) FROM open WHERE assignment = NEW.assignment
+        ON CONFLICT DO UPDATE SET judged = seen.judged + excluded.judged, skipped = seen.skipped + excluded.skipped,
+        seconds = seen.seconds + excluded.seconds;
+    DELETE FROM open WHERE assignment = NEW.assignment;
+END;
+CREATE TEMP TRIGGER judgement_undone AFTER INSERT ON main.judgements WHEN NEW.undoes IS NOT NULL BEGIN
+    INSERT INTO open SELECT id, annotator, item, repeat, given FROM assignments WHERE id = NEW.assignment;
+    UPDATE stock SET labels = labels - 1 FROM judgements j, open o WHERE j.id = NEW.undoes AND j.verdict IN {COUNTED}
+        AND o.assignment = NEW.assignment AND o.repeat = 0 AND stock.item = o.item;
+    UPDATE seen SET judged = seen.judged - (j.verdict IN {COUNTED}), skipped = skipped - (j.verdict = 'skip'),
+        seconds = seen.seconds - iif(j.verdict IN {COUNTED}, j.seconds, 0) FROM judgements j, open o
+        WHERE j.id = NEW.undoes AND o.assignment = NEW.assignment AND seen.annotator = o.annotator
+        AND seen.item = o.item;
+    DELETE FROM seen WHERE annotator = NEW.annotator AND judged = 0 AND skipped = 0
+        AND item = (SELECT item FROM open WHERE assignment = NEW.assignment);
+END;
+"""
+"""What is left to judge, kept up to date by triggers: queries over all judgements would slow down as a store grows.
+
+The tables belong to the connection that writes. ``stock``: labels of each item, whether it was handed out, and its
+selector's value until then. ``open``: assignments without a judgement. ``seen``: each annotator's standing judgements.
+"""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -44,8 +105,8 @@ class Policy:
 def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
     """The annotator's oldest assignment without a judgement; after an undo, the one taken back."""
     row: Row | None = db.execute(
-        "SELECT id, item, repeat, shown FROM assignments a WHERE annotator = ? "
-        "AND NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id) ORDER BY id LIMIT 1",
+        "SELECT a.id, a.item, a.repeat, a.shown FROM open o JOIN assignments a ON a.id = o.assignment "
+        "WHERE o.annotator = ? ORDER BY o.assignment LIMIT 1",
         [annotator],
     ).fetchone()
     return row
@@ -58,32 +119,13 @@ def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: floa
     broken by the order in which items were added.
     """
     row = db.execute(
-        "SELECT i.id, EXISTS (SELECT 1 FROM assignments WHERE item = i.id) AS begun "
-        "FROM items i LEFT JOIN item_values v ON v.item = i.id WHERE "
-        "i.id NOT IN (SELECT item FROM full_items) AND "
-        "NOT EXISTS (SELECT 1 FROM assignments WHERE item = i.id AND annotator = :annotator) AND "
-        "(SELECT count(*) FROM assignments a WHERE a.item = i.id AND a.repeat = 0 AND ("
-        f"    EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id AND l.verdict IN {COUNTED}) OR "
-        "    (a.given > :since AND NOT EXISTS (SELECT 1 FROM live l WHERE l.assignment = a.id)))) < :wanted "
-        "ORDER BY begun DESC, iif(begun, NULL, v.value) DESC, i.id LIMIT 1",
+        "SELECT s.item FROM stock s WHERE wanting = 1 AND "
+        "NOT EXISTS (SELECT 1 FROM assignments WHERE item = s.item AND annotator = :annotator) AND labels + "
+        "(SELECT count(*) FROM open o WHERE o.item = s.item AND o.repeat = 0 AND o.given > :since) < :wanted "
+        "ORDER BY begun DESC, value DESC, item LIMIT 1",
         {"annotator": annotator, "since": now - policy.lease, "wanted": policy.annotators},
     ).fetchone()
     return None if row is None else int(row[0])
-
-
-def note_full_items(db: sqlite3.Connection, policy: Policy, assignment: int | None = None) -> None:
-    """Note whether the item of an assignment has enough labels; None notes it of all items.
-
-    To count the labels of a whole store for each judgement would cost the square of the labels.
-    """
-    chosen = "" if assignment is None else "item = (SELECT item FROM assignments WHERE id = :assignment) AND "
-    values = {"assignment": assignment, "wanted": policy.annotators}
-    db.execute(f"DELETE FROM full_items WHERE {chosen}1", values)
-    db.execute(
-        f"INSERT INTO full_items SELECT item FROM live WHERE {chosen}repeat = 0 AND verdict IN {COUNTED} "
-        "GROUP BY item HAVING count(*) >= :wanted",
-        values,
-    )
 
 
 def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy, key: int | str) -> int | None:

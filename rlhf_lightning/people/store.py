@@ -30,21 +30,13 @@ from rlhf_lightning.data.feedback.records import (
     in_item_order,
 )
 from rlhf_lightning.errors import ContractError, StateError
-from rlhf_lightning.people.handing_out import (
-    COUNTED,
-    Policy,
-    fresh_item,
-    note_full_items,
-    open_assignment,
-    repeat_item,
-    sides,
-)
+from rlhf_lightning.people.handing_out import COUNTS, Policy, fresh_item, open_assignment, repeat_item, sides
 from rlhf_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from rlhf_lightning.people.selectors import Selector
 
-WAITING = "items i WHERE NOT EXISTS (SELECT 1 FROM assignments a WHERE a.item = i.id)"
+WAITING = "stock WHERE NOT begun"
 
 
 class Progress(NamedTuple):
@@ -87,8 +79,8 @@ class FeedbackStore:
         try:
             self._connection = open_for_writing(self.path, self.policy.salt)
             self.id, salt = identity_of(self._connection)
+            self._connection.executescript(COUNTS.format(wanted=self.policy.annotators))
             self._inode = self.path.stat().st_ino
-            note_full_items(self._connection, self.policy)
         except BaseException:
             self._lock.release()
             raise
@@ -175,7 +167,7 @@ class FeedbackStore:
         """Let a selector order the items that were never handed out; annotators are not blocked."""
         given, waiting = (
             "SELECT item FROM assignments WHERE repeat = 0 GROUP BY item ORDER BY min(id)",
-            f"SELECT id FROM {WAITING} ORDER BY id",
+            f"SELECT item FROM {WAITING} ORDER BY item",
         )
         with self._turn:
             known, asked = (
@@ -194,8 +186,8 @@ class FeedbackStore:
                 f"{type(selector).__name__} returned a value that is NaN or infinite: return finite numbers",
             )
         with self._transaction() as db:
-            rows = [(item.id, value) for item, value in zip(asked, values, strict=True)]
-            db.executemany("INSERT OR REPLACE INTO item_values VALUES (?, ?)", rows)
+            rows = [{"item": item.id, "value": value} for item, value in zip(asked, values, strict=True)]
+            db.executemany("UPDATE stock SET value = :value WHERE item = :item AND NOT begun", rows)
 
     def take_over(self, item: Item, answers: Iterable[tuple[str, Answer]]) -> int:
         """Add an item with answers that were given elsewhere; return how many were new.
@@ -291,7 +283,6 @@ class FeedbackStore:
             ),
         )  # fmt: skip
         assert cursor.lastrowid is not None
-        note_full_items(db, self.policy, assignment)
         return cursor.lastrowid
 
     def undo(self, annotator: str, key: str, judgement: int | None = None) -> int | None:
@@ -323,7 +314,6 @@ class FeedbackStore:
                 "INSERT INTO judgements (key, annotator, assignment, undoes, judged) VALUES (?, ?, ?, ?, ?)",
                 (key, annotator, last[1], last[0], self._now()),
             )
-            note_full_items(db, self.policy, last[1])
             return cursor.lastrowid
 
     def _known(self, db: sqlite3.Connection, annotator: str, key: str, assignment: int | None) -> int | None:
@@ -342,28 +332,25 @@ class FeedbackStore:
         """Count the annotator's judgements and the items left."""
         with self._turn:
             judged, skipped, seconds = self._connection.execute(
-                f"SELECT coalesce(sum(verdict IN {COUNTED}), 0), coalesce(sum(verdict = 'skip'), 0), "
-                f"avg(iif(verdict IN {COUNTED}, seconds, NULL)) FROM live WHERE annotator = ?",
+                "SELECT coalesce(sum(judged), 0), coalesce(sum(skipped), 0), sum(seconds) FROM seen "
+                "WHERE annotator = ?",
                 [annotator],
             ).fetchone()
             (left,) = self._connection.execute(
-                "SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM live WHERE annotator = :annotator) "
-                "AND id NOT IN (SELECT item FROM full_items)",
-                {"annotator": annotator},
+                "SELECT (SELECT count(*) FROM stock WHERE wanting = 1) - "
+                "(SELECT count(*) FROM seen JOIN stock USING (item) WHERE annotator = ? AND wanting = 1)",
+                [annotator],
             ).fetchone()
-        return Progress(judged, skipped, left, seconds or 0.0)
+        return Progress(judged, skipped, left, seconds / judged if judged else 0.0)
 
     def labels(self) -> int:
         """Count the labels: judgements without hidden repeats and skipped items."""
-        return self._count(f"SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN {COUNTED}")
+        return self._count("SELECT coalesce(sum(labels), 0) FROM stock")
 
     def being_judged(self) -> int:
         """Count the items that somebody is judging now."""
-        return self._count(
-            "SELECT count(*) FROM assignments a WHERE repeat = 0 AND given > ? AND "
-            "NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)",
-            self.clock() - self.policy.lease,
-        )
+        since = self.clock() - self.policy.lease
+        return self._count("SELECT count(*) FROM open WHERE repeat = 0 AND given > ?", since)
 
     def last(self) -> tuple[int, str]:
         """Number and annotator of the last row of judgements; 0 and an empty name if there is none."""

@@ -1,6 +1,7 @@
 """The store: who is given what, what a judgement is, and that none is lost, doubled or changed."""
 
 import os
+import random
 import signal
 import sqlite3
 import time
@@ -13,7 +14,7 @@ from starlette.testclient import TestClient
 from rlhf_lightning.data.feedback.database import is_store, judgements_of, reading, snapshot_of, split_name
 from rlhf_lightning.data.feedback.records import Answer, Conflict, Item, JudgementRefused, NotAsked
 from rlhf_lightning.data.feedback.rows import rows_of
-from rlhf_lightning.people.handing_out import Policy, chance
+from rlhf_lightning.people.handing_out import Policy, chance, open_assignment
 from rlhf_lightning.people.server import make_app
 from rlhf_lightning.people.store import FeedbackStore
 
@@ -419,3 +420,72 @@ def test_what_each_request_costs_grows_no_faster_than_the_labels(asked, make_sto
         return taken[0]
 
     assert steps(400) < 5 * max(steps(100), 20)
+
+
+COUNTED_ANEW = """
+SELECT (SELECT count(*) FROM live WHERE annotator = :who AND verdict IN ('ranking', 'tie', 'both_bad')),
+    (SELECT count(*) FROM live WHERE annotator = :who AND verdict = 'skip'),
+    (SELECT count(*) FROM items WHERE id NOT IN (SELECT item FROM live WHERE annotator = :who) AND id NOT IN
+        (SELECT item FROM live WHERE repeat = 0 AND verdict IN ('ranking', 'tie', 'both_bad')
+         GROUP BY item HAVING count(*) >= :wanted)),
+    (SELECT count(*) FROM live WHERE repeat = 0 AND verdict IN ('ranking', 'tie', 'both_bad')),
+    (SELECT count(*) FROM assignments a WHERE repeat = 0 AND NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id)),
+    (SELECT min(id) FROM assignments a WHERE annotator = :who AND
+        NOT EXISTS (SELECT 1 FROM live WHERE assignment = a.id))
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_kept_up_to_date_is_what_would_be_counted_anew(tmp_path, seed):
+    drawn, names, made = random.Random(seed), ("ann", "bob", "eve"), 0
+    policy = Policy(annotators=2, repeats=0.3, distance=2)
+    store = FeedbackStore(tmp_path / "s.db", policy)
+    for step in range(150):
+        who = drawn.choice(names)
+        action = drawn.random()
+        if action < 0.15:
+            made += 2
+            store.add([pair(made - 1), pair(made)])
+        elif action < 0.25:
+            store.undo(who, f"undo------------{step}")
+        elif action < 0.3:
+            store.close()
+            store = FeedbackStore(tmp_path / "s.db", policy)
+        elif (asked := store.next(who)) is not None and drawn.random() < 0.9:
+            verdict = drawn.choice(("ranking", "tie", "both_bad", "skip"))
+            ranks = (0, 1) if verdict == "ranking" else None
+            store.judge(who, asked.id, f"judge-----------{step}", Answer(verdict, ranks, seconds=1.0))
+        for name in names:
+            with store.reading() as db:
+                anew = db.execute(COUNTED_ANEW, {"who": name, "wanted": 2}).fetchone()
+                open_one = open_assignment(db, name)
+            now = store.progress(name)
+            kept = (now.judged, now.skipped, now.left, store.labels(), store.being_judged(), open_one and open_one[0])
+            assert kept == anew, (step, name)
+            assert now.seconds == (1.0 if now.judged else 0.0)
+    store.close()
+
+
+def test_the_work_of_a_judgement_does_not_grow_with_the_store(tmp_path):
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    with FeedbackStore(tmp_path / "s.db", Policy(annotators=2, repeats=0.0)) as store:
+        store.add(pair(number) for number in range(700))
+        work = []
+        for number in range(1300):
+            who = f"ann{number % 4}"
+            if number in (100, 1200):
+                with store.reading() as db:
+                    db.set_progress_handler(count, 10)
+            label(store, who, Answer("tie"))
+            store.progress(who)
+            if number in (140, 1240):
+                with store.reading() as db:
+                    db.set_progress_handler(None, 0)
+                work.append(steps)
+                steps = 0
+    assert work[1] < 3 * work[0]

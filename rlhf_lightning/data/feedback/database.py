@@ -104,12 +104,6 @@ IMMUTABLE = "".join(
 )
 """Triggers that keep judgements from being changed, by this package or in a database shell."""
 
-OF_THIS_PROCESS = """
-CREATE TEMP TABLE item_values (item INTEGER PRIMARY KEY, value REAL NOT NULL) STRICT;
-CREATE TEMP TABLE full_items (item INTEGER PRIMARY KEY) STRICT;
-"""
-"""Selector values of items, and items with enough labels, which are not counted anew; not part of the file."""
-
 STANDING = (
     "SELECT j.id, j.annotator, a.item, a.repeat, a.shown, j.verdict, j.ranks, j.strength, j.reasons, j.flags, "
     "j.edited, j.edited_place, j.seconds, j.judged, (SELECT count(*) FROM candidates c WHERE c.item = a.item) "
@@ -167,7 +161,6 @@ def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
                 f"CAST(X'{salt.encode().hex()}' AS TEXT));\n"
                 f"PRAGMA application_id = {MARK};\nPRAGMA user_version = {VERSION};\nCOMMIT;"
             )
-        connection.executescript(OF_THIS_PROCESS)
     except BaseException:
         connection.close()
         raise
