@@ -220,8 +220,8 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
 
 
 def steps_of(kind: type[AlignmentModule]) -> int:
-    """Return the updates of a round: a rare pair counts by the product of two small chances, and takes its time."""
-    return 200 if issubclass(kind, OnlineDPOModule) else 100
+    """Return the updates of a round: more where a rare pair counts by two small chances, or L-BFGS cannot follow."""
+    return 300 if hasattr(kind, "adapter") else 200 if issubclass(kind, OnlineDPOModule) else 100
 
 
 def measured_control(subject: Subject, found: Convergence | None = None) -> float:
