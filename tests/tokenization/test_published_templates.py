@@ -262,3 +262,30 @@ def test_nobody_speaks_for_another(name):
     plain = encode_rendered(tokenizer, [render_prompt(tokenizer, [{"role": "user", "content": "hi"}])])[0].ids
     control = facts_of(tokenizer).control_ids
     assert [index for index in ids if index in control] == [index for index in plain if index in control]
+
+
+# -- the table of docs/data.md ----------------------------------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "data.md"
+SHOWN = {"equal": "✓", "continues": "serving", "continues equal": "✓, serving"}
+HEAD = ("thought", "no thought", "two thoughts", "named thought", "tool call", "odd contents", "odd roles")
+
+
+def table():
+    """The lines of the page's table: a row for each template, a column for each kind of conversation."""
+    lines = ["| template | " + " | ".join(HEAD) + " |", "|" + "---|" * (len(HEAD) + 1)]
+    tools = cases("tools.jsonl")[0]
+    for name in TEMPLATES:
+        found = [check_turns(name, row["messages"]) for row in cases("thoughts.jsonl") if "messages" in row]
+        found.append(check_turns(name, tools["messages"], tools["tools"]))
+        odd = [check_turns(name, turns_of("ua" * (len(said) // 2), *said)) for said in ODD.values()]
+        roles = [check_turns(name, turns_of(one, *(f"{r}{n}q" for n, r in enumerate(one)))) for one in ODD_ROLES]
+        counts = [sum(set(one.split()) <= {"equal", "continues"} for one in many) for many in (odd, roles)]
+        cells = [SHOWN.get(one, f"refused ({one})") for one in found]
+        cells += [f"{counts[0]} of {len(odd)}", f"{counts[1]} of {len(roles)}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_page_shows_what_every_template_does():
+    assert table() in PAGE.read_text(encoding="utf-8"), "print table() and put it into docs/data.md"
