@@ -179,6 +179,9 @@ def failure_sentence(error: Exception) -> str | None:
         return "trainer.accelerator asks for a GPU, and torch finds none: set trainer.accelerator to cpu or auto"
     if text.startswith(("`Trainer(devices=", "`devices` selected with `CPUAccelerator`")):
         return "trainer.devices must be the number of GPUs, or of processes on the CPU: give 1 or more"
+    if text.startswith("Problem with given class_path") and text.endswith(":"):
+        why = reason_of(error.__cause__ or error.__context__ or error)
+        return f"{text.split(chr(39))[1].rpartition('.')[2]} cannot be made: {why}; install its package with pip"
     if text.startswith("Early stopping conditioned on metric"):
         metric, known = text.split("`")[1], text.partition("following: ")[2].replace("`", "")
         remedy = f"set its monitor to one of {known}"

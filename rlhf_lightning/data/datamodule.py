@@ -23,10 +23,18 @@ from rlhf_lightning.data.feedback.rows import RowKind
 from rlhf_lightning.data.formats import Form, Reader
 from rlhf_lightning.data.loader import Collate, EpochSteps, PlannedSteps, PromptSteps, StepLoader
 from rlhf_lightning.data.row_store import Part, RowStore, hash_of
-from rlhf_lightning.data.sources import Source, as_file, parse_sources, snapshots_of, source_fingerprint, source_stamp
+from rlhf_lightning.data.sources import (
+    Source,
+    as_file,
+    parse_sources,
+    refuse_objects,
+    snapshots_of,
+    source_fingerprint,
+    source_stamp,
+)
 from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
 from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
@@ -106,6 +114,8 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         train_prefix: str | None = None,
     ) -> None:
         super().__init__()
+        for given in (source, eval_source):
+            refuse_objects(given)
         # Colliding names (seed) would be an error if both the module's and these went to the logger.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters(logger=False)
@@ -318,7 +328,17 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         )  # fmt: skip
 
     def train_dataloader(self) -> StepLoader:
-        """Steps of the training rows, in an order of its own each epoch."""
+        """Steps of the training rows, in an order of its own each epoch.
+
+        Raises:
+            StateError: ``not-set-up``.
+        """
+        if "store" not in vars(self):
+            raise StateError(
+                "not-set-up",
+                f"{type(self).__name__} has read no rows yet: give it to trainer.fit(module, datamodule), or call "
+                "prepare_data() and setup('fit') first; an own setup calls super().setup(stage)",
+            )
         if self.streaming:
             return StreamLoader(self.stream, self.batch_size, self.streamed_step, self.stream_steps, self.fingerprint)
         length = len(self._plan(self.store, self.epoch_rows(0), shuffle=False))

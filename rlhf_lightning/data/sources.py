@@ -80,6 +80,26 @@ def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ..
     return tuple(replace(one, path=at_snapshot(one.path), kind=kind) if is_store(one.path) else one for one in sources)
 
 
+def refuse_objects(source: Any) -> None:
+    """Refuse objects that hold rows in another form, with the form to give.
+
+    Raises:
+        SettingError: ``invalid-source``.
+    """
+    kind = type(source).__name__
+    remedy = None
+    if type(source).__module__.partition(".")[0] in ("pandas", "polars"):
+        remedy = "datasets.Dataset.from_pandas(frame) or a list of dicts"
+    elif kind in ("DatasetDict", "IterableDatasetDict"):
+        remedy = "one of its splits, such as dataset['train']"
+    elif isinstance(source, Iterator):
+        remedy = "list(rows)"
+    elif isinstance(source, dict) and "path" not in source and all(isinstance(one, list) for one in source.values()):
+        remedy = "datasets.Dataset.from_dict(columns) or a list of dicts"
+    if remedy is not None:
+        raise SettingError("invalid-source", f"a {kind} cannot be a source: give {remedy}")
+
+
 def as_file(source: Any, cache: Path) -> Any:
     """Write a ``datasets.Dataset`` or a list of rows to a file of the cache, and return its path; else ``source``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ContractError, DataError, RlhfError, undefined
+from rlhf_lightning.errors import ContractError, DataError, RlhfError, SettingError, undefined
 from rlhf_lightning.loading import load
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
@@ -179,10 +180,39 @@ class FunctionScorer(Scorer):
     """A plain function, called as ``function(prompts, completions, **columns)``, as a scorer."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        refuse_other_calls(function)
         self.function = function
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         return self.function(prompts, completions, **columns)
+
+
+def refuse_other_calls(function: Callable[..., Any]) -> None:
+    """Refuse a model, and a function that cannot be called as a scorer is.
+
+    Raises:
+        SettingError: ``scorer-call``.
+    """
+    kind = type(function).__name__
+    if type(function).__module__.partition(".")[0] in ("torch", "transformers", "peft", "rlhf_lightning"):
+        raise SettingError(
+            "scorer-call", f"a {kind} does not score texts: give the folder of a reward model (export), or a function"
+        )
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a function of C without one
+        return
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [one for one in signature.parameters.values() if one.kind in kinds]
+    try:
+        signature.bind([], [], **{one.name: None for one in named[2:] if one.default is one.empty})
+    except TypeError as error:
+        name = getattr(function, "__name__", kind)
+        raise SettingError(
+            "scorer-call",
+            f"the scorer {name}{signature} cannot be called: it is called as {name}(prompts, completions, **columns), "
+            "two lists and the columns of the data, and returns one number for each completion",
+        ) from error
 
 
 def checked_scores(scores: Scores, count: int, name: str) -> Tensor:

@@ -67,6 +67,10 @@ def refused_strategy(strategy: str) -> str | None:
             "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
             "by norm"
         )
+    elif "spawn" in strategy.lower():
+        return (
+            "ddp_spawn would pickle the models into new processes: use ddp, which starts the script once for each rank"
+        )
     elif "deepspeed" in strategy.lower() or strategy.lower().startswith("zero"):
         reason = "DeepSpeed's engine counts micro-batches and clips gradients, which the modules here do themselves"
     else:
@@ -176,6 +180,7 @@ UNNEEDED_WARNINGS = (
     r"You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # ragged batches stay on the CPU
     r".*isinstance\(treespec, LeafSpec\).*",  # between Lightning and torch
     r".*`LeafSpec`.*",
+    r"It is recommended to use `self\.log\(.*sync_dist=True\)`.*",  # modules reduce before they log the quotient
 )
 """Warnings of Lightning that are no one's to act on."""
 

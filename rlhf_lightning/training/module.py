@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -57,7 +58,7 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimization, trainer_checks
-from rlhf_lightning.training.compatibility import check, settled_precision
+from rlhf_lightning.training.compatibility import check, refused_strategy, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
@@ -235,6 +236,17 @@ class AlignmentModule(LightningModule):
         self._evaluation = Meter()
         self.speed = TokenClock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled.
+
+        Raises:
+            SettingError: ``spawned-ranks``: the Trainer would send the module to processes that it spawns.
+        """
+        if get_spawning_popen() is not None:
+            raise SettingError("spawned-ranks", str(refused_strategy("ddp_spawn")))
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def __getattr__(self, name: str) -> Any:
         """Find parameters and submodules, and report an AttributeError raised inside a property.
 
@@ -247,6 +259,15 @@ class AlignmentModule(LightningModule):
             return super().__getattr__(name)
         except AttributeError:
             kept = inspect.getattr_static(type(self), name, None)
+            if name == "generate":
+                raise AttributeError(
+                    f"{type(self).__name__} has no generate: sample with answer(prompts, module.sampling), or export a "
+                    "folder for transformers"
+                ) from None
+            if name in ("policy", "critic") and not self._models_loaded:
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name} yet: a Trainer loads it, or configure_model()"
+                ) from None
             if not isinstance(kept, property | cached_property):
                 raise
         try:

@@ -29,6 +29,9 @@ def good(prompts, completions, **columns):
 def texts(prompts, completions, **columns):
     return ["good"] * len(completions)
 
+def single(text):
+    return 1.0
+
 def broken(prompts, completions, **columns):
     return [columns["rubric"] for _ in completions]
 """
@@ -93,6 +96,17 @@ MISTAKES = {
     "an empty stop string": (f"{SCORED}.good --model.stop_strings ['']", "a stop string is empty"),
     "a stop token of two tokens": (f"{SCORED}.good --model.stop_tokens [zzz]", "name a single token"),
     # settings that cannot be
+    "a GPU that is not there": (f"{DPO} --trainer.devices -1", "trainer.devices must be"),
+    "a strategy that spawns": (f"{DPO} --trainer.strategy ddp_spawn", "use ddp"),
+    "a strategy of DeepSpeed": (f"{DPO} --trainer.strategy zero3", "ModelParallelStrategy"),
+    "one number for two": (f"{DPO} --model.betas 0.9", "a list such as '[a, b]'"),
+    "a metric of no held-out rows": (
+        f"{DPO} --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss", "data.eval_rows",
+    ),
+    "data as a config": ("fit --config pairs.jsonl", "--data.source pairs.jsonl"),
+    "a program as a config": ("fit --config scorers.py", "--model scorers.CLASS"),
+    "a folder as a config": ("fit --config .", "is a folder"),
+    "a misspelt part of a config": ("fit --config moodel.yaml", "the nearest is model"),
     "no update": (DPO.replace("--trainer.max_steps 1", "--trainer.max_steps 0"), "nothing would be trained"),
     "layers in one text": (f"{DPO} --model.lora.targets q_proj,v_proj", "such as '[q_proj, v_proj]'"),
     "a layer of another name": (f"{DPO} --model.lora.targets [q_proj,query]", "lora.targets names 'query'"),
@@ -118,6 +132,10 @@ MISTAKES = {
     # data
     "data that are not there": (f"{DPO} --data.source mine.jsonl", "mine.jsonl"),
     "a suffix of another file": (f"{DPO} --data.source pairs.json", "the nearest is 'pairs.jsonl'"),
+    "an address as source": (f"{DPO} --data.source https://host/pairs.jsonl", "give a downloaded file"),
+    "a slice as in Python": (f"{DPO} --data.source pairs.jsonl[:4]", "split: 'train[:4]'"),
+    "columns between semicolons": (f"{DPO} --data.source excel.csv", "save it with commas"),
+    "a split as an option": (f"{DPO} --data.split test", "--data.source"),
     "an empty file": (f"{DPO} --data.source empty.jsonl", "empty.jsonl"),
     "a line that is not JSON": (f"{DPO} --data.source broken.jsonl", "broken.jsonl"),
     "columns of other names": (f"{DPO} --data.source nameless.jsonl", "columns"),
@@ -137,6 +155,7 @@ MISTAKES = {
     "a scorer with a colon": (f"{GRPO} --model.scorer scorers:good", "scorers.good"),
     "a module as scorer": (f"{GRPO} --model.scorer scorers", "scorers is a module"),
     "a scorer with too few scores": (f"{SCORED}.short", "it must return one for each"),
+    "a scorer of one text": (f"{SCORED}.single", "single(prompts, completions, **columns)"),
     "a scorer of texts": (f"{SCORED}.texts", "must return one number for each completion"),
     "a scorer without its column": (f"{SCORED}.broken", "rename one by data.columns"),
     # runs and tools
@@ -172,6 +191,8 @@ def files() -> None:
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name in ("empty.jsonl", "empty.yaml"):
         Path(name).write_text("")
+    Path("moodel.yaml").write_text("moodel: {class_path: DPOModule}\n")
+    Path("excel.csv").write_text("prompt;chosen;rejected\na;b;c\n")
     Path("list.yaml").write_text("- a\n- b\n")
     Path("broken.jsonl").write_text('{"prompt": "a", \n')
     Path("scorers.py").write_text(SCORERS)
@@ -202,5 +223,5 @@ def test_one_sentence_names_the_remedy(
     assert len(said[0]) < 700
 
 
-def test_there_are_ninety_mistakes() -> None:
-    assert len(MISTAKES) >= 90
+def test_there_are_a_hundred_and_twenty_mistakes() -> None:
+    assert len(MISTAKES) >= 120

@@ -4,15 +4,18 @@ import copy
 import csv
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 from conftest import refused
+from datasets import Dataset, DatasetDict
 from lightning.pytorch import callbacks as lightning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
@@ -620,3 +623,49 @@ def test_a_run_without_training_batches_is_refused(policy_folder: str) -> None:
 def test_backbone_finetuning_is_refused_with_another_callback(policy_folder: str) -> None:
     with refused("backbone-finetuning", "BaseFinetuning"):
         fit(policy_folder, [lightning.BackboneFinetuning()])
+
+
+# -- objects of other libraries, and what is not there yet -------------------------------------------------------------
+
+
+def text_alone(text: str) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("scorer", [text_alone, torch.nn.Linear(2, 1)], ids=["one text", "a model"])
+def test_a_scorer_of_another_call_is_refused(policy_folder: str, scorer: Any) -> None:
+    module, data = GRPOModule(init_from=policy_folder, scorer=scorer), PromptDataModule([{"prompt": "w1"}] * 4)
+    with refused("scorer-call"):
+        quiet_trainer().fit(module, data)
+
+
+SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a frame of pandas": (lambda: pd.DataFrame(ROWS), "from_pandas"),
+    "columns": (lambda: {"prompt": ["w1"], "completion": ["w2"]}, "from_dict"),
+    "a generator": (lambda: iter(ROWS), "list(rows)"),
+    "a set of splits": (lambda: DatasetDict(train=Dataset.from_list(ROWS)), "dataset['train']"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_in_another_form_are_refused_with_the_form_to_give(name: str) -> None:
+    make, remedy = SOURCES[name]
+    with refused("invalid-source", remedy):
+        SFTDataModule(make())
+
+
+def test_a_loader_before_setup_is_refused(policy_folder: str) -> None:
+    with refused("not-set-up", "super().setup(stage)"):
+        rows().train_dataloader()
+
+
+@pytest.mark.parametrize(("name", "words"), [("policy", "configure_model()"), ("generate", "answer")])
+def test_what_a_module_has_not_is_explained(policy_folder: str, name: str, words: str) -> None:
+    with pytest.raises(AttributeError, match=re.escape(words)):
+        getattr(sft(policy_folder), name)
+
+
+def test_processes_that_a_trainer_spawns_are_refused(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.training.module.get_spawning_popen", object)
+    with refused("spawned-ranks", "use ddp"):
+        pickle.dumps(sft(policy_folder))
