@@ -64,6 +64,10 @@ class ContractError(RlhfError, TypeError):
     """A user's class or function that breaks its contract."""
 
 
+class LackingError(RlhfError, AttributeError):
+    """An attribute that an object lacks, or has later; ``hasattr`` is False."""
+
+
 class TerminatedError(BaseException):
     """This process was told to end by a signal; like KeyboardInterrupt, it passes every ``except Exception``.
 

@@ -36,7 +36,7 @@ from rlhf_lightning.compat import (
     logged_batch,
     set_logged_step,
 )
-from rlhf_lightning.errors import ContractError, SettingError, StateError, undefined
+from rlhf_lightning.errors import ContractError, LackingError, SettingError, StateError, undefined
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.loading import check_ranges
 from rlhf_lightning.models.causal_lm import CausalLM, OverLogits, TokenOutputs
@@ -254,19 +254,22 @@ class AlignmentModule(LightningModule):
 
         Raises:
             ContractError: ``failing-property``.
+            LackingError: ``weights-not-loaded`` or ``no-generate``.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
             kept = inspect.getattr_static(type(self), name, None)
             if name == "generate":
-                raise AttributeError(
+                raise LackingError(
+                    "no-generate",
                     f"{type(self).__name__} has no generate: sample with answer(prompts, module.sampling), or export a "
-                    "folder for transformers"
+                    "folder for transformers",
                 ) from None
             if name in ("policy", "critic") and not self._models_loaded:
-                raise AttributeError(
-                    f"{type(self).__name__} has no {name} yet: a Trainer loads it, or configure_model()"
+                raise LackingError(
+                    "weights-not-loaded",
+                    f"{type(self).__name__} has no {name} yet: a Trainer loads it, or configure_model()",
                 ) from None
             if not isinstance(kept, property | cached_property):
                 raise
