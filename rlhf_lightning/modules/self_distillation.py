@@ -131,7 +131,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         return found
 
     def read_by_teacher(self, rollout: Rollout) -> tuple[Sequences, list[int]]:
-        """Return what the teacher reads, and the rows that it has a text for and enough positions."""
+        """Return what the teacher reads, and the rows for which it has a text with a token, and enough positions."""
         texts, prompts = self.contexts(rollout), list(rollout.sequences.prompts)
         most, taught = limits_of(self.policy.model).positions, []
         for row, text in enumerate(texts):
@@ -139,7 +139,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
                 continue
             told = with_context(rollout.prompts[row], text, self.place)
             ids = torch.tensor(tokenization.encode_prompt(self.tokenizer, told))
-            if most is None or len(ids) + len(rollout.sequences.completions[row]) <= most:
+            if len(ids) and (most is None or len(ids) + len(rollout.sequences.completions[row]) <= most):
                 prompts[row] = ids
                 taught.append(row)
         return rollout.sequences._replace(prompts=tuple(prompts)), taught
