@@ -275,8 +275,9 @@ class Sweep:
     def run(self) -> int:
         """Train, print the summary, and return the exit status."""
         numbers = [number for name in STOPPING if (number := getattr(signal, name, None)) is not None]
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-        before = {number: signal.signal(number, self.stop) for number in heard}
+        if signal.getsignal(numbers[-1]) is signal.SIG_IGN:  # SIGHUP under nohup
+            del numbers[-1]
+        before = {number: signal.signal(number, self.stop) for number in numbers}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 results = dict(zip((run.name for run in self.runs), pool.map(self.train, self.runs), strict=True))

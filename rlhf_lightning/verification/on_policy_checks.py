@@ -95,28 +95,52 @@ def advantage_checks(case: Case) -> list[Check]:
     return [*checks, credit_check(case), *winner_check(case)]
 
 
-def beyond_others(case: Case, row: int, by: float) -> Tensor:
-    """Return how one completion's advantages follow its own score, beyond the shift and factor of other groups."""
-    rollout, others = (
-        case.rollout,
-        case.rollout.completion_mask & (case.rollout.group != case.rollout.group[row])[:, None],
-    )
-    raised = rollout.scores.clone()
-    raised[row] += by
-    before, after = case.advantages_of(), case.advantages_of(scores=raised)
+def beyond_others(case: Case, row: int, **changes: Tensor) -> Tensor:
+    """Return how one completion's advantages follow changes of its own, beyond other groups' shift and factor."""
+    mask, group = case.rollout.completion_mask, case.rollout.group
+    others = mask & (group != group[row])[:, None]
+    before, after = case.advantages_of(), case.advantages_of(**changes)
     matrix = torch.stack([before[others], torch.ones_like(before[others])], -1)
     found = torch.linalg.lstsq(matrix, after[others].unsqueeze(-1)).solution.squeeze(-1)
-    return torch.where(rollout.completion_mask, after - found[0] * before - found[1], 0.0)[row]
+    return torch.where(mask, after - found[0] * before - found[1], 0.0)[row]
+
+
+def lifted(values: Tensor, *place: int, by: float) -> Tensor:
+    """Return a copy with one value raised."""
+    found = values.clone()
+    found[place] += by
+    return found
 
 
 def credit_check(case: Case) -> Check:
     """Check that each token of a completion answers for its score, in some of the completions of several tokens."""
-    mask = case.rollout.completion_mask
+    mask, scores = case.rollout.completion_mask, case.rollout.scores
     rows = (mask.sum(-1) > 1).nonzero().squeeze(-1)[::5][:8].tolist()
-    lifted = torch.stack([beyond_others(case, row, 1.0).abs() > 1e-9 for row in rows])
-    credited, there = lifted.any(0), mask[rows].any(0)
+    follows = [beyond_others(case, row, scores=lifted(scores, row, by=1.0)).abs() > 1e-9 for row in rows]
+    credited, there = torch.stack(follows).any(0), mask[rows].any(0)
+    if bool((there & ~credited).any()):
+        credited = credited | credit_of_critic(case, rows)
     advice = "the score comes at the end, and every token before it must answer for it: look at the direction of a sum"
     return at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)
+
+
+def credit_of_critic(case: Case, rows: list[int]) -> Tensor:
+    """Return the tokens that answer for the critic's value of the next one, where none answers for earlier values.
+
+    At lambda 0 the score reaches earlier tokens through the critic alone.
+    """
+    mask, values = case.rollout.completion_mask, case.rollout.values
+    found = torch.zeros_like(mask[0])
+    if values is None or values.shape != mask.shape:
+        return found
+    for row in rows:
+        count = int(mask[row].sum())
+        moves = torch.stack(
+            [beyond_others(case, row, values=lifted(values, row, at, by=1.0)).abs() > 1e-9 for at in range(count)]
+        )[:, :count]
+        if not bool(moves.triu(1).any()):
+            found[: count - 1] |= moves.diagonal(-1)
+    return found
 
 
 def winner_check(case: Case) -> list[Check]:
@@ -128,7 +152,7 @@ def winner_check(case: Case) -> list[Check]:
         max((rollout.group == group).nonzero().squeeze(-1).tolist(), key=lambda row: float(rollout.scores[row]))
         for group in range(1, 6)
     ]
-    gains = [float(beyond_others(case, row, 0.5).abs().max()) for row in best]
+    gains = [float(beyond_others(case, row, scores=lifted(rollout.scores, row, by=0.5)).abs().max()) for row in best]
     advice = "the best completion gains nothing by a higher score: its own score is in what it is compared with"
     return [at_least("winner", max(gains), 1e-9, advice)]
 
