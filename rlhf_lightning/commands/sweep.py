@@ -258,10 +258,6 @@ def fit_command(folder: Path, config: str, fixed: dict[str, str], run: PlannedRu
     return [*command, "--config", config, *flags, f"--runs_folder={folder}", f"--run_name={run.name}"]
 
 
-STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
-"""Signals that end a sweep with its runs."""
-
-
 class Sweep:
     """Trains the runs of a sweep on this machine, some at a time; the arguments are those of `sweep`."""
 
@@ -274,9 +270,10 @@ class Sweep:
 
     def run(self) -> int:
         """Train, print the summary, and return the exit status."""
-        numbers = [number for name in STOPPING if (number := getattr(signal, name, None)) is not None]
-        if signal.getsignal(numbers[-1]) is signal.SIG_IGN:  # SIGHUP under nohup
-            del numbers[-1]
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup ignores it
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            numbers.append(hangup)
         before = {number: signal.signal(number, self.stop) for number in numbers}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
