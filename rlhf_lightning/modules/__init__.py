@@ -1,7 +1,7 @@
-"""The stages and objectives as LightningModules. No loss arithmetic here: forward -> functional -> log.
+"""The stages and objectives as LightningModules. Formulas are in `functional`: a module runs forward passes and logs.
 
-Every public class of this folder's files is exported: a new objective needs no line here. Type checkers read the files
-one by one below.
+Every public class of this folder is exported automatically, so a new objective needs no line here. The imports below
+are for type checkers.
 """
 
 from typing import TYPE_CHECKING

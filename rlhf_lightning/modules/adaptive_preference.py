@@ -1,6 +1,6 @@
-"""Preference objectives that change while they train: weights of pairs and of tokens, a moving beta or reference.
+"""Preference objectives that adapt during training: pair weights, token weights, a changing beta or reference.
 
-The notation is that of `dpo`.
+Notation as in `dpo`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rlhf_lightning.training.pairs import PairObjective, tilted
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
 ROUNDING = 1e-4
-"""Nats within which margins count as equal: while policy = reference, their deviation is rounding noise."""
+"""Nats within which margins count as equal: while policy = reference, their standard deviation is rounding noise."""
 
 
 class WPOWeighting(PairObjective):
-    r"""Mixin that weights the pairs of any objective by how likely the policy itself would have written them.
+    r"""Mixin that weights the pairs of any objective by the likelihood of their completions under the policy.
 
-    Put it before the objective: ``class WPOSimPOModule(WPOWeighting, SimPOModule)``. Losses that break the pairing
-    (AOT) cannot be weighted by pair.
+    List it before the objective: ``class WPOSimPOModule(WPOWeighting, SimPOModule)``. Losses that sort pairs (AOT)
+    cannot be weighted by pair.
     """
 
     max_pair_weight: float | None = 1.0
@@ -35,7 +35,7 @@ class WPOWeighting(PairObjective):
     def token_statistics(
         self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor
     ) -> Mapping[str, Tensor]:
-        """Add the log-probability that two draws from the policy agree, log sum_v p(v)^2, without gradient."""
+        """Add the log-probability that two samples of the policy agree, log sum_v p(v)^2, without gradient."""
         further = super().token_statistics(policy_logits, reference_logits, targets)
         return {**further, "log_collisions": (2 * policy_logits.detach().log_softmax(-1)).logsumexp(-1)}
 
@@ -55,11 +55,11 @@ class WPOWeighting(PairObjective):
 
 
 class WPOModule(WPOWeighting, DPOModule):
-    r"""WPO: DPO in which pairs count by how likely the policy itself would have written them.
+    r"""WPO: DPO with pairs weighted by how likely the policy is to write them.
 
-    loss = w(y_w) w(y_l) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient, which is 1 where tokens
-    are as likely as the policy's samples on average (Zhou et al., 2406.11827, Section 3). L_0 = w(y_w) w(y_l) log 2.
-    Target: reference * exp(reward / beta), normalised, as DPO's: both orders of a pair have the same weight.
+    loss = w(y_w) w(y_l) DPO, w(y) = e^{mean_t(log p(y_t) - log sum_v p(v)^2)} without gradient. w is 1 where tokens are
+    as likely as the policy's samples are on average (Zhou et al., 2406.11827, Section 3). L_0 = w(y_w) w(y_l) log 2.
+    Target: reference * exp(reward / beta), normalised, as in DPO: both orders of a pair have the same weight.
 
     Args:
         max_pair_weight: upper bound of a pair's weight; null for no bound.
@@ -77,19 +77,20 @@ class WPOModule(WPOWeighting, DPOModule):
 
 
 class BetaDPOModule(DPOModule):
-    r"""beta-DPO: each step has its own beta, larger where its margins are large; outlying pairs are left out.
+    r"""beta-DPO: each step has its own beta, larger where the step's margins are large; outlying pairs are left out.
 
-    loss = -log sigmoid(beta_step (a_w - a_l)), beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with d = a_w -
-    a_l and m its moving mean; the share ``keep`` of the step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, s
-    the moving deviation (Wu et al., 2407.08639, Section 4, as released). L_0 = log 2. Held-out pairs are measured at
-    ``beta``.
-    Target: no closed form; the minimiser of the population loss where every step is the population: the moving mean
-    then equals the mean, so beta_step = beta, as in DPO. With smaller steps it depends on which pairs meet.
+    loss = -log sigmoid(beta_step (a_w - a_l)), beta_step = max(beta (1 + alpha (mean kept d - m)), 1e-3) with
+    d = a_w - a_l and m the moving mean of d (Wu et al., 2407.08639, Section 4, as released). A share ``keep`` of the
+    step's pairs is drawn with weights e^{-((d - m) / s)^2 / 2}, where s is the moving standard deviation. L_0 = log 2.
+    Held-out pairs are evaluated with ``beta``.
+    Target: no closed form; the minimiser of the population loss when every step is the whole population. Then the
+    moving mean equals the mean, so beta_step = beta, as in DPO. With smaller steps the result depends on which pairs
+    share a step.
 
     Args:
-        alpha: how strongly beta follows the margins.
+        alpha: how strongly beta_step follows the margins.
         keep: share of a step's pairs that are kept.
-        momentum: EMA decay of the moving mean and deviation; both start at 0 and are updated before they are used.
+        momentum: EMA decay of the moving mean and standard deviation; both start at 0 and are updated before use.
     """
 
     paper = "Wu et al. 2024, arXiv 2407.08639"
@@ -102,7 +103,7 @@ class BetaDPOModule(DPOModule):
         self.margin_mean, self.margin_std = 0.0, 0.0
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return one loss per pair, shape (pairs,): 0 for those left out; the others are scaled up in return."""
+        """Return one loss per pair, shape (pairs,): 0 for dropped pairs; kept pairs are scaled up to compensate."""
         margin = pairs.margin
 
         def dpo(beta: float | Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class BetaDPOModule(DPOModule):
         if not torch.is_grad_enabled():
             return dpo(self.beta)
         known = margin.detach()
-        if not bool(known.isfinite().all()):  # the update will be skipped; NaN must not enter the moving values
+        if not bool(known.isfinite().all()):  # the update will be skipped; keep NaN out of the moving statistics
             return Loss(dpo(self.beta), {"step_beta": torch.full_like(known, self.beta)})
         if len(known) > 1:
             self.margin_mean += (1 - self.momentum) * (float(known.mean()) - self.margin_mean)
@@ -123,11 +124,11 @@ class BetaDPOModule(DPOModule):
         return Loss(values, {"step_beta": beta.expand(len(margin))})
 
     def _kept(self, margin: Tensor) -> Tensor:
-        """Draw the pairs to keep, bool, shape (pairs,); the draw is addressed by the update, so all ranks agree."""
-        count = max(int(self.keep * len(margin)), 1)  # as released
+        """Draw the pairs to keep, bool, shape (pairs,). The draw is seeded by the update, so all ranks agree."""
+        count = max(int(self.keep * len(margin)), 1)  # rounds down, as in the released code
         if count == len(margin) or self.margin_std <= ROUNDING:
             return torch.ones_like(margin, dtype=torch.bool)
-        order = margin.argsort()  # pairs arrive in rank order; sorted, any number of ranks draws alike
+        order = margin.argsort()  # pairs arrive in rank order; sorting makes the draw independent of the world size
         distance = (margin[order] - self.margin_mean) / self.margin_std
         weights = torch.exp(-0.5 * distance**2).double().clamp_min(1e-300).cpu()
         seed = np.random.SeedSequence([self.seed % 2**64, self.updates]).generate_state(1)[0]
@@ -146,12 +147,12 @@ class BetaDPOModule(DPOModule):
 
 
 class LDDPOModule(DPOModule):
-    r"""LD-DPO: tokens beyond the shorter completion's length count less, so that length itself is not learned.
+    r"""LD-DPO: tokens beyond the shorter completion's length have a lower weight, to reduce length bias.
 
-    DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` on the later ones (Liu et
-    al., 2409.06411). L_0 = log 2. alpha 1 is DPO.
+    DPO on log-ratios summed with weight 1 on the first min(n_w, n_l) tokens and ``alpha`` on the later tokens (Liu et
+    al., 2409.06411). L_0 = log 2. With alpha 1 it equals DPO.
     Target: no closed form; the minimiser of the population loss. A token's weight depends on the other completion, so
-    no reward of single completions gives all margins.
+    no reward per completion can produce all margins.
 
     Args:
         alpha: weight of the tokens beyond the shorter completion's length.
@@ -176,17 +177,17 @@ class LDDPOModule(DPOModule):
 
 
 class TRDPOModule(DPOModule):
-    r"""TR-DPO: DPO whose reference follows the policy, so that the start does not hold it back for ever.
+    r"""TR-DPO: DPO with a reference that is updated from the policy.
 
-    The loss is DPO's. Every ``reference_every`` updates each reference weight becomes alpha policy + (1 - alpha)
+    The loss is DPO's. Every ``reference_every`` updates, each reference weight becomes alpha policy + (1 - alpha)
     reference (Gorbatovski et al., 2404.09656, Eq. 5); alpha 1 replaces the reference. L_0 = log 2. With an adapter the
     reference is a separate model, since a mixture of adapters has a higher rank.
-    Target: reference * exp(reward / beta), normalised, with the current reference. Where training converges between
-    hard moves (alpha 1), the k-th move leads to start * exp((k + 1) reward / beta).
+    Target: reference * exp(reward / beta), normalised, with the current reference. With alpha 1 and training that
+    converges between updates of the reference, the k-th update leads to start * exp((k + 1) reward / beta).
 
     Args:
-        alpha: share of the policy in the new reference.
-        reference_every: updates between two moves of the reference.
+        alpha: weight of the policy in the new reference.
+        reference_every: optimizer updates between two updates of the reference.
     """
 
     paper = "Gorbatovski et al. 2024, arXiv 2404.09656"
@@ -198,7 +199,7 @@ class TRDPOModule(DPOModule):
         self.alpha, self.reference_every = alpha, reference_every
 
     def training_step(self, step: Step[Any], batch_idx: int) -> Any:
-        """Take one optimizer step; after every ``reference_every`` updates, move the reference."""
+        """Take one optimizer step, and update the reference after every ``reference_every`` updates."""
         outputs = super().training_step(step, batch_idx)
         if self.updates % self.reference_every == 0:
             assert self.reference is not None

@@ -1,4 +1,4 @@
-"""Policy gradients without a critic: one class, and every published method is a preset of its settings."""
+"""Policy gradients without a critic: one class whose settings cover the published methods (see `grpo`)."""
 
 from __future__ import annotations
 
@@ -33,30 +33,31 @@ ScaleName = Literal["group", "batch", "none"]
 
 
 class CriticFreeModule(OnPolicyModule):
-    r"""Policy gradient whose baseline comes from other samples: by default REINFORCE with the group's mean as baseline.
+    r"""Policy gradient with a baseline from other samples; the default is REINFORCE with the group's mean.
 
-    loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. The defaults are the
-    score minus the group's mean, token ratios, the clipped surrogate, the mean over tokens, and the KL in the reward.
-    At ratio 1 the gradient is that of -A log policy.
+    loss = aggregation(objective(ratio, A) + kl_coef * KL loss), A = (reward - baseline) / scale. By default the
+    baseline is the mean score of the group, ratios are per token, the objective is the clipped surrogate, the
+    aggregation is the mean over tokens, and the KL penalty is in the reward. At ratio 1 the gradient is that of -A log
+    policy.
 
-    Target: reference * exp(score / kl_coef), normalised, as rollouts grow; without a KL penalty the best completions
-    take all.
+    Target: reference * exp(score / kl_coef), normalised, in the limit of large rollouts; without a KL penalty, all
+    probability goes to the completions with the highest score.
 
     Args:
-        baseline: what is subtracted from a completion's reward. "group_mean": the mean over its prompt's completions
-            (2402.03300); "leave_one_out": the mean over the others (RLOO, 2402.14740); "greedy": the score of the
-            prompt's greedy completion (ReMax, 2310.10505), one more decode per prompt; "none": nothing.
-        advantage_scale: what the difference is divided by. "group": the standard deviation of the prompt's rewards
-            (GRPO); "batch": that of the whole rollout's (Lite PPO, 2508.08221); "none": 1.
+        baseline: value subtracted from a completion's reward. "group_mean": the mean over its prompt's completions
+            (2402.03300); "leave_one_out": the mean over the prompt's other completions (RLOO, 2402.14740); "greedy":
+            the score of the prompt's greedy completion (ReMax, 2310.10505), one more decode per prompt; "none": 0.
+        advantage_scale: divisor of the difference. "group": the standard deviation of the prompt's rewards (GRPO);
+            "batch": the standard deviation over the whole rollout (Lite PPO, 2508.08221); "none": 1.
         scale_epsilon: added to the standard deviation.
-        scale_unbiased: divide squares by n - 1 in the standard deviation.
-        credit: "completion" gives each token its completion's advantage; "reward_to_go" the sum of the rewards from
-            that token on, discounted by ``gamma`` (REINFORCE++, 2501.03262); "turn" gives each token the advantage of
-            its turn in an environment: the rewards from that turn on, compared with the same turn of other episodes
-            (2505.11821).
-        gamma: discount per token of "reward_to_go", per turn of "turn".
+        scale_unbiased: divide by n - 1 instead of n in the variance.
+        credit: how tokens share rewards. "completion" gives each token its completion's advantage; "reward_to_go" the
+            sum of the rewards from that token on, discounted by ``gamma`` (REINFORCE++, 2501.03262); "turn" gives each
+            token the advantage of its turn in an environment: the rewards from that turn on, compared with the same
+            turn of other episodes (2505.11821).
+        gamma: discount, per token for "reward_to_go" and per turn for "turn".
         whiten_advantages: give advantages zero mean and unit variance over all tokens of the rollout.
-        mask_truncated: ignore completions without an end token in the loss (DAPO, 2503.14476).
+        mask_truncated: exclude completions without an end token from the loss (DAPO, 2503.14476).
         dynamic_sampling: keep only groups with different scores (DAPO); needs candidate prompts, see
             ``PromptDataModule.candidate_rounds``.
     """
@@ -87,12 +88,12 @@ class CriticFreeModule(OnPolicyModule):
 
     @property
     def has_centred_loss(self) -> bool:  # type: ignore[override]
-        """Whether advantages sum to 0: over a group, or over the rollout."""
+        """Whether advantages sum to 0 over each group or over the rollout."""
         return self.baseline in ("group_mean", "leave_one_out") or self.whiten_advantages
 
     @property
     def holds_reference(self) -> bool:
-        """Whether anything is measured from a reference."""
+        """Whether a KL to the reference is measured or penalised."""
         return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)
 
     @property
@@ -109,8 +110,8 @@ class CriticFreeModule(OnPolicyModule):
         """Return the advantage of each completion, (reward - baseline) / scale, shape (episodes,); 0 for NaN rewards.
 
         Args:
-            rewards: of whole completions, with the KL where the reward pays it; NaN where there is no score.
-            rollout: for groups, lengths and baselines.
+            rewards: reward per completion, with the KL penalty if it is in the reward; NaN without a score.
+            rollout: provides groups, lengths and baselines.
         """
         if self.baseline == "greedy":
             assert rollout.baseline_scores is not None
@@ -121,7 +122,7 @@ class CriticFreeModule(OnPolicyModule):
             centred = leave_one_out_advantages(rewards, rollout.group)
         else:
             centred = group_mean_advantages(rewards, rollout.group)
-        if self.advantage_scale == "none" or self.score_rule.in_groups:  # those are scaled part by part
+        if self.advantage_scale == "none" or self.score_rule.in_groups:  # in_groups: parts are already scaled
             return centred
         if self.advantage_scale == "group":
             deviation = group_deviation(rewards, rollout.group, self.scale_unbiased)
@@ -130,7 +131,7 @@ class CriticFreeModule(OnPolicyModule):
         return centred / (deviation + self.scale_epsilon)
 
     def _batch_deviation(self, rewards: Tensor) -> Tensor:
-        """Return the deviation of the rewards of all ranks, a scalar."""
+        """Return the standard deviation of the rewards over all ranks, a scalar."""
         scorable = ~rewards.isnan()
         _, variance = moments_over_ranks(self.trainer.strategy, torch.nan_to_num(rewards), scorable)
         if self.scale_unbiased:
@@ -154,9 +155,9 @@ class CriticFreeModule(OnPolicyModule):
         return Advantages(advantages, None, learned)
 
     def _turn_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """Return the advantage of each token's turn among the same turns of other episodes."""
+        """Return the advantage of each token's turn, compared with the same turn of other episodes."""
         returns, turn = turn_returns(rewards, rollout.completion_mask, self.gamma)
-        most = max(gathered_numbers(self, [returns.shape[1]]))  # ranks compute deviations together
+        most = max(gathered_numbers(self, [returns.shape[1]]))  # equal counts keep the ranks' collectives in step
         missing = returns.new_full((len(returns), most - returns.shape[1]), torch.nan)
         columns = torch.cat([returns, missing], 1).unbind(1)
         found = torch.stack([self.episode_advantages(column, rollout) for column in columns], 1)
@@ -169,7 +170,7 @@ class CriticFreeModule(OnPolicyModule):
     # -- samples ------------------------------------------------------------------------------------------------------
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score a completion for each prompt, and the greedy completions of a greedy baseline."""
+        """Sample and score a completion for each prompt; with a greedy baseline also one greedy completion."""
         drawn = self._draw_informative(batches) if self.dynamic_sampling else super().draw(batches)
         if self.baseline != "greedy":
             return drawn
@@ -180,10 +181,10 @@ class CriticFreeModule(OnPolicyModule):
         return drawn._replace(baseline_scores=scores[drawn.batch.group])
 
     def _draw_informative(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample until as many groups with different scores are found as the rollout has prompts.
+        """Sample rounds of candidate prompts until enough groups with different scores fill the rollout.
 
-        Groups are taken in the order of their episodes, so that the same ones are kept for any number of ranks. If the
-        candidates run out, groups with equal scores fill the rollout: they cost time and change nothing.
+        Groups are taken in the order of their episodes, so that the choice does not depend on the number of ranks. If
+        the candidates run out, groups with equal scores fill the rollout: they have no gradient.
         """
         wanted = len(gathered_numbers(self, batches[0].group.unique().tolist()))
         drawn: list[Samples] = []
@@ -205,7 +206,7 @@ class CriticFreeModule(OnPolicyModule):
         return taken._replace(left_out=LeftOut(dropped.batch.row_ids, dropped.scores))
 
     def _informative(self, drawn: Samples | Rollout) -> Tensor:
-        """Return whether each group has a gradient: its scores differ, or its parts, if each is standardised."""
+        """Return whether each group has a gradient: its scores differ, or a part that is standardised."""
         group = drawn.batch.group if isinstance(drawn, Samples) else drawn.group
         found = informative_groups(drawn.scores, group)
         for values in self.score_rule.learned(drawn.parts) if self.score_rule.in_groups else ():
@@ -213,7 +214,7 @@ class CriticFreeModule(OnPolicyModule):
         return found
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Any) -> None:
-        """Add the share of groups with equal scores, which have no gradient, and the rounds of dynamic sampling."""
+        """Record the share of groups with equal scores, which have no gradient, and the rounds of dynamic sampling."""
         if self.needs_group:
             meter.add("rollout/frac_score_zero_std", (~self._informative(rollout)).double())
         if self.dynamic_sampling:
@@ -221,7 +222,7 @@ class CriticFreeModule(OnPolicyModule):
 
 
 def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
-    """Return whether one setting makes another meaningless, and the sentence that says so, by error code."""
+    """Return, by error code, whether two settings contradict each other, and the message."""
     return {
         "baseline-of-reward-to-go": (
             m.credit == "reward_to_go" and (m.baseline, m.advantage_scale) != ("none", "none"),
@@ -245,14 +246,14 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
 
 
 def _first_episodes(drawn: Samples, informative: Tensor | None = None) -> list[int]:
-    """Return the number of the first episode of each group, or only of informative ones."""
+    """Return the number of the first episode of each group, or of the informative groups only."""
     groups = int(drawn.batch.group.max()) + 1
     wanted = [True] * groups if informative is None else informative.tolist()
     return [int(drawn.batch.episodes[drawn.batch.group == g].min()) for g in range(groups) if wanted[g]]
 
 
 def _rows_of(drawn: Samples, firsts: set[int]) -> list[int]:
-    """Return the rows of the groups with these first episodes."""
+    """Return the rows of the groups that begin with these episodes."""
     group = drawn.batch.group
     kept = {g for g, first in enumerate(_first_episodes(drawn)) if first in firsts}
     return [row for row, g in enumerate(group.tolist()) if g in kept]

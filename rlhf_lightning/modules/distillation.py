@@ -1,4 +1,4 @@
-"""Distillation: a student learns another model's distributions, on given completions or on its own samples."""
+"""Distillation: a student learns a teacher's next-token distributions, on given completions or its own samples."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from rlhf_lightning.types import (
 )
 
 COIN = 2**32 - 1
-"""Position that addresses an update's coin; no completion is that long."""
+"""Position that seeds an update's random choice; it is beyond the length of any completion."""
 
 
 class DivergenceObjective(AlignmentModule):
-    """Base of objectives on whole next-token distributions of student and teacher. Subclasses set the attributes."""
+    """Base of objectives on full next-token distributions of student and teacher. Subclasses set the attributes."""
 
     beta: float
     softmax_temperature: float
@@ -61,7 +61,7 @@ class DivergenceObjective(AlignmentModule):
     def distillation_loss(self, logits: DistillationLogits) -> Tensor | Loss:
         """Return one loss per token, shape (tokens,).
 
-        It is called with a chunk of a micro-batch's completion tokens, and once more in the backward pass.
+        It is called for each chunk of a micro-batch's completion tokens, and again in the backward pass.
         """
         student, teacher, temperature = logits.student_logits, logits.teacher_logits, self.softmax_temperature
         if self.top_k is None:
@@ -72,10 +72,10 @@ class DivergenceObjective(AlignmentModule):
         """Return the weighted sum of the losses of completions.
 
         Args:
-            sequences: what the student reads.
-            read: what the teacher reads: the same completions, with the same or other prompts.
-            weights: of each completion, shape (completions,).
-            meter: gets loss and divergences, means over tokens.
+            sequences: the student's sequences.
+            read: the teacher's sequences: the same completions, with the same or other prompts.
+            weights: weight of each completion, shape (completions,).
+            meter: records loss and divergences, means over tokens.
         """
         layout = self.lay_out(sequences)
         asked = OverLogits(
@@ -104,11 +104,11 @@ class DivergenceObjective(AlignmentModule):
         return self.teacher.predicting_states(theirs)[torch.searchsorted(theirs.cells, layout.cells)]
 
     def _of_chunk(self, student_logits: Tensor, targets: Tensor, teacher_hidden: Tensor) -> dict[str, Tensor]:
-        """Return loss and metrics of some tokens."""
+        """Return loss and metrics of a chunk of tokens."""
         both = common_vocabulary(student_logits, self.teacher.logits(teacher_hidden))
         logits = DistillationLogits(*both, targets)
         loss = as_loss(self.distillation_loss(logits))
-        with torch.no_grad():  # after the loss, so that the backward pass does not recompute them
+        with torch.no_grad():  # after the loss, so that the recomputation in the backward pass stops before it
             measured = {
                 "distill/kl_forward": forward_kl(*both),
                 "distill/kl_reverse": reverse_kl(*both),
@@ -118,17 +118,17 @@ class DivergenceObjective(AlignmentModule):
 
 
 class GKDModule(DivergenceObjective, OfflineModule):
-    r"""Generalized knowledge distillation: the divergence of the student's next-token distribution from the teacher's.
+    r"""Generalized knowledge distillation: a divergence between the next-token distributions of student and teacher.
 
     loss = (1/N) \sum_{rows} w \sum_t D_beta(teacher || student)(. | x, y_{<t}) with D_beta = beta KL(P || M) + (1 -
     beta) KL(Q || M), P the teacher, Q the student and M = beta P + (1 - beta) Q (Agarwal et al., arXiv 2306.13649, Eq.
-    1 and Algorithm 1); beta 0 and 1 are KL(P || Q) and KL(Q || P). N is the number of completion tokens of the whole
+    1 and Algorithm 1). beta 0 and 1 are KL(P || Q) and KL(Q || P). N is the number of completion tokens of the whole
     optimizer step. When the student equals the teacher, loss and gradient are 0.
 
     With probability ``on_policy_fraction`` an optimizer step learns on completions that the student samples for the
-    step's prompts, without gradient through the sampling; otherwise it learns on the data's completions. This choice
-    depends on seed and update alone, and a sample on seed, update and its row's ids. So ranks, micro-batches and
-    resuming do not change them. Validation uses the data's completions.
+    step's prompts, without gradient through the sampling. Otherwise it learns on the data's completions. This choice
+    depends only on seed and update, and each sample only on seed, update and the ids of its row. Therefore ranks,
+    micro-batches and resuming do not change them. Validation uses the data's completions.
 
     Target: the teacher, on every prefix that data or samples contain.
 
@@ -186,18 +186,18 @@ class GKDModule(DivergenceObjective, OfflineModule):
     def teacher_sequences(self, sequences: Sequences) -> Sequences:
         """Return the teacher's sequences for the student's: the same completions, with the same or other prompts.
 
-        Context distillation adds instructions to the prompt here, which the student does not see. Longer prompts make
-        the teacher's forward pass larger than ``data.max_tokens``.
+        Override it for context distillation: add instructions to the prompt that only the teacher reads. Longer prompts
+        make the teacher's forward pass larger than ``data.max_tokens``.
         """
         return sequences
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         return problem.teacher
 
-    # -- whose completions --------------------------------------------------------------------------------------------
+    # -- the student's own samples ------------------------------------------------------------------------------------
 
     def learns_from_samples(self, update: int) -> bool:
-        """Whether an update learns on the student's own samples; every rank decides alike."""
+        """Whether an update learns on the student's own samples; the same on every rank."""
         coin = uniform(self.seed, torch.tensor([update]), torch.tensor([COIN]))
         return bool(coin < self.on_policy_fraction)
 
@@ -215,7 +215,7 @@ class GKDModule(DivergenceObjective, OfflineModule):
         return step._replace(micro_batches=batches, tokens=int(everyone))
 
     def sampled(self, sequences: Sequences) -> Sequences:
-        """Return the prompts with a completion that the student samples for each."""
+        """Return the prompts, each with a completion sampled from the student."""
         prompts = tuple(sequences.prompts[parent] for parent in sequences.parents)
         rows = zip(prompts, sequences.completions, strict=True)
         episodes = torch.tensor([address_of(self.updates, *row) for row in rows], dtype=torch.long)
@@ -232,9 +232,9 @@ class GKDModule(DivergenceObjective, OfflineModule):
 
 
 def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:
-    """Return the episode number of a row's sample: a hash of the update and the row's ids.
+    """Return the episode number that seeds a row's sample: a hash of the update and the row's ids.
 
-    The row's place in the batch would depend on ranks and micro-batches.
+    The row's position in the batch would depend on ranks and micro-batches.
     """
     ids = torch.cat([torch.tensor([update, len(prompt)]), prompt, completion]).long()
     digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).digest()
@@ -242,15 +242,15 @@ def address_of(update: int, prompt: Tensor, completion: Tensor) -> int:
 
 
 class OnPolicyDistillationModule(OnPolicyModule):
-    r"""On-policy distillation: the advantage of each token that the student samples is the teacher's log-ratio.
+    r"""On-policy distillation: the advantage of each token sampled by the student is log teacher - log student.
 
     A_t = log teacher(y_t | x, y_{<t}) - log student(y_t | x, y_{<t}), without gradient, in a policy-gradient loss, mean
-    over tokens, without baseline (Lu et al. 2025, "On-Policy Distillation"). It is minus the k1 estimate of
-    KL(student || teacher) of each token; later tokens do not enter. It needs one log-probability per token, not whole
+    over tokens, without baseline (Lu et al. 2025, "On-Policy Distillation"). It is minus the k1 estimate of KL(student
+    || teacher) per token; the KL of later tokens is ignored. It needs one log-probability per token, not full
     distributions. When the student equals the teacher, every advantage is 0.
 
-    The teacher takes the place of the reference: ``rollout/kl`` is KL(student || teacher) of whole completions, and
-    ``distill/kl_reverse`` the same per token.
+    The teacher replaces the reference: ``rollout/kl`` is KL(student || teacher) per completion, and
+    ``distill/kl_reverse`` the same KL per token.
 
     Target: the teacher, where every advantage is 0.
 
@@ -284,13 +284,13 @@ class OnPolicyDistillationModule(OnPolicyModule):
         self.teacher_name = teacher
 
     def load_models(self) -> None:
-        """Load the student to train and, in the reference's place, the frozen teacher."""
+        """Load the student, and the frozen teacher as the reference."""
         super().load_models()
         self.teacher = Teacher(self.teacher_name, self.tokenizer, self.load_settings)
         self.reference = self.teacher  # type: ignore[assignment]
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the score on the last token of each completion, for the metrics alone."""
+        """Return the score on the last token of each completion, used only for metrics."""
         return token_rewards(rollout.scores, self.reward_kl(rollout), rollout.completion_mask, self.kl_coef)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
@@ -302,13 +302,13 @@ class OnPolicyDistillationModule(OnPolicyModule):
         return problem.teacher
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add the reverse KL per token."""
+        """Record the reverse KL per token."""
         super().measure_rollout(rollout, meter)
         assert rollout.reference_logprobs is not None
         kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs)
         meter.add("distill/kl_reverse", kl, rollout.completion_mask)
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check lengths and sampler; the first KL may have any value, as the teacher is not a copy of the policy."""
+        """Check lengths and sampler. The first KL may have any value, since the teacher is not a copy of the policy."""
         self.invariants.check_lengths(rollout)
         self.invariants.check_sampler(rollout)

@@ -1,10 +1,10 @@
 """Direct preference optimisation, and the notation of all objectives on preference pairs.
 
-Notation: y_w and y_l are the chosen and the rejected completion of a pair, S_w and S_l the policy's log-probabilities
-of them, n_w and n_l their lengths in tokens, a_w and a_l their log-ratios log policy(y) - log reference(y). The
-implicit rewards are u = beta a_w and v = beta a_l, and the reward margin is x = u - v, unless the objective says
-otherwise. L_0 is the loss of a pair where policy = reference. Equations are those of a certain label; the loss of a
-soft label p is p * loss + (1 - p) * loss of the swapped pair.
+Notation: y_w and y_l are the chosen and the rejected completion of a pair; S_w and S_l are their log-probabilities
+under the policy; n_w and n_l are their lengths in tokens; a_w and a_l are their log-ratios log policy(y) - log
+reference(y). The implicit rewards are u = beta a_w and v = beta a_l, and the reward margin is x = u - v, unless the
+objective says otherwise. L_0 is the loss of a pair when policy = reference. Equations are for a certain label; the loss
+of a soft label p is p * loss + (1 - p) * loss of the swapped pair.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class DPOModule(PairObjective, OfflineModule):
 
     Args:
         beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
-        label_smoothing: share s of labels assumed to be wrong; p becomes (1 - s) p + s (1 - p) for every loss.
+        label_smoothing: share s of labels assumed to be wrong; labels p become (1 - s) p + s (1 - p) in every loss.
         cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning),
-            keyed by weights and rows, so that later epochs and runs need no reference forward pass.
+            keyed by weights and rows, so that later epochs and runs skip the reference forward pass.
 
     Raises:
-        SettingError: a setting is outside its range, or the objective takes labels as certain.
+        SettingError: a setting is outside its range, or label smoothing is set for an objective without soft labels.
     """
 
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
@@ -60,7 +60,7 @@ class DPOModule(PairObjective, OfflineModule):
         return self._measured_loss(self.preference_logprobs(batch), meter).sum()
 
     def _measured_loss(self, pairs: PreferenceLogprobs, meter: Meter) -> Tensor:
-        """Return the weighted loss of each pair, and add the metrics."""
+        """Return the weighted loss of each pair, and record the metrics."""
         loss = as_loss(self.preference_loss(pairs))
         self.measure_pairs(pairs, loss, len(loss.values), meter)
         return loss.values * pairs.weights
@@ -70,10 +70,10 @@ class DPOModule(PairObjective, OfflineModule):
         return target * (1 - 2 * self.label_smoothing) + self.label_smoothing
 
     def preference_logprobs(self, batch: PreferenceBatch) -> PreferenceLogprobs:
-        """Forward chosen and rejected completions together, through the policy and through the reference.
+        """Compute the log-probabilities of chosen and rejected completions under the policy and the reference.
 
         Raises:
-            SettingError: pairs are weighted, and the objective cannot weigh them.
+            SettingError: pairs have weights, and the objective does not support weights.
         """
         if not self.weighs_rows and bool((batch.weights != 1).any()):
             ranked = f"{type(self).__name__} matches pairs by rank and cannot weigh them"
@@ -103,7 +103,7 @@ class DPOModule(PairObjective, OfflineModule):
             super().validation_step(step, batch_idx)
 
     def _couples(self, step: Step[PreferenceBatch]) -> bool:
-        """Whether the loss of this step needs more pairs than one micro-batch has."""
+        """Whether the loss of this step depends on pairs outside one micro-batch."""
         return self.batch_coupled and len(step.micro_batches) * self.trainer.world_size > 1
 
     @torch.no_grad()
@@ -113,12 +113,14 @@ class DPOModule(PairObjective, OfflineModule):
 
 
 def normalised(problem: EnumeratedProblem, values: Tensor, ratio: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return reference * ratio(value + c), with each prompt's c such that it sums to 1, shape (prompts, completions).
+    """Return reference * ratio(value + c), shape (prompts, completions); c makes each prompt's row sum to 1.
+
+    The constant c is found by bisection.
 
     Args:
         problem: the enumerated problem.
         values: value of each completion (reward, win rate), shape (prompts, completions).
-        ratio: policy / reference at a shifted value; it must increase, and may reach infinity.
+        ratio: policy / reference as a function of the shifted value; it must increase, and may be infinite.
     """
     low, high = -1e9 * torch.ones_like(values[:, :1]), 1e9 * torch.ones_like(values[:, :1])
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Critic-free methods by name: presets of `CriticFreeModule`, whose settings any YAML can change."""
+"""Critic-free methods by name: presets of `CriticFreeModule` whose settings can all be changed in YAML."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from rlhf_lightning.training.on_policy import KLPlace, ObjectiveName
 
 
 class GRPOModule(CriticFreeModule):
-    r"""GRPO: scores standardised within their group, the clipped surrogate, and the KL as a loss.
+    r"""GRPO: scores standardised within their group, the clipped surrogate, and the KL penalty in the loss.
 
     A = (score - mean_g) / (std_g + scale_epsilon); loss = mean over completions of token means of
     max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) + kl_coef k3 (Shao et al., 2402.03300, Eq. 3 and 4). At ratio 1
     and policy = reference the loss is minus the mean advantage, 0.
 
-    Target: no closed form; where its mean update vanishes, found by a solver. Not the KL-regularised optimum: the
-    deviation rescales each prompt's scores, and k3's gradient is that of KL(reference || policy).
+    Target: no closed form; the policy where its mean update vanishes, found by a numerical solver. It is not the
+    KL-regularised optimum: the standard deviation rescales each prompt's scores, and the gradient of k3 is that of
+    KL(reference || policy).
     """
 
     paper = "Shao et al. 2024, arXiv 2402.03300"
@@ -35,12 +36,13 @@ class GRPOModule(CriticFreeModule):
 
 
 class DrGRPOModule(CriticFreeModule):
-    r"""Dr. GRPO: GRPO without its two biases, the deviation and the length of a completion.
+    r"""Dr. GRPO: GRPO without division by the group's standard deviation and by the completion's length.
 
     A = score - mean_g; loss = sum over tokens of the clipped surrogate / (completions * max_new_tokens) (Liu et al.,
-    2503.20783). No KL unless asked for. At ratio 1 it is the policy gradient of the mean score, scaled by (G - 1) / G.
+    2503.20783). kl_coef is 0 by default. At ratio 1 it is the policy gradient of the mean score, scaled by (G - 1) / G.
 
-    Target: reference * exp(score / kl_coef), normalised; without a KL penalty the best completions take all.
+    Target: reference * exp(score / kl_coef), normalised; without a KL penalty, all probability goes to the completions
+    with the highest score.
     """
 
     paper = "Liu et al. 2025, arXiv 2503.20783"
@@ -52,14 +54,14 @@ class DrGRPOModule(CriticFreeModule):
 
 
 class DAPOModule(CriticFreeModule):
-    r"""DAPO: GRPO with a higher upper clip, a mean over tokens, groups whose scores differ, and no KL.
+    r"""DAPO: GRPO with a higher upper clip bound, a mean over tokens, dynamic sampling, and no KL penalty.
 
     loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) (Yu et al., 2503.14476, Eq. 8).
-    ``overlong_buffer`` (Eq. 13) and ``mask_truncated`` treat completions near the length limit. At ratio 1 the loss is
-    minus the mean advantage over tokens.
+    Dynamic sampling keeps the groups whose scores differ. ``overlong_buffer`` (Eq. 13) and ``mask_truncated`` change
+    how completions near the length limit count. At ratio 1 the loss is minus the mean advantage over tokens.
 
-    Target: no closed form; where its mean update vanishes, found by a solver. Without a KL penalty the best
-    completions take all.
+    Target: no closed form; the policy where its mean update vanishes, found by a numerical solver. Without a KL
+    penalty, all probability goes to the completions with the highest score.
     """
 
     paper = "Yu et al. 2025, arXiv 2503.14476"
@@ -75,13 +77,14 @@ class DAPOModule(CriticFreeModule):
 
 
 class LitePPOModule(CriticFreeModule):
-    r"""Lite PPO: mean of the group, deviation of the whole batch, mean over tokens; nothing else.
+    r"""Lite PPO: the group's mean as baseline, the batch's standard deviation as scale, and a mean over tokens.
 
     A = (score - mean_g) / (std of all scores of the rollout + scale_epsilon) (Liu et al., 2508.08221). At ratio 1 the
     gradient is that of -A log policy.
 
-    Target: reference * exp(score / kl_coef), normalised, as rollouts grow: one deviation for all prompts changes the
-    step size alone. Without a KL penalty the best completions take all.
+    Target: reference * exp(score / kl_coef), normalised, in the limit of large rollouts: one standard deviation for all
+    prompts changes only the step size. Without a KL penalty, all probability goes to the completions with the highest
+    score.
     """
 
     paper = "Liu et al. 2025, arXiv 2508.08221"
@@ -91,13 +94,13 @@ class LitePPOModule(CriticFreeModule):
 
 
 class GSPOModule(CriticFreeModule):
-    r"""GSPO: GRPO with the ratio of whole completions, the geometric mean of token ratios.
+    r"""GSPO: GRPO with a ratio per completion, the geometric mean of its token ratios.
 
-    ratio = exp(mean_t(log policy - log old)), clipped within 3e-4 below and 4e-4 above 1 (Zheng et al., 2507.18071,
-    Eq. 5 to 7), each token with its own gradient. At ratio 1 its gradient is GRPO's.
+    ratio = exp(mean_t(log policy - log old)), clipped to [1 - 3e-4, 1 + 4e-4] (Zheng et al., 2507.18071, Eq. 5 to 7).
+    Each token has its own gradient. At ratio 1 the gradient is GRPO's.
 
-    Target: no closed form; where its mean update vanishes, found by a solver: GRPO's optimum at the same kl_coef.
-    Without a KL penalty the best completions take all.
+    Target: no closed form; the policy where its mean update vanishes, found by a numerical solver. It is GRPO's optimum
+    at the same kl_coef. Without a KL penalty, all probability goes to the completions with the highest score.
     """
 
     paper = "Zheng et al. 2025, arXiv 2507.18071"
@@ -116,13 +119,13 @@ class GSPOModule(CriticFreeModule):
 
 
 class CISPOModule(CriticFreeModule):
-    r"""CISPO: REINFORCE weighted by a bounded ratio, so that every token keeps its gradient.
+    r"""CISPO: REINFORCE weighted by a ratio with an upper bound, so that every token keeps its gradient.
 
-    loss = mean over tokens of -sg(min(ratio, cispo_high)) A log policy (MiniMax, 2506.13585, Eq. 4 and 5). At ratio 1
-    its gradient is the clipped surrogate's.
+    loss = mean over tokens of -sg(min(ratio, cispo_high)) A log policy, sg being stop-gradient (MiniMax, 2506.13585,
+    Eq. 4 and 5). At ratio 1 the gradient equals the clipped surrogate's.
 
-    Target: no closed form; where its mean update vanishes, found by a solver: DAPO's optimum at the same kl_coef.
-    Without a KL penalty the best completions take all.
+    Target: no closed form; the policy where its mean update vanishes, found by a numerical solver. It is DAPO's optimum
+    at the same kl_coef. Without a KL penalty, all probability goes to the completions with the highest score.
     """
 
     paper = "MiniMax 2025, arXiv 2506.13585"
@@ -139,10 +142,10 @@ class CISPOModule(CriticFreeModule):
 
 
 class RLOOModule(CriticFreeModule):
-    r"""RLOO: each completion is compared with the mean of its siblings, the KL in its reward.
+    r"""RLOO: the baseline is the mean reward of the prompt's other completions; the KL penalty is in the reward.
 
-    A = r - mean of the other G - 1 rewards, r = score - kl_coef * sum_t(log policy - log reference); the ratio is the
-    whole completion's (Ahmadian et al., 2402.14740). Unbiased.
+    A = r - mean of the other G - 1 rewards, r = score - kl_coef * sum_t(log policy - log reference). The ratio is per
+    completion (Ahmadian et al., 2402.14740). The gradient estimate is unbiased.
 
     Target: reference * exp(score / kl_coef), normalised.
     """
@@ -159,12 +162,12 @@ class RLOOModule(CriticFreeModule):
 
 
 class ReinforcePlusPlusModule(CriticFreeModule):
-    r"""REINFORCE++: rewards to go with the KL in them, whitened over all tokens of the rollout; no groups.
+    r"""REINFORCE++: rewards-to-go that include the KL penalty, whitened over all tokens of the rollout, without groups.
 
     A_t = whitened sum_{s >= t} gamma^(s-t) reward_s (Hu et al., 2501.03262). At ratio 1 the loss is 0.
 
-    Target: reference * exp(score / kl_coef), normalised, as rollouts grow: whitening shifts and scales all tokens
-    alike. Discounted it has no closed form.
+    Target: reference * exp(score / kl_coef), normalised, in the limit of large rollouts: whitening shifts and scales
+    all tokens by the same amounts. With gamma below 1 it has no closed form.
     """
 
     paper = "Hu et al. 2025, arXiv 2501.03262"
@@ -180,12 +183,12 @@ class ReinforcePlusPlusModule(CriticFreeModule):
 
 
 class ReinforcePlusPlusBaselineModule(CriticFreeModule):
-    r"""REINFORCE++-baseline: score minus the group's mean, whitened over all tokens; the KL (k2) as a loss.
+    r"""REINFORCE++-baseline: score minus the group's mean, whitened over all tokens; the KL penalty (k2) in the loss.
 
     A = whitened (score - mean_g) (Hu et al., 2501.03262). At ratio 1 and policy = reference the loss is 0.
 
-    Target: no closed form; where its mean update vanishes, found by a solver. Not the KL-regularised optimum: k2 holds
-    each token to the reference, without regard to the tokens that follow.
+    Target: no closed form; the policy where its mean update vanishes, found by a numerical solver. It is not the
+    KL-regularised optimum: k2 penalises each token alone and ignores the KL of later tokens.
     """
 
     paper = "Hu et al. 2025, arXiv 2501.03262"
@@ -201,10 +204,10 @@ class ReinforcePlusPlusBaselineModule(CriticFreeModule):
 
 
 class ReMaxModule(CriticFreeModule):
-    r"""ReMax: the baseline is the score of the greedy completion of the same prompt, one more decode a prompt.
+    r"""ReMax: the baseline is the score of the prompt's greedy completion, which costs one more decode per prompt.
 
     loss = mean over completions of -(r - score of greedy) log policy, r = score - kl_coef * sum_t KL (Li et al.,
-    2310.10505, Algorithm 1). Unbiased.
+    2310.10505, Algorithm 1). The gradient estimate is unbiased.
 
     Target: reference * exp(score / kl_coef), normalised.
     """

@@ -1,4 +1,4 @@
-"""Online preference objectives against an opponent: the last round's policy, the reference, or a mixture."""
+"""Online preference objectives with an opponent: the last round's policy, the reference, or a mixture."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from rlhf_lightning.types import (
 )
 
 OPPONENTS = 2**62
-"""Added to an episode's number for its opponent's random numbers. Runs count up from 0, validation down from -1, so
-neither reaches these numbers."""
+"""Offset added to an episode's number to seed its opponent's sample. Training counts episodes up from 0 and validation
+down from -1, so the numbers never collide."""
 
 
 class IterativeDPOModule(OnlineDPOModule):
-    r"""Iterative DPO: rounds of sampling and training, with the policy at the end of the last round as reference.
+    r"""Iterative DPO: rounds of sampling and training; each round's reference is the policy at the last round's end.
 
     loss = online DPO's on the best and the worst of ``data.samples_per_prompt`` samples, with the reference of the
-    round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). A round starts with fresh optimizer moments.
+    round (Xu et al., 2312.16682; Yuan et al., 2401.10020, Section 2.4). Each round resets the optimizer's moments.
     When policy = reference, the loss is log 2.
 
-    Target: with soft labels reference * exp(score / beta), normalised, with the reference of the round. Where rounds
-    converge, the k-th leads to start * exp(k score / beta).
+    Target: with soft labels reference * exp(score / beta), normalised, with the reference of the round. If every round
+    converges, the k-th round leads to start * exp(k score / beta).
 
     Args:
         rollouts_per_round: rollouts per round.
         reference_of_round: "last": the policy at the end of the last round; "start": the model that training started
-            from. With an adapter, a reference that moves is a separate model.
+            from. With an adapter and "last", the reference is a separate model.
     """
 
     paper = "Xu et al. 2023, arXiv 2312.16682"
@@ -71,19 +71,19 @@ class IterativeDPOModule(OnlineDPOModule):
         return self.reference_of_round == "last"
 
     def load_reference_and_scorer(self) -> None:
-        """Load what is not trained; a reference that will move is always a separate model."""
+        """Load reference and scorer; a reference that changes between rounds is always a separate model."""
         super().load_reference_and_scorer()
         if self.reference is not None and self.reference.copy is None and self.moves_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings, own=True)
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> Any:
-        """Begin a new round where one is due, then collect one rollout and take all its updates."""
+        """Begin a new round if due, then collect one rollout and take all its updates."""
         if self.rollouts and self.rollouts % self.rollouts_per_round == 0:
             self.begin_round()
         return super().training_step(step, batch_idx)
 
     def begin_round(self) -> None:
-        """Make the policy the reference, and reset the optimizer's moments, which belong to the last round's loss."""
+        """Copy the policy into the reference, and reset the optimizer's moments, which belong to the last loss."""
         if self.moves_reference:
             assert self.reference is not None
             self.reference.follow()
@@ -91,21 +91,21 @@ class IterativeDPOModule(OnlineDPOModule):
         optimizer.optimizer.state.clear()
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check a rollout; at the start of a round policy = reference."""
+        """Check a rollout; at the start of a round also check that policy = reference."""
         super().check_rollout(rollout)
         if self.rollouts and self.moves_reference and self.rollouts % self.rollouts_per_round == 0:
             self.invariants.check_first_kl(rollout)
 
 
 class XPOModule(OnlineDPOModule):
-    r"""XPO: online DPO between a sample of the policy and one of the reference, with an exploration bonus.
+    r"""XPO: online DPO on one sample of the policy and one of the reference, with an exploration bonus.
 
-    loss = DPO(y, y') + alpha log policy(y'), y from the policy and y' from the reference, chosen and rejected by score
-    (Xie et al., 2405.21046, Algorithm 1). When policy = reference, the loss is log 2 + alpha log policy(y'). The second
-    of each prompt's two samples is the reference's, with its own episode number and random numbers.
+    loss = DPO(y, y') + alpha log policy(y'), with y from the policy and y' from the reference, chosen and rejected by
+    score (Xie et al., 2405.21046, Algorithm 1). When policy = reference, the loss is log 2 + alpha log policy(y'). The
+    second of each prompt's two samples is drawn from the reference, with its own episode number and random numbers.
 
-    Target: no closed form; with soft labels near reference * exp(score / beta), shifted by the bonus in proportion to
-    alpha.
+    Target: no closed form; with soft labels it is close to reference * exp(score / beta), and the shift caused by the
+    bonus is proportional to alpha.
 
     Args:
         alpha: weight of the exploration bonus.
@@ -131,12 +131,12 @@ class XPOModule(OnlineDPOModule):
         return Loss(dpo + self.alpha * explored, {"explored_logprob": explored})
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return online DPO's optimum where there is no bonus; it does not depend on which model sampled a pair."""
+        """Return online DPO's optimum if alpha is 0; it does not depend on which model drew the samples."""
         known = self.has_losses_of(XPOModule) and not self.alpha and self.soft_labels
         return tilted(problem, self.beta) if known and self.sampling.temperature == 1 else None
 
     def check_groups(self, rollout: Rollout) -> None:
-        """Refuse prompts with more than one sample of the policy and one of the reference."""
+        """Refuse rollouts without exactly two samples per prompt, one of the policy and one of the reference."""
         super().check_groups(rollout)
         most = int(torch.bincount(rollout.group).max())
         if most != 2:
@@ -148,21 +148,21 @@ class XPOModule(OnlineDPOModule):
 
 
 class NashMDModule(CriticFreeModule):
-    r"""Nash-MD: policy gradient of the probability to beat an opponent between the policy and its reference.
+    r"""Nash-MD: policy gradient of the probability to beat an opponent, a mixture of policy and reference.
 
-    loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), the bracket without gradient; y
-    from the policy, y' token by token from policy^{1 - c} reference^c, c = ``mixture``; P = sigmoid(score(y) -
-    score(y')) (Munos et al., 2312.00886, Section 7). Opponents have their own random numbers and cost one more
-    decode per completion. The KL as a loss per token (``kl_place: loss``, ``kl_estimator: k2``) ignores the KL of later
-    tokens and has another optimum.
+    loss = -(P(y beats y') - 1/2 - kl_coef log policy(y)/reference(y)) log policy(y), with the bracket without gradient.
+    y is drawn from the policy, and y' token by token from policy^{1 - c} reference^c, c = ``mixture``;
+    P = sigmoid(score(y) - score(y')) (Munos et al., 2312.00886, Section 7). Opponents have their own random numbers and
+    cost one more decode per completion. A KL penalty per token in the loss (``kl_place: loss``, ``kl_estimator: k2``)
+    ignores the KL of later tokens and has another optimum.
 
-    Target: no closed form; where the policy is reference * exp(E P(y beats y') / kl_coef), normalised: for c = 0 the
-    Nash equilibrium of the KL-regularised game, for c = 1 the best response to the reference.
+    Target: no closed form; the fixed point policy = reference * exp(E P(y beats y') / kl_coef), normalised. For c = 0
+    it is the Nash equilibrium of the KL-regularised game, for c = 1 the best response to the reference.
 
     Args:
-        scorer: what scores completions; score differences are log-odds of winning.
+        scorer: scores completions; score differences are log-odds of winning.
         kl_coef: KL penalty coefficient, in win probability per nat.
-        mixture: c, the reference's share in the opponent.
+        mixture: c, the weight of the reference in the opponent.
     """
 
     paper = "Munos et al. 2023, arXiv 2312.00886"
@@ -182,17 +182,17 @@ class NashMDModule(CriticFreeModule):
 
     @property
     def holds_reference(self) -> bool:
-        return self.needs_reference  # the opponent is made of it
+        return self.needs_reference  # the opponent needs it
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score; in training also sample and score an opponent of each sample."""
+        """Sample and score a completion for each prompt; in training also sample and score an opponent for each."""
         drawn = super().draw(batches)
         if not self.trainer.training:
             return drawn
         return drawn._replace(baseline_scores=self.opponent_scores(drawn.batch))
 
     def opponent_scores(self, batch: PromptBatch) -> Tensor:
-        """Return the score of one completion of the opponent for each prompt, shape (episodes,)."""
+        """Return the score of one opponent completion for each prompt, shape (episodes,)."""
         assert self.reference is not None
         mixture = Mixture(self.reference.as_model, partial(nash_md_logits, mixture=self.mixture))
         theirs = batch._replace(episodes=batch.episodes + OPPONENTS)
@@ -200,19 +200,19 @@ class NashMDModule(CriticFreeModule):
         return self.collector.judge(self.tokenizer, opponents, batch).scores
 
     def win_probability(self, rollout: Rollout) -> Tensor:
-        """Return P(y beats y'), shape (episodes,); NaN where either has no score."""
+        """Return P(y beats y'), shape (episodes,); NaN if either completion has no score."""
         assert rollout.baseline_scores is not None
         lead = rollout.scores - rollout.baseline_scores
-        return lead.double().sigmoid().to(lead.dtype)  # in single precision devices round sigmoid differently
+        return lead.double().sigmoid().to(lead.dtype)  # double: in float32, devices round sigmoid differently
 
     def episode_advantages(self, rewards: Tensor, rollout: Rollout) -> Tensor:
-        """Return the win probability minus 1/2 and the KL penalty, shape (episodes,)."""
+        """Return the win probability minus 1/2, with the KL penalty subtracted, shape (episodes,)."""
         return torch.nan_to_num(self.win_probability(rollout) - 0.5 + rewards - rollout.scores)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the best response to the reference for c = 1, and the game's equilibrium for c = 0, at temperature 1.
 
-        Between them the opponent is drawn token by token, which an enumerated problem does not describe.
+        For other c the opponent is drawn token by token, which an enumerated problem cannot represent.
         """
         if not self.reaches_kl_optimum() or self.mixture not in (0, 1):
             return None
@@ -222,10 +222,10 @@ class NashMDModule(CriticFreeModule):
         for _ in range(10_000):
             policy = (policy + self.best_response(problem, policy)) / 2
         found = bool((policy - self.best_response(problem, policy)).abs().max() < 1e-9)
-        return policy if found else None  # it exists, but half-steps circle it where the KL penalty is weak
+        return policy if found else None  # with a weak KL penalty the half-steps can cycle around the equilibrium
 
     def best_response(self, problem: EnumeratedProblem, opponent: Tensor) -> Tensor:
-        """Return what maximises E P(y beats y') - kl_coef KL(policy || reference) for a fixed opponent's y'.
+        """Return the policy that maximises E P(y beats y') - kl_coef KL(policy || reference) for a fixed opponent.
 
         Args:
             problem: the enumerated problem.
@@ -235,6 +235,6 @@ class NashMDModule(CriticFreeModule):
         return torch.softmax(problem.reference.log() + wins / self.kl_coef, -1)
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add the policy's win rate against its opponent."""
+        """Record the policy's win rate against its opponent."""
         wins = self.win_probability(rollout)
         meter.add("rollout/win_rate", wins, ~wins.isnan())

@@ -1,4 +1,4 @@
-"""Online DPO: preference pairs that the policy samples itself and a scorer judges."""
+"""Online DPO: preference pairs sampled from the policy and labelled by a scorer."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from rlhf_lightning.types import (
 
 
 class OnlineDPOModule(PairObjective, RolloutModule):
-    r"""Online DPO: among the policy's samples of each prompt, the best is chosen and the worst rejected.
+    r"""Online DPO: of the policy's samples for each prompt, the best is chosen and the worst rejected.
 
     loss = -log sigmoid(x), x = beta [log policy(y_w)/reference(y_w) - log policy(y_l)/reference(y_l)], both sampled
     from the policy (Guo et al., 2402.04792, Eq. 4). When policy = reference, the loss is log 2. Samples with equal
-    scores form no pair. With ``soft_labels`` the pair is labelled p = sigmoid(score_w - score_l) instead of 1.
+    scores form no pair. With ``soft_labels`` the label of a pair is p = sigmoid(score_w - score_l) instead of 1.
 
     A subclass changes the objective by overriding ``pair_loss`` or ``implicit_reward``, as for a `DPOModule`.
 
-    Target: with ``soft_labels`` reference * exp(score / beta), normalised, which is the optimum of every pair, however
-    it was sampled. Certain labels ask for ever larger margins, so no policy is optimal.
+    Target: with ``soft_labels`` reference * exp(score / beta), normalised, which is optimal for every pair, however
+    it was sampled. Hard labels always reward larger margins, so no policy is optimal.
 
     Args:
         beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
         soft_labels: read scores as log-odds: chosen is better with probability sigmoid(score difference).
-        mini_batch_size: episodes per optimizer step over all ranks, a multiple of the samples per prompt; null takes
+        mini_batch_size: episodes per optimizer step over all ranks, a multiple of the samples per prompt; null uses
             the whole rollout.
 
     Raises:
@@ -53,7 +53,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
 
     paper = "Guo et al. 2024, arXiv 2402.04792"
     needs_group: ClassVar[bool] = True
-    """Whether completions of one prompt are compared."""
+    """Whether the objective compares completions of the same prompt."""
 
     def __init__(
         self, scorer: Any, beta: float = 0.1, soft_labels: bool = False, temperature: float = 0.9, ppo_epochs: int = 1,
@@ -67,25 +67,25 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def pairs(self, rollout: Rollout) -> Pairs:
-        """Return the pairs of a rollout: the best against the worst sample of each prompt, if their scores differ."""
+        """Return the pairs of a rollout: best and worst sample of each prompt, if their scores differ."""
         chosen, rejected = best_and_worst(rollout.scores, rollout.group)
         gap = rollout.scores[chosen] - rollout.scores[rejected]
         ones = torch.ones_like(gap)
         return Pairs(chosen, rejected, torch.sigmoid(gap) if self.soft_labels else ones, gap, ones)
 
     def by_reference(self, group: Tensor) -> Tensor:
-        """Return which samples the reference draws instead of the policy, bool, shape (episodes,); here none.
+        """Return a mask of the samples drawn from the reference, bool, shape (episodes,); by default all False.
 
         Args:
-            group: index of the prompt each sample answers, int64, shape (episodes,).
+            group: prompt index of each sample, int64, shape (episodes,).
         """
         return torch.zeros_like(group, dtype=torch.bool)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(score / beta), normalised, with soft labels at temperature 1.
+        """Return reference * exp(score / beta), normalised; known for soft labels at temperature 1.
 
-        There x equals the score difference of every pair, so the gradient is 0. Elsewhere the completion with the
-        largest beta log(policy / reference) - score is pushed down by every other one.
+        At this policy x equals the score difference of every pair, so the gradient is 0. At any other policy, every
+        pair lowers the completion with the largest beta log(policy / reference) - score.
         """
         known = self.soft_labels and self.sampling.temperature == 1
         return super().target_policy(problem) if known else None
@@ -120,11 +120,11 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         return norm
 
     def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
-        """Return the rows of each prompt, by the number of its first episode; a minibatch takes all or none of them."""
+        """Return the rows of each prompt by its first episode number; a minibatch never splits these rows."""
         return groups_of(rollout)
 
     def learn_pairs(self, rollout: Rollout, pairs: Pairs, rows: list[int], batch: PromptBatch, meter: Meter) -> float:
-        """Take one optimizer step on the pairs among some episodes of the rollout."""
+        """Take one optimizer step on the pairs whose chosen sample is in the given rows of the rollout."""
         mine = torch.isin(pairs.chosen, torch.tensor(rows, device=pairs.chosen.device)).nonzero().squeeze(-1)
         count = float(self.sum_over_ranks(torch.tensor(float(len(mine)), device=self.device)))
         lengths = rollout.sequences.lengths
@@ -133,13 +133,13 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         size = self.limits.micro_batch_size
         limits = self.limits._replace(micro_batch_size=None if size is None else max(size // 2, 1))
         parts = [pairs.at(mine[torch.tensor(cut)]) for cut in cut_micro_batches(cells, limits)]
-        # A rank without pairs takes part in the collectives with pairs of weight 0.
+        # Pairs of weight 0 let a rank without pairs take part in the collectives.
         parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
         losses: list[Callable[[], Tensor]] = [partial(self.pair_loss_sum, rollout, part, meter) for part in parts]
         return self.update(losses + self.further_losses(batch, count, meter), count)
 
     def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
-        """Forward the completions of some pairs together through the policy; the rollout holds the reference's part."""
+        """Compute the policy's log-probabilities of some pairs; the reference's are taken from the rollout."""
         rows = torch.cat([pairs.chosen, pairs.rejected])
         layout = self.lay_out(select(rollout.sequences, rows.tolist()))
         outputs = self.policy_outputs(layout, self.sampling.temperature)
@@ -159,7 +159,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         )
 
     def pair_loss_sum(self, rollout: Rollout, pairs: Pairs, meter: Meter) -> Tensor:
-        """Return the summed losses of a micro-batch's pairs, to be divided by the minibatch's count."""
+        """Return the sum of the losses of a micro-batch's pairs; the update divides it by the minibatch's count."""
         logprobs = self.preference_logprobs(rollout, pairs)
         moved = _moved(rollout, pairs, logprobs)
         if self._untouched:
@@ -169,7 +169,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         self.measure_update(moved, meter)
         return (loss.values * logprobs.weights).sum()
 
-    # -- what must hold, and what is measured -------------------------------------------------------------------------
+    # -- checks and metrics -------------------------------------------------------------------------------------------
 
     def check_groups(self, rollout: Rollout) -> None:
         """Refuse prompts with a single sample, and minibatches that would split the samples of a prompt."""
@@ -188,7 +188,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
             )
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Check each sample against the model that drew it."""
+        """Check each sample against the model that it was drawn from."""
         explored = self.by_reference(rollout.group).unsqueeze(-1)
         if rollout.reference_logprobs is not None:
             drawn = torch.where(explored, rollout.reference_logprobs, rollout.old_logprobs)
@@ -196,13 +196,13 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         super().check_rollout(rollout)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add the metrics of the samples that the policy drew."""
+        """Record the metrics of the samples drawn from the policy."""
         own = (~self.by_reference(rollout.group)).nonzero().squeeze(-1).tolist()
         super().measure_rollout(select_episodes(rollout, own), meter)
 
 
 def groups_of(rollout: Rollout) -> dict[int, list[int]]:
-    """Return the rows of each prompt's samples, by the number of its first episode."""
+    """Return the rows of each prompt's samples, keyed by the number of the prompt's first episode."""
     assert rollout.episodes is not None
     rows: dict[int, list[int]] = {}
     for row, group in enumerate(rollout.group.tolist()):
@@ -212,14 +212,14 @@ def groups_of(rollout: Rollout) -> dict[int, list[int]]:
 
 
 def no_pair(rollout: Rollout) -> Pairs:
-    """Return a pair of weight 0, for a rank that has none; its loss and its weight in every metric are 0."""
+    """Return a pair of weight 0 for a rank without pairs; it adds 0 to the loss and to all metrics."""
     row = torch.zeros(1, dtype=torch.long, device=rollout.scores.device)
     nothing = torch.zeros_like(rollout.scores[row])
     return Pairs(row, row, torch.ones_like(nothing), nothing, nothing)
 
 
 def _moved(rollout: Rollout, pairs: Pairs, logprobs: PreferenceLogprobs) -> PolicyLogprobs:
-    """Return the log-probabilities of both sides of the pairs, now and when they were sampled."""
+    """Return the log-probabilities of both completions of each pair, under the current policy and when sampled."""
     rows = torch.cat([pairs.chosen, pairs.rejected])
     now = torch.cat([logprobs.policy_chosen_logprobs, logprobs.policy_rejected_logprobs])
     mask = torch.cat([logprobs.chosen_mask, logprobs.rejected_mask]) & (pairs.weights > 0).repeat(2).unsqueeze(-1)

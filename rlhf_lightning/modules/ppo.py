@@ -48,33 +48,33 @@ class PPOModule(OnPolicyModule):
     r"""Proximal policy optimisation: maximise E[score] - kl_coef * KL(policy || reference) with a learned critic.
 
     Rewards are -kl_coef (log policy - log reference) per token, with the score added at the end token (Ziegler et al.,
-    1909.08593, Eq. 2); advantages are generalised advantage estimates, whitened over the rollout; the losses are the
-    clipped policy and value losses (Schulman et al., 1707.06347, Eq. 7 and 9), means over the tokens of a minibatch.
-    Settings and their defaults follow Huang et al. (2403.17031). Before any update the ratio is 1 and the policy loss
-    is minus the mean advantage, 0 after whitening.
+    1909.08593, Eq. 2). Advantages are generalised advantage estimates (GAE), whitened over the rollout. The losses are
+    the clipped policy and value losses (Schulman et al., 1707.06347, Eq. 7 and 9), means over the tokens of a
+    minibatch. Settings and defaults follow Huang et al. (2403.17031). Before the first update the ratio is 1 and the
+    policy loss is minus the mean advantage, which is 0 after whitening.
 
-    Target: reference * exp(score / kl_coef), normalised; discounted, with rewards whitened or without a KL penalty, it
-    has no closed form.
+    Target: reference * exp(score / kl_coef), normalised. With discounting, whitened rewards or no KL penalty, it has no
+    closed form.
 
     Args:
         critic: "separate" trains a separate network; "shared" a zero-initialised head on the policy's trunk, with one
             forward pass for both; "adapter" a separate adapter and head on the policy's backbone, which saves memory
             but not time.
-        critic_init: folder that a separate or adapter critic starts from; null takes the reward model's folder where
-            the scorer is one (for "adapter": one on the policy's backbone), else the policy's.
-        cost_critics: train a further critic for each of ``constraints`` (Dai et al., 2310.12773), A = (A_objective -
+        critic_init: folder that a separate or adapter critic starts from; null uses the reward model's folder if the
+            scorer has one (for "adapter": only if it is on the policy's backbone), else the policy's.
+        cost_critics: train one more critic for each of ``constraints`` (Dai et al., 2310.12773), A = (A_objective -
             sum lambda A_cost) / (1 + sum lambda); false trains one critic on the constrained score.
         value_coef: weight of the value loss.
-        value_clip: how far values may move from the rollout's before the larger loss counts; null does not clip.
+        value_clip: maximum change of a value since the rollout in the clipped value loss; null does not clip.
         gamma: discount per token.
-        turn_gamma: further discount from one turn of the policy to the next, in an environment.
+        turn_gamma: additional discount from one turn of the policy to the next, in an environment.
         lam: GAE lambda: 0 bootstraps fully from the critic, 1 uses Monte-Carlo returns.
         whiten_advantages: give advantages zero mean and unit variance over the rollout.
         whiten_rewards: give rewards unit variance over the rollout, keeping their mean.
-        reward_slot: where the score goes: "end" is the last completion token, "after_eos" a separate slot after it,
-            whose state has read the end token (Huang et al.).
-        pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx, InstructGPT);
-            27.8 there.
+        reward_slot: position of the score: "end" is the last completion token; "after_eos" is a separate position after
+            it, whose hidden state includes the end token (Huang et al.).
+        pretraining_coef: weight of the language-model loss on the data's ``pretraining`` text (PPO-ptx); InstructGPT
+            uses 27.8.
 
     Raises:
         SettingError: a setting is outside its range, or two settings contradict each other.
@@ -119,7 +119,7 @@ class PPOModule(OnPolicyModule):
         refuse_contradictions(_contradictions(self))
 
     def load_models(self) -> None:
-        """Load policy and critic to train, reference and scorer frozen."""
+        """Load policy and critic for training, and reference and scorer frozen."""
         self.policy = load_policy(
             self.init_from, self.load_settings, self.lora, value_head=self.critic_kind == "shared"
         )
@@ -133,7 +133,7 @@ class PPOModule(OnPolicyModule):
             self.critic = self._add_critic()
 
     def _add_critic(self) -> ScalarModel:
-        """Put the critic on the policy's backbone; it starts from the reward model if that is an adapter on it too."""
+        """Add the critic to the policy's backbone; it starts from the reward model if that shares the backbone."""
         assert self.lora is not None
         start = None if self.critic_init is None else resolve_folder(self.critic_init)
         folder = getattr(self.scorer, "folder", None)
@@ -142,21 +142,21 @@ class PPOModule(OnPolicyModule):
         return add_critic(self.policy, self.lora, None if start == resolve_folder(self.init_from) else start)
 
     def _cost_critics(self) -> dict[str, ScalarModel]:
-        """Return the critic of each constrained part, which values minus its cost."""
+        """Return the critic of each constrained part; it predicts minus the part's cost."""
         names = self.score_rule.multipliers if self.cost_critics else ()
         return {name: getattr(self, f"cost_critic_{place}") for place, name in enumerate(names)}
 
     def _load_critic(self, start: str | None, sign: float = 1.0) -> ScalarModel:
-        """Load a critic from a reward model with its head, or from the policy with a head of zeros.
+        """Load a critic from a reward model with its head, or from the policy with a zero head.
 
         Args:
-            start: the reward model's folder.
-            sign: -1 for a critic of minus its score.
+            start: the reward model's folder; None loads the policy.
+            sign: -1 for a critic that predicts minus the model's score.
         """
         start = start or self.init_from
         own = start == self.init_from
-        # All its weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone. It reads
-        # every id that the policy can sample, those of padding rows of the vocabulary too.
+        # All critic weights are trained, so they are in fp32 and not quantised, unlike the policy's backbone. The
+        # critic must accept every id that the policy can sample, including padding rows of the vocabulary.
         rows = vocabulary_rows(self.policy.model)
         whole = replace(self.load_settings, quantization=None, dtype="float32", embeddings=rows)
         settings = whole if own else replace(whole, from_scratch=False)
@@ -171,7 +171,7 @@ class PPOModule(OnPolicyModule):
         return critic
 
     def _start_from(self, scorer: Any) -> str | None:
-        """Return a reward model's folder where a critic can start from it: a decoder that reads the policy's ids."""
+        """Return the reward model's folder if a critic can start from it: a decoder with the policy's tokenizer."""
         folder = getattr(scorer, "folder", None)
         tokenizer = getattr(getattr(scorer, "learned", scorer), "tokenizer", None)
         if folder is None or tokenizer is None:
@@ -200,7 +200,7 @@ class PPOModule(OnPolicyModule):
         return masked_whiten(rewards, mask, shift_mean=False, mean=mean, var=variance)
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
-        """Return generalised advantages, whitened over the tokens of all ranks, and the critic's targets."""
+        """Return GAE advantages, whitened over the tokens of all ranks, and the critic's targets."""
         assert rollout.values is not None
         cost_returns: dict[str, Tensor] = {}
         if self.cost_critics:
@@ -215,7 +215,7 @@ class PPOModule(OnPolicyModule):
         return Advantages(advantages, returns, cost_returns=cost_returns)
 
     def _estimates(self, rollout: Rollout, rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return generalised advantages, not whitened, and the critic's targets."""
+        """Return GAE advantages before whitening, and the critic's targets."""
         mask, lam = self._value_mask(rollout), self.gae_lambda(rollout)
         gamma = self.gamma if self.turn_gamma == 1 else turn_discounts(mask, self.turn_gamma, self.gamma)
         advantages, returns = generalized_advantages(rewards, values, mask, gamma, self.lam)
@@ -224,10 +224,10 @@ class PPOModule(OnPolicyModule):
         return advantages, returns
 
     def _constrained_estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the advantages that the objective's and the costs' critics make together, and the targets of each.
+        """Return the combined advantages of the objective's and the costs' critics, and the targets of each critic.
 
-        Every reward pays the KL, so the mixture pays it once. The rules for a missing end token and for long
-        completions change the objective alone.
+        Every reward includes the KL penalty, and the weighted mean includes it once. The rules for a missing end token
+        and for long completions change only the objective's reward.
         """
         assert rollout.values is not None
         scores = self.scores_after_rules(rollout.parts[OBJECTIVE], rollout)
@@ -241,9 +241,9 @@ class PPOModule(OnPolicyModule):
         return total / (1 + sum(one.value for one in self.score_rule.multipliers.values())), returns, cost_returns
 
     def gae_lambda(self, rollout: Rollout) -> float | Tensor:
-        """Return the lambda of the policy's advantages, for all episodes or of shape (episodes,).
+        """Return the lambda of the policy's advantages, a number or shape (episodes,).
 
-        The critic's targets take ``lam``.
+        The critic's targets always use ``lam``.
         """
         return self.lam
 
@@ -252,7 +252,7 @@ class PPOModule(OnPolicyModule):
         return clipped_value_loss(values.values, values.old_values, values.returns, self.value_clip)
 
     def score_slots(self, rollout: Rollout) -> Tensor | None:
-        if self.whiten_rewards:  # which spreads every score over all slots
+        if self.whiten_rewards:  # spreads every score over all positions
             return None
         last = last_learned(rollout.completion_mask)
         return last + 1 if self.reward_slot == "after_eos" else last
@@ -263,7 +263,7 @@ class PPOModule(OnPolicyModule):
     # -- the critic ---------------------------------------------------------------------------------------------------
 
     def _value_layout(self, layout: Layout) -> Layout:
-        """Return the states with a value: those before each token, and with ``after_eos`` the one after the end."""
+        """Return the states that have a value: before each token, and with ``after_eos`` also after the end token."""
         return layout.with_end_state() if self.reward_slot == "after_eos" else layout
 
     def _value_mask(self, rollout: Rollout) -> Tensor:
@@ -275,7 +275,7 @@ class PPOModule(OnPolicyModule):
         return torch.nn.functional.pad(mask, (0, 1)).scatter(1, end, True)
 
     def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
-        """Forward the policy, together with a critic on a shared trunk."""
+        """Run the policy's forward pass; with a shared trunk it also returns the critic's values."""
         shared = self._value_layout(layout) if self.critic is None else None
         return super().policy_outputs(layout, temperature, value_layout=shared, **asked)
 
@@ -286,13 +286,13 @@ class PPOModule(OnPolicyModule):
             assert shared_values is not None
             return shared_values
         states = self._value_layout(layout)
-        # The reward model's bias is subtracted from scores, so it is from the values of a critic made from it.
+        # Scores have the reward model's bias subtracted, so the same bias is subtracted from its critic's values.
         values: Tensor = critic(states, per_token=True)
         self.muted([values])
         return values - critic.bias * states.completion_mask
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
-        """Whether sampling gave all statistics; on a shared trunk the values still need a forward pass."""
+        """Whether sampling provided all statistics; a critic on a shared trunk still needs a forward pass."""
         return self.critic is not None and super().sampler_stats_suffice(samples)
 
     def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
@@ -327,13 +327,13 @@ class PPOModule(OnPolicyModule):
         return Loss(self.value_coef * total, metrics)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add the critic's values."""
+        """Record the critic's values."""
         super().measure_rollout(rollout, meter)
         if rollout.values is not None:
             meter.add("rollout/value", rollout.values, self._value_mask(rollout))
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add the explained variance of the returns: 1 is perfect, 0 no better than their mean."""
+        """Record the explained variance of the returns: 1 is perfect, 0 is as good as their mean."""
         mask = self._value_mask(rollout) & _scored(rollout)
         assert rollout.values is not None and advantages.returns is not None
         mean, _ = moments_over_ranks(self.trainer.strategy, advantages.returns, mask)
@@ -344,7 +344,7 @@ class PPOModule(OnPolicyModule):
     # -- pretraining mix ----------------------------------------------------------------------------------------------
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return the language-model loss on the pretraining text: its mean over tokens, times the coefficient."""
+        """Return the language-model loss on the pretraining text: its mean over tokens, times ``pretraining_coef``."""
         if not self.pretraining_coef or batch.pretraining is None:
             return []
         sequences = batch.pretraining.sequences
@@ -364,7 +364,7 @@ class PPOModule(OnPolicyModule):
 
 
 def _contradictions(m: PPOModule) -> dict[str, tuple[bool, str]]:
-    """Return whether one setting makes another meaningless, and the sentence that says so, by error code."""
+    """Return, by error code, whether two settings contradict each other, and the message."""
     return {
         "cost-critics": (
             m.cost_critics and (not m.score_rule.multipliers or m.critic_kind != "separate"),
@@ -379,5 +379,5 @@ def _contradictions(m: PPOModule) -> dict[str, tuple[bool, str]]:
 
 
 def _scored(rollout: Rollout) -> Tensor:
-    """True on completions that have a score, shape (episodes, 1)."""
+    """Return a mask of completions that have a score, shape (episodes, 1)."""
     return ~rollout.scores.isnan().unsqueeze(-1)

@@ -1,6 +1,6 @@
-"""Objectives on preference pairs with a fixed reference. The notation is that of `dpo`.
+"""Objectives on preference pairs with a fixed reference. Notation as in `dpo`.
 
-The population loss is the mean over all pairs, drawn with equal probability, with each order weighted by its
+The population loss is the mean over all pairs, drawn with equal probability. Each order of a pair is weighted by its
 probability of being preferred.
 """
 
@@ -20,11 +20,11 @@ from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
 class ConservativeDPOModule(DPOModule):
-    r"""cDPO: DPO that assumes a share of the labels to be wrong.
+    r"""cDPO: DPO that assumes a share of wrong labels.
 
     loss = -(1 - s) log sigmoid(x) - s log sigmoid(-x), s = ``label_smoothing`` (Mitchell 2023, a note on DPO with noisy
-    preferences). L_0 = log 2. The best margin of a certain label is logit(1 - s).
-    Target: no closed form; the minimiser of the population loss. Where labels are noisy already, DPO itself finds the
+    preferences). L_0 = log 2. The optimal margin of a certain label is logit(1 - s).
+    Target: no closed form; the minimiser of the population loss. If the labels are already noisy, DPO recovers the
     rewards and cDPO does not.
     """
 
@@ -35,15 +35,15 @@ class ConservativeDPOModule(DPOModule):
 
 
 class RobustDPOModule(DPOModule):
-    r"""Robust DPO: an unbiased estimate of DPO's loss on the clean labels, when each was flipped with a known rate.
+    r"""Robust DPO: an unbiased estimate of DPO's loss on the clean labels when labels are flipped at a known rate.
 
     loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409);
-    it may be negative. L_0 = log 2. A pair preferred with probability below e has no finite optimum.
-    Target: reference * exp(reward / beta), normalised, where labels are Bradley-Terry in the rewards, flipped with rate
-    e; for other labels no closed form: the minimiser of the population loss.
+    it may be negative. L_0 = log 2. A pair preferred with probability below e has no finite optimum. Target: reference
+    * exp(reward / beta), normalised, if labels are Bradley-Terry in the rewards and flipped at rate e. For other labels
+    there is no closed form: it is the minimiser of the population loss.
 
     Args:
-        flip_rate: share of the labels that were flipped, below 0.5.
+        flip_rate: share of flipped labels, below 0.5.
     """
 
     paper = "Chowdhury et al. 2024, arXiv 2403.00409"
@@ -65,15 +65,15 @@ class RobustDPOModule(DPOModule):
 
 
 class IPOModule(DPOModule):
-    r"""Identity preference optimisation: margins are regressed on a constant, so that they stay bounded.
+    r"""Identity preference optimisation: margins are regressed on a constant, so they stay bounded.
 
     loss = (a_w - a_l - 1 / (2 beta))^2 = ((x - 1/2) / beta)^2, with log-ratios averaged over tokens (the authors'
     practice) or summed as in the paper (Azar et al., 2310.12036, Eq. 17). L_0 = 1 / (4 beta^2).
-    Target: with sums reference * exp(E p / beta), normalised, E p a completion's mean win rate; with averages over n
-    tokens reference * exp(n (E p / beta + c)), each prompt's c such that it sums to 1.
+    Target: with sums reference * exp(E p / beta), normalised, where E p is a completion's mean win rate. With averages
+    over n tokens it is reference * exp(n (E p / beta + c)), where each prompt's c makes it sum to 1.
 
     Args:
-        beta: the paper's tau, the strength of the pull towards the reference; averages need a larger one.
+        beta: the paper's tau, strength of the KL penalty; averages need a larger value.
         average: divide each side's log-ratio by its length.
     """
 
@@ -96,11 +96,11 @@ class IPOModule(DPOModule):
 
 
 class HingeModule(DPOModule):
-    r"""SLiC's hinge loss on the margin, normalised by the reference as in RSO.
+    r"""SLiC's hinge loss on the margin, relative to the reference as in RSO.
 
     loss = max(0, 1 - x) (Zhao et al., 2305.10425; Liu et al., 2309.06657). L_0 = 1. A pair with x > 1 has no gradient.
-    Target: no closed form; any minimiser of the population loss. It follows each pair's likelier label, however
-    likely it is, and need not be unique.
+    Target: no closed form; any minimiser of the population loss. Only the more likely label of each pair matters, not
+    its probability, and the minimiser need not be unique.
     """
 
     paper = "Zhao et al. 2023, arXiv 2305.10425"
@@ -116,7 +116,7 @@ class EXOModule(DPOModule):
     r"""EXO for pairs: the reverse KL from the policy's preference to the smoothed label.
 
     loss = sigmoid(x) [log sigmoid(x) - log(1 - e)] + sigmoid(-x) [log sigmoid(-x) - log e], e = ``epsilon`` (Ji et al.,
-    2402.00856). L_0 = 2.7612 for e = 1e-3. The best margin of a single pair is x = (2 p - 1) logit(1 - e).
+    2402.00856). L_0 = 2.7612 for e = 1e-3. The optimal margin of a single pair is x = (2 p - 1) logit(1 - e).
     Target: no closed form; the minimiser of the population loss.
 
     Args:
@@ -141,7 +141,7 @@ class DiscoPOPModule(DPOModule):
 
     loss = (1 - g)(-log sigmoid(x)) + g e^{-x}, g = sigmoid(x / temperature) (Lu et al., 2406.08414). L_0 = (1 + log 2)
     / 2. It is not monotone: near x = 0 its gradient shrinks the margin.
-    Target: no closed form; a minimiser of the population loss, which is not convex and has several.
+    Target: no closed form; a minimiser of the population loss, which is not convex and has several minimisers.
 
     Args:
         temperature: temperature of the gate g.
@@ -161,10 +161,10 @@ class DiscoPOPModule(DPOModule):
 
 
 class LengthNormalizedDPOModule(DPOModule):
-    r"""DPO on log-ratios per token, so that length is not rewarded.
+    r"""DPO on log-ratios per token, so that length has no advantage.
 
     loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)) (Lambert et al., 2411.15124). L_0 = log 2.
-    Target: reference * exp(n (reward + c) / beta), each prompt's c such that it sums to 1.
+    Target: reference * exp(n (reward + c) / beta), where each prompt's c makes it sum to 1.
     """
 
     paper = "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124"
@@ -182,12 +182,12 @@ class LengthNormalizedDPOModule(DPOModule):
 
 
 class RPOModule(DPOModule):
-    r"""DPO plus the likelihood of the chosen completion, so that its probability cannot fall with the rejected one's.
+    r"""DPO plus the likelihood of the chosen completion, which keeps its probability from falling.
 
     loss = -log sigmoid(x) - alpha S_w / n_w (Pang et al., 2404.19733; Liu et al., 2405.16436, use alpha 0.005). When
     policy = reference, the loss is log 2 + alpha * NLL per token.
-    Target: no closed form; the minimiser of the population loss, between DPO's and the chosen completions' frequencies
-    over lengths.
+    Target: no closed form; the minimiser of the population loss. It lies between DPO's and the chosen completions'
+    frequencies divided by their lengths.
 
     Args:
         alpha: weight of the likelihood.
@@ -206,13 +206,13 @@ class RPOModule(DPOModule):
 
 
 class AOTModule(DPOModule):
-    r"""AOT on pairs: the policy's margins dominate the reference's as a distribution.
+    r"""AOT on pairs: the distribution of the policy's margins dominates that of the reference's margins.
 
     loss = -log sigmoid(beta (sort(S_w - S_l) - sort(the reference's S_w - S_l))), sorted over all pairs of the
-    optimizer step (Melnyk et al., 2406.05882). L_0 = log 2. Sorting breaks the pairing, so labels are taken as certain
+    optimizer step (Melnyk et al., 2406.05882). L_0 = log 2. Sorting breaks the pairing, so soft labels have no effect,
     and weights are refused.
-    Target: no closed form; where every step is the population, one of several minimisers of the population loss. With
-    smaller steps it depends on which pairs meet.
+    Target: no closed form; if every step is the whole population, one of several minimisers of the population loss.
+    With smaller steps the result depends on which pairs share a step.
     """
 
     paper = "Melnyk et al. 2024, arXiv 2406.05882"
@@ -229,12 +229,12 @@ class AOTModule(DPOModule):
 
 
 class UnpairedAOTModule(AOTModule):
-    r"""AOT without pairing: chosen log-ratios dominate rejected ones as a distribution.
+    r"""AOT without pairing: the distribution of chosen log-ratios dominates that of rejected log-ratios.
 
     loss = -log sigmoid(beta (sort(a_w) - sort(a_l))), sorted over all pairs of the optimizer step (Melnyk et al.,
-    2406.05882). L_0 = log 2. Labels are taken as certain and weights are refused.
-    Target: no closed form; where every step is the population, one of several minimisers of the population loss. With
-    smaller steps it depends on which pairs meet.
+    2406.05882). L_0 = log 2. Soft labels have no effect, and weights are refused.
+    Target: no closed form; if every step is the whole population, one of several minimisers of the population loss.
+    With smaller steps the result depends on which pairs share a step.
     """
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
@@ -242,7 +242,7 @@ class UnpairedAOTModule(AOTModule):
 
 
 class NCAModule(DPOModule):
-    r"""NCA for pairs: noise contrast that keeps the chosen completion's own probability up.
+    r"""NCA for pairs: noise-contrastive loss that keeps the chosen completion's own probability high.
 
     loss = -log sigmoid(u) - 1/2 log sigmoid(-u) - 1/2 log sigmoid(-v) (Chen et al., 2402.05369). L_0 = 2 log 2.
     Target: no closed form; the minimiser of the population loss.
@@ -259,7 +259,7 @@ class NCAModule(DPOModule):
 
 
 class BCOPairModule(DPOModule):
-    r"""BCO on pairs: a binary classifier of good and bad, whose logit is the implicit reward.
+    r"""BCO on pairs: a binary classifier of chosen against rejected, with the implicit reward as the logit.
 
     loss = -log sigmoid(u - delta) - log sigmoid(-(v - delta)) (Jung et al., 2404.04656), delta the mean of all u and v
     of the optimizer step, without gradient. L_0 = 2 log 2.
@@ -284,7 +284,7 @@ class BCOPairModule(DPOModule):
 
 
 class SPPOModule(DPOModule):
-    r"""SPPO with hard labels: one step of self-play, each log-ratio regressed on a constant.
+    r"""SPPO with hard labels: one step of self-play, with each log-ratio regressed on a constant.
 
     loss = (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2 (Wu et al., 2405.00675). L_0 = 1 / (2 beta^2).
     Target: no closed form; the minimiser of the population loss.
@@ -304,7 +304,7 @@ class SPPOModule(DPOModule):
 
 
 class APOZeroModule(DPOModule):
-    r"""APO-zero, for chosen completions better than the policy's own: chosen goes up, rejected down.
+    r"""APO-zero, for chosen completions better than the policy's own: raises chosen, lowers rejected.
 
     loss = 1 - sigmoid(u) + sigmoid(v) (D'Oosterlinck et al., 2408.06266). L_0 = 1.
     Target: no closed form; the minimiser of the population loss. The loss is bounded, so the probability of poor
@@ -322,11 +322,11 @@ class APOZeroModule(DPOModule):
 
 
 class APODownModule(APOZeroModule):
-    r"""APO-down, for chosen completions worse than the policy's own: both go down, rejected further.
+    r"""APO-down, for chosen completions worse than the policy's own: lowers both, rejected more.
 
     loss = sigmoid(u) + 1 - sigmoid(x) (D'Oosterlinck et al., 2408.06266). L_0 = 1.
-    Target: no closed form; the minimiser of the population loss. u is pushed down on every chosen completion, so a
-    prompt may be left with a single completion.
+    Target: no closed form; the minimiser of the population loss. It lowers u of every chosen completion, so a prompt's
+    probability may end on a single completion.
     """
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
@@ -335,11 +335,11 @@ class APODownModule(APOZeroModule):
 
 
 class ForwardKLDPOModule(DPOModule):
-    r"""f-DPO with the forward KL as KL penalty: no completion of the reference loses all its probability.
+    r"""f-DPO with the forward KL as KL penalty, which keeps every completion of the reference at positive probability.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = 1 - e^{-a} (Wang et al., 2309.16240). L_0 = log 2. For another
     divergence, override ``f`` and ``ratio``.
-    Target: beta (1 - reference/policy) = reward + c, each prompt's c such that the policy sums to 1.
+    Target: beta (1 - reference/policy) = reward + c, where each prompt's c makes the policy sum to 1.
     """
 
     paper = "Wang et al. 2023, arXiv 2309.16240"
@@ -350,7 +350,7 @@ class ForwardKLDPOModule(DPOModule):
         return -torch.expm1(-(self.alpha * logratio).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) / self.alpha
 
     def ratio(self, value: Tensor) -> Tensor:
-        """Return the ratio policy/reference at which f has a value; infinite where f does not reach the value."""
+        """Return the ratio policy/reference at which f equals ``value``; infinite beyond the range of f."""
         return (1 - self.alpha * value).clamp_min(1e-300) ** (-1 / self.alpha)
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
@@ -365,7 +365,7 @@ class AlphaDPOModule(ForwardKLDPOModule):
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = (1 - e^{-alpha a}) / alpha (Wang et al., 2309.16240), where
     alpha a is clamped to +-20. L_0 = log 2.
-    Target: beta f(log policy/reference) = reward + c, each prompt's c such that the policy sums to 1.
+    Target: beta f(log policy/reference) = reward + c, where each prompt's c makes the policy sum to 1.
 
     Args:
         alpha: 1 is the forward KL; the limit 0, the reverse KL, is DPOModule.
@@ -382,7 +382,7 @@ class JensenShannonDPOModule(ForwardKLDPOModule):
     r"""f-DPO with the Jensen-Shannon divergence as KL penalty.
 
     loss = -log sigmoid(beta (f(a_w) - f(a_l))), f(a) = log 2 + log sigmoid(a) (Wang et al., 2309.16240). L_0 = log 2.
-    Target: beta f(log policy/reference) = reward + c, each prompt's c such that the policy sums to 1.
+    Target: beta f(log policy/reference) = reward + c, where each prompt's c makes the policy sum to 1.
     """
 
     def f(self, logratio: Tensor) -> Tensor:

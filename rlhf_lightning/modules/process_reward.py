@@ -1,4 +1,4 @@
-"""Process reward models: a score for each step of a completion."""
+"""Process reward models, which score each step of a completion."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from rlhf_lightning.types import DataNeeds, Loss, ProcessBatch, ProcessScores, S
 
 
 class ProcessRewardModule(RewardModule):
-    r"""A reward model of reasoning: the log-odds that each step of a completion is right.
+    r"""Process reward model: the log-odds that each step of a completion is right.
 
-    loss = (1/N) \sum_{rows} w \sum_{steps} [-y log sigmoid(s) - (1 - y) log sigmoid(-s)], y the step's label and s the
-    scalar head's value at the step's last token, which sees the step and everything before it (Lightman et al., arXiv
-    2305.20050, Section 2.6, with one logit for their two tokens). N is the number of judged steps of the whole
-    optimizer step, so every step has the same weight. Soft labels (Math-Shepherd, arXiv 2312.08935) are probabilities.
-    Scores of 0 give log 2.
+    loss = (1/N) \sum_{rows} w \sum_{steps} [-y log sigmoid(s) - (1 - y) log sigmoid(-s)], where y is the step's label
+    and s the scalar head's value at the step's last token, which attends to the step and all tokens before it (Lightman
+    et al., arXiv 2305.20050, Section 2.6, with one logit instead of their two tokens). N is the number of labelled
+    steps of the whole optimizer step, so every step has the same weight. Soft labels (Math-Shepherd, arXiv 2312.08935)
+    are probabilities. Scores of 0 give log 2.
 
-    ``step_accuracy`` counts steps on the right side of 0. ``first_error_f1`` is ProcessBench's (arXiv 2412.06559): the
-    harmonic mean of two shares, of wrong completions whose first wrong step is found and of right completions without
-    a step judged wrong. A label of exactly 0.5 is left out of the first metric and counts as right in the second.
+    ``step_accuracy`` is the share of steps whose score has the right sign. ``first_error_f1`` is the F1 of
+    ProcessBench (arXiv 2412.06559): the harmonic mean of two accuracies. The first is the share of wrong completions
+    whose first wrong step is found; the second the share of right completions in which no step is judged wrong. A label
+    of exactly 0.5 is left out of ``step_accuracy`` and counts as right in ``first_error_f1``.
 
-    The exported folder holds a reward model and its step separator. As a scorer it splits completions at the separator
-    and takes the lowest score of their steps, see `ProcessScorer`.
+    The exported folder holds a reward model and its step separator. Used as a scorer, the model splits completions at
+    the separator and returns the lowest step score, see `ProcessScorer`.
 
     Target: the log-odds of each step's labels.
 
     Args:
-        step_separator: text between two steps, in the data and in the completions that are scored later.
+        step_separator: text between two steps, in the training data and in completions scored later.
     """
 
     paper = "Lightman et al. 2023, arXiv 2305.20050"
@@ -59,13 +60,13 @@ class ProcessRewardModule(RewardModule):
         self.reward_model.bias = 0.0  # scores are log-odds, which a bias would shift
 
     def process_loss(self, scores: ProcessScores) -> Tensor | Loss:
-        """Return one loss per step, shape (steps,); other objectives on judged steps override it."""
+        """Return one loss per step, shape (steps,). Override it for another objective on judged steps."""
         return step_loss(scores.scores, scores.labels)
 
     def step_scores(self, batch: ProcessBatch) -> ProcessScores:
-        """Return the score of each judged step, from one forward."""
+        """Return the score of each judged step, from one forward pass."""
         layout = padded_layout(batch.sequences).to(self.device)
-        ends = layout._replace(predictors=layout.predictors + 1)  # the state of a step's last token, not the one before
+        ends = layout._replace(predictors=layout.predictors + 1)  # hidden state of a step's last token itself
         mask = layout.completion_mask
         grid = self.reward_model(ends, per_token=True)
         row = layout.cells.div(mask.shape[1], rounding_mode="floor")
@@ -89,7 +90,7 @@ class ProcessRewardModule(RewardModule):
         return losses.sum()
 
     def _measure_steps(self, scores: ProcessScores, meter: Meter) -> None:
-        """Add the accuracy over steps and over completions."""
+        """Add the accuracy per step and the two accuracies per completion."""
         said, labelled = scores.scores.detach() > 0, scores.labels
         meter.add("step_accuracy", ((said == (labelled > 0.5)) & (scores.scores != 0)).double(), labelled != 0.5)
         meter.add("score", scores.scores)
@@ -107,7 +108,7 @@ class ProcessRewardModule(RewardModule):
         return means
 
     def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return each completion with the probabilities that its judged steps are right, and their labels."""
+        """Return each completion with the predicted probability that each judged step is right, and the labels."""
         found: list[dict[str, Any]] = []
         for batch in step.micro_batches:
             scores, sequences = self.step_scores(batch), batch.sequences

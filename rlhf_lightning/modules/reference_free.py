@@ -1,4 +1,4 @@
-"""Objectives on preference pairs that need no reference, which halves the memory. The notation is that of `dpo`."""
+"""Preference objectives without a reference model, which halves the memory for weights. Notation as in `dpo`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ReferenceFreeDPOModule(DPOModule):
 
 
 class SimPOModule(DPOModule):
-    r"""SimPO: mean log-probabilities as rewards, and a gap that the margin must exceed.
+    r"""SimPO: mean log-probabilities as rewards, with a target margin.
 
     loss = -log sigmoid(beta (S_w / n_w - S_l / n_l) - gamma) (Meng et al., 2405.14734, Eq. 6). When the means are
     equal, the loss is -log sigmoid(-gamma).
-    Target: no closed form; the minimiser of the population loss. The gap keeps margins from the log-odds.
+    Target: no closed form; the minimiser of the population loss. Because of gamma, margins differ from the log-odds.
 
     Args:
         beta: reward units per nat of mean log-probability; 2 to 10.
-        gamma: gap in reward units; about half of beta.
+        gamma: target margin in reward units; about half of beta.
     """
 
     paper = "Meng et al. 2024, arXiv 2405.14734"
@@ -58,14 +58,14 @@ class SimPOModule(DPOModule):
 
 
 class ORPOModule(DPOModule):
-    r"""ORPO: fine-tuning on the chosen completion and an odds ratio against the rejected one, in one stage.
+    r"""ORPO: fine-tuning on the chosen completion plus an odds ratio against the rejected completion, in one stage.
 
     loss = -S_w / n_w - weight * log sigmoid(o), o = log [P_w / (1 - P_w)] - log [P_l / (1 - P_l)] the log odds ratio of
     the mean probabilities per token P = e^{S / n} (Hong et al., 2403.07691, Eq. 6 and 7). When both means are m, the
-    loss is -m + weight * log 2. The likelihood is averaged over each row's completion: TRL averages over all chosen
-    tokens of a batch, and the authors' code counts the prompt's tokens too.
-    Target: no closed form; the minimiser of the population loss. As the weight is small, it is near the chosen
-    completions' frequencies over lengths.
+    loss is -m + weight * log 2. The likelihood is averaged over each row's completion. TRL averages over all chosen
+    tokens of a batch instead, and the authors' code also counts the prompt's tokens.
+    Target: no closed form; the minimiser of the population loss. Since the weight is small, it is close to the chosen
+    completions' frequencies divided by their lengths.
 
     Args:
         weight: the paper's lambda, weight of the odds ratio.
@@ -89,12 +89,12 @@ class ORPOModule(DPOModule):
 
 
 class CPOModule(RPOModule):
-    r"""CPO: reference-free DPO plus the chosen completion's likelihood.
+    r"""CPO: reference-free DPO plus the likelihood of the chosen completion.
 
     loss = -log sigmoid(beta (S_w - S_l)) - alpha S_w / n_w (Xu et al., 2401.08417). When S and n are the same on both
     sides, the loss is log 2 - alpha S / n. TRL averages the likelihood over all chosen tokens of a batch.
-    Target: no closed form; the minimiser of the population loss, between exp(reward / beta) and the chosen completions'
-    frequencies over lengths.
+    Target: no closed form; the minimiser of the population loss. It lies between exp(reward / beta) and the chosen
+    completions' frequencies divided by their lengths.
     """
 
     paper = "Xu et al. 2024, arXiv 2401.08417"

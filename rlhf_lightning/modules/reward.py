@@ -50,25 +50,25 @@ from rlhf_lightning.types import (
 
 
 class RewardModule(OfflineModule):
-    r"""A scalar score per completion whose differences are the log-odds of a human's preference.
+    r"""Bradley-Terry reward model: score differences are the log-odds of a human's preference.
 
-    For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-(d - m)) with d = score(chosen) - score(rejected),
-    p the probability that chosen is better (1 for a plain label) and m its rated margin (Bradley-Terry; Stiennon et al.
-    2009.01325; margins of Llama 2, 2307.09288). The loss of a ranked list is the mean over its untied pairs, with one
-    forward pass per completion (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2. The score is a linear head on
-    the last completion token's hidden state, initialised from N(0, 1/(hidden size + 1)).
+    For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-(d - m)) with d = score(chosen) - score(rejected). p
+    is the probability that chosen is better (1 for a plain label) and m the rated margin (Bradley-Terry; Stiennon et
+    al. 2009.01325; margins of Llama 2, 2307.09288). The loss of a ranked list is the mean over its untied pairs, with
+    one forward pass per completion (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2. The score is a linear
+    head on the last completion token's hidden state, initialised from N(0, 1/(hidden size + 1)).
 
-    Target: scores that are the rewards up to a constant for each prompt, where preferences are Bradley-Terry in them;
+    Target: scores equal to the rewards up to a constant per prompt, if preferences are Bradley-Terry in the rewards;
     with ``centering`` no closed form.
 
     Args:
-        centering: weight of (score(chosen) + score(rejected))^2, which keeps scores near zero (Eisenstein et al.,
-            2312.09244); 0.01 there.
+        centering: weight of (score(chosen) + score(rejected))^2, which keeps scores near zero; Eisenstein et al.
+            (2312.09244) use 0.01.
         normalise: after training, subtract the mean score of the best-ranked training completions from every score, so
             that demonstrations score 0 on average (InstructGPT). The weights do not change; the bias is kept in the
             exported config.json.
         outputs: outputs of the head per completion: several attributes, or a mean and a variance. With more than one,
-            ``score_of`` makes a score of them, a loss finds them in ``RankedScores.extras["outputs"]``, and the
+            ``score_of`` computes the score, a loss finds all outputs in ``RankedScores.extras["outputs"]``, and the
             exported model returns them as the parts of a `Judgement`.
     """
 
@@ -91,7 +91,7 @@ class RewardModule(OfflineModule):
         return self.reward_model
 
     def load_models(self) -> None:
-        """Load the backbone and give it a scalar head where it has none; training continues an existing adapter."""
+        """Load the backbone and add a scalar head if it has none; an existing adapter is trained further."""
         name = resolve_folder(self.init_from)
         continued = name if self.lora is not None and is_adapter(name) else None
         if continued is not None:
@@ -107,11 +107,11 @@ class RewardModule(OfflineModule):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the head's outputs, which are the names of the parts of a scorer's judgements."""
+        """Names of the head's outputs; scorers use them as the names of a judgement's parts."""
         return tuple(f"output_{number}" for number in range(self.outputs))
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score that a head of several outputs gives, shape (completions,); here the first output.
+        """Return the score from a head with several outputs, shape (completions,); by default the first output.
 
         Args:
             outputs: shape (completions, outputs).
@@ -119,10 +119,10 @@ class RewardModule(OfflineModule):
         return outputs[:, 0]
 
     lower_is_better: ClassVar[bool] = False
-    """Whether the better completion has the lower score, which then is a cost."""
+    """Whether a lower score is better: the score is a cost."""
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
-        """Return one loss per group, shape (groups,); other objectives on rankings override it."""
+        """Return one loss per group, shape (groups,). Override it for another objective on rankings."""
         return ranked_pairs_loss(
             scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
         )
@@ -146,7 +146,7 @@ class RewardModule(OfflineModule):
         return (loss.values * ranked.weights).sum()
 
     def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
-        """Add accuracy (equal scores count half), margins and calibration over all untied pairs."""
+        """Record accuracy (equal scores count half), margins and calibration over all untied pairs."""
         better, worse = untied_pairs(ranked.group, ranked.ranks)
         told_apart = ranked.target[ranked.group[better]] != 0.5
         better, worse = better[told_apart], worse[told_apart]
@@ -163,7 +163,7 @@ class RewardModule(OfflineModule):
             meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
 
     def on_train_epoch_start(self) -> None:
-        """Reset the mean score of the best-ranked completions; that of the last epoch counts."""
+        """Reset the mean score of the best-ranked completions; the last epoch's mean is used."""
         self._best_scores = Meter()
 
     def on_train_epoch_end(self) -> None:
@@ -211,7 +211,7 @@ class RewardModule(OfflineModule):
 
     @property
     def facts_of_scores(self) -> dict[str, Any]:
-        """Further entries of the exported config.json, which scorers read."""
+        """Additional entries of the exported config.json, which scorers read."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -226,13 +226,13 @@ class RewardModule(OfflineModule):
 
 
 class PlackettLuceModule(RewardModule):
-    r"""Reward model of whole rankings: the best completion is picked first, then the best of the rest.
+    r"""Reward model of whole rankings: the best completion is picked first, then the best of the remaining.
 
     loss = sum_k [logsumexp_{j ranked at or below k} score_j - score_k] (Plackett 1975, Luce 1959; for reward models Zhu
-    et al., 2301.11270). K equal scores give log K!. For pairs it is `RewardModule`'s loss. Soft labels and margins
-    belong to pairs and have no effect.
+    et al., 2301.11270). K equal scores give log K!. For pairs the loss equals `RewardModule`'s. Soft labels and margins
+    are defined for pairs only and have no effect.
 
-    Target: scores that are the rewards up to a constant for each prompt, where rankings are Plackett-Luce in them.
+    Target: scores equal to the rewards up to a constant per prompt, if rankings are Plackett-Luce in the rewards.
     """
 
     paper = "Zhu et al. 2023, arXiv 2301.11270"
@@ -245,15 +245,15 @@ class PlackettLuceModule(RewardModule):
 
 
 class DavidsonModule(RewardModule):
-    r"""Reward model of comparisons that may end in a tie, which `RewardModule` can only read as a toss-up.
+    r"""Reward model of comparisons with ties, which `RewardModule` can only read as a label of 0.5.
 
     P(i wins) : P(j wins) : P(tie) = e^{d / 2} : e^{-d / 2} : nu with d = score_i - score_j (Davidson 1970; for
-    preference optimisation Chen et al., arXiv 2409.17431): a tie says that two scores are close. A pair's
-    ``preference`` of 0.5 is a tie; a value between 0.5 and 1 is a mean of verdicts with wins and ties. Equal ranks of a
-    list are ties, and lists of ties alone are kept. The loss of a list is the mean over its pairs. Rated margins have
-    no effect. Equal scores give -log((1 - tie_share) / 2) for a win and -log(tie_share) for a tie.
+    preference optimisation Chen et al., arXiv 2409.17431). A tie is evidence that two scores are close. A pair's
+    ``preference`` of 0.5 is a tie; a value between 0.5 and 1 is a mean of verdicts with wins and ties. Equal ranks in a
+    list are ties, and lists of only ties are kept. The loss of a list is the mean over its pairs. Rated margins have no
+    effect. Equal scores give -log((1 - tie_share) / 2) for a win and -log(tie_share) for a tie.
 
-    Target: no closed form; the minimiser of the population loss. From comparisons drawn from its own model it recovers
+    Target: no closed form; the minimiser of the population loss. On comparisons drawn from its own model it recovers
     the scores.
 
     Args:
@@ -277,22 +277,23 @@ class DavidsonModule(RewardModule):
         return ranked_davidson_loss(s.scores, s.group, s.ranks, s.target, self.tie_share, self.centering)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        return None  # the enumerated problem has no ties, so it is not of this model
+        return None  # the enumerated problem has no ties
 
 
 class CostModule(RewardModule):
     r"""Cost model of Safe RLHF: harmful completions cost more than safe ones, and more than 0.
 
     loss = -p log sigmoid(c_r - c_c) - (1 - p) log sigmoid(c_c - c_r) + sign_coef * sum over both of
-    [-s log sigmoid(-c) - (1 - s) log sigmoid(c)], c the cost, s 1 for a safe completion and 0 for a harmful one (Dai et
-    al., 2310.12773, Eq. 6). ``chosen`` is the less harmful completion of a pair. The scores of the exported model are
-    costs, and 0 is the boundary: a limit of 0 on their mean is a constraint of `PPOModule`. Costs of 0 give
-    (1 + 2 sign_coef) log 2. In a list the best completion has chosen_safe, and the mean over the others rejected_safe.
+    [-s log sigmoid(-c) - (1 - s) log sigmoid(c)], where c is the cost and s is 1 for a safe completion and 0 for a
+    harmful one (Dai et al., 2310.12773, Eq. 6). ``chosen`` is the less harmful completion of a pair. The exported
+    model's scores are costs with 0 as the boundary: a limit of 0 on their mean is a constraint of `PPOModule`. Costs of
+    0 give (1 + 2 sign_coef) log 2. In a list, chosen_safe describes the best completion, and rejected_safe all others;
+    the sign loss of the others is averaged.
 
     Target: no closed form; the minimiser of the population loss.
 
     Args:
-        sign_coef: weight of the loss of the signs.
+        sign_coef: weight of the sign loss.
 
     The data needs the columns chosen_safe and rejected_safe, numbers or booleans.
     """
@@ -317,18 +318,18 @@ class CostModule(RewardModule):
         return pairs + self.sign_coef * sum(sides)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        return None  # hard labels of safety pull costs apart, and soft preferences together
+        return None  # hard safety labels push costs away from 0, and soft preferences pull them together
 
 
 class MeanVarianceRewardModule(RewardModule):
-    r"""Reward model whose scores are normal variables, N(m, e^v): it says how sure it is.
+    r"""Reward model with normally distributed scores, N(m, e^v), which estimates its own uncertainty.
 
     loss = -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), for pairs (Thurstone 1927,
-    case III), and the mean over the untied pairs of a list. The exported model has the outputs mean and log_variance;
-    `LearnedScorer` scores by the mean, less ``caution`` standard deviations. Equal means give log 2.
+    case III), and the mean over the untied pairs of a list. The exported model has the outputs mean and log_variance.
+    `LearnedScorer` scores by the mean minus ``caution`` standard deviations. Equal means give log 2.
 
-    Target: no closed form; the minimiser of the population loss. Its probabilities of preferences are unique, and its
-    means and deviations have a free scale and a free constant.
+    Target: no closed form; the minimiser of the population loss. Its preference probabilities are unique; its means and
+    standard deviations are unique up to scale, and its means up to a constant.
     """
 
     paper = "Thurstone 1927, A law of comparative judgment"
@@ -350,20 +351,20 @@ class MeanVarianceRewardModule(RewardModule):
         return mean_by_group(losses, group, len(scores.target))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        return None  # Bradley-Terry preferences are not those of normal scores
+        return None  # Bradley-Terry preferences differ from the preferences of normal scores
 
 
 class AttributesRewardModule(RewardModule):
-    r"""Reward model of several rated attributes of each completion, by regression.
+    r"""Reward model of several rated attributes per completion, trained by regression.
 
     loss = mean over attributes of (output - rating)^2 (HelpSteer, Wang et al., 2311.09528, Section 3). The rows are
-    demonstrations with a column of numbers for each attribute. The exported model scores by the first attribute, and
-    all of them are parts of its judgements, which ``parts.weights`` of an on-policy module may weigh.
+    demonstrations with a column of numbers for each attribute. The exported model scores by the first attribute. All
+    attributes are parts of its judgements, which ``parts.weights`` of an on-policy module can weight.
 
-    Target: no closed form; the minimiser of the population loss, which is the ratings where the model can reach them.
+    Target: no closed form; the minimiser of the population loss, which equals the ratings if the model can fit them.
 
     Args:
-        attributes: names of the columns; null takes those of HelpSteer.
+        attributes: names of the columns; null uses the columns of HelpSteer.
     """
 
     paper = "Wang et al. 2023, arXiv 2311.09528"

@@ -1,4 +1,4 @@
-"""Self-distillation: the teacher is the policy after it has read more: feedback, a demonstration, an instruction."""
+"""Self-distillation: the teacher is the policy with extra context: feedback, a demonstration or an instruction."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import EnumeratedProblem, Message, Prompt, PromptBatch, Rollout, Sequences
 
 FEEDBACK = "Feedback on an earlier answer:\n{feedback}\n\nAnswer again."
-"""What a teacher reads by default."""
+"""Default text that is added to the teacher's prompt."""
 
 
 class SelfDistillationModule(DivergenceObjective, RolloutModule):
-    r"""Self-distillation: the policy learns to write what it would write after reading feedback or instructions.
+    r"""Self-distillation: the policy learns to write what it would write with feedback or instructions in its prompt.
 
     loss = (1/N) \sum_{rows} \sum_t KL(policy(. | x, y_{<t}) || teacher(. | x, c, y_{<t})) on the policy's samples y,
-    without gradient through sampling and teacher. The teacher is by default the policy itself, and c a text that only
-    the teacher reads: what the scorer or the environment says about y (SDPO, 2601.20802, Eq. 1), a column of the data
-    such as a demonstration (SDFT, Shenfeld et al. 2026, 2601.19897), or a constant (context distillation, Snell et al.
-    2022, 2209.15189). N counts the tokens of all completions with such a text; the others are not learned from. If c
-    is empty and the teacher is the policy, loss and gradient are 0.
+    without gradient through sampling and teacher. By default the teacher is the policy itself. The context c is a text
+    that only the teacher reads. It can be what the scorer or the environment says about y (SDPO, 2601.20802, Eq. 1), a
+    column of the data such as a demonstration (SDFT, Shenfeld et al. 2026, 2601.19897), or a constant (context
+    distillation, Snell et al. 2022, 2209.15189). N counts the tokens of all completions with a context; completions
+    without context are skipped. If c is empty and the teacher is the policy, loss and gradient are 0.
 
-    ``distill/taught`` is the share of completions with a text. The teacher reads prompts that are longer than the
-    student's; micro-batches are cut by what the teacher reads.
+    ``distill/taught`` is the share of completions with a context. The teacher's prompts are longer than the student's,
+    so micro-batches are sized by the teacher's sequences.
 
-    Target: the teacher with its text, on every prefix that the policy samples.
+    Target: the teacher with its context, on every prefix that the policy samples.
 
     Args:
-        context: what the teacher reads in addition: one text, or several; a text applies where its fields are known.
+        context: text added to the teacher's prompt, or a list of texts; a text is used if all its fields are known.
             Fields in braces: ``feedback`` (the judgement in words), ``solution`` (the best other completion of the
             prompt with a score of at least ``success``), ``completion`` (the policy's own), and columns of the data.
-        place: "after" adds the text to the prompt's last turn of the user; "system" to its system turn.
-        teacher: "policy" for the policy of now; "ema" for its moving average; "start" for the model that training
+        place: "after" adds the text to the prompt's last user turn; "system" to its system turn.
+        teacher: "policy" for the current policy; "ema" for its moving average; "start" for the model that training
             started from; or the hub id or folder of a model with the same tokenizer.
-        ema_decay: share of the moving average that an update keeps.
-        success: score from which a completion is a ``solution`` for others.
+        ema_decay: weight of the old moving average in each update.
+        success: minimum score of a completion to be a ``solution`` for others.
         beta: the teacher's share of the mixture in the divergence: 1 is KL(policy || teacher), 0 KL(teacher || policy).
-        top_k: likeliest ids of the policy to compare one by one, all others counting as one; null for all.
+        top_k: number of the policy's likeliest tokens to compare, with all others merged into one; null compares all.
         chunk_tokens: tokens whose logits are in memory at a time.
         scorer: judges completions, see `RolloutModule`; null for no judgements.
 
@@ -96,7 +96,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
 
     @property
     def holds_reference(self) -> bool:
-        """Whether the teacher is a copy of the policy that follows it or stays where it started."""
+        """Whether the teacher is a copy of the policy: a moving average or the starting weights."""
         return self.teacher_kind in ("ema", "start")
 
     @property
@@ -105,7 +105,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         return self.teacher_kind == "ema"
 
     def load_reference_and_scorer(self) -> None:
-        """Load teacher and scorer; a teacher of the policy's own weights is the reference too."""
+        """Load teacher and scorer; a teacher with the policy's own weights is also the reference."""
         super().load_reference_and_scorer()
         own = CurrentPolicy(self.policy) if self.reference is None else self.reference
         named = self.teacher_name
@@ -115,10 +115,10 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         named = self.teacher.models if isinstance(self.teacher, Teacher) else ()
         return (*super().frozen_models(), *named)
 
-    # -- what the teacher reads ---------------------------------------------------------------------------------------
+    # -- the teacher's context ----------------------------------------------------------------------------------------
 
     def contexts(self, rollout: Rollout) -> list[str | None]:
-        """Return the text that the teacher reads beyond the prompt of each completion; None if there is none."""
+        """Return the text that is added to the teacher's prompt for each completion; None if there is none."""
         solutions = solutions_of(rollout, self.success)
         found: list[str | None] = []
         for row, text in enumerate(rollout.texts):
@@ -131,7 +131,10 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         return found
 
     def read_by_teacher(self, rollout: Rollout) -> tuple[Sequences, list[int]]:
-        """Return what the teacher reads, and the rows for which it has a text with a token, and enough positions."""
+        """Return the teacher's sequences, and the rows to learn from.
+
+        A row is left out if it has no context, its prompt has no token, or its sequence exceeds the model's positions.
+        """
         texts, prompts = self.contexts(rollout), list(rollout.sequences.prompts)
         most, taught = limits_of(self.policy.model).positions, []
         for row, text in enumerate(texts):
@@ -184,7 +187,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         return [nothing] * missing + [partial(loss, cut, 1.0, meter) for cut in cuts]
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add divergences of held-out prompts."""
+        """Record the rollout's metrics, and on held-out prompts also the divergences."""
         super().measure_rollout(rollout, meter)
         if meter is self._evaluation:
             for loss in self._losses(rollout, *self.read_by_teacher(rollout), meter):
@@ -195,10 +198,10 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
 
 
 def fields_of(text: str) -> list[str]:
-    """Return the names in braces of a text.
+    """Return the field names in braces of a text.
 
     Raises:
-        SettingError: a field has a wrong name.
+        SettingError: a field name is not an identifier, or the braces are not balanced.
     """
     try:
         fields = [name for _, name, form, change in Formatter().parse(text) if name is not None]
@@ -225,7 +228,7 @@ def _known(given: Mapping[str, Any], name: str) -> bool:
 
 
 def solutions_of(rollout: Rollout, success: float) -> list[str | None]:
-    """Return for each completion the best other one of its prompt that scores ``success`` or more; None without one."""
+    """Return for each completion the best other completion of its prompt that scores at least ``success``, or None."""
     scores, group = rollout.scores.tolist(), rollout.group.tolist()
     found: list[str | None] = []
     for row, mine in enumerate(group):
@@ -235,7 +238,7 @@ def solutions_of(rollout: Rollout, success: float) -> list[str | None]:
 
 
 def with_context(prompt: Prompt, text: str, place: str) -> Prompt:
-    """Return a prompt with further text after its last turn of the user, or in its system turn."""
+    """Return the prompt with a text added to its last user turn ("after") or to its system turn ("system")."""
     if isinstance(prompt, str):
         return f"{prompt}\n\n{text}" if place == "after" else f"{text}\n\n{prompt}"
     turns = [dict(turn) for turn in prompt]

@@ -19,8 +19,8 @@ from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
 class SFTModule(OfflineModule):
     r"""Supervised fine-tuning: imitate demonstrations.
 
-    loss = -(1/N) \sum_{rows} w \sum_t log policy(y_t | x, y_{<t}), N the supervised tokens of the whole optimizer step
-    (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, including the end token.
+    loss = -(1/N) \sum_{rows} w \sum_t log policy(y_t | x, y_{<t}), where N counts the supervised tokens of the whole
+    optimizer step (InstructGPT, 2203.02155, Section 3.5). Only completion tokens count, including the end token.
 
     Target: the distribution that the demonstrations were drawn from.
     """
@@ -40,11 +40,11 @@ class SFTModule(OfflineModule):
         super().__init__(learning_rate=learning_rate, lr_schedule=lr_schedule, warmup=warmup, **kwargs)
 
     def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
-        """Return one loss per token, shape (rows, length); other objectives on demonstrations override it."""
+        """Return one loss per token, shape (rows, length). Override it for another objective on demonstrations."""
         return -logprobs.logprobs * logprobs.weights.unsqueeze(-1)
 
     def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
-        """Add, in evaluation, whether each token is the most likely one."""
+        """Add, in evaluation only, whether each target is the model's most likely token."""
         asked = super().statistics_asked(layout, temperature)
         if torch.is_grad_enabled():
             return asked
@@ -73,7 +73,7 @@ class SFTModule(OfflineModule):
         return torch.where(mask, loss.values, 0.0).sum()
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics; perplexity is the exponential of the mean over all tokens."""
+        """Return held-out metrics; perplexity is the exponential of the mean negative log-probability per token."""
         means = super().evaluation_metrics()
         if "negative_logprob" in means:
             means["perplexity"] = math.exp(min(means["negative_logprob"], 50.0))

@@ -1,4 +1,4 @@
-"""Objectives on completions that were each judged alone, as desirable or undesirable."""
+"""Objectives on single completions, each labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from rlhf_lightning.types import DataNeeds, Loss, Sequences, Step, UnpairedBatch
 
 
 class UnpairedModule(OfflineModule):
-    r"""Base of the objectives on rows judged alone. A subclass overrides ``unpaired_loss`` and ``reference_point``.
+    r"""Base of objectives on single completions. A subclass overrides ``unpaired_loss`` and ``reference_point``.
 
-    The reference point, which rewards are compared with, is computed over the whole optimizer step and all ranks, in a
-    first pass without gradient. So micro-batches and ranks do not change it.
+    The reference point is the value that rewards are compared with. It is computed over the whole optimizer step and
+    all ranks, in a first pass without gradient, so it does not depend on micro-batches or ranks.
 
     Args:
         beta: KL penalty coefficient; the implicit reward is beta * log(policy / reference).
         cache_reference: keep the reference's log-probabilities on disk ($RLHF_CACHE, else ~/.cache/rlhf_lightning),
-            keyed by weights and rows, so that later epochs and runs need no reference forward pass.
+            keyed by weights and rows, so that later epochs and runs skip the reference forward pass.
     """
 
     batch_type = UnpairedBatch
     needs_reference = True
     needs_mismatched: ClassVar[bool] = False
-    """Whether each prompt also comes with a completion that answers another one."""
+    """Whether each prompt also comes with a mismatched completion: the answer to another prompt."""
 
     ranges = {"beta": "(0, inf)"}
     headline_metrics = ("val/loss", "val/reward_margin")
@@ -66,14 +66,15 @@ class UnpairedModule(OfflineModule):
 
         Args:
             matched: log policy - log reference of the step's rows on all ranks, shape (rows,).
-            mismatched: the same for other rows' completions after these prompts; empty without ``needs_mismatched``.
+            mismatched: the same for the completions of other rows after these prompts; empty without
+                ``needs_mismatched``.
         """
         return matched.new_zeros(())
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def training_step(self, step: Step[UnpairedBatch], batch_idx: int) -> Any:
-        """Take the reference point over the whole step, then one optimizer step."""
+        """Compute the reference point over the whole step, then take one optimizer step."""
         self._reference_point = self._point_of(step)
         outputs = super().training_step(step, batch_idx)
         self._reference_point = None
@@ -104,7 +105,7 @@ class UnpairedModule(OfflineModule):
         return outputs.logprobs.sum(-1) - self.reference_logprobs(sequences, layout).sum(-1)
 
     def unpaired_logprobs(self, batch: UnpairedBatch, reference_point: Tensor) -> UnpairedLogprobs:
-        """Forward the completions through the policy and through the reference."""
+        """Compute the completions' log-probabilities under the policy and the reference."""
         layout = self.lay_out(batch.sequences)
         outputs, reference = self.both_logprobs(batch.sequences, layout)
         return UnpairedLogprobs(
@@ -119,7 +120,7 @@ class UnpairedModule(OfflineModule):
 
     def loss_sum(self, batch: UnpairedBatch, meter: Meter) -> Tensor:
         point = self._reference_point
-        if point is None:  # a micro-batch on its own is its own step
+        if point is None:  # called outside a step: treat the micro-batch as a step
             point = self._point_of(Step((batch,), len(batch.desirable), 0))
         logprobs = self.unpaired_logprobs(batch, point)
         loss = as_loss(self.unpaired_loss(logprobs))
@@ -127,7 +128,7 @@ class UnpairedModule(OfflineModule):
         return (loss.values * logprobs.weights).sum()
 
     def _measure(self, logprobs: UnpairedLogprobs, loss: Loss, meter: Meter) -> None:
-        """Add the implicit rewards of both kinds of rows, and the reference point."""
+        """Record the implicit rewards of desirable and undesirable rows, and the reference point."""
         rewards = self.beta * logprobs.logratio.detach()
         meter.add_ratio("loss", (loss.values * logprobs.weights).sum(), len(rewards))
         meter.add("desirable_reward", rewards, logprobs.desirable)
@@ -137,7 +138,7 @@ class UnpairedModule(OfflineModule):
             meter.add(name, values)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """Return held-out metrics; the margin is the mean reward of desirable rows minus that of undesirable ones."""
+        """Return held-out metrics; the margin is the mean desirable reward minus the mean undesirable reward."""
         means = super().evaluation_metrics()
         if {"desirable_reward", "undesirable_reward"} <= means.keys():
             means["reward_margin"] = means["desirable_reward"] - means["undesirable_reward"]
@@ -145,18 +146,18 @@ class UnpairedModule(OfflineModule):
 
 
 class KTOModule(UnpairedModule):
-    r"""Kahneman-Tversky optimisation: gains and losses relative to the policy's average reward.
+    r"""Kahneman-Tversky optimisation: gains and losses relative to an estimate of the KL to the reference.
 
-    loss = lambda_D (1 - sigmoid(beta (a - z0))) for a desirable row, lambda_U (1 - sigmoid(beta (z0 - a))) for an
-    undesirable one, a the log-ratio of the completion and z0 = max(0, mean log-ratio of mismatched completions) an
-    estimate of KL(policy || reference), without gradient (Ethayarajh et al., 2402.01306, Section 4). When policy =
+    loss = lambda_D (1 - sigmoid(beta (a - z0))) for a desirable row and lambda_U (1 - sigmoid(beta (z0 - a))) for an
+    undesirable row, where a is the completion's log-ratio. z0 = max(0, mean log-ratio of mismatched completions)
+    estimates KL(policy || reference), without gradient (Ethayarajh et al., 2402.01306, Section 4). When policy =
     reference, the loss is lambda / 2.
 
     Target: no closed form; the policy that minimises the population loss at its own z0.
 
     Args:
-        desirable_weight: lambda_D; with n_D desirable and n_U undesirable rows choose lambda_D n_D / (lambda_U n_U) in
-            [1, 3/2].
+        desirable_weight: lambda_D; choose it so that lambda_D n_D / (lambda_U n_U) is in [1, 3/2], with n_D desirable
+            and n_U undesirable rows.
         undesirable_weight: lambda_U.
     """
 
@@ -182,9 +183,9 @@ class KTOModule(UnpairedModule):
 
 
 class BCOModule(UnpairedModule):
-    r"""Binary classifier optimisation: desirable or undesirable, with the implicit reward as the logit.
+    r"""Binary classifier optimisation: classify desirable against undesirable, with the implicit reward as the logit.
 
-    loss = -log sigmoid(beta a - delta) for a desirable row, -log sigmoid(-(beta a - delta)) for an undesirable one;
+    loss = -log sigmoid(beta a - delta) for a desirable row and -log sigmoid(-(beta a - delta)) for an undesirable row.
     delta is the mean reward of the rows of the optimizer step, without gradient (Jung et al., 2404.04656, Section 4).
     When policy = reference, the loss is log 2.
 
@@ -197,7 +198,7 @@ class BCOModule(UnpairedModule):
         super().__init__(beta=beta, learning_rate=learning_rate, **kwargs)
 
     def reference_point(self, matched: Tensor, mismatched: Tensor) -> Tensor:
-        """Return delta, the mean reward of the step's rows, reward units."""
+        """Return delta, the mean implicit reward of the step's rows, in reward units."""
         return self.beta * matched.mean() if len(matched) else matched.new_zeros(())
 
     def unpaired_loss(self, logprobs: UnpairedLogprobs) -> Tensor | Loss:
