@@ -1,4 +1,4 @@
-"""Sample completions and have them judged; select, join and gather their statistics."""
+"""Sample completions and score them; select, join and gather their statistics."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequ
 
 
 class Samples(NamedTuple):
-    """Prompts, a completion sampled for each, and its judgement. Tensors are fp32 of shape (episodes,).
+    """Prompts, one sampled completion for each, and its judgement. Tensors are fp32 of shape (episodes,).
 
     Attributes:
         batch: the prompts, one per completion.
         completions: the completions, with their texts.
-        scores: score of each completion; NaN where it cannot be judged.
-        parts: named scores of a `Judgement`; NaN where a completion has none.
-        token_rewards: reward of each token, one tensor per completion; empty where no completion has any.
-        feedback: judgement in words of each completion; empty where no completion has any.
-        baseline_scores: score that each completion's is compared with; None in methods without.
+        scores: score of each completion; NaN if it cannot be judged.
+        parts: named scores of a `Judgement`; NaN if a completion lacks a part.
+        token_rewards: reward of each token, one tensor per completion; empty if there are none.
+        feedback: judgement in words of each completion; empty if there is none.
+        baseline_scores: score subtracted from each completion's score; None in methods without such a baseline.
         left_out: completions that were judged and dropped; None in methods that keep all.
     """
 
@@ -59,12 +59,12 @@ class Samples(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of the policy in each completion, shape (episodes,)."""
+        """Number of tokens sampled from the policy in each completion, shape (episodes,)."""
         return torch.tensor([int(mask.sum()) for mask in self.sequences.supervised])
 
     @property
     def turns(self) -> Tensor | None:
-        """Turns of the policy in each episode, shape (episodes,); None without an environment."""
+        """Number of the policy's turns in each episode, shape (episodes,); None without an environment."""
         if self.batch.multi_turn is None:
             return None
         return torch.tensor([len(one.ends) for one in self.completions.transcripts], dtype=torch.long)
@@ -73,12 +73,12 @@ class Samples(NamedTuple):
 class RolloutCollector:
     """Sample completions from a policy and score them.
 
-    The completion of episode e depends on the policy's weights, the seed and e alone, not on the batch, the
-    ranks or where a run was resumed. The settings are those of `RolloutModule`: ``score_rule`` makes scores of parts,
-    then ``shape`` changes them, and the rule for a missing end token comes last.
+    The completion of episode e depends only on the policy's weights, the seed and e, not on the batch, the ranks or the
+    point of resuming. The settings are those of `RolloutModule`. Scores are computed in this order: ``score_rule``
+    combines parts, then ``shape`` changes the scores, then the rule for a missing end token applies.
 
     Raises:
-        SettingError: samples would not follow the policy's distribution, or both rules for a missing end are given.
+        SettingError: samples would not follow the policy's distribution, or both rules for a missing end token are set.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ class RolloutCollector:
 
     @property
     def scorer(self) -> Scorer:
-        """What scores completions; loaded on first use."""
+        """The scorer of completions, loaded on first use."""
         if self._scorer is None:
             self._scorer = load_scorer(self.scorer_spec)
         return self._scorer
 
     def draw(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> Samples:
-        """Sample a completion for each prompt and have it judged."""
+        """Sample a completion for each prompt and score it."""
         return self.judge(tokenizer, self.sample(policy, tokenizer, batch), batch)
 
     def sample(
@@ -130,7 +130,7 @@ class RolloutCollector:
     ) -> Completions:
         """Sample one completion or episode for each prompt, with the random numbers of its episode.
 
-        Episodes that were started before keep the weights that they were started with.
+        Episodes started earlier by `start` were sampled with the policy's weights at that time.
         """
         ends = tokenization.end_token_ids(tokenizer)
         settings = sampling or self.sampling
@@ -143,9 +143,9 @@ class RolloutCollector:
         return drawn.decoded(tokenizer)
 
     def start(self, policy: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch) -> None:
-        """Start sampling with the policy's weights of now; `sample` returns the completions of these episodes later.
+        """Start sampling with the policy's current weights; a later `sample` returns these episodes' completions.
 
-        Episodes with an environment are sampled at once.
+        Episodes with an environment are sampled immediately.
         """
         key = tuple(batch.episodes.tolist())
         if not key or key in self.started:
@@ -160,7 +160,7 @@ class RolloutCollector:
         self.started[key] = lambda: begun().cut(ends)
 
     def started_episodes(self) -> dict[int, dict[str, Any]]:
-        """Wait for all started episodes, and return each as plain values, for a checkpoint."""
+        """Wait for all started episodes, and return each as plain values for a checkpoint."""
         found = {}
         for key, begun in self.started.items():
             drawn = begun()
@@ -172,7 +172,7 @@ class RolloutCollector:
         return found
 
     def restore_episodes(self, batch: PromptBatch, episodes: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take the completions of a batch from those of a checkpoint, where it has all of them."""
+        """Use completions from a checkpoint for a batch, if the checkpoint has all its episodes."""
         key = tuple(batch.episodes.tolist())
         if not key or not all(episode in episodes for episode in key):
             return
@@ -191,7 +191,7 @@ class RolloutCollector:
         judged = with_environment(judged, completions)
         judged = self.shape(self.score_rule.judged(judged, batch.columns)) if completions.ids else judged
         scores, parts = self.ruled(judged.scores, completions.finished), judged.parts
-        if self.score_rule.is_plain and self.score_rule.normalizes:  # the rule applies again once they are normalized
+        if self.score_rule.is_plain and self.score_rule.normalizes:  # the rule applies again after normalization
             parts = with_objective(parts, judged.scores)
         return Samples(batch, completions, scores, parts, judged.token_rewards, judged.feedback)
 
@@ -206,11 +206,11 @@ class RolloutCollector:
         """Return the scorer's own judgements.
 
         Raises:
-            ContractError: the scorer returned another number of judgements, or a number that is not finite.
+            ContractError: the scorer returned a wrong number of judgements, or a non-finite number.
         """
         scorer, count = self.scorer, len(completions.ids)
         if count == 0 and not scorer.models:
-            return Judgements(torch.zeros(0))  # without rows the columns that a scorer may need are unknown
+            return Judgements(torch.zeros(0))  # without rows, the columns that the scorer may need are unknown
         name = f"scorer {self.scorer_spec!r}" if isinstance(self.scorer_spec, str) else type(scorer).__name__
         if isinstance(scorer, LearnedScorer) and scorer.shares_tokenizer(tokenizer):
             sequences = completions.after(batch.prompts)
@@ -220,10 +220,10 @@ class RolloutCollector:
 
 
 def placed(judged: Judgements, completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Judgements:
-    """Put rewards of spans on tokens, and the token rewards of an episode's last turn behind the turns before it.
+    """Convert span rewards to token rewards, and shift the last turn's token rewards behind the earlier turns.
 
-    A span's reward lies on the token with the span's last character; their sum, a part of the score, is taken from the
-    completion's last token, where the score lies.
+    A span's reward is added at the token with the span's last character, and subtracted from the completion's last
+    token. That token carries the score, and the score already includes the span rewards.
     """
     if not judged.span_rewards and not (judged.token_rewards and completions.transcripts):
         return judged
@@ -234,7 +234,7 @@ def placed(judged: Judgements, completions: Completions, tokenizer: PreTrainedTo
         own = judged.token_rewards[row][: len(said)] if judged.token_rewards else torch.zeros(0)
         grid[start : start + len(own)] = own
         for _, end, reward in judged.span_rewards[row] if judged.span_rewards else ():
-            read = range(1, len(said))  # the token behind which the text is long enough
+            read = range(1, len(said))  # search the first token after which the text is long enough
             place = bisect_left(read, end, key=lambda count: len(tokenization.completion_text(tokenizer, said[:count])))
             grid[start + place] += reward
             grid[-1] -= reward
@@ -243,10 +243,10 @@ def placed(judged: Judgements, completions: Completions, tokenizer: PreTrainedTo
 
 
 def with_environment(judged: Judgements, completions: Completions) -> Judgements:
-    """Add an environment's rewards: their sum to the score, which moves to the turns as token rewards.
+    """Add an environment's rewards: the sum is added to the score, and token rewards move it to the turns.
 
-    The sum is the part ``environment``. An episode in which the environment failed has no score. Its feedback stands
-    before the scorer's.
+    The sum is the part ``environment``. An episode in which the environment failed has no score. The environment's
+    feedback is placed before the scorer's.
     """
     if not completions.transcripts:
         return judged
@@ -274,7 +274,7 @@ PER_PROMPT = ("prompts", "texts", "columns", "episodes", "group", "row_ids", "ex
 
 
 def _rows(values: Any, rows: Sequence[int]) -> Any:
-    """Return some rows of a tensor, a tuple or a list, or of each member of a mapping; what is empty stays empty."""
+    """Return some rows of a tensor, tuple or list, or of each member of a mapping; empty values stay empty."""
     if isinstance(values, Tensor):
         return values[torch.tensor(list(rows), dtype=torch.long, device=values.device)]
     if isinstance(values, Mapping):
@@ -283,7 +283,7 @@ def _rows(values: Any, rows: Sequence[int]) -> Any:
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:
-    """Return the rows of several tensors, tuples, lists or mappings of these, in one."""
+    """Concatenate the rows of several tensors, tuples, lists or mappings."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     if isinstance(parts[0], Mapping):
@@ -298,7 +298,7 @@ def select_prompts(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
 
 
 def joined(parts: Sequence[tuple[Samples, Sequence[int]]]) -> Samples:
-    """Join some rows of several draws; groups keep counting across draws."""
+    """Join selected rows of several draws; group numbers continue across draws."""
     batches, first = [], 0
     for samples, rows in parts:
         chosen = select_prompts(samples.batch, rows)
@@ -322,14 +322,14 @@ def _part(samples: Samples, name: str) -> Tensor:
 
 
 def _picked(parts: Sequence[tuple[Samples, Sequence[int]]], field: str, missing: Any) -> tuple[Any, ...]:
-    """Return a field of some rows; each draw has it for all of its rows or for none."""
+    """Return a field of selected rows; each draw has the field for all of its rows or for none."""
     if not any(getattr(samples, field) for samples, _ in parts):
         return ()
     return tuple((getattr(samples, field) or {row: missing})[row] for samples, rows in parts for row in rows)
 
 
 def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Completions:
-    """Concatenate some rows of several calls' completions.
+    """Concatenate selected rows of several calls' completions.
 
     Args:
         parts: completions with the rows to take.
@@ -350,7 +350,7 @@ def merged_completions(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Co
 def prompts_of(rollout: Rollout, batch: PromptBatch) -> PromptBatch:
     """Return the prompts that a rollout answers, with the pretraining text of ``batch``.
 
-    They are not the batch's own prompts if a method chooses among candidates.
+    They differ from the batch's own prompts if a method chooses among candidates.
     """
     assert rollout.episodes is not None
     return batch._replace(
@@ -378,13 +378,13 @@ def with_token_rewards(rewards: Tensor, rollout: Rollout) -> Tensor:
 
 
 def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = None) -> Rollout:
-    """Return some episodes of a rollout; groups keep their numbers.
+    """Return selected episodes of a rollout; groups keep their numbers.
 
     Args:
         rollout: the rollout.
         rows: indices of the episodes.
-        length: number of completion tokens to keep; None keeps all. Grids with further slots, such as values after the
-            end token, keep these.
+        length: number of completion tokens to keep; None keeps all. Tensors with more positions per row, such as values
+            after the end token, keep the additional positions.
     """
     width = rollout.completion_mask.shape[1]
 
@@ -401,7 +401,7 @@ def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = 
 
 
 def without_unscored(rollout: Rollout, advantages: Advantages) -> Advantages:
-    """Exclude completions without a score from everything that is learned."""
+    """Exclude completions without a score from all losses."""
     scored = ~rollout.scores.isnan().unsqueeze(-1)
     learned = rollout.completion_mask if advantages.learned is None else advantages.learned
     returns = None if advantages.returns is None else torch.where(scored, advantages.returns, 0.0)
@@ -424,7 +424,7 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, rollout: Rollout, scored: bool = True) -> None:
-    """Add scores (if anything gives them) and their parts, the share of completions with an end token, and lengths."""
+    """Record scores (if ``scored``) and their parts, the share of completions with an end token, and lengths."""
     scores, finished, lengths = rollout.scores, rollout.finished, rollout.completion_mask.sum(-1)
     known = ~scores.isnan()
     for name, values in rollout.parts.items():

@@ -1,10 +1,10 @@
-"""Judgements with several parts: weights, conditions, normalization and constraints make one score of them.
+"""Combine the parts of a judgement into one score: weights, conditions, normalization and constraints.
 
-With parts p_k, weights w_k, costs c_j and multipliers lambda_j a completion scores
+With parts p_k, weights w_k, costs c_j and multipliers lambda_j, the score of a completion is
 
     (sum_k w_k p_k - sum_j lambda_j c_j) / (1 + sum_j lambda_j).
 
-Without weights the first sum is the scorer's own score. Where constraints are set, or the scorer's own score is
+Without weights the first sum is the scorer's own score. If constraints are set, or if the scorer's own score is
 normalized, the first sum is logged as ``rollout/score_objective``.
 """
 
@@ -33,7 +33,7 @@ from rlhf_lightning.scoring.scorer import Judgements
 from rlhf_lightning.training.meter import moments_over_ranks
 
 OBJECTIVE = "objective"
-"""Name of the part that constraints are paid from."""
+"""Name of the part that holds the score before costs are subtracted."""
 
 Normalization = Literal["sum_then_group", "group_then_sum", "batch"]
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -42,15 +42,17 @@ CONDITION = re.compile(r"^(.+?)\s*(>=|<=|>|<)\s*(\S+)$")
 
 @dataclass
 class PartSettings:
-    """How the parts of a judgement become its score.
+    """How the parts of a judgement are combined into its score.
 
     Args:
         weights: weight of each part by name: a number, or the name of a data column with a number for each row. Parts
             without a weight are logged and not learned from. null keeps the scorer's own score.
-        conditions: by part the condition under which it counts, such as {short: "correct >= 1"}; elsewhere it is 0.
-        normalize: "sum_then_group" sums the parts, and the objective's own baseline and scale follow. "group_then_sum"
-            standardises each part within its prompt's completions, sums, and standardises the sums over the rollout
-            (GDPO, 2601.05242). "batch" standardises each part over the rollout, and sums.
+        conditions: condition under which a part counts, by part name, such as {short: "correct >= 1"}; otherwise the
+            part is 0.
+        normalize: order of summing and standardising. "sum_then_group" sums the parts, and the objective's own baseline
+            and scale follow. "group_then_sum" standardises each part within its prompt's completions, sums, and
+            standardises the sums over the rollout (GDPO, 2601.05242). "batch" standardises each part over the rollout,
+            then sums.
         epsilon: added to each standard deviation.
     """
 
@@ -64,20 +66,20 @@ class PartSettings:
 
 @dataclass
 class Constraint:
-    """A limit on the mean of a part, which is a cost: E[cost] <= limit.
+    """Limit on the mean of a part that is a cost: E[cost] <= limit.
 
-    After each training rollout the multiplier moves with the excess e = mean cost over all ranks - limit.
+    After each training rollout the multiplier is updated from the excess e = mean cost over all ranks - limit.
     "lagrangian": log lambda += learning_rate * e (Dai et al., 2310.12773). "pid": lambda = max(0, proportional * e + I
     + derivative * max(0, rise of the cost)), I = max(0, I + learning_rate * e) (Stooke et al., 2007.03964).
 
     Args:
         limit: largest mean cost, in the scorer's units.
-        method: how the multiplier moves, "lagrangian" or "pid".
-        multiplier: the multiplier before the first rollout.
+        method: update rule of the multiplier, "lagrangian" or "pid".
+        multiplier: initial value of the multiplier.
         learning_rate: step of log lambda, or the integral gain of "pid"; 0 keeps the multiplier.
         proportional: gain of the excess, for "pid".
         derivative: gain of the cost's rise since the last rollout, for "pid".
-        max_multiplier: largest multiplier; a "lagrangian" one is also at least 1 / max_multiplier.
+        max_multiplier: upper bound of the multiplier; in "lagrangian" 1 / max_multiplier is its lower bound.
     """
 
     limit: float
@@ -96,7 +98,7 @@ class Constraint:
 
 @dataclass
 class Multiplier:
-    """The moving multiplier of a constraint."""
+    """Current multiplier of a constraint."""
 
     constraint: Constraint
     value: float = field(init=False)
@@ -107,7 +109,7 @@ class Multiplier:
         self.value = self.integral = float(self.constraint.multiplier)
 
     def move(self, cost: float) -> None:
-        """Move with the mean cost of a training rollout; a mean that is not finite moves nothing."""
+        """Update from the mean cost of a training rollout; a non-finite mean changes nothing."""
         if not math.isfinite(cost):
             return
         one, rise = self.constraint, 0.0 if self.last_cost is None else cost - self.last_cost
@@ -120,11 +122,11 @@ class Multiplier:
         self.last_cost = cost
 
     def state_dict(self) -> dict[str, float | None]:
-        """Return what later multipliers depend on."""
+        """Return the state that later multipliers depend on."""
         return {"value": self.value, "integral": self.integral, "last_cost": self.last_cost}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Restore it."""
+        """Restore the state."""
         vars(self).update(state)
 
 
@@ -133,11 +135,11 @@ Term = tuple[Tensor, Tensor | float]
 
 
 class ScoreRule:
-    """Makes the score of a judgement from its parts.
+    """Compute the score of a judgement from its parts.
 
     Args:
         settings: weights, conditions and normalization; None keeps the scorer's own score.
-        constraints: by part its `Constraint`, the settings of one, or its limit alone.
+        constraints: for each part its `Constraint`, the settings of a `Constraint`, or only its limit.
 
     Raises:
         SettingError: a setting is unknown, out of range, or contradicts another.
@@ -171,12 +173,12 @@ class ScoreRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the score is the scorer's own."""
+        """Whether the score is the scorer's own score."""
         return not (self.settings.weights or self.multipliers)
 
     @property
     def normalizes(self) -> bool:
-        """Whether scores are made anew from normalized parts once the whole rollout is known."""
+        """Whether scores are recomputed from normalized parts once the whole rollout is known."""
         return self.settings.normalize != "sum_then_group"
 
     @property
@@ -185,7 +187,9 @@ class ScoreRule:
         return self.settings.normalize == "group_then_sum"
 
     def judged(self, judged: Judgements, columns: Mapping[str, Sequence[Any]]) -> Judgements:
-        """Return the judgements with the score that their parts make; ``columns`` hold weights by row.
+        """Return the judgements with scores computed from their parts.
+
+        Weights that name a data column are read from ``columns``.
 
         Raises:
             ContractError: a part is missing.
@@ -207,9 +211,9 @@ class ScoreRule:
         group: Tensor,
         strategy: Strategy,
     ) -> Tensor:
-        """Return scores made of parts that are standardised over groups or over the rollout, shape (episodes,).
+        """Return scores from parts standardised over groups or over the rollout, shape (episodes,).
 
-        The rollout's scores count where the scorer has no parts. ``strategy`` takes moments over all ranks.
+        Without weights, the part ``objective`` (else ``scores``) is standardised. ``strategy`` sums over all ranks.
         """
 
         def standardised(values: Tensor) -> Tensor:
@@ -223,19 +227,19 @@ class ScoreRule:
         return constrained_scores(_total(terms), [standardised(one) for one in costs], multipliers)
 
     def standardised(self, values: Tensor, strategy: Strategy) -> Tensor:
-        """Return values minus their mean over all ranks, over their deviation; NaN values stay NaN."""
-        known, exact = ~values.isnan(), values.double()  # sums over ranks round differently in single precision
+        """Return values minus their mean over all ranks, divided by the standard deviation; NaN values stay NaN."""
+        known, exact = ~values.isnan(), values.double()  # in float32, sums over ranks would round differently
         count = strategy.reduce(known.sum().double(), reduce_op="sum")
         mean, variance = moments_over_ranks(strategy, torch.nan_to_num(exact), known)
         deviation = (variance * count / (count - 1).clamp_min(1)).sqrt()
         return ((exact - mean) / (deviation + self.settings.epsilon)).to(values)
 
     def learned(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the parts that a score is made of."""
+        """Return the parts that the score is computed from."""
         return [parts[name] for name in (*(self.settings.weights or ()), *self.multipliers) if name in parts]
 
     def _objective(self, own: Tensor, parts: Mapping[str, Tensor], columns: Mapping[str, Sequence[Any]]) -> list[Term]:
-        """Return the weighted parts; without weights the scorer's own score."""
+        """Return the weighted parts; without weights, the scorer's own score."""
         if self.settings.weights is None:
             return [(own, 1.0)]
         weights = self.settings.weights.items()
@@ -245,7 +249,7 @@ class ScoreRule:
         return [self._part(name, parts) for name in self.multipliers], [one.value for one in self.multipliers.values()]
 
     def _part(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return a part, 0 where its condition does not hold, NaN where the condition's part is unknown."""
+        """Return a part: 0 if its condition is false, NaN if the part in its condition is unknown."""
         values = _known(name, parts)
         if name not in self.conditions:
             return values
@@ -257,7 +261,7 @@ class ScoreRule:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def on_rollout_end(self, means: Mapping[str, float]) -> None:
-        """Move the multipliers with the mean costs of a training rollout, which are equal on all ranks."""
+        """Update the multipliers from the mean costs of a training rollout, which are equal on all ranks."""
         for name, multiplier in self.multipliers.items():
             multiplier.move(means.get(f"score_{name}", math.nan))
 
@@ -276,7 +280,7 @@ class ScoreRule:
 
 
 def with_objective(parts: Mapping[str, Tensor], score: Tensor) -> dict[str, Tensor]:
-    """Return the parts with the score that costs are taken from, or that is normalized.
+    """Return the parts plus ``objective``: the score before costs are subtracted or scores are normalized.
 
     Raises:
         ContractError: ``reserved-part``.
@@ -372,7 +376,7 @@ def _constraint(name: str, given: Any) -> Constraint:
 
 
 def _condition(name: str, text: Any) -> tuple[str, Any, float]:
-    """Return the part, the comparison and the bound that a condition such as "correct >= 1" names."""
+    """Return the part, the comparison and the bound of a condition such as "correct >= 1"."""
     found = CONDITION.match(text) if isinstance(text, str) else None
     try:
         return (found[1], COMPARISONS[found[2]], float(found[3])) if found else (name, None, float("nope"))

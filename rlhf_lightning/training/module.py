@@ -1,4 +1,4 @@
-"""The base of every stage: tokenizer, models, the optimizer step, logging, checkpoints, export."""
+"""The base class of every stage: tokenizer, models, optimizer step, logging, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -66,47 +66,47 @@ from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, 
 silence_log_messages()
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
-"""Callbacks that look at the weights in their ``setup``, before they are loaded."""
+"""Callbacks that read the weights in their ``setup``, so the weights must be loaded before it."""
 
 
 class AlignmentModule(LightningModule):
-    """Base of every stage. One item of the DataLoader is one optimizer step, cut into micro-batches.
+    """Base of every stage. One item of the DataLoader is one optimizer step, split into micro-batches.
 
     The module uses manual optimization. The loss of a micro-batch is its sum divided by the count over all
-    micro-batches and ranks, so the cut never changes a gradient. A checkpoint always lies between two steps.
+    micro-batches and ranks, so the split does not change the gradient. Checkpoints are taken only between two steps.
 
-    A subclass may override any public name; docs/extending.md lists those that are meant for it. An overridden hook of
-    Lightning calls ``super()`` first.
+    A subclass may override any public name; docs/extending.md lists the intended override points. An overridden
+    Lightning hook must call ``super()`` first.
 
     Args:
         init_from: hub id, model folder, adapter folder or .gguf file to start from.
-        tokenizer: hub id or folder of another tokenizer than the model's own.
-        chat_template: Jinja text or file that renders messages as a prompt; null keeps the tokenizer's own.
+        tokenizer: hub id or folder of a tokenizer that replaces the model's own.
+        chat_template: Jinja text or file that renders messages as a prompt; null keeps the tokenizer's template.
         template_args: variables of the chat template, such as enable_thinking, documents, tools, or now (the current
             date); they are saved with the tokenizer.
-        new_tokens: texts that become tokens of their own, with new embeddings where the model has no spare ones; an
-            adapter trains their rows too.
-        stop_tokens: further tokens that end a completion; EOS, the template's end of a turn and those of the model's
-            generation config always do.
-        stop_strings: texts that end a completion, such as "\\nUser:"; the tokens keep the stop string, the text ends
+        new_tokens: texts that become single tokens, with new embeddings if the model has no spare ones; an adapter
+            trains their embedding rows too.
+        stop_tokens: additional tokens that end a completion; EOS, the template's end-of-turn token and the stop tokens
+            of the model's generation config always end it.
+        stop_strings: texts that end a completion, such as "\\nUser:"; the tokens include the stop string, the text ends
             before it.
-        from_scratch: draw new weights from the config in ``init_from`` instead of loading weights.
+        from_scratch: initialise new weights from the config in ``init_from`` instead of loading weights.
         trust_remote_code: hub ids or folders whose custom modelling code may be executed; other models that need
             custom code are refused.
-        self_check: compare our log-probabilities with the model's own forward, on a small copy and on two short
-            sequences; a path that disagrees falls back to a slower one, with a message.
+        self_check: compare our log-probabilities with the model's own forward pass, on a small copy and on two short
+            sequences; a path that disagrees falls back to a slower path, with a message.
         lora: train a low-rank adapter on the frozen backbone; null trains every weight.
         quantization: quantize an adapter's frozen backbone to 4 bits ("nf4") or 8 bits ("int8"); null keeps ``dtype``.
         dtype: precision of the weights; "bfloat16" is for an adapter's frozen weights, and trained weights stay fp32.
-        frozen_dtype: precision of reference and reward model; null takes ``dtype``.
+        frozen_dtype: precision of reference and reward model; null uses ``dtype``.
         attn_implementation: transformers' name of the attention kernel; null lets transformers choose.
         compile_layers: compile the decoder layers with torch.compile for training; needs a C++ compiler on the CPU and
             Triton on a GPU. Changes results only by rounding.
-        activation_checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        pack_rows: pack sequences into rows, and compute a prompt once for all its completions, where this costs less
-            than padding and the model supports it. Changes results only by rounding.
+        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        pack_rows: pack sequences into rows, and compute a prompt once for all its completions, if this costs less than
+            padding and the model supports it. Changes results only by rounding.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (Switch Transformer,
-            2101.03961), the mean over its layers and over micro-batches; stages that sample refuse it.
+            2101.03961), averaged over layers and micro-batches; stages that sample refuse it.
         learning_rate: peak learning rate of AdamW.
         betas: AdamW's decay rates of the two moments.
         adam_eps: AdamW's epsilon.
@@ -114,14 +114,14 @@ class AlignmentModule(LightningModule):
         lr_schedule: learning-rate schedule after warm-up, over the updates of the whole run.
         warmup: updates of linear warm-up; a number below 1 is a share of all updates.
         fused_optimizer: use the fused AdamW kernel; the same step up to rounding.
-        optimizer: another optimizer, by class_path and init_args; null takes AdamW with the settings above, which are
-            refused together with another optimizer. Its weight decay covers all weights.
-        lr_scheduler: another learning-rate scheduler; null takes ``lr_schedule`` and ``warmup``. It is stepped once
+        optimizer: another optimizer, by class_path and init_args; null uses AdamW with the settings above. Those
+            settings are refused with another optimizer. Its weight decay covers all weights.
+        lr_scheduler: another learning-rate scheduler; null uses ``lr_schedule`` and ``warmup``. It is stepped once
             per update, ReduceLROnPlateau once per validation.
         max_grad_norm: clip the gradient's global norm to this; null does not clip.
-        max_skipped_updates: stop after this many consecutive updates with a non-finite loss or gradient, which are
-            skipped.
-        seed: seed of new weights and of sampling; null takes that of ``seed_everything``, or 0 without one.
+        max_skipped_updates: stop after this many consecutive updates with a non-finite loss or gradient; such updates
+            are skipped.
+        seed: seed of new weights and of sampling; null uses the seed of ``seed_everything``, or 0 without it.
     """
 
     paper: ClassVar[str] = ""
@@ -141,10 +141,10 @@ class AlignmentModule(LightningModule):
     """PPO's kind of critic; None without a critic."""
 
     weighs_rows: ClassVar[bool] = True
-    """Whether the loss of a row can be weighted by row."""
+    """Whether the loss of each row can be multiplied by a weight."""
 
     has_centred_loss: bool = False
-    """Whether the loss is near 0 by construction, because advantages sum to 0; progress is in the score then."""
+    """Whether the loss is near 0 by construction, because advantages sum to 0; progress shows in the score instead."""
 
     headline_metrics: ClassVar[tuple[str, ...]] = ("val/loss",)
     ranges: ClassVar[Mapping[str, str]] = {
@@ -158,7 +158,7 @@ class AlignmentModule(LightningModule):
         "max_skipped_updates": "[1, inf)",
         "seed": "(-inf, inf)",
     }
-    """Interval of each setting that this class adds, such as "(0, inf)"; those of its bases apply too."""
+    """Interval of each setting that this class adds, such as "(0, inf)"; the intervals of its bases apply too."""
 
     def __init__(
         self,
@@ -237,7 +237,7 @@ class AlignmentModule(LightningModule):
         self.speed = TokenClock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled.
+        """Return the state to pickle.
 
         Raises:
             SettingError: ``spawned-ranks``: the Trainer would send the module to processes that it spawns.
@@ -250,7 +250,7 @@ class AlignmentModule(LightningModule):
     def __getattr__(self, name: str) -> Any:
         """Find parameters and submodules, and report an AttributeError raised inside a property.
 
-        torch would report the property as missing.
+        Without this method torch would report the property itself as missing.
 
         Raises:
             ContractError: ``failing-property``.
@@ -283,14 +283,14 @@ class AlignmentModule(LightningModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """What this module asks of the DataModule that feeds it."""
+        """Requirements of this module on the DataModule."""
         return DataNeeds(self.batch_type, self.data_columns, packed=self.packs_rows, predicts_prompts=self.has_policy)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the whole run, loaded on first use."""
+        """The tokenizer of the run, loaded on first use."""
         if self._tokenizer is None:
             name = self.tokenizer_name or resolve_folder(self.init_from)
             trusted = trusts(name, self.load_settings.trust_remote_code)
@@ -317,14 +317,14 @@ class AlignmentModule(LightningModule):
 
     @property
     def holds_reference(self) -> bool:
-        """Whether these settings load a reference."""
+        """Whether the settings require a reference model."""
         return self.needs_reference
 
     @property
     def packs_rows(self) -> bool:
-        """Whether sequences are packed into rows: asked for, and supported by all models, which read the same layout.
+        """Whether sequences are packed into rows: ``pack_rows`` is set and all models support packed layouts.
 
-        Compiled layers are not packed: the blocks of each row would need a graph of their own.
+        Rows are not packed with compiled layers, since the attention blocks of each row would need their own graph.
         """
         if not self.pack_rows or self.compile_layers or not self._models_loaded:
             return False
@@ -333,11 +333,11 @@ class AlignmentModule(LightningModule):
         return bool(readers) and all(readers)
 
     def lay_out(self, sequences: Sequences) -> Layout:
-        """Lay sequences out for the model, on its device."""
+        """Arrange sequences into the model's input layout, on its device."""
         return lay_out(sequences, self.packs_rows).to(self.device)
 
     def slots_of(self, batch: Any) -> dict[str, Tensor]:
-        """Return a batch's slots on the module's device."""
+        """Return the extra tensors of a batch on the module's device."""
         return {name: values.to(self.device) for name, values in batch.extras.items()}
 
     def load_models(self) -> None:
@@ -345,13 +345,13 @@ class AlignmentModule(LightningModule):
         raise undefined(self, "load_models")
 
     def frozen_models(self) -> Sequence[nn.Module]:
-        """Models that are not trained; they are not submodules, and not in checkpoints and optimizers."""
+        """Return the models that are not trained; they are not submodules, so checkpoints and optimizers omit them."""
         return () if self.reference is None else self.reference.models
 
     def configure_model(self) -> None:
-        """Load the models the first time that Lightning asks."""
+        """Load the models at Lightning's first call, and shard them if there is a device mesh."""
         if not self._models_loaded:
-            # On Lightning's default device, the accelerator, heads and adapters would be drawn differently.
+            # Heads and adapters are initialised on the CPU: the accelerator would draw other random numbers.
             with torch.device("cpu"):
                 self._load_once()
         if self.device_mesh is not None:
@@ -373,7 +373,7 @@ class AlignmentModule(LightningModule):
         self.fingerprints = self.started_from()  # the folder may be gone when a checkpoint is written
 
     def _settle_vocabulary(self) -> None:
-        """Have models loaded with a row for each new token, and an adapter train the rows of tokens it names."""
+        """Set the number of embedding rows for new tokens, and the token rows that an adapter trains."""
         named = [*(self.lora.trained_tokens if self.lora else ()), *(self.new_tokens or ())]
         if self.new_tokens:
             self.load_settings = replace(self.load_settings, embeddings=len(self.tokenizer))
@@ -381,7 +381,7 @@ class AlignmentModule(LightningModule):
             self.lora = replace(self.lora, trained_tokens=[*tokenization.token_ids(self.tokenizer, named)])
 
     def _readers(self, frozen: bool = True) -> list[CausalLM | ScalarModel]:
-        """Return the models that read layouts: the trained ones, and the frozen ones."""
+        """Return the models that take layouts: trained models, and frozen models if ``frozen``."""
         models = (*self.children(), *(self.frozen_models() if frozen else ()))
         return [model for model in models if isinstance(model, CausalLM | ScalarModel)]
 
@@ -400,12 +400,12 @@ class AlignmentModule(LightningModule):
     _validated_at: int | None = None
     _weights_checked = False
     fingerprints: Mapping[str, str | None] = MappingProxyType({})
-    """Fingerprints of the weights that training started from, taken when they were loaded."""
+    """Fingerprints of the weights that training started from, computed when they were loaded."""
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse what cannot work, and load the weights if a callback freezes some of them in its ``setup``.
+        """Refuse unsupported trainer settings, and load the weights if a callback freezes some in its ``setup``.
 
-        Lightning calls this hook first. Callbacks that a subclass returns are added to the trainer's.
+        This is the first hook that Lightning calls. Callbacks that a subclass returns are added to the trainer's.
 
         Raises:
             SettingError: a setting of the trainer, or a callback, does not work with this module.
@@ -440,7 +440,7 @@ class AlignmentModule(LightningModule):
                 compile_layers(model)
 
     def on_train_start(self) -> None:
-        """Resume: give the optimizer the settings asked for now, restore data position and random numbers."""
+        """On resuming, apply changed optimizer settings, and restore the data position and random state."""
         trainer_checks.check_optimizers(self.trainer)
         trainer_checks.check_loader(self.trainer)
         trainer_checks.check_progress(self.trainer, self)
@@ -452,12 +452,12 @@ class AlignmentModule(LightningModule):
         state.begin(self, self.seed, self.updates)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Note where the optimizer stands."""
+        """Record the optimizer's step count."""
         self._stepped = self.trainer.global_step
         return None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Refuse a ``training_step`` that returned a loss which nothing stepped.
+        """Refuse a ``training_step`` that returned a loss without an optimizer step.
 
         Raises:
             ContractError: ``loss-without-update``.
@@ -465,14 +465,14 @@ class AlignmentModule(LightningModule):
         trainer_checks.check_stepped(self.trainer, self, outputs, self._stepped)
 
     def on_fit_end(self) -> None:
-        """Restore the random state of a resumed run's caller."""
+        """Restore the random state that the caller had before the resumed run."""
         self.resume_state.end(self)
 
     def on_train_end(self) -> None:
-        """Report it if ``max_steps`` ended the run without a validation of its last weights."""
+        """Report if ``max_steps`` ended the run without validating the last weights."""
         ended = 0 < self.trainer.max_steps <= self.trainer.global_step
         if ended:
-            self.trainer.should_stop = False  # set by `log_training`; a tuner's next trial begins
+            self.trainer.should_stop = False  # set by `log_training`; a tuner's next trial must run
         if ended and self.trainer.enable_validation and self._validated_at != self.updates:
             rank_zero_info(
                 f"max_steps={self.trainer.max_steps} ended the run after update {self.updates}, which was not "
@@ -480,25 +480,25 @@ class AlignmentModule(LightningModule):
             )
 
     def on_validation_start(self) -> None:
-        """Place the frozen models: validation may run without a fit."""
+        """Place the frozen models, since validation may run without a fit."""
         untrained = not self.updates and self.trainer.ckpt_path is None
         if self.holds_reference and untrained and self.trainer.state.fn != "fit":
             rank_zero_warn(
                 f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
                 "the reference say nothing: `rlhf validate RUN` takes a run's checkpoint and the reference of training."
             )
-        self.refuse_nonfinite_weights()  # first: the self-check would only say that forwards disagree
+        self.refuse_nonfinite_weights()  # first: the self-check would only report that forward passes disagree
         self.place_frozen_models()
 
     on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """Refuse weights of a checkpoint that are not finite, and check the model's forward."""
+        """Refuse non-finite weights of a checkpoint, and check the model's forward pass."""
         self.refuse_nonfinite_weights()
         self._check_weights(frozen=False)
 
     def refuse_nonfinite_weights(self) -> None:
-        """Refuse to evaluate a checkpoint with NaN or infinity in its weights; training has its own guard.
+        """Refuse to evaluate a checkpoint with NaN or infinite weights; training has its own check.
 
         Raises:
             ModelError: a weight is not finite.
@@ -514,7 +514,7 @@ class AlignmentModule(LightningModule):
         self._check_weights()
 
     def _check_weights(self, frozen: bool = True) -> None:
-        """Check the models' real weights against their own forward, once."""
+        """Compare the models' forward passes on their real weights with the original implementation, once."""
         if not self.load_settings.self_check or self._weights_checked:
             return
         self._weights_checked = True
@@ -522,7 +522,7 @@ class AlignmentModule(LightningModule):
             check_weights(model, self.trainer.precision_plugin.forward_context())
 
     def _check_data(self) -> None:
-        """Refuse rows that a model has no embeddings or positions for, before the first step."""
+        """Refuse, before the first step, rows with ids or lengths that exceed a model's embeddings or positions."""
         limits = [limits_of(model.model) for model in self._readers()]
         new = getattr(getattr(self, "sampling", None), "max_new_tokens", 0)
         datamodule = attached_datamodule(self.trainer)
@@ -536,72 +536,72 @@ class AlignmentModule(LightningModule):
                 check_rows(limit, self.tokenizer, largest, lengths, sampled)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave ragged batches on the CPU, where they are laid out; only the layout moves to the device.
+        """Keep ragged batches on the CPU, where layouts are computed; only the layout moves to the device.
 
         Raises:
-            ContractError: ``no-step``: the DataLoader yields something else than a `types.Step`.
+            ContractError: ``no-step``: the DataLoader yields something other than a `types.Step`.
         """
         trainer_checks.check_step(batch, self)
-        if self.trainer.training:  # Lightning has counted the last batch as one update; callbacks log next
+        if self.trainer.training:  # Lightning counted the last batch as one update; callbacks log next
             set_logged_step(self.trainer, self.updates)
         return batch
 
-    # -- what the objective aims at -----------------------------------------------------------------------------------
+    # -- target of the objective --------------------------------------------------------------------------------------
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the policy that minimises this objective exactly, shape (prompts, completions); None if unknown.
 
         ``rlhf verify`` compares it with the module trained on an enumerable world. A stage without a policy returns
-        its scores.
+        its scores instead.
         """
         return None
 
     target_of: ClassVar[type[AlignmentModule] | None] = None
-    """Shipped class whose target is this class's too, for ``rlhf verify``."""
+    """Shipped class that has the same target as this class, for ``rlhf verify``."""
 
     no_target: ClassVar[str] = ""
-    """Why no target can be stated; ``rlhf verify`` shows the reason in place of a comparison."""
+    """Reason why no target can be stated; ``rlhf verify`` shows it instead of a comparison."""
 
     means_it: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Checks of ``rlhf verify`` that this objective fails by design, each with its reason: {"clip": "the bound is on
-    probabilities (Eq. 7)"}. They are advice where the target is reached or ``no_target`` says why there is none."""
+    probabilities (Eq. 7)"}. They count as advice if the target is reached, or if ``no_target`` gives a reason."""
 
     contract: ClassVar[Callable[[Any], list[Any]] | None] = None
-    """Checks of a family of its own for ``rlhf verify``: a static method that takes a `Subject` and returns a list of
-    `Check`. A class with its own batches also defines ``expected_loss(world, shuffled)``, which returns its loss over
-    the population as a function without arguments."""
+    """Custom checks of a family for ``rlhf verify``: a static method that takes a `Subject` and returns a list of
+    `Check`. A class with its own batch type also defines ``expected_loss(world, shuffled)``, which returns the
+    population loss as a function without arguments."""
 
     @property
     def value_at_reference(self) -> float | None:
-        """Each row's loss when policy = reference; None if it depends on the row, or is unknown."""
+        """Loss of each row when policy = reference; None if it depends on the row or is unknown."""
         return None
 
-    # -- what the objective looks at ----------------------------------------------------------------------------------
+    # -- inputs of the objective --------------------------------------------------------------------------------------
 
     data_columns: ClassVar[tuple[str, ...]] = ()
-    """Columns of numbers that the objective gets as slots, one value for each row, pair, group or prompt. Rows without
-    a number there are dropped and counted."""
+    """Numeric data columns that the objective receives as extra tensors, one value per row, pair, group or prompt. Rows
+    without a number in such a column are dropped and counted."""
 
     needs_reference_logits: ClassVar[bool] = False
-    """Whether ``token_statistics`` reads the reference's logits, which cost a forward pass."""
+    """Whether ``token_statistics`` needs the reference's logits, which cost a forward pass."""
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
-    """Layers whose hidden states the objective gets as slots ``hidden_N``, at the positions that predict each token,
-    without gradient, shape (rows, length, hidden size); -1 is the last."""
+    """Layers whose hidden states the objective receives as ``hidden_N``, at the positions that predict each token,
+    without gradient, shape (rows, length, hidden size); -1 is the last layer."""
 
     def token_statistics(
         self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor
     ) -> Mapping[str, Tensor]:
-        """Return statistics of whole next-token distributions, which arrive in ``extras`` under their names.
+        """Return statistics of full next-token distributions; the objective finds them in ``extras`` by name.
 
-        Called for a chunk of tokens at a time, and again in the backward pass, so that (tokens, vocabulary) is never
-        held. Values may carry a gradient to the policy's logits; compute those without gradient last. Statistics of
-        pairs are named ``chosen_NAME`` and ``rejected_NAME``. Those at a rollout's start are in ``Rollout.extras``,
-        those of an update in ``PolicyLogprobs.extras``.
+        Called for a chunk of tokens at a time, and again in the backward pass, so that no tensor of shape (all tokens,
+        vocabulary) is kept. Values may carry a gradient to the policy's logits; compute values without gradient last.
+        Statistics of pairs are named ``chosen_NAME`` and ``rejected_NAME``. ``Rollout.extras`` has the values before
+        the rollout's updates, ``PolicyLogprobs.extras`` the values during an update.
 
         Args:
             policy_logits: divided by the temperature, fp32 or wider, shape (tokens, vocabulary).
-            reference_logits: the reference's, without gradient; None unless ``needs_reference_logits``.
+            reference_logits: the reference's logits, without gradient; None unless ``needs_reference_logits``.
             targets: id of each token, int64, shape (tokens,).
 
         Returns:
@@ -610,7 +610,7 @@ class AlignmentModule(LightningModule):
         return {}
 
     def statistics_asked(self, layout: Layout, temperature: float = 1.0) -> OverLogits | None:
-        """Return the statistics that the policy's forward computes; None for none.
+        """Return the statistics that the policy's forward pass computes; None if there are none.
 
         With ``needs_reference_logits`` they include the reference's log-probabilities, as ``reference_logprobs``.
         """
@@ -628,7 +628,7 @@ class AlignmentModule(LightningModule):
         return OverLogits(layout, compared, (layout.targets, reference.predicting_states(layout)))
 
     def policy_outputs(self, layout: Layout, temperature: float = 1.0, **asked: Any) -> TokenOutputs:
-        """Forward the policy and compute the objective's statistics."""
+        """Run the policy's forward pass and compute the objective's statistics."""
         statistics = self.statistics_asked(layout, temperature)
         outputs: TokenOutputs = self.model(
             layout, temperature, statistics=statistics, hidden_layers=self.hidden_layers, **asked
@@ -639,15 +639,15 @@ class AlignmentModule(LightningModule):
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps in one training step; on-policy modules make several from one rollout."""
+        """Number of optimizer steps per training step; on-policy modules make several per rollout."""
         return 1
 
     def total_updates(self) -> int:
-        """Return the optimizer steps of the whole run, which the learning-rate schedule spans.
+        """Return the number of optimizer steps of the whole run, the length of the learning-rate schedule.
 
         Raises:
-            SettingError: ``endless-schedule``: nothing bounds the run, and the schedule is not constant.
-            StateError: ``no-trainer``: the module belongs to no Trainer yet.
+            SettingError: ``endless-schedule``: the run has no limit, and the schedule is not constant.
+            StateError: ``no-trainer``: the module is not attached to a Trainer.
         """
         if attached_trainer(self) is None:
             raise StateError(
@@ -664,11 +664,11 @@ class AlignmentModule(LightningModule):
         return total or 1
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer of the trainable weights and its scheduler; `update` steps both.
+        """Create the optimizer of the trainable weights and its scheduler; `update` steps both.
 
         Raises:
-            SettingError: ``no-optimizer``: ``optimizer`` or ``lr_scheduler`` makes something else.
-            StateError: ``another-optimizer``: the resumed checkpoint was trained with another class.
+            SettingError: ``no-optimizer``: ``optimizer`` or ``lr_scheduler`` returns another type of object.
+            StateError: ``another-optimizer``: the resumed checkpoint was trained with another optimizer class.
         """
         optimizer = self.make_optimizer()
         scheduler: LRScheduler | None = None
@@ -688,7 +688,7 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": named}
 
     def make_optimizer(self) -> Optimizer:
-        """Make the optimizer of the trainable weights: ``optimizer``, or by default AdamW.
+        """Create the optimizer of the trainable weights: ``optimizer``, or by default AdamW.
 
         Raises:
             StateError: ``weights-not-loaded``.
@@ -703,18 +703,18 @@ class AlignmentModule(LightningModule):
         )
 
     def on_before_clip(self) -> None:
-        """Read or change the gradients, summed over micro-batches and ranks, before they are clipped."""
+        """Read or change the gradients, summed over micro-batches and ranks, before clipping. Override point."""
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
-        """Make one optimizer step, unless the loss or its gradient is non-finite on any rank.
+        """Take one optimizer step, unless the loss or its gradient is non-finite on any rank.
 
-        A skipped update changes neither weights nor moments. It still counts, so that the schedule and everything
-        keyed on updates stay in place.
+        A skipped update changes neither weights nor moments. It still counts as an update, so that the schedule and all
+        random numbers seeded by the update stay in place.
 
         Args:
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
-                graph is freed before the next.
-            count: rows or tokens of the step over all ranks and micro-batches, which divides the summed loss.
+                graph is freed before the next call.
+            count: rows or tokens of the step over all ranks and micro-batches; divides the summed loss.
 
         Returns:
             Norm of the gradient before clipping.
@@ -737,11 +737,11 @@ class AlignmentModule(LightningModule):
         self.on_before_clip()
         norm = optimization.clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
-        # The norm and the loss are of all ranks, so all ranks decide alike. The loss can be non-finite while its
-        # gradient is finite, for example where a mask removes it.
+        # Norm and loss are over all ranks, so all ranks decide alike. The loss can be non-finite while its gradient is
+        # finite, for example if a mask removes the non-finite part.
         finite = math.isfinite(float(summed_over_ranks(self, total))) and math.isfinite(norm)
         if not finite:
-            optimizer.zero_grad()  # a step without gradients changes no weight, and advances Lightning's counters
+            optimizer.zero_grad()  # a step without gradients changes no weight but advances Lightning's counters
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
@@ -756,24 +756,25 @@ class AlignmentModule(LightningModule):
     # -- logging ------------------------------------------------------------------------------------------------------
 
     def log_training(self, meter: Meter, **further: float) -> dict[str, Tensor]:
-        """Log one training step's metrics, and the counters, at x = updates; every rank calls it.
+        """Log the metrics and counters of one training step at x = updates; every rank must call it.
 
-        Returned by a ``training_step``, they are ``outputs`` of ``on_train_batch_end``, with the loss as ``loss``.
+        If ``training_step`` returns the result, it becomes ``outputs`` of ``on_train_batch_end``, with the loss as
+        ``loss``.
 
-        They go directly to the loggers and ``trainer.callback_metrics``: ``self.log`` would cost a small model a sixth
-        of its time, and its x-axis counts batches.
+        The metrics go directly to the loggers and ``trainer.callback_metrics``. ``self.log`` would take a sixth of a
+        small model's training time, and its x-axis counts batches.
         """
         found = {**meter.means(self.trainer.strategy), **further}
         metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics["train/skipped_updates"] = float(self.skipped_updates)
         metrics |= self.progress()
-        # ModelCheckpoint uses "step" in file names, and would otherwise find that of the last validation.
+        # ModelCheckpoint uses "step" in file names; without this it would use the step of the last validation.
         now = {**metrics, "step": float(self.updates)}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in now.items()})
         set_logged_step(self.trainer, self.updates)
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True  # within an epoch too the run ends with a validation
+            self.trainer.should_stop = True  # so that the run ends with a validation, also within an epoch
         self.steps += 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.steps % max(every, 1) == 0:
@@ -785,7 +786,7 @@ class AlignmentModule(LightningModule):
         return {**loss, **{name: torch.tensor(value) for name, value in metrics.items()}}
 
     def log(self, *args: Any, **settings: Any) -> None:
-        """Log a value as Lightning does; a mean over an epoch weighs each step by its rows."""
+        """Log a value as Lightning does; epoch means weight each step by its number of rows."""
         trainer = attached_trainer(self)
         step = None if trainer is None else logged_batch(trainer)
         if settings.get("batch_size") is None and isinstance(step, Step):
@@ -801,13 +802,13 @@ class AlignmentModule(LightningModule):
             self._log_over_work({f"{prefix}/{name}": value for name, value in metrics.items()})
 
     def _log_over_work(self, metrics: Mapping[str, float]) -> None:
-        """Log the headline metrics over episodes and tokens too, to compare objectives with different updates."""
+        """Log the headline metrics also against episodes and tokens, to compare objectives with different updates."""
         headline = {name: metrics[name] for name in ("train/loss", *self.headline_metrics) if name in metrics}
         for axis, position in (("episodes", self.episodes), ("tokens", self.tokens)):
             log_to_tensorboard(self.loggers, {f"vs_{axis}/{name}": headline[name] for name in headline}, position)
 
     def performance(self) -> dict[str, float]:
-        """Return the speed since the last call as metrics; they reach the loggers alone, since no two runs agree."""
+        """Return the speed since the last call as metrics. Only loggers get them, since they differ between runs."""
         speed = self.speed.since_last(self.tokens)
         if speed is None:
             return {}
@@ -817,8 +818,8 @@ class AlignmentModule(LightningModule):
 
     @cached_property
     def flops_per_token(self) -> float:
-        """FLOPs of an update per token in products with the model's matrices: 2 a weight forward, and backward 4 (2 if
-        it is frozen); attention and the lookup of embeddings are left out, an LM head that shares their matrix is not.
+        """FLOPs per token of an update in matrix products: 2 per weight in the forward pass, and 4 in the backward pass
+        (2 if the weight is frozen). Attention and embedding lookups are left out; a tied LM head is counted.
         """
         looked_up, multiplied = (
             {id(part.weight) for part in self.model.modules() if isinstance(part, kind)}
@@ -834,7 +835,7 @@ class AlignmentModule(LightningModule):
         return {f"progress/{name}": float(getattr(self, name)) for name in names}
 
     def test_step(self, step: Step[Any], batch_idx: int) -> None:
-        """Measure test rows as a validation measures its own."""
+        """Evaluate a test batch in the same way as a validation batch."""
         self.validation_step(step, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
@@ -875,12 +876,12 @@ class AlignmentModule(LightningModule):
         """Sample one completion for each prompt from the policy, or one episode with an environment.
 
         Args:
-            prompts: the first prompts.
+            prompts: the prompts; with an environment, the first prompt of each episode.
             sampling: sampling settings.
             seed: seed of the sampling.
-            first_episode: number of the first prompt's episode.
+            first_episode: episode number of the first prompt.
             multi_turn: the environment; None samples completions.
-            columns: columns of the data that the environment reads, each with one value per prompt.
+            columns: data columns that the environment reads, each with one value per prompt.
         """
         encoded = tuple(torch.tensor(tokenization.encode_prompt(self.tokenizer, prompt)) for prompt in prompts)
         episodes = torch.arange(first_episode, first_episode + len(encoded))
@@ -913,7 +914,7 @@ class AlignmentModule(LightningModule):
     """The sampling engine; on-policy modules set their own."""
 
     def predict_step(self, step: Step[Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Answer each prompt: one row per completion with its summed log-probability."""
+        """Sample a completion for each prompt; return one row per completion with its summed log-probability."""
         rows = []
         for batch in step.micro_batches:
             turns = turns_of(batch, self.tokenizer)
@@ -925,7 +926,7 @@ class AlignmentModule(LightningModule):
         return rows
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Refuse to be called: models are called by their own names.
+        """Refuse the call, since the module holds several models, each with its own name.
 
         Raises:
             ContractError: ``no-forward``.
@@ -949,14 +950,14 @@ class AlignmentModule(LightningModule):
         )
 
     bfloat16 = half
-    to_torchscript = to_onnx = to_tensorrt = forward  # Lightning's exports trace a forward
+    to_torchscript = to_onnx = to_tensorrt = forward  # Lightning's exports trace a forward pass
 
     def export(self, folder: str | Path) -> Path:
         """Write the trained model as a Hugging Face folder for the next stage."""
         raise undefined(self, "export")
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the trained model as `export` does, under transformers' name."""
+        """Write the trained model like `export`, under the method name of transformers."""
         return self.export(folder)
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
@@ -965,14 +966,14 @@ class AlignmentModule(LightningModule):
             return push_folder(self.export(Path(folder) / "model"), repo_id, private)
 
     def backbone_source(self) -> str:
-        """Return the folder or hub id of the backbone under this run's adapter."""
+        """Return the folder or hub id of the backbone below this run's adapter."""
         name = resolve_folder(self.init_from)
         return load_base_of_adapter(name) if is_adapter(name) else name
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights in a checkpoint.
+        """Load the weights of a checkpoint.
 
         Raises:
             StateError: ``checkpoint-does-not-fit``: a trainable weight is missing or has another shape, or a weight is
@@ -982,14 +983,14 @@ class AlignmentModule(LightningModule):
             self.resume_state.check_names(self, set(state_dict))
         try:
             return super().load_state_dict(state_dict, strict=False, assign=assign)
-        except RuntimeError as error:  # torch's, with a line for each weight
+        except RuntimeError as error:  # torch's error has a line for each weight
             first = " ".join("\n".join(str(error).splitlines()[1:2]).split())
             raise StateError(
                 "checkpoint-does-not-fit", f"the checkpoint does not fit {type(self).__name__}: {first}"
             ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the module's state other than weights; an override calls this and adds its own."""
+        """Save the module's state other than weights. An override calls this method and adds its own state."""
         checkpoint |= self.resume_state.saved(self)
         checkpoint["progress"] = {name: getattr(self, name) for name in checkpoint_state.COUNTERS}
         checkpoint["skipped_in_a_row"] = self.skipped_in_a_row
@@ -998,14 +999,14 @@ class AlignmentModule(LightningModule):
             checkpoint["reference"] = self.reference.moved_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore that state.
+        """Restore the module's state other than weights.
 
         Raises:
-            StateError: the checkpoint is of another model, other frozen weights, or another strategy, or holds weights
-                alone.
+            StateError: the checkpoint belongs to another model, other frozen weights or another strategy, or holds only
+                weights.
         """
         trainer = attached_trainer(self)
-        # The optimizer's state of a sharded checkpoint is in its shards, and not in this dictionary.
+        # A sharded checkpoint stores the optimizer's state in its shards, not in this dictionary.
         if trainer is not None and trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
             raise StateError(
                 "weights-alone",
@@ -1033,7 +1034,7 @@ class AlignmentModule(LightningModule):
 
 
 def prompt_form(module: AlignmentModule) -> str | None:
-    """Return how the data writes prompts, "plain text" or "messages"; None without a DataModule with examples."""
+    """Return the form of the data's prompts, "plain text" or "messages"; None without a DataModule with examples."""
     trainer = attached_trainer(module)
     data: Any = None if trainer is None else attached_datamodule(trainer)
     shown = data.examples(1) if hasattr(data, "store") and hasattr(data, "examples") else []
@@ -1043,5 +1044,5 @@ def prompt_form(module: AlignmentModule) -> str | None:
 
 
 def as_loss(returned: Tensor | Loss) -> Loss:
-    """Return an objective's result as a Loss; bare values have no metrics."""
+    """Return an objective's result as a Loss; a plain tensor has no metrics."""
     return returned if isinstance(returned, Loss) else Loss(returned)

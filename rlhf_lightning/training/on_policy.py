@@ -1,8 +1,8 @@
-"""Policy gradients: rewards, advantages and a loss per token, for one minibatch of a rollout after the other.
+"""Policy gradients: rewards, advantages and a loss per token, computed per minibatch of a rollout.
 
-loss = aggregation(objective(ratio, A) * sampler weight + kl_coef * KL loss). What papers vary in it is a setting. A
-new method is a subclass with other defaults (a preset), or one that overrides public methods; docs/extending.md lists
-them. `CriticFreeModule` adds ``episode_advantages(rewards, rollout)``, and `PPOModule` ``value_loss(values)``.
+loss = aggregation(objective(ratio, A) * sampler weight + kl_coef * KL loss). The variations found in papers are
+settings. A new method is a subclass with other defaults (a preset) or with overridden public methods; docs/extending.md
+lists them. `CriticFreeModule` adds ``episode_advantages(rewards, rollout)``, and `PPOModule` ``value_loss(values)``.
 """
 
 from __future__ import annotations
@@ -68,46 +68,46 @@ class OnPolicyModule(RolloutModule):
     r"""Base of policy gradients: ratio, objective, aggregation, KL penalty and sampler correction as settings.
 
     Args:
-        kl_coef: KL penalty coefficient, in reward units per nat; 0 pays no KL.
-        kl_target: sequence KL that the coefficient is steered towards, nats; null keeps the coefficient fixed.
+        kl_coef: KL penalty coefficient, in reward units per nat; 0 turns the KL penalty off.
+        kl_target: target of the sequence KL, nats, towards which the coefficient is adapted; null keeps it fixed.
         kl_horizon: episodes over which the coefficient may change by a fifth.
         entropy_coef: weight of the entropy bonus, reward units per nat.
         kl_place: "reward" subtracts the KL estimate from each token's reward, without gradient (Ziegler et al.,
             1909.08593); "loss" adds it to each token's loss (Shao et al., 2402.03300).
         kl_estimator: with d = log policy - log reference: k1 = d, k2 = d^2 / 2, k3 = e^(-d) - 1 + d (Schulman 2020).
-            k1 is the one for the reward.
-        kl_times_ratio: multiply the KL loss by the token ratio, with gradient through both; this makes its gradient
-            the reverse KL's for every estimator (DeepSeek-V3.2; TRL).
-        kl_clamp: clamp d to plus or minus this, nats, except for k1 in the reward; null does not clamp.
-        ratio: policy / old policy, by level. "token": of each token (PPO, 1707.06347); "sequence": the geometric mean
+            Use k1 in the reward.
+        kl_times_ratio: multiply the KL loss by the token ratio, with gradient through both factors. The gradient is
+            then that of the reverse KL for every estimator (DeepSeek-V3.2; TRL).
+        kl_clamp: clamp d to [-kl_clamp, kl_clamp], nats, except for k1 in the reward; null does not clamp.
+        ratio: policy / old policy, by level. "token": per token (PPO, 1707.06347); "sequence": the geometric mean
             over the completion (GSPO, 2507.18071); "sequence_product": of the whole completion (RLOO, 2402.14740);
             "none": no ratio, for the "reinforce" objective.
         objective: loss of each token. "clip": max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)) (PPO);
             "soft_gate": -(4 / tau) sigmoid(tau (ratio - 1)) A (SAPO, 2511.20347); "cispo":
             -sg(clip(ratio, cispo_low, cispo_high)) A log policy (2506.13585); "reinforce": -A log policy.
-        clip: how far below 1 the ratio may fall, and above 1 rise, before its gradient stops.
-        clip_high: how far the ratio may rise above 1 (DAPO, 2503.14476); null takes ``clip``.
-        dual_clip: bound of the loss where A < 0, in units of -A, above 1 (1912.09729); null does not bound.
+        clip: distance from 1 at which the ratio's gradient stops, below and above.
+        clip_high: distance above 1 at which the ratio's gradient stops (DAPO, 2503.14476); null uses ``clip``.
+        dual_clip: bound of the loss where A < 0, in units of -A, above 1 (1912.09729); null for no bound.
         ratio_cap: bound of the ratio where A < 0, above 1 + clip_high (two-sided clip, 2505.07291); null for no bound.
         cispo_high: largest weight of a token in "cispo"; 5 in ScaleRL (2510.13786); null for no bound.
         cispo_low: smallest weight of a token in "cispo" (verl, NeMo-RL); null for no bound.
         gate_temperature: tau of "soft_gate" where A > 0.
-        gate_temperature_negative: tau of "soft_gate" elsewhere.
+        gate_temperature_negative: tau of "soft_gate" where A <= 0.
         aggregation: "token_mean": over all tokens (PPO, DAPO); "sequence_mean_token_mean": the mean over completions
             of token means (GRPO); "sequence_mean_token_sum": of token sums (RLOO); "constant": sums divided by
             max_new_tokens per completion (Dr. GRPO, 2503.20783).
-        sampler_correction: weight for an engine whose log-probabilities differ from the trainer's, from the ratio
-            old / behaviour. "token_truncate": min(ratio, sampler_high); "token_mask": 0 outside [sampler_low,
-            sampler_high] (IcePop); "sequence_truncate", "sequence_mask": of the completion's ratio, truncated or 0
-            above sampler_high; "geometric_mask": reject completions whose geometric mean is outside [sampler_low,
-            sampler_high]; "bypass": take the engine's log-probabilities as the old ones, without the trainer's forward
-            pass; null does not correct.
+        sampler_correction: weight that corrects for an engine whose log-probabilities differ from the trainer's, from
+            the ratio old / behaviour. "token_truncate": min(ratio, sampler_high); "token_mask": 0 outside
+            [sampler_low, sampler_high] (IcePop); "sequence_truncate", "sequence_mask": the completion's ratio,
+            truncated to or set to 0 above sampler_high; "geometric_mask": reject completions with a geometric mean
+            outside [sampler_low, sampler_high]; "bypass": use the engine's log-probabilities as the old ones, without
+            the trainer's forward pass; null does not correct.
         sampler_high: upper bound of the sampler correction; 2 to 5 are usual.
         sampler_low: lower bound of the sampler correction; null is 0.5 for "token_mask" and "geometric_mask", and no
             bound for the others.
         sampler_normalise: divide the sampler correction's weights by their mean over the minibatch (verl).
-        off_policy_threshold: learn nothing from completions with A < 0 whose mean of log old - log policy exceeds this,
-            nats per token (DeepSeek-V3.2); null learns from all.
+        off_policy_threshold: skip completions with A < 0 whose mean of log old - log policy exceeds this, nats per
+            token (DeepSeek-V3.2); null skips none.
         overlong_buffer: tokens before max_new_tokens over which up to 1 is subtracted from the score (DAPO, Eq. 13);
             null subtracts nothing.
 
@@ -136,16 +136,16 @@ class OnPolicyModule(RolloutModule):
     }
     normalizes_scores = True
     learns_unscored: ClassVar[bool] = True
-    """Whether completions without a score, whose advantage is 0, still count in the KL loss and in averages."""
+    """Whether completions without a score (their advantage is 0) still count in the KL loss and in averages."""
 
     needs_group: bool = False
-    """Whether completions of one prompt are compared."""
+    """Whether the objective compares completions of the same prompt."""
 
     needs_minibatch: bool = False
-    """Whether ``policy_loss`` reads ``logprobs.minibatch``: the step's episodes of all ranks."""
+    """Whether ``policy_loss`` reads ``logprobs.minibatch``, the episodes of the step on all ranks."""
 
     needs_minibatch_logprobs: ClassVar[bool] = False
-    """Whether it also reads the policy's current log-probabilities of them: one more forward without gradient."""
+    """Whether ``logprobs.minibatch`` also has the current log-probabilities: one more forward pass without gradient."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class OnPolicyModule(RolloutModule):
     def learn_minibatch(
         self, rollout: Rollout, advantages: Advantages, rows: list[int], batch: PromptBatch, meter: Meter
     ) -> float:
-        """Make one optimizer step on some episodes of the rollout."""
+        """Take one optimizer step on some episodes of the rollout."""
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
         count = float(self.sum_over_ranks(self.aggregation(learned[rows]).divisor))
         cuts = self.cut(rollout.sequences, rows)
@@ -233,18 +233,18 @@ class OnPolicyModule(RolloutModule):
         scale = count / max(states, 1.0)
         loss = partial(self.token_loss_sum, rollout, advantages, minibatch=minibatch, critic_scale=scale)
         losses: list[Callable[[], Tensor]] = [partial(loss, cut, meter) for cut in cuts]
-        # Ranks without rows need backward passes too: the gradient averaging of the others waits for them.
+        # Ranks without rows need backward passes too, since the gradient averaging of the other ranks waits for them.
         missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
         losses += [partial(self._loss_of_nothing, loss, meter)] * missing
-        # The rollout's passes go last: DDP averages gradients after the last pass, which must touch every weight.
+        # The rollout's passes come last: DDP averages gradients in the last pass, which must use every weight.
         return self.update(self.further_losses(batch, count, meter) + losses, count)
 
     def _loss_of_nothing(self, loss: Callable[[list[int], Meter], Tensor], meter: Meter) -> Tensor:
-        """Return a loss of 0 for a rank without rows, while other ranks have rows."""
+        """Return a loss of 0 for a rank without rows, when other ranks have rows."""
         unused = Meter()
         self._without_rows = True
         try:
-            # A row's loss that is NaN, or whose gradient is, would stay so times 0.
+            # nan_to_num: NaN times 0 is NaN, in the loss and in its gradient.
             nothing = 0.0 * loss([0], unused).nan_to_num(0.0, 0.0, 0.0)
         finally:
             self._without_rows = False
@@ -252,7 +252,7 @@ class OnPolicyModule(RolloutModule):
         return nothing
 
     def muted(self, outputs: Sequence[Tensor | None]) -> None:
-        """Give some outputs of the models gradient 0 if this rank has no rows and only follows the others' passes."""
+        """Zero the gradient of some model outputs if this rank has no rows and only joins the others' passes."""
         for tensor in outputs if self._without_rows else ():
             if tensor is not None and tensor.requires_grad:
                 tensor.register_hook(torch.zeros_like)
@@ -322,19 +322,19 @@ class OnPolicyModule(RolloutModule):
         raise undefined(self, "advantages")
 
     def critic_loss(self, layout: Layout, rows: Tensor, rollout: Rollout, advantages: Advantages, outputs: Any) -> Loss:
-        """Return the critic's loss per state, in families with a critic."""
+        """Return the critic's loss per state, in families with a critic. Override point."""
         return Loss(torch.zeros_like(outputs.logprobs))
 
     def critic_states(self, rollout: Rollout) -> Tensor:
-        """Return the states that the critic's loss is averaged over, bool, shape (episodes, states)."""
+        """Return a mask of the states that the critic's loss is averaged over, bool, shape (episodes, states)."""
         return rollout.completion_mask
 
     def score_slots(self, rollout: Rollout) -> Tensor | None:
-        """Return the slot on which each completion's score must be, shape (episodes,); None if scores are spread."""
+        """Return the position of each completion's score, shape (episodes,); None if scores are spread over tokens."""
         return last_learned(rollout.completion_mask)
 
     def measure_advantages(self, rollout: Rollout, advantages: Advantages, meter: Meter) -> None:
-        """Add metrics of the advantages."""
+        """Record metrics of the advantages. Override point."""
 
     # -- the parts of the loss ----------------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ class OnPolicyModule(RolloutModule):
         return policy_ratio(self.ratio_name, *given)
 
     def objective(self, ratio: Tensor, logprobs: PolicyLogprobs) -> Tensor | Loss:
-        """Return the loss of each token, shape (rows, length), with the clip fractions of the objective that clips."""
+        """Return the loss of each token, shape (rows, length); the clipped objective adds its clip fractions."""
         advantages = logprobs.advantages
         if self.objective_name == "clip":
             bounds = (self.clip, self.dual_clip, self.clip_high, self.ratio_cap)
@@ -360,7 +360,7 @@ class OnPolicyModule(RolloutModule):
         """Return how token losses are averaged.
 
         Args:
-            learned: bool, True on the tokens that are learned from, shape (rows, length).
+            learned: bool, True on the tokens to learn from, shape (rows, length).
         """
         return aggregate(self.aggregation_name, learned, self.sampling.max_new_tokens)
 
@@ -389,7 +389,7 @@ class OnPolicyModule(RolloutModule):
         return weight
 
     def measure_sampler(self, rollout: Rollout, meter: Meter) -> None:
-        """Add how far the engine is from the trainer, and what the sampler correction leaves out of the rollout."""
+        """Record how far the engine is from the trainer, and the share of the rollout that the correction drops."""
         mask, behaviour = rollout.completion_mask, rollout.behaviour_logprobs
         if self.sampler_correction in (None, "bypass") or behaviour is None:
             return
@@ -429,10 +429,10 @@ class OnPolicyModule(RolloutModule):
     # -- rewards ------------------------------------------------------------------------------------------------------
 
     def with_normalized_scores(self, rollout: Rollout) -> Rollout:
-        """Return the rollout with scores made of normalized parts, as ``parts.normalize`` says.
+        """Return the rollout with scores recomputed from normalized parts, according to ``parts.normalize``.
 
-        The rules for a missing end token and for long completions apply to these scores too. Sums of parts that were
-        standardised in groups are standardised over the rollout last.
+        The rules for a missing end token and for long completions apply to these scores too. With "group_then_sum" the
+        sums are finally standardised over the rollout.
         """
         rule, strategy = self.score_rule, self.trainer.strategy
         if not rule.normalizes:
@@ -442,7 +442,7 @@ class OnPolicyModule(RolloutModule):
         return rollout._replace(scores=rule.standardised(scores, strategy) if rule.in_groups else scores)
 
     def scores_after_rules(self, scores: Tensor, rollout: Rollout) -> Tensor:
-        """Return scores of a rollout after the rules for a missing end token and for long completions."""
+        """Return the scores of a rollout after the rules for a missing end token and for long completions."""
         scores = self.collector.ruled(scores, rollout.finished)
         if self.overlong_buffer is None:
             return scores
@@ -450,7 +450,7 @@ class OnPolicyModule(RolloutModule):
         return scores + overlong_penalty(lengths, self.sampling.max_new_tokens, self.overlong_buffer)
 
     def reward_kl(self, rollout: Rollout) -> Tensor:
-        """Return the KL that each token's reward pays, nats, shape (episodes, length); 0 if the KL is a loss."""
+        """Return the KL penalty in each token's reward, nats, shape (episodes, length); 0 if the KL is in the loss."""
         if self.kl_place == "loss" or not self.kl_coef:
             return torch.zeros_like(rollout.old_logprobs)
         assert rollout.reference_logprobs is not None
@@ -458,7 +458,7 @@ class OnPolicyModule(RolloutModule):
         return kl_estimate(rollout.old_logprobs, rollout.reference_logprobs, self.kl_estimator, clamp)
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample and score completions; ``overlong_buffer`` subtracts up to 1 from the score of long ones."""
+        """Sample and score completions; ``overlong_buffer`` subtracts up to 1 from the score of long completions."""
         drawn = super().draw(batches)
         if self.overlong_buffer is None:
             return drawn
@@ -468,10 +468,10 @@ class OnPolicyModule(RolloutModule):
     # -- the optimum --------------------------------------------------------------------------------------------------
 
     def reaches_kl_optimum(self) -> bool:
-        """Whether these settings have reference * exp(score / kl_coef), normalised, as their optimum.
+        """Whether the optimum under these settings is reference * exp(score / kl_coef), normalised.
 
-        The KL must be exact (k1 in the reward, a fixed coefficient). The rest may differ from the policy gradient of
-        whole completions only in scale: no weight by length, no other score, no entropy bonus.
+        The KL penalty must be exact (k1 in the reward, a fixed coefficient). Otherwise only the scale may differ from
+        the policy gradient of whole completions: no weighting by length, no changed score, no entropy bonus.
         """
         pays_kl = self.kl_coef > 0 and self.kl_target is None and (self.kl_place, self.kl_estimator) == ("reward", "k1")
         plain = self.aggregation_name != "sequence_mean_token_mean" and self.overlong_buffer is None
@@ -483,10 +483,10 @@ class OnPolicyModule(RolloutModule):
             return None
         return torch.softmax(problem.reference.log() + problem.rewards / self.kl_coef, -1)
 
-    # -- what must hold, and what is logged ---------------------------------------------------------------------------
+    # -- checks and logging -------------------------------------------------------------------------------------------
 
     def check_groups(self, rollout: Rollout) -> None:
-        """Refuse prompts with a single completion where the completions of a prompt are compared."""
+        """Refuse prompts with a single completion if the objective compares completions of the same prompt."""
         compares = self.needs_group or self.score_rule.in_groups
         if compares and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
             raise SettingError(
@@ -496,9 +496,10 @@ class OnPolicyModule(RolloutModule):
             )
 
     def checked_rewards(self, rollout: Rollout) -> Tensor:
-        """Return the shaped rewards, after checking that each score is on its slot and nowhere else.
+        """Return the shaped rewards, after checking that each score appears at its position and nowhere else.
 
-        The check differentiates the rewards by the scores, so ``shape_rewards`` is called once and may scale scores.
+        The check differentiates the rewards with respect to the scores. So ``shape_rewards`` runs only once, and it may
+        scale scores.
         """
         slots = self.score_slots(rollout)
         if slots is None:
@@ -528,7 +529,7 @@ class OnPolicyModule(RolloutModule):
 
 
 def _contradictions(m: OnPolicyModule) -> dict[str, tuple[bool, str]]:
-    """Return by error code whether two settings contradict each other, and the error's sentence."""
+    """Return, by error code, whether two settings contradict each other, and the message."""
     high = 1 + (m.clip if m.clip_high is None else m.clip_high)
     return {
         "kl-without-gradient": (

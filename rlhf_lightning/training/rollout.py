@@ -1,4 +1,4 @@
-"""Stages that learn from their own samples: sample, judge, learn, log. One training step is one rollout."""
+"""Base of stages that learn from their own samples: sample, score, update, log. One training step is one rollout."""
 
 from __future__ import annotations
 
@@ -47,43 +47,43 @@ from rlhf_lightning.training.optimization import rows_of_step
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
-"""Statistics that are fields of the rollout; all others are slots."""
+"""Statistics that are fields of the rollout; all other statistics go to ``extras``."""
 
 MINIBATCHES = 2**31
-"""Position that addresses the random order of minibatches, beyond the length of any completion."""
+"""Position that seeds the random order of minibatches; it is beyond the length of any completion."""
 
 
 class RolloutModule(AlignmentModule):
-    """Base of the stages that sample completions, have them judged, and learn from them.
+    """Base of the stages that sample completions, score them, and learn from them.
 
-    A family overrides ``learn``. A training step is: ``collect`` (``draw``, then ``statistics``), ``learn`` over
-    ``minibatches``, ``log_rollout``, ``on_rollout_end``. The completion of episode e is a function of the weights, the
-    seed and e alone. docs/extending.md lists what a user may override.
+    A family overrides ``learn``. A training step runs ``collect`` (``draw``, then ``statistics``), ``learn`` over
+    ``minibatches``, ``log_rollout``, ``on_rollout_end``. The completion of episode e depends only on the weights, the
+    seed and e. docs/extending.md lists the override points.
 
     Args:
         scorer: scores completions: a reward model's folder, an importable function
             ``(prompts, completions, **columns) -> scores``, a Scorer, or its class_path and init_args. Completions
-            with score None are not learned from.
+            with score None are excluded from training.
         max_new_tokens: maximum length of a completion, tokens.
         temperature: softmax temperature of sampling and of all log-probabilities.
         sampling_batch_size: completions decoded at the same time (continuous batching); null decodes all at once.
         engine: sampling engine of training, validation and sample tables, by class_path and init_args; null samples in
             this process.
-        lag: train each rollout on completions of the policy of this many rollouts before, so that an engine elsewhere
-            samples the next ones meanwhile; 0 samples and trains in turn.
-        reuse_behaviour_logprobs: take log-probabilities and entropies from sampling and save a forward of the policy;
-            only in fp32 and on unsharded weights. The first ratio is then 1 up to rounding.
+        lag: train each rollout on completions of the policy from this many rollouts ago, so that an external engine
+            samples the next rollouts during training; 0 alternates sampling and training.
+        reuse_behaviour_logprobs: reuse log-probabilities and entropies from sampling and skip a forward pass of the
+            policy; only in fp32 and with unsharded weights. The first ratio is then 1 up to rounding.
         ppo_epochs: passes over each rollout.
-        mini_batch_size: episodes of one optimizer step over all ranks; null takes the whole rollout.
+        mini_batch_size: episodes per optimizer step over all ranks; null uses the whole rollout.
         early_stop_kl: end a rollout's updates when the approximate KL to the old policy exceeds 1.5 times this, nats
-            per token; null never does.
-        missing_eos_score: replaces the score of a completion without an end token; null keeps the scorer's.
+            per token; null does not stop early.
+        missing_eos_score: replaces the score of a completion without an end token; null keeps the scorer's score.
         missing_eos_penalty: subtracted from the score of a completion without an end token.
         on_violation: "raise" or "warn" when a rollout violates an invariant, such as a ratio of 1 before the first
             update.
         parts: weights, conditions and normalization of a judgement's parts; null keeps the scorer's own score.
-        constraints: by part that is a cost the limit of its mean, or the settings of a `Constraint`, such as
-            {cost: {limit: 0.0}}; a multiplier that moves with the costs weighs it.
+        constraints: limit on the mean of each part that is a cost, or the settings of a `Constraint`, such as
+            {cost: {limit: 0.0}}; the cost's weight is a multiplier that adapts during training.
     """
 
     batch_type = PromptBatch
@@ -100,7 +100,7 @@ class RolloutModule(AlignmentModule):
         "missing_eos_penalty": "(-inf, inf)",
     }
     normalizes_scores: ClassVar[bool] = False
-    """Whether ``parts.normalize`` has an effect: scores are rewards of a policy gradient."""
+    """Whether ``parts.normalize`` has an effect, because scores are rewards of a policy gradient."""
 
     policy: CausalLM
     _truncation_told = False
@@ -111,7 +111,7 @@ class RolloutModule(AlignmentModule):
     """Correction for a sampling engine whose log-probabilities differ from the trainer's; None for no correction."""
 
     needs_entropies: bool = False
-    """Whether learning reads ``rollout.entropy``, which an engine may not report."""
+    """Whether training reads ``rollout.entropy``, which an engine may not report."""
 
     def __init__(
         self,
@@ -179,12 +179,12 @@ class RolloutModule(AlignmentModule):
         self._check_engine()
         if self.holds_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
-        # A scorer that cannot be loaded fails now rather than after the first rollout.
+        # Load the scorer now, so that a scorer that cannot be loaded fails before the first rollout.
         self.scorer.load_beside(self.policy if self.device_mesh is None else None, self.load_settings)
         self.invariants.exact = self.load_settings.is_exact
 
     def _check_engine(self) -> None:
-        """Refuse an engine whose log-probabilities differ from the trainer's if nothing corrects for them."""
+        """Refuse an engine whose log-probabilities differ from the trainer's, unless a correction is set."""
         engine = self.collector.engine
         refuse_contradictions(_contradictions(self))
         engine.prepare(self.init_from, self.load_settings, self.lora, self.lag + 1)
@@ -210,7 +210,7 @@ class RolloutModule(AlignmentModule):
         return (*super().frozen_models(), *self.scorer.models)
 
     def on_fit_start(self) -> None:
-        """Say so if the reward model was trained on another form of prompts than the data has."""
+        """Check ``lag``, and warn if the reward model was trained on another form of prompts than the data has."""
         super().on_fit_start()
         datamodule = attached_datamodule(self.trainer)
         if self.lag and not hasattr(datamodule, "step_ahead"):
@@ -243,7 +243,7 @@ class RolloutModule(AlignmentModule):
     # -- one rollout --------------------------------------------------------------------------------------------------
 
     def training_step(self, step: Step[PromptBatch], batch_idx: int) -> Any:
-        """Collect one rollout and make all its updates."""
+        """Collect one rollout and take all its updates."""
         meter, self.limits = Meter(), step.limits
         if self.lag:
             self._sample_ahead(step, batch_idx)
@@ -257,18 +257,18 @@ class RolloutModule(AlignmentModule):
         means = self.log_rollout(meter, norm, step.rows)
         self._end_rollout(rollout, means)
         loss = self.trainer.callback_metrics.get("train/loss")
-        learned = loss is not None and self.updates > updates  # else the loss would be an earlier rollout's
+        learned = loss is not None and self.updates > updates  # else the loss belongs to an earlier rollout
         return {**({"loss": loss} if learned else {}), **means}
 
     @property
     def samples_ahead(self) -> bool:
-        """Whether completions need nothing but the policy and the prompts, so that they can be sampled with ``lag``."""
+        """Whether sampling needs only the policy and the prompts, as ``lag`` requires."""
         return False
 
     def _sample_ahead(self, step: Step[PromptBatch], batch_idx: int) -> None:
-        """Start sampling this rollout and the next ``lag``, unless they have been started before.
+        """Start sampling this rollout and the next ``lag`` rollouts, unless they were started before.
 
-        Only the last of them is new after the first rollout: it is sampled from the policy of now.
+        After the first rollout only the last of them is new; it is sampled from the current policy.
         """
         datamodule = attached_datamodule(self.trainer)
         for ahead in range(self.lag + 1):
@@ -280,7 +280,7 @@ class RolloutModule(AlignmentModule):
         self._restored = {}
 
     def collect(self, *batches: PromptBatch) -> Rollout:
-        """Sample completions, have them judged, and compute the statistics that updates start from."""
+        """Sample and score completions, and compute the statistics that the updates need."""
         self.scorer.take_metrics()  # drop metrics of completions outside a rollout, such as a sample table's
         samples = self.draw(batches)
         self.invariants.note_sync(self.engine.sync_error)
@@ -319,27 +319,28 @@ class RolloutModule(AlignmentModule):
         )
 
     def draw(self, batches: Sequence[PromptBatch]) -> Samples:
-        """Sample a completion for each prompt and have it judged.
+        """Sample a completion for each prompt and score it.
 
         Args:
-            batches: prompts of the rollout; further batches are candidates for families that choose among samples.
+            batches: prompts of the rollout; further batches are candidates for families that select samples.
         """
         return self.collector.draw(self.policy, self.tokenizer, batches[0])
 
     def shape_judgements(self, judged: Judgements) -> Judgements:
-        """Return the judgements that are learned from, given those of one or more completions.
+        """Return the judgements to learn from, given the judgements of one or more completions. Override point.
 
-        ``parts`` and ``constraints`` have made their scores. Mix parts in other ways here: missing_eos_score,
-        missing_eos_penalty and baselines apply to what is returned. Called in training and validation.
+        ``parts`` and ``constraints`` are already part of the scores. Combine parts in other ways here:
+        missing_eos_score, missing_eos_penalty and baselines apply to the returned scores. Called in training and
+        validation.
         """
         return judged
 
     def learn(self, rollout: Rollout, batch: PromptBatch, meter: Meter) -> float:
-        """Make all updates of a rollout; return the gradient norm of the last.
+        """Take all updates of a rollout; return the gradient norm of the last update.
 
         Args:
             rollout: this rank's episodes.
-            batch: their prompts, and pretraining text to mix in.
+            batch: the prompts of the episodes, and pretraining text to mix in.
             meter: collects the metrics of the rollout and its updates.
         """
         raise undefined(self, "learn")
@@ -348,7 +349,7 @@ class RolloutModule(AlignmentModule):
         """Update the module's own state after a training rollout; see `Scorer.on_rollout_end`."""
 
     def _end_rollout(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move multipliers, and call ``on_rollout_end`` of module, scorer, DataModule and callbacks."""
+        """Update multipliers, and call ``on_rollout_end`` of module, scorer, DataModule and callbacks."""
         self.score_rule.on_rollout_end(means)
         self.on_rollout_end(rollout, means)
         self.scorer.on_rollout_end(rollout, means)
@@ -362,8 +363,8 @@ class RolloutModule(AlignmentModule):
     def statistics(self, samples: Samples) -> dict[str, Tensor]:
         """Compute per-token statistics of sampled completions; each value has shape (episodes, length).
 
-        The models forward the completions as in training, without gradient. The policy is not forwarded if sampling
-        has reported everything.
+        The models run the same forward passes as in training, without gradient. The policy's forward pass is skipped
+        if sampling has reported everything.
         """
         sequences, known = samples.sequences, self.sampler_stats_suffice(samples)
         forward = partial(self.forward_statistics, with_policy=not known)
@@ -380,7 +381,7 @@ class RolloutModule(AlignmentModule):
         cuts: Sequence[Sequence[int]],
         forward: Callable[[Layout], Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Forward micro-batches without gradient, and collect each statistic in one grid, shape (rows, length or more).
+        """Run micro-batches without gradient, and collect each statistic in a tensor of shape (rows, length or more).
 
         Args:
             sequences: prompts and completions.
@@ -391,7 +392,7 @@ class RolloutModule(AlignmentModule):
         grids: dict[str, Tensor] = {}
         idle = partial(forward, free_layout().to(self.device))
         with inference_mode_of(self), in_step(self.policy, idle) as before_pass:
-            for cut in cuts or [[]]:  # a rank without rows needs grids too
+            for cut in cuts or [[]]:  # a rank without rows needs the tensors too
                 layout = self.lay_out(select(sequences, cut))
                 before_pass()
                 for name, part in forward(layout).items():
@@ -403,15 +404,15 @@ class RolloutModule(AlignmentModule):
 
     @property
     def bypasses_forward(self) -> bool:
-        """Whether the engine's log-probabilities are the old ones, in place of the trainer's forward."""
+        """Whether the engine's log-probabilities are used as the old ones, without the trainer's forward pass."""
         return self.sampler_correction == "bypass"
 
     def sampler_stats_suffice(self, samples: Samples) -> bool:
-        """Whether the sampler's log-probabilities and entropies replace a forward of the policy.
+        """Whether the sampler's log-probabilities and entropies make the policy's forward pass unnecessary.
 
-        They do not in lower precision, where rounding would move the ratio from 1, nor with sharded weights, where all
-        ranks must make the same passes. Under the correction "bypass" precision has no say, and entropies only where
-        the loss sees whole minibatches.
+        The forward pass is needed in lower precision, where rounding would move the ratio from 1, and with sharded
+        weights, where all ranks must run the same passes. With the correction "bypass" any precision is allowed, and
+        entropies are needed only if the loss reads whole minibatches.
         """
         asks_more = self.hidden_layers or type(self).token_statistics is not AlignmentModule.token_statistics
         if asks_more or self.device_mesh is not None:
@@ -423,11 +424,11 @@ class RolloutModule(AlignmentModule):
         return self.reuse_behaviour_logprobs and has_entropies and exact
 
     def cut(self, sequences: Sequences, rows: Sequence[int] | None = None) -> list[list[int]]:
-        """Cut episodes into micro-batches within the step's limits."""
+        """Split episodes into micro-batches within the step's limits."""
         return cut_sequences(sequences, rows, self.limits, self.packs_rows)
 
     def forward_statistics(self, layout: Layout, with_policy: bool = True) -> dict[str, Tensor]:
-        """Forward a micro-batch through policy and reference, and return their per-token statistics."""
+        """Return the per-token statistics of a micro-batch from forward passes of policy and reference."""
         grids = {"completion_mask": layout.completion_mask}
         if with_policy:
             outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=True)
@@ -462,12 +463,12 @@ class RolloutModule(AlignmentModule):
             yield [row for unit in order[start : start + size] if unit in mine for row in mine[unit]]
 
     def minibatch_units(self, rollout: Rollout) -> dict[int, list[int]]:
-        """Return rows that stay in one minibatch, keyed by a number unique over ranks: here single episodes."""
+        """Return rows that stay in one minibatch, keyed by a number unique over ranks; by default single episodes."""
         assert rollout.episodes is not None
         return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
 
     def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return losses on other text than the rollout's, as functions; they too are divided by ``count``."""
+        """Return losses on text outside the rollout, as functions; they are divided by ``count`` too."""
         return []
 
     def _should_stop(self, meter: Meter) -> bool:
@@ -478,10 +479,10 @@ class RolloutModule(AlignmentModule):
         return moved > 1.5 * self.early_stop_kl
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
+        """Return the sum over all ranks."""
         return summed_over_ranks(self, value)
 
-    # -- what must hold, and what is measured -------------------------------------------------------------------------
+    # -- checks and metrics -------------------------------------------------------------------------------------------
 
     def check_rollout(self, rollout: Rollout) -> None:
         """Check the invariants of a rollout before its updates."""
@@ -491,7 +492,7 @@ class RolloutModule(AlignmentModule):
             self.invariants.check_first_kl(rollout)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
-        """Add metrics of the rollout itself, before any update, in training and validation."""
+        """Record metrics of the rollout itself, before any update, in training and validation."""
         measure_samples(
             meter, rollout, scored=not isinstance(self.scorer, ZeroScorer) or "environment" in rollout.parts
         )
@@ -503,7 +504,7 @@ class RolloutModule(AlignmentModule):
             meter.add("rollout/kl", kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1))
 
     def measure_update(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
-        """Add the KL and ratio of the current policy to the one that sampled."""
+        """Record KL and ratio between the current policy and the policy that sampled."""
         now, old, mask = logprobs.logprobs.detach(), logprobs.old_logprobs, logprobs.completion_mask
         for name in ("approx_kl",) if self.early_stop_kl is None else ("approx_kl", "last_approx_kl"):
             meter.add(name, approx_kl(now, old), mask)
@@ -567,7 +568,7 @@ class RolloutModule(AlignmentModule):
 
 
 def _contradictions(m: RolloutModule) -> dict[str, tuple[bool, str]]:
-    """Return by error code whether ``lag`` contradicts another setting, and the error's sentence."""
+    """Return, by error code, whether ``lag`` contradicts another setting, and the message."""
     return {
         "lag-needs-plain-sampling": (
             m.lag > 0 and not m.samples_ahead,
