@@ -1,7 +1,7 @@
 """The PyTorch Lightning framework for research on learning from human feedback.
 
 Public classes are imported on first access, so that ``rlhf --help`` does not load torch. All exports of ``modules`` and
-``data`` are exported here: a new objective needs no line in this file.
+``data`` are re-exported automatically: a new objective needs no line in this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Loss as Loss
 
 _ROOMS = ("modules", "data")
-"""Packages whose modules and DataModules are all exported here."""
+"""Packages whose exported classes named ``*Module`` are all re-exported here."""
 
 _SINGLE = {
     "LearnedScorer": "scoring",
@@ -29,7 +29,7 @@ _SINGLE = {
     "Scorer": "scoring",
     "WPOWeighting": "modules",
 }
-"""Further classes and their modules."""
+"""Further classes, with the modules that define them."""
 
 
 def __getattr__(name: str) -> Any:

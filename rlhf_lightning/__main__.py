@@ -1,4 +1,4 @@
-"""``python -m rlhf_lightning`` is ``rlhf``."""
+"""Run ``rlhf`` as ``python -m rlhf_lightning``."""
 
 import os
 import sys

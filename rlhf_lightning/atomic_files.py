@@ -1,4 +1,4 @@
-"""Files: atomic writes, and append-only files that are truncated on resume."""
+"""Write files atomically, and truncate append-only files on resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name next to ``path``; a block that succeeds has its file synced and renamed to ``path``."""
+    """Yield a temporary path next to ``path``; if the block succeeds, sync the file and rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -30,13 +30,13 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write a JSON line for each row; the file appears when it is complete."""
+    """Write each row as a JSON line; the file appears only when it is complete."""
     with complete_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Sync a finished file or folder to disk and rename it over ``path``; readers see the old or the new one."""
+    """Sync a finished file or folder to disk and rename it over ``path``: readers see the old or the new version."""
     for file in [partial] if partial.is_file() else sorted(partial.rglob("*")):
         if file.is_file():
             sync(file)
@@ -45,7 +45,7 @@ def move_into_place(partial: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,8 +59,8 @@ def sync(path: Path) -> None:
 class AppendedFile:
     """An append-only file that is truncated when the run resumes from an earlier checkpoint.
 
-    A checkpoint records the ``length``. TensorBoard's event files, samples.jsonl and skipped_updates.jsonl are such
-    files.
+    A checkpoint records the file's ``length``. TensorBoard's event files, samples.jsonl and skipped_updates.jsonl are
+    handled this way.
 
     Args:
         path: the file; it may be absent.

@@ -1,4 +1,4 @@
-"""``rlhf``: the table of commands. Only the module of the chosen command is imported, so that help is fast."""
+"""``rlhf``: the table of commands. Only the chosen command's module is imported, so that help is fast."""
 
 from __future__ import annotations
 
@@ -80,16 +80,16 @@ LIKELY = {
     "vllm": "serve-vllm",
     "list": "objectives",
 }
-"""Commands of other tools, and what they are here."""
+"""Command names of other tools, and the corresponding commands here."""
 QUICK_HELP = (*TRAINING_COMMANDS, "plan", "loop")
-"""Commands whose help and wrong flags are answered from an index, since their parsers import torch."""
+"""Commands whose help and unknown flags are answered from an index, since their parsers import torch."""
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 COMMAND_LINE_CODES = ("unknown-recipe", "no-class-to-set")
-"""Codes of errors in the command line itself: the exit status is 2."""
+"""Error codes that mean a wrong command line: the exit status is 2."""
 
 
 def help_text() -> str:
-    """Return what ``rlhf --help`` prints."""
+    """Return the text of ``rlhf --help``."""
 
     def rows(commands: dict[str, Command]) -> list[str]:
         return [f"  {name:<17}{command.help}" for name, command in commands.items()]
@@ -117,11 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rlhf`` and return its exit status: 0 for success, 1 for a failure, 2 for a wrong command line.
 
     A failure is printed as one sentence; RLHF_DEBUG=1 in the environment shows the traceback instead. The status is 130
-    after Ctrl-C, 75 where a run was told to stop and can be resumed, and 128 + n after another signal n.
+    after Ctrl-C, 75 if a run was stopped and can be resumed, and 128 + n after another signal n.
     """
     tolerate_encodings()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Set before the libraries that read them are imported: the data here is often private.
+    # Set before importing the libraries that read these variables: the data here is often private.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _likely(name: str, commands: Collection[str]) -> str:
-    """Return a hint at the command that an unknown name probably means; it may be a recipe's, as in ``rlhf dpo``."""
+    """Return a hint at the command that an unknown name probably means; it may be a recipe, as in ``rlhf dpo``."""
     recipe = name.lower().replace("-", "_")
     if name not in LIKELY and recipe in importlib.import_module("rlhf_lightning.recipes").recipe_names():
         return f"did you mean `rlhf fit --config recipe:{recipe}`?"
@@ -152,7 +152,7 @@ def _likely(name: str, commands: Collection[str]) -> str:
 
 
 def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
-    """Run a command and return its exit status; failures and signals become a sentence."""
+    """Run a command and return its exit status; print failures and signals as one sentence."""
     working_directory.install()
     try:
         if name in QUICK_HELP:  # help and wrong flags, without importing torch
@@ -189,10 +189,10 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def terminable(received: list[int]) -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise TerminatedError, so that half-made files are removed; a second one kills.
+    """Let SIGTERM and SIGHUP raise TerminatedError, so that partial files are removed; a second signal kills.
 
     Args:
-        received: gets the number of a signal that came, also where a library suppressed the exception.
+        received: list to which the number of a received signal is appended, even if a library suppressed the exception.
     """
     process = os.getpid()
     before: dict[int, Any] = {}
@@ -206,7 +206,7 @@ def terminable(received: list[int]) -> Iterator[None]:
 
     numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
     with contextlib.suppress(ValueError):  # handlers belong to the main thread
-        # Handlers that others set, and SIGHUP under nohup, stay.
+        # Keep handlers that were set elsewhere, and ignore SIGHUP under nohup.
         usual = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
         before.update({number: signal.signal(number, terminate) for number in usual})
     try:
@@ -217,16 +217,16 @@ def terminable(received: list[int]) -> Iterator[None]:
 
 
 def tolerate_encodings() -> None:
-    """Write characters that the terminal's encoding lacks as escapes, so that no command ends because of one."""
+    """Write characters that the terminal's encoding lacks as escapes, so that they end no command."""
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or not a stream of this kind
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 def _foreign_exit(error: SystemExit) -> str | None:
-    """Return file and line of a user's or another package's sys.exit, which must not end a command as a success.
+    """Return file and line of a sys.exit in a user's or another package's code; it must not end a command as a success.
 
-    None for exits of this package and of its parsers.
+    None if the exit comes from this package or its parsers.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [frame for frame in frames if frame.f_globals.get("__name__") != "_sitebuiltins"]

@@ -1,7 +1,7 @@
-"""The private API of other packages that this package needs, with the version it was read from.
+"""Wrap the private API of other packages that this package needs, with the version it was written for.
 
-No other file uses a private name of another package. tests/test_compat.py has a test for each function, which says in
-one sentence what has changed.
+No other file uses a private name of another package. tests/test_compat.py tests each function; a failure says in one
+sentence what has changed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def attached_trainer(module: Any) -> Any | None:
 
 
 def attached_datamodule(trainer: Any) -> Any:
-    """Return a trainer's DataModule, None where it was given none and lacks the attribute."""
+    """Return a trainer's DataModule; None if the trainer was given none."""
     return getattr(trainer, "datamodule", None)
 
 
 def restore_loader_position(trainer: Any) -> None:
-    """Restore the data's position from the checkpoint if the trainer has not.
+    """Restore the data position from the checkpoint if the trainer has not.
 
-    The trainer drops it if its loaders were made before the checkpoint is loaded, as by
+    The trainer drops the position if its loaders are created before the checkpoint is loaded, for example by
     ``trainer.estimated_stepping_batches``.
     """
     loop = trainer.fit_loop
@@ -41,12 +41,12 @@ def set_logged_step(trainer: Any, step: int) -> None:
 
 
 def logged_batch(trainer: Any) -> Any:
-    """Return the batch whose step runs; ``self.log`` weighs a mean over an epoch by its size."""
+    """Return the batch of the current step; ``self.log`` weights epoch means by its size."""
     return getattr(trainer._results, "batch", None)
 
 
 def call_before_zero_grad(trainer: Any, optimizer: Any) -> None:
-    """Call the hooks ``on_before_zero_grad``, which Lightning calls with automatic optimization alone."""
+    """Call the hooks ``on_before_zero_grad``; Lightning calls them only with automatic optimization."""
     from lightning.pytorch.trainer import call
 
     for hooks in (call._call_callback_hooks, call._call_lightning_module_hook):
@@ -87,7 +87,7 @@ def dump_checkpoint(trainer: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_signal_handlers(trainer: Any) -> Iterator[None]:
-    """Let Lightning install no signal handlers meanwhile."""
+    """Keep Lightning from installing signal handlers inside the context."""
     connector = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
     try:
@@ -97,25 +97,25 @@ def without_signal_handlers(trainer: Any) -> Iterator[None]:
 
 
 def given_data(trainer: Any) -> Any:
-    """Return what a trainer about to fit takes its training loader from: loaders, a DataModule, a module; or None."""
+    """Return the source of a trainer's training loader before fit: loaders, a DataModule or a module; or None."""
     source = trainer.fit_loop._data_source
     return source.instance if source.is_defined() else None
 
 
 def held_out_data(trainer: Any) -> Any:
-    """Return what a trainer takes its loaders of held-out rows from, while it fits, validates or tests."""
+    """Return the source of a trainer's held-out loaders while it fits, validates or tests."""
     loops = {"fit": trainer.fit_loop.epoch_loop.val_loop, "test": trainer.test_loop, "validate": trainer.validate_loop}
     loop = loops.get(str(getattr(trainer.state.fn, "value", "")))
     return None if loop is None else loop._data_source.instance
 
 
 def deals_out_loaders(trainer: Any) -> bool:
-    """Return ``use_distributed_sampler``: whether a trainer gives each rank another part of a plain DataLoader."""
+    """Return ``use_distributed_sampler``: whether a trainer shards a plain DataLoader over ranks."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
 def cluster_environment(trainer: Any) -> Any:
-    """Return the environment that started the processes, also under a strategy of one device."""
+    """Return the cluster environment that started the processes, even under a single-device strategy."""
     found = getattr(trainer.strategy, "cluster_environment", None)
     return found or trainer._accelerator_connector.cluster_environment
 
@@ -140,7 +140,7 @@ def setting_of(cli: Any, settings: Any, name: str) -> Any:
 
 
 def event_writer(logger: Any) -> Any:
-    """Return the file writer of a TensorBoardLogger, which takes several values as one event."""
+    """Return the file writer of a TensorBoardLogger; it can write several values as one event."""
     return logger.experiment._get_file_writer()
 
 
@@ -163,7 +163,7 @@ def parser_actions(parser: Any) -> list[Any]:
 
 
 def type_of_option(action: Any) -> Any:
-    """Return the type hint of an option; None where it has none."""
+    """Return the type hint of an option, or None."""
     return getattr(action, "_typehint", None)
 
 
@@ -176,7 +176,7 @@ def uses_sdpa(model: Any) -> bool:
 
 
 def is_stateful(model: Any) -> bool:
-    """Return whether a model has a recurrent state, which masks do not affect."""
+    """Return whether a model has a recurrent state, to which attention masks do not apply."""
     return bool(getattr(model, "_is_stateful", False))
 
 
@@ -187,7 +187,7 @@ def attention_kernel(config: Any) -> str | None:
 
 
 def router_recorder(trunk: Any) -> tuple[Any, str, int] | None:
-    """Return class, end of the name, and output of a transformer's routers whose logits it records; None without."""
+    """Return the class, name suffix and output index of the routers whose logits a transformer records, or None."""
     found = (getattr(trunk, "_can_record_outputs", None) or {}).get("router_logits")
     if found is None or getattr(found, "target_class", found) is None:
         return None
@@ -195,7 +195,7 @@ def router_recorder(trunk: Any) -> tuple[Any, str, int] | None:
 
 
 def erases_pad_row(model: Any) -> bool:
-    """Return whether loading a model of this class sets the row of its config's pad token to 0, though it is stored."""
+    """Return whether loading a model of this class overwrites the pad token's stored embedding row with 0."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -213,7 +213,7 @@ def erases_pad_row(model: Any) -> bool:
 
 
 def new_model(kind: Any, config: Any, kernel: str) -> Any:
-    """Build a model of a class from a config, in fp32, with newly drawn weights and an attention kernel."""
+    """Build a model of a class from a config in fp32, with newly initialised weights and the given attention kernel."""
     import torch
 
     return kind._from_config(config, dtype=torch.float32, attn_implementation=kernel)
@@ -233,12 +233,12 @@ def set_adapter_switch(layer: Any, switch: tuple[str | list[str], bool]) -> None
 
 
 def wrapper_holds(wrapper: Any, name: str) -> bool:
-    """Return whether a module that an adapter trains whole has weights of the adapter of this name."""
+    """Return whether a fully trained module (``modules_to_save``) has weights for the adapter of this name."""
     return name in wrapper._adapters
 
 
 def bypasses_adapters(model: Any, name: str) -> bool:
-    """Return whether peft refuses an adapter on a layer because a fused kernel of the family reads its weight."""
+    """Return whether peft refuses an adapter on a layer because a fused kernel reads the layer's weight directly."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
@@ -253,7 +253,7 @@ def bypasses_adapters(model: Any, name: str) -> bool:
 
 
 def allow_graphs(count: int) -> None:
-    """Let torch.compile keep ``count`` graphs of a function."""
+    """Let torch.compile keep at least ``count`` graphs of a function."""
     import torch
 
     settings: Any = torch._dynamo.config
@@ -261,19 +261,19 @@ def allow_graphs(count: int) -> None:
 
 
 def memory_format_encoding() -> Any:
-    """Return the enumeration of memory formats in shard metadata."""
+    """Return the enumeration of memory formats that shard metadata uses."""
     from torch.distributed.checkpoint import metadata
 
     return metadata._MEM_FORMAT_ENCODING
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Return the fingerprint that ``datasets`` keeps of a dataset."""
+    """Return the fingerprint of a Hugging Face dataset."""
     return str(dataset._fingerprint)
 
 
 def copy_each(copies: list[Any], parts: list[Any]) -> None:
-    """Copy tensors into others of possibly another precision, in one operation."""
+    """Copy a list of tensors into another list in one operation; the precision may differ."""
     import torch
 
     torch._foreach_copy_(copies, parts)

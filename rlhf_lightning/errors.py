@@ -1,6 +1,6 @@
-"""Errors with a stable code, which programs, tests and docs match; the sentence may be rewritten.
+"""Errors with a stable code, which programs, tests and docs match; the sentence may change.
 
-Imports nothing heavy: `rlhf` prints every failure with `failure_sentence`.
+This file imports nothing heavy: `rlhf` prints every failure with `failure_sentence`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class RlhfError(Exception):
 
 
 class SettingError(RlhfError, ValueError):
-    """A setting, or a combination of settings, that cannot work."""
+    """An invalid setting, or an invalid combination of settings."""
 
 
 class DataError(RlhfError, ValueError):
-    """Rows or files of data that cannot be used."""
+    """Data rows or files that cannot be used."""
 
 
 class ModelError(RlhfError, ValueError):
@@ -57,7 +57,7 @@ class StateError(RlhfError, RuntimeError):
 
 
 class PackageError(RlhfError, ModuleNotFoundError):
-    """An optional package that is needed and not installed."""
+    """An optional package that is needed but not installed."""
 
 
 class ContractError(RlhfError, TypeError):
@@ -65,11 +65,11 @@ class ContractError(RlhfError, TypeError):
 
 
 class LackingError(RlhfError, AttributeError):
-    """An attribute that an object lacks, or has later; ``hasattr`` is False."""
+    """An attribute that an object lacks, or does not have yet; ``hasattr`` is False."""
 
 
 class TerminatedError(BaseException):
-    """This process was told to end by a signal; like KeyboardInterrupt, it passes every ``except Exception``.
+    """This process was told to end by a signal. Like KeyboardInterrupt, ``except Exception`` does not catch it.
 
     Args:
         number: the signal.
@@ -81,7 +81,7 @@ class TerminatedError(BaseException):
 
 
 def check_range(holds: bool, rule: str, **settings: object) -> None:
-    """Refuse settings that are out of range; ``rule`` says what is wanted, as in "each must be positive".
+    """Refuse settings that are out of range; ``rule`` states the condition, as in "each must be positive".
 
     Raises:
         SettingError: ``setting-out-of-range``.
@@ -93,7 +93,7 @@ def check_range(holds: bool, rule: str, **settings: object) -> None:
 
 
 def check_choice(choices: Sequence[str], **setting: object) -> None:
-    """Refuse a setting that is none of the choices.
+    """Refuse a setting that is not among the choices.
 
     Raises:
         SettingError: ``unknown-choice``.
@@ -118,10 +118,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return a text that cannot act on a terminal, for messages that quote files, models, servers and people.
+    r"""Escape characters that could act on a terminal, for messages that quote files, models, servers and people.
 
     Control, format and direction characters, surrogates and unassigned code points are written as ``\x1b`` or
-    ``\u202e``. Letters of every script, spaces, tabs and line feeds stay.
+    ``\u202e``. Letters of every script, spaces, tabs and line feeds are kept.
     """
     if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
         return text
@@ -134,7 +134,7 @@ def printable(text: str) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
+    """Return whether memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return True
     if isinstance(error, OSError):
@@ -143,7 +143,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone or hangs."""
+    """Return whether a collective failed because another rank died or hangs."""
     text = str(error)
     return type(error).__name__.startswith("Dist") or "/gloo/" in text or "NCCL" in text
 
@@ -156,7 +156,7 @@ LOWER = (
 
 
 def failure_sentence(error: Exception) -> str | None:
-    """Return one sentence about a failure; None for an unexpected error, whose traceback is needed."""
+    """Return one sentence about a failure; None for an unexpected error, which needs its traceback."""
     name, text = type(error).__name__, str(error).strip()
     first = reason_of(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -192,7 +192,7 @@ def failure_sentence(error: Exception) -> str | None:
         if metric.startswith("val/") and "val/" not in known:
             remedy = f"give held-out rows (data.eval_rows), or {remedy}"
         return f"EarlyStopping monitors {metric}, which this run does not log: {remedy}"
-    # Errors of this package are written for users. Lightning's is checked by name, since it is not imported here.
+    # Errors of this package are written for users. Lightning's error is matched by name: Lightning is not imported.
     own = type(error).__module__.split(".")[0] == __name__.split(".")[0]
     foreseen = own or isinstance(error, ValueError | OSError | ImportError) or name == "MisconfigurationException"
     return text or name if foreseen else None

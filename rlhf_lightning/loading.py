@@ -1,7 +1,7 @@
-"""Load objects that a user named, by a short name, an import path or ``{class_path, init_args}``, and check settings.
+"""Load objects that a user named (short name, import path or ``{class_path, init_args}``), and check settings.
 
-Importing a path runs its module's code, so only names that the user typed may be loaded. Names in a checkpoint pass
-`runs.checkpoint_metadata.own_code` first. Nothing is called before its kind is checked.
+Importing a path runs its module's code, so only names that the user typed are loaded. Names in a checkpoint must pass
+`runs.checkpoint_metadata.own_code` first. An object's type is checked before it is called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _text_of(path: Path, errors: str = "strict") -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that this package wrote.
+    """Return the JSON object in a file written by this package.
 
     Raises:
         DataError: ``invalid-json``: the file is damaged.
@@ -50,13 +50,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects in the lines of a file that this package wrote.
+    """Return the JSON objects in the lines of a file written by this package.
 
     Raises:
         DataError: ``invalid-json``: a line is damaged.
     """
     rows = []
-    # Not splitlines(): texts may hold U+2028 and other ends of lines that JSON does not escape.
+    # Not splitlines(): texts may hold U+2028 and other line separators that JSON does not escape.
     for number, line in enumerate(_text_of(path, "surrogateescape").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
@@ -69,14 +69,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 SCALARS = (str, int, float, type(None))
-"""Values of JSON that hold no others. To ask for them first is faster than for a Mapping."""
+"""JSON values that hold no other values. Checking for these types first is faster than checking for a Mapping."""
 
 DEEPEST = 64
-"""Levels of nested JSON in a row, a request or a call: what walks them by recursion would fail far below 1000."""
+"""Maximum nesting depth of JSON in a row, a request or a call. Recursion would fail well below depth 1000."""
 
 
 def is_too_deep(value: Any) -> bool:
-    """Tell whether lists and objects are nested in more than `DEEPEST` levels."""
+    """Return whether lists and objects are nested more than `DEEPEST` levels deep."""
     layer: list[Any] = [[value]]
     for _ in range(DEEPEST + 1):
         layer = [
@@ -94,12 +94,12 @@ def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
     """Return the object that ``spec`` describes.
 
     Args:
-        spec: a finished object; a class; a short name in ``shipped``; an import path such as ``my_file.MyClass`` of
+        spec: a finished object; a class; a short name in ``shipped``; the import path, such as ``my_file.MyClass``, of
             an object or of a class without required arguments; or ``{"class_path": NAME, "init_args": {...}}`` as a
             dict or jsonargparse's Namespace.
-        base: class of the result; `collections.abc.Callable` for anything callable.
+        base: required class of the result; `collections.abc.Callable` for any callable.
         shipped: classes and functions by short name.
-        what: noun for messages, such as ``scorer``.
+        what: noun for error messages, such as ``scorer``.
 
     Raises:
         SettingError: ``unknown-name`` (with the nearest name), ``not-importable``, ``wrong-kind`` or
@@ -143,7 +143,7 @@ def load_class(name: str, base: type, shipped: Mapping[str, Any], what: str) -> 
 
 
 def import_path(path: str, what: str = "object") -> Any:
-    """Import the object at a dotted path that the user typed; the working directory is searched too.
+    """Import the object at a dotted path that the user typed; the working directory is searched as well.
 
     Raises:
         SettingError: ``not-importable``.
@@ -161,7 +161,7 @@ def import_path(path: str, what: str = "object") -> Any:
 
 
 def import_user_module(name: str) -> str:
-    """Import a user's module by its name or .py file and return its name.
+    """Import a user's module, given by name or .py file, and return its name.
 
     Raises:
         MissingError: ``no-file``.
@@ -180,7 +180,7 @@ def import_user_module(name: str) -> str:
 
 
 def _imported(name: str, said: str) -> ModuleType:
-    """Import a module that a user named; ``said`` names it in errors."""
+    """Import a module that a user named; ``said`` is how error messages refer to it."""
     try:
         return importlib.import_module(name)
     except RlhfError:
@@ -192,7 +192,7 @@ def _imported(name: str, said: str) -> ModuleType:
             "if __name__ == '__main__'",
         ) from error
     except Exception as error:
-        installed = ("<", sys.prefix, sys.base_prefix)  # also the import system, whose frames are in no file
+        installed = ("<", sys.prefix, sys.base_prefix)  # "<": frames of the import system, which have no file
         frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(installed)]
         where = "".join(f" in {f.filename}, line {f.lineno}" for f in frames[-1:])
         foreseen = isinstance(error, ModuleNotFoundError | SyntaxError) or not frames
@@ -215,13 +215,13 @@ def shipped_classes(room: str, base: Any) -> dict[str, Any]:
 
 
 def cache_folder(folder: str | None = None) -> Path:
-    """Return where converted models, checks and encoded rows are kept: ``folder``, $RLHF_CACHE, or the user's cache."""
+    """Return the folder of cached models, checks and encoded rows: ``folder``, $RLHF_CACHE, or the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_lightning"
     return Path(folder or os.environ.get("RLHF_CACHE") or default).expanduser()
 
 
 def read_yaml(text: str) -> Any:
-    """Return the plain values of a YAML text within the limits of `refuse_large_yaml`."""
+    """Parse YAML text to plain values, within the limits of `refuse_large_yaml`."""
     refuse_large_yaml(text)
     return yaml.safe_load(text)
 
@@ -242,7 +242,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a config to the names of the command line: model.beta for model.init_args.beta."""
+    """Flatten a config to the command line's names: model.beta for model.init_args.beta."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
@@ -254,11 +254,11 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 YAML_CHARACTERS, YAML_DEPTH, YAML_VALUES = 1_000_000, 64, 1_000_000
-"""Limits of a config: characters, nested levels, and values with aliases written out."""
+"""Limits of a config: characters, nesting depth, and values after expanding aliases."""
 
 
 def refuse_large_yaml(text: str) -> None:
-    """Refuse YAML that is long, deeply nested, or that aliases make huge: parsers hang or crash on it.
+    """Refuse YAML that is too long, too deeply nested or too large after expanding aliases: parsers hang or crash on it.
 
     Raises:
         SettingError: ``yaml-too-large``.
@@ -277,7 +277,7 @@ def refuse_large_yaml(text: str) -> None:
             anchor, size = opened.pop()
             sizes[anchor or ""] = size
         elif isinstance(event, yaml.AliasEvent):
-            size = sizes.get(str(anchor), YAML_VALUES + 1)  # an alias within what it names has no end
+            size = sizes.get(str(anchor), YAML_VALUES + 1)  # an alias inside its own anchor is infinite
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
         opened[-1] = (opened[-1][0], opened[-1][1] + size)
@@ -287,7 +287,7 @@ def refuse_large_yaml(text: str) -> None:
 
 
 def refuse_repeated_keys(text: str) -> None:
-    """Refuse YAML in which a mapping has the same key twice: all but the last would be dropped in silence.
+    """Refuse YAML in which a mapping repeats a key: the parser would silently keep only the last value.
 
     Raises:
         SettingError: ``repeated-key``.
@@ -314,10 +314,10 @@ def refuse_repeated_keys(text: str) -> None:
 
 
 def check_ranges(kind: type, settings: Mapping[str, Any]) -> None:
-    """Refuse settings outside the ranges that a class and its bases state.
+    """Refuse settings outside the ranges that a class and its base classes declare.
 
     Args:
-        kind: its ``ranges`` map names of settings to intervals, such as "(0, inf)" or "[0, 0.5)".
+        kind: class whose ``ranges`` map names of settings to intervals, such as "(0, inf)" or "[0, 0.5)".
         settings: values by name; only numbers and tuples of numbers are checked.
 
     Raises:
@@ -341,7 +341,7 @@ def _within(value: float, interval: str) -> bool:
 
 
 def refuse_contradictions(contradictions: Mapping[str, tuple[bool, str]]) -> None:
-    """Refuse settings that contradict each other, given by error code whether they do, and the error's sentence.
+    """Refuse contradictory settings; each error code maps to (whether the contradiction holds, the error's sentence).
 
     Raises:
         SettingError: with the code of the first contradiction.

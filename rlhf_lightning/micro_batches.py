@@ -1,7 +1,7 @@
-"""Cut rows into micro-batches by their cost, for fixed data and for rollouts.
+"""Split rows into micro-batches by their cost, for fixed data and for rollouts.
 
-Rows are sorted by cost, so that little is padded, and cut into as few and as even micro-batches as the limits allow.
-The cut never changes a gradient.
+Rows are sorted by cost to reduce padding. They are split into as few and as even micro-batches as the limits allow. The
+split never changes a gradient.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ def cut_micro_batches(
     rows: Sequence[int] | None = None,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """Cut units (rows, or several rows that share a prompt) into micro-batches.
+    """Split units (a unit is a row, or several rows that share a prompt) into micro-batches.
 
     Args:
         costs: tokens of each unit.
-        limits: bounds of a micro-batch; a larger unit gets a micro-batch of its own.
-        packed: whether units are packed, so that a micro-batch costs the sum of its units; otherwise each unit is
-            padded to the longest.
-        rows: rows of each unit; None counts 1 each.
-        multiple_of: the number of micro-batches is a multiple of this (ranks).
+        limits: limits of a micro-batch; a unit above the token budget gets a micro-batch of its own.
+        packed: whether units are packed: the cost of a micro-batch is then the sum of its units. Otherwise each unit
+            is padded to the longest.
+        rows: number of rows of each unit; None counts 1 per unit.
+        multiple_of: the number of micro-batches is a multiple of this number (of ranks).
 
     Returns:
-        Units of each micro-batch, largest first, every unit once. Micro-batches are empty only if ``multiple_of`` asks
-        for more of them than there are units.
+        Indices of the units of each micro-batch, largest unit first; each unit occurs once. Some micro-batches are
+        empty only if ``multiple_of`` requires more micro-batches than there are units.
     """
     costs = np.asarray(costs, dtype=np.int64)
     if not len(costs):
@@ -46,12 +46,12 @@ def cut_micro_batches(
 
 
 def cells_of(costs: Sequence[int], packed: bool) -> int:
-    """Return the cells of a micro-batch: the sum of its costs if packed, else rows times the longest."""
+    """Return the number of cells of a micro-batch: the sum of costs if packed, else rows times the longest row."""
     return sum(costs) if packed else len(costs) * max(costs, default=0)
 
 
 class _Cut:
-    """A search for the cut; ``costs`` are in falling order."""
+    """Search for the best split; ``costs`` are in descending order."""
 
     def __init__(self, costs: list[int], sizes: list[int], most: int, packed: bool) -> None:
         self.costs, self.sizes, self.most, self.packed = costs, sizes, most, packed
@@ -80,7 +80,7 @@ class _Cut:
         return cuts
 
     def filled(self, limit: int) -> list[tuple[int, int]]:
-        """Fill one micro-batch after the other: the fewest that the limits allow."""
+        """Fill micro-batches greedily: the fewest that the limits allow."""
         costs, sizes, cuts, start = self.costs, self.sizes, [], 0
         while start < len(costs):
             stop, cells, rows = start + 1, costs[start], sizes[start]

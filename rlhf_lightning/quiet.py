@@ -1,4 +1,4 @@
-"""Messages and warnings of libraries that are silenced, each with the reason."""
+"""Silence messages and warnings of libraries, each with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 NOISE = ("💡 Tip:", "GPU available:", "TPU available:", "HPU available:")
-"""Advertisements for hosted services; the device is in the manifest."""
+"""Advertisements for hosted services, and device messages: the manifest records the device."""
 
 SILENCED_MESSAGES = {
     "lightning.pytorch.utilities.rank_zero": NOISE,
@@ -23,7 +23,7 @@ MESSAGES_OF_COMMANDS = {
     "lightning.pytorch.utilities.rank_zero": ("`Trainer.fit` stopped:",),  # printed at the normal end of every run
     "lightning.fabric.utilities.seed": ("Seed set to",),  # the seed is in config.yaml and in the manifest
 }
-"""Messages that say something in a script, and nothing new in a command."""
+"""Messages that are useful in a script and redundant in a command."""
 
 SILENCED_WARNINGS = (
     # The loaders read token ids from memory: worker processes would only add start-up time.
@@ -46,7 +46,7 @@ SILENCED_WARNINGS = (
 
 
 class _Silence(logging.Filter):
-    """Drop messages that contain one of the texts."""
+    """Drop messages that contain one of ``texts``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Silence(logging.Filter):
 
 
 def silence_log_messages(messages: Mapping[str, Sequence[str]] = SILENCED_MESSAGES) -> None:
-    """Silence log messages; call it before the libraries are imported, since some messages come then."""
+    """Silence log messages. Call it before the libraries are imported: some log during import."""
     if os.environ.get("RLHF_DEBUG"):
         return
     for name, texts in messages.items():
@@ -70,7 +70,7 @@ def silence_log_messages(messages: Mapping[str, Sequence[str]] = SILENCED_MESSAG
 
 def silence_libraries() -> None:
     """Silence log messages and warnings of libraries. RLHF_DEBUG=1 keeps all of them."""
-    # The tokenizers' thread pool does not work in forked workers, and warns about it.
+    # The tokenizers' thread pool does not work in forked workers, and logs a warning about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RLHF_DEBUG"):
         return
@@ -83,7 +83,7 @@ def silence_libraries() -> None:
 
 
 def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:
-    """Print no traceback of TensorBoard's writer thread: the next call that logs raises its exception."""
+    """Print no traceback of TensorBoard's writer thread: the next logging call raises its exception."""
     trace = failure.exc_traceback
     files = [] if trace is None else [frame.filename for frame in traceback.extract_tb(trace)]
     if not any(file.endswith("event_file_writer.py") for file in files):
@@ -91,9 +91,9 @@ def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:
 
 
 def _silence_transformers() -> None:
-    """Silence transformers' notes on loading; show progress bars of loading on a terminal only.
+    """Silence transformers' loading messages; show progress bars only on a terminal.
 
-    Commands that import neither stay fast: the environment tells them before they are imported.
+    Libraries that are not imported yet are configured through environment variables, so that commands stay fast.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     bars = sys.stderr.isatty()

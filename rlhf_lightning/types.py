@@ -1,4 +1,4 @@
-"""The glossary: the typed tuples that data, models, losses and modules exchange.
+"""Define the typed tuples that data, models, losses and modules exchange.
 
 Shapes: ``rows`` completions of a batch, ``length`` completion tokens (padded on the right with zeros), ``pairs``
 preference pairs, ``groups`` prompts with several completions. Two invariants hold everywhere:
@@ -7,9 +7,9 @@ preference pairs, ``groups`` prompts with several completions. Two invariants ho
   log-probability;
 * masks are made from lengths, not from pad ids, and are True on completion tokens up to and including the end token.
 
-``extras`` are the slots of an objective: further tensors by name, with one value for each row or completion token. They
-come from columns of the data (``data_columns``), per-token statistics (``token_statistics``), and scorers.
-Micro-batching, packing, ranks and minibatches treat them like fields.
+``extras`` hold the further tensors of an objective by name, called slots: one value for each row or completion token.
+Slots come from columns of the data (``data_columns``), from per-token statistics (``token_statistics``) and from
+scorers. Micro-batching, packing, sharding over ranks and minibatches treat slots like fields.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "user" | "assistant" | "system" | "tool", "content": text}``.
 
-A turn may also hold ``reasoning_content`` (the thought before an answer), ``tool_calls``, ``tool_call_id``, ``name``
-and ``weight`` (of its tokens in the loss, 1 unless given). The first turn holds ``tools``, the descriptions of tools.
+A turn may also hold ``reasoning_content`` (the reasoning before an answer), ``tool_calls``, ``tool_call_id``, ``name``
+and ``weight`` (weight of its tokens in the loss, default 1). The first turn holds ``tools``, the tool descriptions.
 """
 
 Prompt = str | list[Message]
@@ -38,8 +38,8 @@ class Sequences(NamedTuple):
         prompts: token ids of each prompt, int64, each of shape (prompt tokens,).
         completions: token ids of each completion, int64, each of shape (completion tokens,).
         parents: index of each completion's prompt.
-        supervised: bool mask over each completion's tokens, True on tokens that a loss may read: all tokens of a
-            sampled or compared completion, the assistant turns of a demonstration, the last tokens of judged steps.
+        supervised: bool mask over each completion's tokens, True on tokens that enter a loss: all tokens of a sampled
+            or compared completion, the assistant turns of a demonstration, the last token of each judged step.
     """
 
     prompts: tuple[Tensor, ...]
@@ -68,7 +68,7 @@ class DemonstrationBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Pairs: completions ``0 .. pairs-1`` are chosen, ``pairs .. 2*pairs-1`` rejected, of the same prompts.
+    """Preference pairs: completions ``0 .. pairs-1`` are chosen, ``pairs .. 2*pairs-1`` rejected, for the same prompts.
 
     Attributes:
         sequences: prompts, and chosen completions stacked on rejected ones.
@@ -89,9 +89,9 @@ class RankedBatch(NamedTuple):
     """Groups of two or more ranked completions of one prompt; a pair is a group of two.
 
     Attributes:
-        sequences: prompts (one a group) and their completions.
+        sequences: prompts (one per group) and their completions.
         ranks: rank of each completion in its group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: in groups of two, the probability that the better ranked is better, otherwise 1; shape (groups,).
+        target: probability that the better ranked completion is better, in groups of two; otherwise 1; shape (groups,).
         margin: rated strength of the preference, 0 where unrated; shape (groups,).
         weights: weight of each group, shape (groups,).
         extras: slots, shape (groups,).
@@ -123,12 +123,12 @@ class ProcessBatch(NamedTuple):
 
 
 class UnpairedBatch(NamedTuple):
-    """Completions judged alone, one per prompt.
+    """Completions judged individually, one per prompt.
 
     Attributes:
         sequences: the judged completions.
-        mismatched: each prompt with the completion of another prompt, for KTO's estimate of the KL; None unless the
-            module asks for it.
+        mismatched: each prompt with the completion of another prompt, for KTO's KL estimate; None unless the module
+            asks for it.
         desirable: bool, True if the completion was judged good, shape (rows,).
         weights: weight of each row, shape (rows,).
         extras: slots, shape (rows,).
@@ -142,17 +142,17 @@ class UnpairedBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Prompts to answer, with the columns that a scorer may need.
+    """Prompts to answer, with the data columns that a scorer may need.
 
     Attributes:
         prompts: token ids of each prompt, rendered with the generation prompt; int64, each (prompt tokens,).
         texts: each prompt as given by the data: plain text or messages.
         columns: further columns of the data, each a list with one value per prompt (``answer``, ``category`` ...).
-        episodes: number of each prompt's episode in the run, which addresses its random numbers; int64, (prompts,).
+        episodes: number of each prompt's episode in the run; it seeds the episode's random numbers; int64, (prompts,).
         group: index of the distinct prompt of each row, equal for the samples of one group; int64, (prompts,).
         pretraining: text to mix into the policy's updates (PPO-ptx), or None.
         extras: slots, shape (prompts,).
-        multi_turn: the environment that replies to completions; None where one completion is the whole episode.
+        multi_turn: the environment that replies to completions; None if each episode is a single completion.
     """
 
     prompts: tuple[Tensor, ...]
@@ -167,16 +167,16 @@ class PromptBatch(NamedTuple):
 
 
 class DataNeeds(NamedTuple):
-    """What a module asks of the DataModule that feeds it; the defaults are those of use without a module.
+    """Requirements of a module on its DataModule; the defaults apply to a DataModule without a module.
 
     Attributes:
-        batch_type: class of its batches; None takes the DataModule's first.
-        columns: columns of numbers that arrive in ``extras``.
+        batch_type: class of the batches; None takes the first class that the DataModule lists.
+        columns: numeric columns of the data to pass on in ``extras``.
         ties: keep pairs whose completions were judged equal.
-        mismatched: give each prompt another row's completion too.
+        mismatched: also give each prompt the completion of another row.
         step_separator: text between two judged steps.
-        packed: rows are laid end to end, so that the sum of their tokens bounds a micro-batch.
-        predicts_prompts: prediction answers prompts; otherwise it scores completions.
+        packed: rows are packed, so that a micro-batch is limited by the sum of its tokens.
+        predicts_prompts: ``predict`` answers prompts; otherwise it scores completions.
     """
 
     batch_type: type | None = None
@@ -190,20 +190,21 @@ class DataNeeds(NamedTuple):
 
 @runtime_checkable
 class TakesData(Protocol):
-    """A module that says what it asks of its DataModule."""
+    """A module that states its requirements on the data."""
 
     @property
     def data_needs(self) -> DataNeeds:
-        """What the module asks for."""
+        """Return the module's requirements."""
         ...
 
 
 class MicroBatchLimits(NamedTuple):
-    """Bounds of one forward and backward pass on a rank. They change memory and speed, but no gradient.
+    """Limits of one forward and backward pass on a rank. They affect memory and speed, but no gradient.
 
     Attributes:
-        micro_batch_size: most rows (demonstrations, pairs, groups, episodes), or None.
-        max_tokens: most tokens, including padding if rows are not packed; a longer row stands alone. None for no bound.
+        micro_batch_size: maximum number of rows (demonstrations, pairs, groups, episodes), or None.
+        max_tokens: token budget, including padding if rows are not packed; None for no limit. A row above the budget
+            gets a micro-batch of its own.
     """
 
     micro_batch_size: int | None = None
@@ -216,17 +217,17 @@ Batch = TypeVar("Batch")
 
 
 class Step(NamedTuple, Generic[Batch]):
-    """One item of a DataLoader: this rank's share of an optimizer step, cut into micro-batches.
+    """One item of a DataLoader: this rank's share of an optimizer step, split into micro-batches.
 
-    A step of prompts is one rollout; the module cuts its samples within ``limits``.
+    A step of prompts is one rollout. The module splits the sampled episodes into micro-batches within ``limits``.
 
     Attributes:
         micro_batches: batches that each fit in memory; every rank gets the same number.
         rows: rows (pairs, groups, prompts) of this step over all ranks and micro-batches.
         tokens: supervised completion tokens of this step over all ranks and micro-batches.
-        row_ids: numbers of those rows among the rows that the data kept, from 0; a prompt with several samples counts
-            once. Empty for a stream.
-        limits: bounds of each forward pass; fixed data is cut already.
+        row_ids: indices of the step's rows among the rows that the data kept, from 0; a prompt with several samples
+            counts once. Empty for a stream.
+        limits: limits of each forward pass; fixed data is already split within them.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -305,7 +306,7 @@ class PreferenceLogprobs(NamedTuple):
     extras: Mapping[str, Tensor] = {}
 
     def swapped(self) -> PreferenceLogprobs:
-        """Return the pairs with chosen and rejected exchanged, including their slots; the target becomes 1 - target."""
+        """Return the pairs with chosen and rejected exchanged, slots included; the target becomes 1 - target."""
         fields = {_other_side(name): value for name, value in self._asdict().items()}
         extras = {_other_side(name): value for name, value in self.extras.items()}
         return self._replace(**{**fields, "target": 1 - self.target, "extras": extras})
@@ -351,7 +352,7 @@ class PreferenceLogprobs(NamedTuple):
 
     @property
     def rejected_logratio(self) -> Tensor:
-        """log policy(rejected) - log reference(rejected), shape (pairs,)."""
+        """log policy(rejected) - log reference(rejected), shape (pairs,); without a reference only the first term."""
         policy = self.rejected_sequence_logprobs
         return policy if self.reference_rejected_logprobs is None else policy - self.reference_rejected_logprobs.sum(-1)
 
@@ -370,13 +371,13 @@ class PreferenceLogprobs(NamedTuple):
 
 
 def _other_side(name: str) -> str:
-    """Return the corresponding field or slot of the other completion."""
+    """Return the name of the same field or slot for the other completion of the pair."""
     sides = {"chosen": "rejected", "rejected": "chosen"}
     return "_".join(sides.get(word, word) for word in name.split("_"))
 
 
 class UnpairedLogprobs(NamedTuple):
-    """Input of a loss on completions judged alone. Token tensors have shape (rows, length) and are 0 outside the mask.
+    """Input of a loss on individually judged completions. Token tensors have shape (rows, length), 0 outside the mask.
 
     Attributes:
         policy_logprobs: the policy's log-probabilities of the completions.
@@ -416,7 +417,7 @@ class RankedScores(NamedTuple):
         scores: the reward model's score of each completion, shape (completions,).
         group: index of each completion's group (prompt), int64, shape (completions,).
         ranks: rank in the group, 0 is best, equal ranks are ties; int64, shape (completions,).
-        target: in groups of two, the probability that the better ranked is better, shape (groups,).
+        target: probability that the better ranked completion is better, in groups of two; otherwise 1; shape (groups,).
         margin: rated strength of the preference, shape (groups,).
         weights: weight of each group, shape (groups,).
         extras: slots, shape (groups,).
@@ -459,9 +460,9 @@ class Episode(NamedTuple):
         messages: the turns so far, including the policy's last one; a first prompt of plain text is a user's turn.
         ids: token ids after the first prompt: the policy's turns as sampled, and the environment's replies.
         learned: whether the policy sampled each of ``ids``.
-        number: number of the episode in the run; with the position in ``ids`` it addresses random numbers.
+        number: number of the episode in the run; together with the position in ``ids`` it seeds random numbers.
         turn: number of the policy's last turn, from 0.
-        last: whether a limit ends the episode after this turn, so that only the reward of the reply counts.
+        last: whether a limit ends the episode after this turn, so that of the reply only the reward counts.
     """
 
     row: Mapping[str, Any]
@@ -474,7 +475,7 @@ class Episode(NamedTuple):
 
     @property
     def said(self) -> str:
-        """Text of the policy's last turn, without the end token but with every other control token."""
+        """Text of the policy's last turn, without the end token but with all other control tokens."""
         return str(self.messages[-1]["content"])
 
 
@@ -482,13 +483,13 @@ class Reply(NamedTuple):
     """An environment's reply to a turn of the policy.
 
     Attributes:
-        text: the reply: a user's turn of the chat template, or what follows in plain text.
-        messages: the reply as turns of any role, such as the results of tools; in place of ``text``.
-        ids: token ids of the reply; in place of ``text``.
+        text: the reply: a user's turn of the chat template, or the continuation of a plain text.
+        messages: the reply as turns of any role, such as tool results; instead of ``text``.
+        ids: token ids of the reply; instead of ``text``.
         reward: reward of the policy's turn, added to the turn's last token.
-        done: whether the episode ends here; the reply is not read then.
+        done: whether the episode ends here; the reply's text is then ignored.
         turn: the policy's turn as a message, if it holds more than text (tool calls).
-        feedback: the policy's turn judged in words, for a teacher that reads it; the policy does not.
+        feedback: judgement of the policy's turn in words; a teacher reads it, the policy does not.
     """
 
     text: str | None = None
@@ -501,7 +502,7 @@ class Reply(NamedTuple):
 
     @property
     def fault(self) -> str:
-        """What is wrong with the reply; empty if nothing is."""
+        """Description of what is wrong with the reply; empty if it is valid."""
         try:
             finite = math.isfinite(self.reward)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # not a number, or a tensor of several
@@ -526,15 +527,15 @@ class Reply(NamedTuple):
 
 @runtime_checkable
 class Environment(Protocol):
-    """An environment: it gives the first prompt and replies to the policy's turns.
+    """An environment: it provides the first prompt and replies to the policy's turns.
 
-    A reply should be a function of the episode alone. Episodes are then the same for any batch and number of ranks, and
-    a resumed run repeats them. An environment that can answer a whole batch better than one episode at a time also
-    defines ``reply_all(episodes) -> replies``; there None in place of a reply drops the episode.
+    A reply should depend on the episode alone. Episodes are then the same for any batch size and number of ranks, and a
+    resumed run repeats them. An environment that can answer a whole batch faster than single episodes also defines
+    ``reply_all(episodes) -> replies``. A reply of None from ``reply_all`` drops the episode.
     """
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        """Return the first prompt of an episode, given the columns of a data row and its prompt as ``prompt``."""
+        """Return an episode's first prompt; ``row`` holds the columns of a data row, with its prompt as ``prompt``."""
         ...
 
     def reply(self, episode: Episode) -> Reply:
@@ -543,12 +544,12 @@ class Environment(Protocol):
 
 
 class MultiTurn(NamedTuple):
-    """The environment of a run, and the limits of its episodes.
+    """The environment of a run and the limits of its episodes.
 
     Attributes:
-        environment: what replies to the policy's turns.
-        max_turns: most turns of the policy.
-        max_tokens: most tokens after the first prompt, replies included; None for no bound.
+        environment: replies to the policy's turns.
+        max_turns: maximum number of turns of the policy.
+        max_tokens: maximum number of tokens after the first prompt, including replies; None for no limit.
     """
 
     environment: Environment
@@ -557,16 +558,16 @@ class MultiTurn(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """A scorer's full judgement of one completion, which it may return in place of a number.
+    """A scorer's full judgement of one completion, returned instead of a number.
 
     Attributes:
         score: the completion's score; None if it cannot be judged.
         parts: further numbers by name (several rewards, costs ...), logged as ``rollout/score_NAME``.
-        token_rewards: reward of each completion token, including the end token, added to the token rewards; fewer
-            are padded with 0. The score stays on the last token.
+        token_rewards: additional reward of each completion token, including the end token; a shorter list is padded
+            with 0. The score stays on the last token.
         feedback: the judgement in words.
-        span_rewards: (start, end, reward) of spans of the completion's text, in characters. Their sum is part of
-            ``score``; each moves from the completion's last token to the span's last token.
+        span_rewards: (start, end, reward) of spans of the completion's text, in characters. ``score`` includes their
+            sum. Each reward moves from the completion's last token to the last token of its span.
     """
 
     score: float | None
@@ -577,7 +578,7 @@ class Judgement(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Completions that were sampled and judged for a rollout and dropped.
+    """Completions that were sampled and scored for a rollout, then dropped.
 
     Attributes:
         row_ids: number of each completion's data row; empty for a stream.
@@ -594,7 +595,7 @@ class Rollout(NamedTuple):
     Attributes:
         sequences: prompts and sampled completions, ragged; one prompt per episode.
         completion_mask: bool, True on the policy's tokens including the end token; False on an environment's tokens.
-        old_logprobs: the policy's log-probabilities at the rollout's start, by the trainer's forward.
+        old_logprobs: the policy's log-probabilities at the rollout's start, computed by the training forward.
         reference_logprobs: the reference's log-probabilities; None without a reference.
         values: the critic's value of the state before each token; None without a critic.
         scores: score of each completion, shape (episodes,); NaN if it cannot be judged.
@@ -602,7 +603,7 @@ class Rollout(NamedTuple):
         group: index of each episode's prompt, int64, shape (episodes,).
         behaviour_logprobs: the sampling engine's log-probabilities; None if nothing was sampled.
         episodes: number of each episode in the run, int64, shape (episodes,); None if nothing was sampled.
-        baseline_scores: score that each episode's is compared with (ReMax: of the greedy completion), shape
+        baseline_scores: score to compare each episode's score with (ReMax: of the greedy completion), shape
             (episodes,), or None.
         entropy: entropy of the policy's next-token distribution at the rollout's start, nats; None if unknown.
         parts: named scores of a `Judgement`, each of shape (episodes,); NaN if a completion has none.
@@ -612,7 +613,7 @@ class Rollout(NamedTuple):
         texts: text of each completion, without the end token.
         columns: further columns of the data, each a list with one value per episode.
         row_ids: number of each episode's data row; empty for a stream.
-        left_out: this rank's completions that dynamic sampling judged and dropped; None in methods that keep all.
+        left_out: this rank's completions that dynamic sampling scored and dropped; None in methods that keep all.
         extras: slots, shape (episodes,) or (episodes, length).
         turns: number of the policy's turns, int64, shape (episodes,); None without an environment.
     """
@@ -668,9 +669,9 @@ class Advantages(NamedTuple):
 
     Attributes:
         advantages: shape (episodes, length), 0 outside the mask.
-        returns: the critic's regression target, shape (episodes, length); None without a critic.
-        learned: bool, True on the tokens that are learned from, shape (episodes, length); None for all.
-        cost_returns: by constrained part the target of its own critic, shape (episodes, length).
+        returns: regression target of the critic, shape (episodes, length); None without a critic.
+        learned: bool, True on tokens that enter the policy loss, shape (episodes, length); None for all tokens.
+        cost_returns: for each constrained part, the target of its own critic, shape (episodes, length).
     """
 
     advantages: Tensor
@@ -684,7 +685,7 @@ class Aggregation(NamedTuple):
 
     Attributes:
         weights: weight of each token, shape (rows, length), 0 outside the mask.
-        divisor: these rows' share of the divisor, a scalar; summed over micro-batches and ranks before the division.
+        divisor: these rows' share of the divisor, a scalar; it is summed over micro-batches and ranks first.
     """
 
     weights: Tensor
@@ -696,17 +697,17 @@ class Aggregation(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """All episodes of one optimizer step, of all micro-batches and ranks, without gradient.
+    """All episodes of one optimizer step, over all micro-batches and ranks, without gradient.
 
-    For methods that select or rank tokens. Episodes are ordered by their number in the run, so the view is the same for
-    any micro-batch size and number of ranks. Token tensors have shape (episodes, length).
+    For methods that select or rank tokens. Episodes are ordered by their number in the run, so their order does not
+    depend on the micro-batch size or the number of ranks. Token tensors have shape (episodes, length).
 
     Attributes:
         old_logprobs: the policy's log-probabilities at the rollout's start.
         entropy: entropy of the policy's next-token distribution at the rollout's start, nats.
         advantages: advantage of each token.
         completion_mask: bool, True on the policy's tokens.
-        learned: bool, True on the tokens that are learned from.
+        learned: bool, True on tokens that enter the policy loss.
         scores: score of each completion, shape (episodes,).
         group: number of the first episode of each completion's prompt, int64, shape (episodes,).
         rows: index of each row of the micro-batch among these episodes, int64, shape (rows,).
@@ -732,14 +733,14 @@ class PolicyLogprobs(NamedTuple):
 
     Attributes:
         logprobs: the policy's current log-probabilities, with gradient, 0 outside the mask.
-        old_logprobs: the policy's at the rollout's start.
-        reference_logprobs: the reference's; None without a reference.
+        old_logprobs: the policy's log-probabilities at the rollout's start.
+        reference_logprobs: the reference's log-probabilities; None without a reference.
         entropy: entropy of the policy's next-token distribution in nats, with gradient; None unless asked for.
         advantages: advantage of each token.
         completion_mask: bool, True on the policy's tokens.
-        behaviour_logprobs: the sampling engine's; None if nothing was sampled.
+        behaviour_logprobs: the sampling engine's log-probabilities; None if nothing was sampled.
         extras: slots, shape (rows,) or (rows, length).
-        rollout: these rows of the rollout, cut to this micro-batch's length, or None.
+        rollout: these rows of the rollout, truncated to this micro-batch's length, or None.
         minibatch: all rows of this optimizer step; None unless the class sets ``needs_minibatch``.
     """
 
@@ -772,11 +773,11 @@ class CriticValues(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """An objective's losses with metrics of its own.
+    """An objective's losses and its own metrics.
 
     Attributes:
-        values: loss of each row, shape (rows,), or token, shape (rows, length). The module averages them over tokens,
-            micro-batches and ranks.
+        values: loss of each row, shape (rows,), or of each token, shape (rows, length). The module averages the losses
+            over tokens, micro-batches and ranks.
         metrics: further values of either shape by name, averaged in the same way and logged.
     """
 
@@ -785,7 +786,7 @@ class Loss(NamedTuple):
 
 
 class EnumeratedProblem(NamedTuple):
-    """An enumerable world with every completion of every prompt, from which exact solutions are computed.
+    """A problem with all completions of all prompts enumerated, from which exact solutions are computed.
 
     Attributes:
         reference: the reference's probability of each completion, fp64, shape (prompts, completions); rows sum to 1.
@@ -793,7 +794,8 @@ class EnumeratedProblem(NamedTuple):
         preference: probability that the first completion is preferred to the second, fp64, shape
             (prompts, completions, completions).
         lengths: tokens of each completion, int64, shape (prompts, completions).
-        teacher: the teacher's probability of each completion, for objectives that have one; like ``reference``.
+        teacher: the teacher's probability of each completion, for objectives with a teacher; same shape as
+            ``reference``.
     """
 
     reference: Tensor

@@ -1,4 +1,4 @@
-"""Processes for user code that may hang or die, each row within a time limit; and forks that share out work."""
+"""Run user code that may hang or crash in processes with a time limit per row, and share work among forks."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.working_directory import Carried
 
 START_SECONDS = 120.0
-"""Time limit of a process for importing the user's code."""
+"""Time limit in seconds for a process to import the user's code."""
 
 Outcome = tuple[Literal["done", "failed", "timed_out"], Any]
-"""Outcome of a row: its result or what went wrong."""
+"""Outcome of a row: its result, or a description of what went wrong."""
 
 Start = Callable[[Any], Callable[[Any], Outcome]]
-"""Makes what works on a row, in the process."""
+"""Called in the worker process with ``spec``; returns the function that processes a row."""
 
 
 class WorkerFailedError(RlhfError, RuntimeError):
-    """A process cannot be started."""
+    """A worker process cannot be started."""
 
 
 def with_retries(
     attempt: Callable[[Sequence[Any]], list[Outcome]], rows: Sequence[Any], retries: int, wait: float
 ) -> tuple[list[Outcome], list[bool]]:
-    """Attempt rows, and those that fail up to ``retries`` times more; return the outcomes, and which took several.
+    """Attempt all rows, and failed rows up to ``retries`` times more; return the outcomes and which rows were retried.
 
-    The wait before a repetition is ``wait`` seconds at first and doubles each time.
+    The wait before a retry is ``wait`` seconds at first and doubles each time.
     """
     outcomes, repeated = attempt(rows), [False] * len(rows)
     for number in range(retries):
@@ -51,15 +51,15 @@ def with_retries(
 
 
 class WorkerPool:
-    """Works on rows one by one in processes, each row with an enforced time limit.
+    """Process rows one by one in worker processes, with an enforced time limit per row.
 
     A process that exceeds its time is killed with all its children, even in an endless loop or a C extension. Processes
     are fresh interpreters. They start with the first rows and live until the pool is closed.
 
     Args:
-        start: importable function that is called with ``spec`` in each process and returns what works on a row.
-        spec: what ``start`` takes; it must be picklable.
-        seconds: time limit of one row, without the start of the process.
+        start: importable function; it is called with ``spec`` in each process and returns the function for a row.
+        spec: argument of ``start``; it must be picklable.
+        seconds: time limit of one row, not counting the start of the process.
         workers: number of processes.
     """
 
@@ -68,10 +68,10 @@ class WorkerPool:
         self._pool: list[Worker] = []
 
     def outcomes(self, rows: Sequence[Any]) -> list[Outcome]:
-        """Hand the rows to processes as these become free; return the outcome of each row.
+        """Send the rows to processes as these become free; return the outcome of each row.
 
         Raises:
-            WorkerFailedError: ``spec`` cannot be handed to another process.
+            WorkerFailedError: ``spec`` cannot be sent to another process.
         """
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(rows)))
@@ -95,7 +95,7 @@ class WorkerPool:
         return free
 
     def close(self) -> None:
-        """End the processes; the next row starts new ones."""
+        """Kill the processes; the next call starts new ones."""
         for worker in self._pool:
             worker.kill()
         self._pool = []
@@ -106,10 +106,10 @@ class WorkerPool:
 
 
 class Worker:
-    """A process that works on one row at a time.
+    """A worker process that handles one row at a time.
 
     Attributes:
-        connection: pipe of its answers.
+        connection: pipe to the process.
         row: number of its current row; None when it is free.
         deadline: time limit of the row, on the monotonic clock.
         alive: whether it can be given another row.
@@ -131,14 +131,14 @@ class Worker:
         self.deadline, self.alive, self._ready, self._seconds = 0.0, True, False, 0.0
 
     def give(self, row: int, content: Any, seconds: float) -> None:
-        """Hand a row over."""
+        """Send a row to the process."""
         self.row, self._seconds = row, seconds
         self.deadline = time.monotonic() + (seconds if self._ready else START_SECONDS)
         with contextlib.suppress(OSError):  # a dead process: `outcome` reports it
             self.connection.send(content)
 
     def outcome(self) -> Outcome | None:
-        """Return the row's outcome, or None while it is open. A process that fails to answer is killed."""
+        """Return the row's outcome, or None while it is pending. A process that fails or times out is killed."""
         try:
             if self.connection.poll():
                 found = self.connection.recv()
@@ -169,9 +169,9 @@ class Worker:
 
 
 def start_method(module: str) -> str:
-    """Return "forkserver" where it exists, since forks of a process with threads hang, else "spawn".
+    """Return "forkserver" if available, else "spawn": forking a process with threads can hang.
 
-    The server imports ``module`` once, so a process that replaces a killed one starts in milliseconds.
+    The fork server imports ``module`` once, so that a replacement for a killed process starts in milliseconds.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
@@ -180,7 +180,7 @@ def start_method(module: str) -> str:
 
 
 def serve(connection: Connection, start: Start, spec: Any) -> None:
-    """Work on rows until the other side closes the connection; runs in its own process."""
+    """Process rows until the other side closes the connection; runs in the worker process."""
     if hasattr(os, "setsid"):
         os.setsid()  # a group of its own: what user code starts is killed with it
     with contextlib.suppress(EOFError, OSError):
@@ -199,20 +199,20 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 ALONE = 4
-"""Parts worked on before any process is forked: so many take less time than the forks."""
+"""Number of parts processed before any fork: so few parts take less time than forking."""
 MOST_FORKS = 8
-"""Forks beyond which this process, which hands out the parts, is what limits the speed."""
+"""Maximum number of forks: beyond it, the parent process that distributes the parts is the bottleneck."""
 
 
 def in_forks(work: Callable[[Part], Result], parts: Iterable[Part], forks: int | None = None) -> Iterator[Result]:
-    """Yield ``work(part)`` of each part in order, computed in forks of this process, which need not import anything.
+    """Yield ``work(part)`` of each part in order, computed in forks of this process, which inherit its imports.
 
-    Parts and results are pickled, ``work`` is not. A part that fails in a fork is worked on here, so that its error is
-    raised here. Where a fork is unsafe (not on Linux) all parts are worked on here.
+    Parts and results are pickled, ``work`` is not. A part that fails in a fork is repeated in this process, so that its
+    error is raised here. On systems other than Linux forks are unsafe, and all parts are processed here.
 
     Args:
-        work: a function of the part alone.
-        parts: at most one per fork is read ahead.
+        work: a function that depends on the part alone.
+        parts: the inputs; at most one per fork is read ahead.
         forks: number of processes; by default the cores that this process may use, up to `MOST_FORKS`.
     """
     if forks is None:
@@ -237,11 +237,11 @@ def in_forks(work: Callable[[Part], Result], parts: Iterable[Part], forks: int |
 
 
 class Fork(Generic[Part, Result]):
-    """A fork that works on one part at a time; it ends when this process ends.
+    """A fork that processes one part at a time; it ends when this process ends.
 
     Args:
-        work: what it does.
-        part: its first part.
+        work: the function to apply.
+        part: the first part.
     """
 
     def __init__(self, work: Callable[[Part], Result], part: Part) -> None:
@@ -254,7 +254,7 @@ class Fork(Generic[Part, Result]):
         self.give(part)
 
     def _serve(self, connection: Connection) -> None:
-        """Work until the other side closes the connection."""
+        """Process parts until the other side closes the connection."""
         self.connection.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads did not survive the fork
@@ -268,14 +268,14 @@ class Fork(Generic[Part, Result]):
                     connection.send((False, None))
 
     def give(self, part: Part) -> None:
-        """Hand a part over."""
+        """Send a part to the fork."""
         self.part, self.given = part, False
         with contextlib.suppress(Exception):  # a dead process, or a part that cannot be pickled: `result` does the work
             self.connection.send(part)
             self.given = True
 
     def result(self) -> Result:
-        """Return the result of the part."""
+        """Return the result of the current part."""
         with contextlib.suppress(EOFError, OSError):
             answer: tuple[bool, Any] = self.connection.recv() if self.given else (False, None)
             if answer[0]:
@@ -283,7 +283,7 @@ class Fork(Generic[Part, Result]):
         return self.work(self.part)
 
     def end(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self.connection.close()
         self.process.kill()
         self.process.join()

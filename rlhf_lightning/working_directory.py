@@ -1,8 +1,8 @@
-"""Import a user's modules from the working directory, and nothing else.
+"""Import only modules that the user named from the working directory.
 
-A console script does not search the working directory, where a user's own objective lives. With the directory on
-``sys.path`` any optional package that is not installed would be looked for next to models and data that others wrote.
-So only modules that the user named are looked for there, and what such modules import themselves.
+A console script does not search the working directory, where a user's own objective is. If the directory were on
+``sys.path``, Python would also look there for every optional package that is not installed, next to models and data
+from other people. So only modules that the user named are searched there, and the modules that these import.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from types import ModuleType
 from typing import Any
 
 DOTTED = re.compile(r"(?<![\w./:-])([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+(?![\w/:-])")
-"""An import path in a text; the group is its package."""
+"""An import path in a text; the group is its top-level package."""
 
 
 class WorkingDirectory:
-    """A finder of ``sys.meta_path`` that comes last.
+    """A finder that is the last entry of ``sys.meta_path``.
 
     Attributes:
         typed: folder of each package that the user named.
-        found: folder of each module that came from a folder of the user.
-        looked_for: every module that was looked for in a folder of the user, in order.
+        found: folder of each module that was found in a user's folder.
+        looked_for: every module that was searched for in a user's folder, in order.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class WorkingDirectory:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a top-level module that the user named, or that a module found here imports."""
+        """Find a top-level module that the user named, or that a module found by this finder imports."""
         if path is not None:  # a submodule, which its package's path finds
             return None
         folder = self.typed.get(name) or self.found.get(_importing_package())
@@ -56,7 +56,7 @@ FINDER = WorkingDirectory()
 
 
 def _importing_package() -> str:
-    """Return the top-level name of the module whose code asks for an import."""
+    """Return the top-level name of the module that requests the import."""
     frame = inspect.currentframe()
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
@@ -67,7 +67,7 @@ def _importing_package() -> str:
 
 
 def install() -> None:
-    """Search the user's folders last; names of an earlier command are forgotten."""
+    """Search the user's folders last; forget the names of an earlier command."""
     FINDER.typed.clear()
     FINDER.found.clear()
     if FINDER not in sys.meta_path:
@@ -75,7 +75,7 @@ def install() -> None:
 
 
 def allow(path: str, folder: str | None = None) -> None:
-    """Let the package of an import path that the user typed come from a folder, by default the working directory."""
+    """Let the package of an import path that the user typed come from ``folder``, by default the working directory."""
     if FINDER not in sys.meta_path:
         sys.meta_path.append(FINDER)
     FINDER.typed.setdefault(path.partition(".")[0], folder or os.getcwd())
@@ -84,7 +84,7 @@ def allow(path: str, folder: str | None = None) -> None:
 def allow_names_in(texts: Iterable[str]) -> None:
     """Allow every import path in texts that the user typed: values of options, and config files.
 
-    Names of files are no import paths: ``pairs.jsonl`` is not a reason to look for ``pairs.py``.
+    File names are not import paths: ``pairs.jsonl`` is not a reason to look for ``pairs.py``.
     """
     for text in texts:
         for found in DOTTED.finditer(text):
@@ -93,7 +93,7 @@ def allow_names_in(texts: Iterable[str]) -> None:
 
 
 class Carried:
-    """Carry an object to another process, where the modules that the user named can be imported too."""
+    """Carry an object to another process that can import the same user modules."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
