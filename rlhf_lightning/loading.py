@@ -258,7 +258,7 @@ YAML_CHARACTERS, YAML_DEPTH, YAML_VALUES = 1_000_000, 64, 1_000_000
 
 
 def refuse_large_yaml(text: str) -> None:
-    """Refuse YAML that is too long, too deeply nested or too large after expanding aliases: parsers hang or crash on it.
+    """Refuse YAML that is too long, too deeply nested, or too large once aliases are expanded: parsers hang or crash.
 
     Raises:
         SettingError: ``yaml-too-large``.

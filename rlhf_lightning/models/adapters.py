@@ -1,8 +1,8 @@
-"""Several adapters on one backbone; one or none is in use at a time.
+"""Several adapters on one backbone, of which at most one is active at a time.
 
-peft's own switch also decides what is trainable: it freezes every adapter but the one that it turns on. A critic that
-shares the policy's backbone would stop learning at the first look at the reference. Here a switch changes which adapter
-the layers read and nothing else, and restores it even after an error.
+peft's own switch also decides what is trainable: it freezes every adapter except the one that it activates. A critic
+that shares the policy's backbone would stop learning after the first forward of the reference. Here a switch changes
+only which adapter the layers use. The previous adapter is restored even after an error.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.folders import reading, require_safetensors
 
 POLICY, REFERENCE, REWARD, CRITIC = "default", "reference", "reward", "critic"
-"""Names of the adapters on a policy's backbone. The first is peft's own name for a model's only adapter."""
+"""Names of the adapters on a policy's backbone. "default" is peft's own name for a model's only adapter."""
 
 
 class AdapterWeights(NamedTuple):
-    """An adapter as its folder holds it.
+    """An adapter as stored in its folder.
 
     Attributes:
-        config: peft's settings of it.
+        config: peft's settings of the adapter.
         weights: low-rank matrices by their name in the folder.
         head: weight of the scalar head, shape (1, hidden size); None for a policy's adapter.
     """
@@ -47,7 +47,7 @@ class AdapterWeights(NamedTuple):
 
 
 def read_adapter(folder: str | Path) -> AdapterWeights:
-    """Read an adapter's folder, a reward model's head separately from the matrices of its trunk."""
+    """Read an adapter's folder; the head of a reward model is returned separately from the trunk's matrices."""
     require_safetensors(str(folder))
     with reading(str(folder), "adapter"):
         weights = load_peft_weights(str(folder), device="cpu")
@@ -64,17 +64,17 @@ def add_adapter(
     trainable: bool = False,
     seed: int = 0,
 ) -> None:
-    """Put a further adapter on a model that has one. What was trainable stays so, and the active adapter stays active.
+    """Add a further adapter to a model that has one. The active adapter and the set of trainable weights stay the same.
 
-    A frozen adapter gets no dropout: the model around it may be in train mode. ``weights`` are its matrices by name, as
-    in a folder; without them A is drawn from ``seed`` and B is 0.
+    A frozen adapter gets no dropout, because the model around it may be in train mode. ``weights`` are the adapter's
+    matrices by name, as in a folder; without ``weights``, A is drawn from ``seed`` and B is 0.
 
     Raises:
-        ValueError: the weights belong to another architecture or rank.
+        ModelError: ``adapter-mismatch``: the weights belong to another architecture or rank.
     """
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     config = copy.deepcopy(config)
-    # On the policy's backbone there is no module "score": the head of a scalar role is separate.
+    # The policy's backbone has no module "score": a scalar role keeps its head separately.
     whole = [module for module in config.modules_to_save or () if module != "score"]
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", whole or None, not trainable
     if not trainable:
@@ -89,7 +89,7 @@ def add_adapter(
 
 
 def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> None:
-    """Give an adapter the matrices of a folder; a head of its own stays unchanged.
+    """Load the matrices of a folder into an adapter; the adapter's own head stays unchanged.
 
     Raises:
         ModelError: the weights belong to another architecture or rank.
@@ -99,13 +99,13 @@ def load_into_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> N
 
 
 def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the matrices of a model's adapter; refuse those of a folder that differ in name or shape.
+    """Return the matrices of a model's adapter; refuse folder weights that differ from them in name or shape.
 
     Raises:
         ModelError: ``adapter-mismatch``.
     """
     expected = get_peft_model_state_dict(model, adapter_name=name)
-    # peft keeps the head or the embeddings next to an adapter on them.
+    # If an adapter is on the head or the embeddings, peft stores these modules next to it.
     given = {key for key in weights if ".base_layer." not in key}
     whole = [f".{module}." for module in model.peft_config[name].modules_to_save or () if module != "score"]
     marks = ("lora_", ".token_adapter.", *whole)
@@ -122,7 +122,7 @@ def refuse_other_adapter(model: Any, name: str, weights: Mapping[str, Tensor]) -
 
 
 def is_low_rank_alone(config: Any) -> bool:
-    """Whether an adapter adds a product to frozen layers and does nothing else."""
+    """Return whether an adapter only adds low-rank products to frozen layers."""
     further = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices")
     return not any(getattr(config, name, None) for name in further)
 
@@ -133,7 +133,7 @@ def adapter_weights(model: Any, name: str) -> dict[str, Tensor]:
 
 
 Switch = tuple[str | list[str], bool]
-"""Which adapter layers read, and whether they read none."""
+"""The names of the active adapters, and whether all adapters are disabled."""
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -141,7 +141,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def _holds(layer: Any, names: str | list[str]) -> bool:
-    """Whether an adapter has weights for a module that adapters train whole or in rows; without them it is bypassed."""
+    """Return whether an adapter has weights for a module trained fully or in some rows; otherwise it is bypassed."""
     name = names if isinstance(names, str) else names[0]
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return wrapper_holds(layer, name)
@@ -150,7 +150,7 @@ def _holds(layer: Any, names: str | list[str]) -> bool:
 
 @contextmanager
 def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
-    """Set every adapted layer's switch, and each back to what it was, even after an error."""
+    """Set the switch of every adapted layer, and restore each layer's switch afterwards, even after an error."""
     before = [(layer, adapter_switch(layer)) for layer in _layers(model)]
     try:
         for layer, _ in before:
@@ -162,12 +162,12 @@ def switched(model: nn.Module, switch: Switch) -> Iterator[None]:
 
 
 def with_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
-    """Run a model with one of its adapters; None runs the bare backbone. No parameter's ``requires_grad`` changes."""
+    """Run a model with one of its adapters; None runs the bare backbone. ``requires_grad`` does not change."""
     return switched(model, ([name or POLICY], name is None))
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Return the name of the adapter that a model's layers read; None where they read the bare backbone."""
+    """Return the name of the active adapter; None if the layers run the bare backbone."""
     layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
     if layer is None:
         return None
@@ -178,13 +178,14 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 CHUNK_CELLS = 4096
-"""Cells that an MLP reads at a time where layers are recomputed."""
+"""Number of cells that an MLP processes at a time with activation checkpointing."""
 
 
 def chunk_mlps(model: nn.Module) -> None:
-    """Have dense MLPs of recomputed layers read long rows in chunks, each recomputed by itself in the backward pass.
+    """Have dense MLPs of checkpointed layers process long rows in chunks, each recomputed in the backward pass.
 
-    An MLP works cell by cell, and holds several times its input; of a long row that is more than all else of a layer.
+    An MLP treats each cell separately, and its activations are several times larger than its input. For a long row they
+    exceed all other activations of a layer.
     """
     for name, module in model.named_modules():
         if name.endswith("mlp") and all(
@@ -209,7 +210,7 @@ def _in_chunks(forward: Callable[[Tensor], Tensor], contexts: Callable[[], Any],
 def recomputation_contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a checkpointed block's forward and of its recomputation in the backward pass.
 
-    The backward pass runs long after a switch has been put back, so the block must be recomputed with the adapter that
+    The backward pass runs long after a switch has been restored, so the block must be recomputed with the adapter that
     was active in its forward.
     """
     first = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)

@@ -1,7 +1,7 @@
-"""The policy and its reference: one forward that gives log-probabilities of completions and nothing larger.
+"""The policy and its reference: a forward that returns log-probabilities of completions without storing all logits.
 
-Hidden states are gathered at the positions that predict completion tokens before they meet the LM head, and the head
-runs in chunks: [rows, width, vocabulary] never exists.
+Only the hidden states at positions that predict completion tokens pass through the LM head, in chunks. A tensor of
+shape [rows, width, vocabulary] never exists.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from rlhf_lightning.models.scalar_head import (
 
 
 class TokenOutputs(NamedTuple):
-    """What one forward gives, on the (completions, length) grid, 0 under the mask.
+    """Outputs of one forward, on the (completions, length) grid, 0 where the mask is False.
 
     Attributes:
-        logprobs: log-probability of each completion token at the temperature asked for.
+        logprobs: log-probability of each completion token at the requested temperature.
         entropy: entropy of the next-token distribution, nats; None unless asked for.
         values: the shared critic's values; None unless the model has a value head and values were asked for.
-        extras: statistics that were asked for, by name; ``hidden_N`` is the state that layer N predicts each token
-            from, without gradient, shape (completions, length, hidden size).
+        extras: further requested statistics by name; ``hidden_N`` is the state of layer N that predicts each token,
+            without gradient, shape (completions, length, hidden size).
     """
 
     logprobs: Tensor
@@ -61,17 +61,17 @@ class TokenOutputs(NamedTuple):
 
 
 class DecodingStep(NamedTuple):
-    """What the next token of each row is drawn after.
+    """Input of one decoding step: the next token of each row is drawn after it.
 
     Attributes:
-        input_ids: int64, shape (rows, width): prompts padded on the left, or with a filled cache one token a row.
-        attention_mask: int64, shape (rows, cached + width), 0 on padding, or bool, shape (rows, 1, width, cached +
-            width); None where no row is padded.
-        positions: position of each token of ``input_ids`` in its text; None lets the model count them.
-        cache: keys and values of the tokens before, filled further by the forward; an `OwnCache` is the model's to
-            make; None keeps none.
-        packed: how the cells of a single row of several texts attend; None for a row for each text.
-        last: cells of a packed row whose next tokens are asked for, int64.
+        input_ids: int64, shape (rows, width): prompts with left padding, or one token per row if the cache is filled.
+        attention_mask: int64, shape (rows, cached + width), 0 on padding; or bool, shape (rows, 1, width, cached +
+            width). None if no row is padded.
+        positions: position of each token of ``input_ids`` in its text; None lets the model count the positions.
+        cache: KV cache of the earlier tokens, extended by the forward; an `OwnCache` is created by the model. None
+            disables caching.
+        packed: attention pattern of a single row that packs several texts; None if each text has its own row.
+        last: cells of a packed row whose next tokens are wanted, int64.
     """
 
     input_ids: Tensor
@@ -83,25 +83,25 @@ class DecodingStep(NamedTuple):
 
 
 class OwnCache:
-    """A cache that the model makes in its first forward: keys and values, recurrent states, or both."""
+    """A cache that the model creates in its first forward: keys and values, recurrent states, or both."""
 
     def __init__(self) -> None:
         self.kept: Any = None
 
     def reorder_cache(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be kept several times."""
+        """Select and reorder rows of the cache; a row may occur several times."""
         self.kept.reorder_cache(rows)
 
 
 class OverLogits(NamedTuple):
-    """A function of whole next-token distributions, asked of a forward: it gets the logits a chunk at a time.
+    """A function of complete next-token distributions, applied in the forward to one chunk of logits at a time.
 
     Attributes:
-        layout: sequences in rows; None where the states are given.
+        layout: sequences in rows; None if the hidden states are given.
         function: called with the logits of a chunk of supervised tokens, fp32 or wider, shape (chunk, vocabulary), and
-            the same chunk of each further tensor; returns values per token by name, see `chunked_over_tokens`.
-        further: tensors of shape (tokens, ...) that are cut like the logits.
-        chunk_tokens: most tokens whose logits are held at a time, see `functional.logprobs.chunk_size`.
+            the same chunk of each further tensor. Returns values per token by name, see `chunked_over_tokens`.
+        further: tensors of shape (tokens, ...) that are split into the same chunks as the logits.
+        chunk_tokens: maximum number of tokens whose logits are in memory, see `functional.logprobs.chunk_size`.
     """
 
     layout: Layout | None
@@ -111,25 +111,25 @@ class OverLogits(NamedTuple):
 
 
 class PredictingStates(NamedTuple):
-    """What is asked of a forward whose states meet the head elsewhere: the states that predict supervised tokens."""
+    """Request to a forward for the hidden states that predict supervised tokens; the LM head runs elsewhere."""
 
     layout: Layout
 
 
 LogitsPath = Literal["product", "head", "forward"]
-"""How logits are made. ``product``: states times the LM head's weight, with the softcap and the scale of the config.
-``head``: the model's own forward with the states in place of its trunk's, so that it computes the logits itself.
-``forward``: the model's own forward of whole sequences, whose logits are all in memory at once."""
+"""How logits are computed. ``product``: hidden states times the LM head's weight, with the config's softcap and scale.
+``head``: the model's own forward, with given hidden states instead of its trunk's, so that its own head computes the
+logits. ``forward``: the model's own forward on whole sequences; all logits are in memory at once."""
 
 
 Decoding = Literal["slots", "batches", "equal", "uncached"]
-"""How completions are decoded. ``slots``: rows enter and leave a running batch. ``batches``: prompts start together,
-padded on the left. ``equal``: prompts of the same length start together, without padding. ``uncached``: the same,
-and every token is computed from the whole text before it."""
+"""How completions are decoded. ``slots``: continuous batching, where rows enter and leave a running batch. ``batches``:
+prompts start together, with left padding. ``equal``: only prompts of the same length start together, without padding.
+``uncached``: like ``equal``, but every token is computed from its whole text, without a KV cache."""
 
 
 class OwnLogits(NamedTuple):
-    """What is asked of a forward that ours is compared with: the logits of the model's own, of one sequence."""
+    """Request for the logits of the model's own forward of one sequence; our forward is compared with them."""
 
     input_ids: Tensor
 
@@ -137,13 +137,13 @@ class OwnLogits(NamedTuple):
 class CausalLM(nn.Module):
     """A causal language model, with an optional value head on the same trunk.
 
-    ``reads_trees``, ``pads_rows``, ``logits_path`` and ``decoding`` say how it is forwarded; `models.self_check` sets
-    what agrees with the model's own forward.
+    ``reads_trees``, ``pads_rows``, ``logits_path`` and ``decoding`` select how the model is forwarded.
+    `models.self_check` sets them to values that agree with the model's own forward.
 
     Args:
         model: the Hugging Face model, possibly wrapped by peft.
-        value_head: give it a scalar head, initialised to zero, for a critic that shares the trunk.
-        source: the folder or hub id the backbone came from.
+        value_head: add a scalar head, initialised to zero, for a critic that shares the trunk.
+        source: the folder or Hub id of the backbone.
     """
 
     def __init__(self, model: Any, value_head: bool = False, source: str = "") -> None:
@@ -151,12 +151,12 @@ class CausalLM(nn.Module):
         self.model = model
         self.source = source
         self.reads_trees = reads_trees(model)
-        """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
+        """Whether the model supports packed rows with tree attention, see `models.layout.packed_layout`."""
         self.pads_rows = True
-        """Whether rows of different lengths are forwarded together, rather than each length by itself."""
+        """Whether rows of different lengths are padded and forwarded together; otherwise each length is separate."""
         self.decoding: Decoding | None = None
         self.self_check = False
-        """Whether decoding is checked when the model first samples."""
+        """Whether to check decoding when the model first samples."""
         self.sampling_checked = False
         self.logits_path: LogitsPath = "product"
         if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -173,10 +173,10 @@ class CausalLM(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def forward(self, layout: Any, *args: Any, **kwargs: Any) -> Any:
-        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), a question about whole
-        distributions (see `over_logits`) or for states (see `predicting_states`).
+        """Forward a Layout (see `logprobs`), a DecodingStep (see `next_token_logits`), an OverLogits (see
+        `over_logits`), PredictingStates (see `predicting_states`) or OwnLogits.
 
-        All come in here because sharded weights are gathered by the call of this module alone.
+        All requests enter here because FSDP gathers sharded weights only when this module is called.
         """
         if isinstance(layout, DecodingStep):
             return self.next_token_logits(layout, *args, **kwargs)
@@ -189,7 +189,7 @@ class CausalLM(nn.Module):
         return self.logprobs(layout, *args, **kwargs)
 
     def next_token_logits(self, step: DecodingStep) -> Tensor:
-        """Return logits of the token after each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
+        """Return logits of the next token of each row, fp32, shape (rows, vocabulary); the cache grows by the step."""
         read = unwrapped(self.model) if self.logits_path == "forward" else trunk(self.model)
         options = {"attention_mask": step.attention_mask, "position_ids": step.positions, "packed": step.packed}
         options = {name: value for name, value in options.items() if value is not None}
@@ -216,15 +216,15 @@ class CausalLM(nn.Module):
         statistics: OverLogits | None = None,
         hidden_layers: Sequence[int] = (),
     ) -> TokenOutputs:
-        """Return log-probabilities of the layout's completion tokens, and what else is asked for.
+        """Return log-probabilities of the layout's completion tokens, and further requested statistics.
 
         Args:
             layout: sequences in rows.
             temperature: logits are divided by it.
             with_entropy: also return the entropy of each next-token distribution.
-            value_layout: the same rows with the states to value; None gives no values.
-            statistics: also return what its function makes of the logits divided by ``temperature``, of this layout;
-                costs the head's product again.
+            value_layout: the same rows, with the states to evaluate by the value head; None returns no values.
+            statistics: also apply this function to the layout's logits divided by ``temperature``. This repeats the
+                LM head's product.
             hidden_layers: also return the states of these layers; -1 is the last.
         """
         with kept_states(self, hidden_layers, layout) as kept:
@@ -248,7 +248,7 @@ class CausalLM(nn.Module):
     def _token_logprobs(
         self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return log-probability and entropy of each target, from the states that predict it."""
+        """Return log-probability and entropy of each target, given the hidden states that predict it."""
         if self.logits_path == "product":
             weight, bias = self.head()
             config = text_config(self.model)
@@ -271,12 +271,12 @@ class CausalLM(nn.Module):
         return found["logprobs"], found.get("entropy")
 
     def over_logits(self, asked: OverLogits) -> dict[str, Tensor]:
-        """Return what a function makes of the logits of each supervised token, by name, each of shape (tokens,)."""
+        """Apply a function to the logits of each supervised token; return its values by name, of shape (tokens,)."""
         assert asked.layout is not None
         return self.over_states(self.predicting_states(asked.layout), asked)
 
     def over_states(self, hidden: Tensor, asked: OverLogits, temperature: float = 1.0) -> dict[str, Tensor]:
-        """Return what a function makes of the logits that states predict, divided by ``temperature``."""
+        """Apply a function to the logits of given hidden states, divided by ``temperature``."""
 
         def of_chunk(hidden: Tensor, *further: Tensor) -> Mapping[str, Tensor]:
             return asked.function(self.logits(hidden) / temperature, *further)
@@ -289,12 +289,12 @@ class CausalLM(nn.Module):
     def predicting_states(self, layout: Layout) -> Tensor:
         """Return the last hidden states that predict the layout's supervised tokens, shape (tokens, hidden size).
 
-        Where the model makes its logits from whole sequences alone, the logits take their place.
+        On the logits path ``forward`` logits are returned instead of hidden states.
         """
         return self._states(layout)[layout.predictors]
 
     def _states(self, layout: Layout) -> Tensor:
-        """Return what `logits` takes, for each of the layout's cells."""
+        """Return the input of `logits` for each cell of the layout."""
         if self.logits_path == "forward":
             return cells_of(unwrapped(self.model), layout, "logits", self.pads_rows)
         return hidden_states(self.model, layout, self.pads_rows)
@@ -305,9 +305,9 @@ class CausalLM(nn.Module):
         return head.weight, head.bias
 
     def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
-        """Return the logits of the next token that hidden states predict, fp32 or wider, shape (tokens, vocabulary).
+        """Return the next-token logits of hidden states, fp32 or wider, shape (tokens, vocabulary).
 
-        ``head`` is weight and bias of the LM head where the model's own are sharded.
+        ``head`` holds weight and bias of the LM head, for a model whose own head is sharded.
         """
         if self.logits_path == "forward":
             return at_least_float32(hidden)
@@ -323,7 +323,7 @@ class CausalLM(nn.Module):
         """Run the frozen model that training started from: adapters off, or the adapter as it was loaded.
 
         Raises:
-            StateError: the model has no adapter, so it holds no second model.
+            StateError: the model has no adapter, so it holds no reference.
         """
         if not self.has_adapter:
             raise StateError(
@@ -335,7 +335,7 @@ class CausalLM(nn.Module):
 
 
 def takes(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward has an argument of this name."""
+    """Return whether a module's forward has an argument of this name."""
     kind: Any = type(module)
     return name in _arguments(kind)
 
@@ -346,7 +346,7 @@ def _arguments(kind: Any) -> frozenset[str]:
 
 
 class TrunkOutput(BaseModelOutputWithPast):
-    """What a trunk returns to the forward of its model: states, and None for all else that it asks for."""
+    """Output of a trunk whose hidden states were given; every other attribute is None."""
 
     def __getattr__(self, name: str) -> Any:
         return object.__getattribute__(self, name) if name.startswith("__") else None
@@ -354,7 +354,7 @@ class TrunkOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def returning(module: nn.Module, states: Tensor) -> Iterator[None]:
-    """Have a trunk return these states for any arguments, so that its model computes their logits."""
+    """Replace a trunk's forward by one that returns ``states``, so that its model computes their logits."""
     own = module.__dict__.get("forward")
     module.forward = lambda *_, **__: TrunkOutput(last_hidden_state=states)
     try:
@@ -366,15 +366,15 @@ def returning(module: nn.Module, states: Tensor) -> Iterator[None]:
 
 
 def logit_scale(config: Any) -> float:
-    """Factor between the head's product and the logits: Cohere multiplies by it, Granite divides."""
+    """Return the factor from the LM head's product to the logits: Cohere multiplies by a scale, Granite divides."""
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients, and every submodule back as it was.
+    """Put a model in eval mode without gradients, and restore the mode of every submodule afterwards.
 
-    In train mode with activation checkpointing, generation drops its cache and samples garbage without an error.
+    In train mode with activation checkpointing, generation drops its KV cache and samples garbage without an error.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()

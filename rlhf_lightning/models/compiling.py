@@ -1,8 +1,9 @@
-"""Decoder layers compiled by torch.compile: one graph for all layers, and for batches of every shape.
+"""Compile decoder layers with torch.compile: one graph for all layers and all batch shapes.
 
-Each layer is compiled rather than the whole model, because all are alike: the first one's graph serves the rest. Rows
-and width are symbols in it, so that a new shape compiles nothing. What makes a graph of its own is what changes the
-arithmetic: with or without gradient, one row or several, a prompt-sharing mask or none, adapters on or off.
+Each layer is compiled, not the whole model: all layers are alike, so the graph of the first layer serves the rest.
+Number of rows and width are symbolic, so a new shape needs no recompilation. A further graph is compiled only where the
+arithmetic differs: with or without gradient, one row or several, with or without a mask for shared prompts, adapters on
+or off.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.sharding import decoder_layers
 
 MOST_GRAPHS = 32
-"""Graphs of a layer beyond which torch runs it uncompiled, with a warning: there are few kinds of pass, see above."""
+"""Graphs per layer above which torch falls back to eager mode with a warning; the kinds of pass above are few."""
 
 
 BACKEND = "inductor"
-"""What torch.compile turns graphs into kernels with."""
+"""Backend of torch.compile that turns graphs into kernels."""
 
 
 def missing_compiler(device: str) -> str | None:
-    """Say what torch.compile lacks on this machine; None where nothing is known to be missing.
+    """Describe what torch.compile lacks on this machine; None if nothing is known to be missing.
 
     Args:
-        device: kind of device that the model runs on, "cpu" or "cuda".
+        device: type of the device that the model runs on, "cpu" or "cuda".
     """
     if device == "cpu":
         names = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
@@ -45,7 +46,7 @@ def missing_compiler(device: str) -> str | None:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the decoder layers of a CausalLM or ScalarModel in place: names and weights stay what they are.
+    """Compile the decoder layers of a CausalLM or ScalarModel in place; parameter names and weights do not change.
 
     Raises:
         ModelError: the model has no list of layers to compile.
@@ -64,7 +65,7 @@ def compile_layers(model: Any) -> None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run compiled layers uncompiled: decoding fills a cache that grows by a token, each length a graph of its own."""
+    """Run compiled layers in eager mode: while decoding, every length of the KV cache would need its own graph."""
     if not getattr(model, "is_compiled", False):
         yield
         return

@@ -1,4 +1,4 @@
-"""A stage hands over a Hugging Face folder: weights or adapter, tokenizer with its template, and where it came from."""
+"""Export a trained model as a Hugging Face folder: weights or adapter, tokenizer with template, and provenance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CARD_FILE = "README.md"
 
 
 def export_policy(policy: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write a policy so that AutoModelForCausalLM (or peft, for an adapter) loads it. Returns the folder."""
+    """Write a policy so that AutoModelForCausalLM (or peft, for an adapter) can load it; return the folder."""
     return _export(policy.model, tokenizer, Path(folder), policy.source, {})
 
 
@@ -41,15 +41,15 @@ def export_reward_model(
 
     That class reads the score at the last token that is not ``pad_token_id``, so the exported pad token must differ
     from the end token. The bias of the scores, which ``LearnedScorer`` subtracts, and further facts are written to
-    config.json (of an adapter to backbone.json).
+    config.json (for an adapter to backbone.json).
     """
     return _export(reward_model.model, tokenizer, Path(folder), source, {SCORE_BIAS: reward_model.bias, **facts})
 
 
 def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str, facts: dict[str, Any]) -> Path:
-    """Write everything next to the folder first, then swap it in, so that no reader sees half a model.
+    """Write the export to a temporary folder next to ``folder``, then rename it: no reader sees a partial model.
 
-    Where weights are sharded, every rank must call: the first one writes.
+    If weights are sharded, every rank must call; the first rank writes.
     """
     weights = whole_weights(model)
     if weights is not None and not is_first_rank():
@@ -67,7 +67,7 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
         setattr(config, name, value)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = source
-        # No config.json next to it: transformers would take the folder for a whole model and miss its weights.
+        # No config.json in the adapter's folder: transformers would take it for a whole model and miss its weights.
         model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
     else:
         with _room_for_pad(model, tokenizer, weights) as grown:
@@ -90,7 +90,7 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
 
 
 def _note_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the folder's generation config name every token that ends a completion, EOS first."""
+    """Write every token that ends a completion to the folder's generation config, EOS first."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         eos = tokenizer.eos_token_id
@@ -103,10 +103,10 @@ def _note_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _room_for_pad(
     model: Any, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None
 ) -> Iterator[dict[str, Tensor] | None]:
-    """Yield the weights to write: with a row for a pad token that was added behind the vocabulary, as others need it.
+    """Yield the weights to write, with an embedding row for a pad token added beyond the vocabulary.
 
-    The row is the mean of all others, so that the pad token is at most as likely as an average one. The model in memory
-    is not changed.
+    Other libraries need the row. It is the mean of all other rows, so that the pad token is at most as likely as an
+    average token. The model in memory is not changed.
     """
     inner = unwrapped(model)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
@@ -131,17 +131,17 @@ def _room_for_pad(
 
 
 def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
-    """Upload an exported folder to the Hugging Face Hub, or to the server that HF_ENDPOINT names; return its address.
+    """Upload an exported folder to the Hugging Face Hub, or to the server named by HF_ENDPOINT; return its URL.
 
     Raises:
-        ModelError: the Hub cannot be reached or refuses.
+        ModelError: the Hub cannot be reached or refuses the upload.
     """
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)
         with _without_paths(Path(folder)) as shared:
             return str(hub.upload_folder(repo_id=repo_id, folder_path=shared))
-    except Exception as error:  # of the HTTP library too, which changes with the version of huggingface_hub
+    except Exception as error:  # includes the HTTP library's errors; the library depends on the huggingface_hub version
         raise ModelError(
             "push-failed",
             f"{repo_id} was not pushed ({reason_of(error)}); check name, network and `hf auth login`, and push "
@@ -151,7 +151,7 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
 
 @contextmanager
 def _without_paths(folder: Path) -> Iterator[Path]:
-    """Yield a folder; of an adapter whose backbone is a local folder a copy that does not hold its path."""
+    """Yield the folder; for an adapter on a local backbone yield a copy that does not contain the backbone's path."""
     file = folder / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     source = settings.get("base_model_name_or_path")
@@ -166,7 +166,7 @@ def _without_paths(folder: Path) -> Iterator[Path]:
 
 
 def model_name(source: str) -> str:
-    """Return how a folder that others read names a model: by its Hub id, or a local folder without the path to it.
+    """Return the name of a model for folders that others read: its Hub id, or a local folder's name without its path.
 
     The folder of a run keeps the run's name: ``sft/version_0/model``.
     """
@@ -182,9 +182,9 @@ def model_card(source: str, kind: str, scores: bool, fingerprint: str | None = N
     """Return the README.md of an exported folder, which replaces peft's empty one.
 
     Args:
-        source: model that training started from.
+        source: the model that training started from.
         kind: "adapter" or "model".
-        scores: whether it is a reward model rather than a policy.
+        scores: True for a reward model, False for a policy.
         fingerprint: fingerprint of the weights that training started from.
     """
     name = model_name(source)
@@ -210,7 +210,7 @@ def model_card(source: str, kind: str, scores: bool, fingerprint: str | None = N
 
 
 def _pack(file: Path) -> None:
-    """Write a JSON file without its white space: a tokenizer's is twice the size of its content."""
+    """Rewrite a JSON file without white space, which makes up half of a tokenizer's file."""
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is read of a model's folder: settings as JSON, weights as safetensors; Python only where the user named it."""
+"""Read a model's folder safely: settings as JSON, weights as safetensors, Python code only if the user named it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from rlhf_lightning.errors import (
 
 SAFETENSORS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-"""Weights in these may run code when they are read."""
+"""File types of weights that may run code when they are read."""
 
 
 def trusts(name: str, trusted: Sequence[str]) -> bool:
-    """Whether a model's own Python files may be run: exactly this name was given."""
+    """Return whether a model's own Python files may be run: exactly this name must be listed as trusted."""
     return str(Path(name).expanduser()) in {str(Path(one).expanduser()) for one in trusted}
 
 
 def require_safetensors(name: str) -> None:
-    """Refuse a folder whose only weights are pickles. Names that are not folders are left to transformers.
+    """Refuse a folder whose only weights are pickles. Names that are not local folders are left to transformers.
 
     Raises:
-        ModelError: it has weights, and not as safetensors.
+        ModelError: ``pickled-weights``.
     """
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob(SAFETENSORS)):
@@ -49,30 +49,30 @@ def require_safetensors(name: str) -> None:
 
 
 def explained(name: str, error: BaseException) -> str | None:
-    """Return what to do about transformers' refusal to run a model's own code; None for another error."""
+    """Return what to do if transformers refuses to run a model's own code; None for another error."""
     if "trust_remote_code" not in str(error):
         return None
     return f"{name} needs Python code of its own, which is run only where it is named: --model.trust_remote_code {name}"
 
 
-# -- checks of a folder's files, before a library reads them -----------------------------------------------------------
+# -- checks of a folder's files before a library reads them ------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
 ATTENTION = ("eager", "sdpa", "flex_attention", "paged|eager")
-"""Attention implementations that a model's config may choose; others would be fetched from a repository."""
+"""Attention implementations that a model's config may choose; others would be downloaded from a repository."""
 KERNELS = ("attn_implementation", "experts_implementation")
 NEVER_NEGATIVE = r"(hidden|vocab|intermediate)_size|num_\w*(layers|heads|experts)"
 MANY_LAYERS, LARGEST = 4096, 2**31
 MANY_NORMALISED = 64
-"""How many times longer a tokenizer's normaliser may make a text."""
+"""Maximum factor by which a tokenizer's normaliser may lengthen a text."""
 
 
 def check_folder(folder: Path) -> None:
     """Refuse a model's folder whose files cannot be read safely.
 
     Raises:
-        ModelError: ``not-a-file``: a pipe or a device; ``unreadable-model``: damaged JSON, or an index that names other
-            files than safetensors of the folder; ``foreign-kernel``; ``model-too-large``; ``model-too-small``;
+        ModelError: ``not-a-file``: a pipe or a device; ``unreadable-model``: damaged JSON, or an index that names files
+            other than the folder's safetensors; ``foreign-kernel``; ``model-too-large``; ``model-too-small``;
             ``hostile-tokenizer``.
     """
     for file in folder.iterdir():
@@ -110,7 +110,7 @@ def read_json(file: Path, text: str | None = None) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights, as transformers and peft choose them, in order.
+    """Return the files that hold a folder's weights, in the order in which transformers and peft choose them.
 
     Raises:
         ModelError: ``unreadable-model``: the index names a file that is not a safetensors file of the folder.
@@ -156,7 +156,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
 
 
 def _items(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a config and of the configs within it."""
+    """Yield the keys and values of a config and of its nested configs."""
     if isinstance(config, dict):
         for key, value in config.items():
             yield str(key), value
@@ -167,7 +167,7 @@ def _items(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_tokenizer(file: Path) -> None:
-    """Refuse a tokenizer that makes texts many times longer, which a few steps do in no time."""
+    """Refuse a tokenizer that makes texts many times longer; a few replacement steps suffice for that."""
     found, longer = read_json(file), 1.0
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         steps = dict(_items({part: found.get(part)}))
@@ -189,7 +189,7 @@ def _check_tokenizer(file: Path) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a tokenizer's part, those of sequences in order."""
+    """Yield the steps of a tokenizer component, including the steps of sequences, in order."""
     if isinstance(part, dict):
         yield part
         for key in ("normalizers", "pretokenizers", "decoders", "processors"):
@@ -199,7 +199,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def reading(name: str, what: str = "model") -> Iterator[None]:
-    """Turn what libraries raise over damaged or odd files of a model into one sentence.
+    """Turn library errors about damaged or unusual model files into one sentence.
 
     Raises:
         ModelError: ``unreadable-model``.

@@ -1,4 +1,4 @@
-"""Frozen policies that others are measured from, without gradient, and a cache of their log-probabilities."""
+"""Frozen policies (reference, teachers) that are evaluated without gradient, and a cache of their log-probabilities."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from rlhf_lightning.types import Sequences
 
 
 class FrozenPolicy:
-    """Base of reference and teachers.
+    """Base class of the reference and of teachers.
 
     Args:
-        model: the language model that is forwarded, and whose LM head makes the logits.
-        models: models of its own. They are in no checkpoint and no optimizer, and move to the device by hand.
+        model: the language model to forward; its LM head computes the logits.
+        models: models that this object owns. They are in no checkpoint and no optimizer, and are moved to the device
+            explicitly.
     """
 
     moved: bool = False
-    """Whether its weights have followed the policy's."""
+    """Whether its weights have been updated from the policy's."""
 
     _whole_head: tuple[Tensor, Tensor | None] | None = None
 
@@ -45,7 +46,7 @@ class FrozenPolicy:
 
     @contextmanager
     def as_model(self) -> Iterator[CausalLM]:
-        """Give the language model, to sample from or to forward."""
+        """Yield the language model, to sample from or to forward."""
         yield self.model
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class FrozenPolicy:
                 "distributions",
             )
         if self._whole_head is None and is_sharded(owner):
-            # Ranks ask for different numbers of chunks of logits, and gathering a weight takes all ranks at once.
+            # Ranks need different numbers of chunks of logits, but gathering a weight is a collective of all ranks.
             weight, bias = owner.head()
             self._whole_head = whole(weight.detach()), None if bias is None else whole(bias.detach())
         with self.as_model() as model:
@@ -117,11 +118,11 @@ class Reference(FrozenPolicy):
         with self.policy.as_reference() if self.copy is None else nullcontext():
             yield self.model
 
-    # -- a reference that moves ---------------------------------------------------------------------------------------
+    # -- a reference that is updated -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def follow(self, alpha: float = 1.0) -> None:
-        """Mix the policy's weights into the copy's: alpha policy + (1 - alpha) reference; 1 replaces it."""
+        """Update the copy: alpha * policy + (1 - alpha) * reference; alpha = 1 replaces the reference by the policy."""
         for _, reference, policy in self._followed():
             reference.copy_(torch.lerp(reference, policy.to(reference), alpha))
         self.moved, self._whole_head = True, None
@@ -132,20 +133,20 @@ class Reference(FrozenPolicy):
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Put the copy where a checkpoint had it."""
+        """Restore the copy's weights from a checkpoint."""
         for name, reference, _ in self._followed():
             reference.copy_(shard_like(weights[name], reference))
         self.moved, self._whole_head = True, None
 
     def _followed(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield name, reference's and policy's value of each weight that moves: with an adapter the adapted ones."""
+        """Yield name, reference weight and policy weight of each updated weight; of an adapter only adapted weights."""
         model = self.policy.model
         for name, weight in _adapted_weights(model) if self.policy.has_adapter else model.named_parameters():
             yield name, self.model.model.get_parameter(name), weight
 
 
 def _adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield each adapted weight merged, under its name in the backbone: base + scaling * B A."""
+    """Yield each adapted weight, merged, under its name in the backbone: base + scaling * B A."""
     for name, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight") and hasattr(layer, "base_layer"):
             base = layer.base_layer.weight
@@ -153,16 +154,16 @@ def _adapted_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class Teacher(FrozenPolicy):
-    """A frozen policy: in eval mode, without gradient, and in no checkpoint.
+    """A frozen teacher policy in eval mode, without gradient; it is in no checkpoint.
 
     Args:
-        name: hub id or folder, whole weights or an adapter.
+        name: Hub id or folder, whole weights or an adapter.
         tokenizer: the student's.
-        settings: how weights are brought into memory.
+        settings: how weights are loaded.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: the teacher has another tokenizer.
+        MissingError: the folder or its weights do not exist.
+        ModelError: ``other-tokenizer``: the teacher has another tokenizer.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, settings: LoadSettings) -> None:
@@ -172,7 +173,7 @@ class Teacher(FrozenPolicy):
 
 
 class CurrentPolicy(FrozenPolicy):
-    """The policy in training as its own teacher: the weights of now, in eval mode and without gradient."""
+    """The policy in training as its own teacher: its current weights, in eval mode and without gradient."""
 
     @contextmanager
     def as_model(self) -> Iterator[CausalLM]:
@@ -180,15 +181,15 @@ class CurrentPolicy(FrozenPolicy):
             yield self.model
 
     def predicting_states(self, layout: Layout) -> Tensor:
-        self._whole_head = None  # the head moves with every update
+        self._whole_head = None  # the head changes with every update
         return super().predicting_states(layout)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
-    """Check that an id means one token to both tokenizers. A vocabulary may go on behind the other's end.
+    """Check that each id means the same token to both tokenizers. One vocabulary may be longer than the other.
 
     Raises:
-        ModelError: an id that both have is another token to the teacher; the first such is named.
+        ModelError: ``other-tokenizer``: an id within both vocabularies is another token; the first such id is named.
     """
     mine, theirs = ({index: token for token, index in one.get_vocab().items()} for one in (student, teacher))
     common = min(max(mine), max(theirs)) + 1
@@ -203,22 +204,22 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         )
 
 
-# -- log-probabilities kept on disk -----------------------------------------------------------------------------------
+# -- cached log-probabilities ------------------------------------------------------------------------------------------
 
 DTYPES = {torch.float32: b"4", torch.float64: b"8"}
-"""Precisions that log-probabilities come in, and how a key names them."""
+"""Precisions of the log-probabilities, and the byte that denotes each in a key."""
 
 
 class ReferenceCache:
-    """Log-probabilities of a frozen reference in one SQLite file, which several processes may share.
+    """A cache of a frozen reference's log-probabilities in one SQLite file, which several processes may share.
 
-    Fixed data is forwarded through the reference once, not once an epoch. An entry is addressed by what it depends on:
-    the weights' content and precision name the file, the token ids of prompt and completion name the row. Tokenizer,
-    template and data set need no key of their own, since all they do is in the ids. A cache never fails a run: what
-    cannot be read is computed, what cannot be written is said once.
+    With fixed data, the reference is then forwarded once instead of once per epoch. The file is named by the content
+    and precision of the reference's weights, a row by the token ids of prompt and completion. Tokenizer, template and
+    data set need no key, since they act only through the ids. A cache failure never fails a run: an entry that cannot
+    be read is computed, and a failed write is reported once.
 
     Args:
-        file: where they are kept.
+        file: path of the SQLite file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -227,12 +228,12 @@ class ReferenceCache:
         self._broken = False
 
     def read(self, sequences: Sequences, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the log-probabilities of all completions, shape (completions, length); None if one is not there.
+        """Return the log-probabilities of all completions, shape (completions, length); None if any is missing.
 
         Args:
             sequences: prompts and completions.
             mask: bool, True on supervised tokens, shape (completions, length).
-            dtype: precision that the reference answers in.
+            dtype: precision of the reference's log-probabilities.
         """
         keys = row_keys(sequences, dtype)
         found: dict[bytes, bytes] = {}
@@ -249,7 +250,7 @@ class ReferenceCache:
         return grid
 
     def write(self, sequences: Sequences, logprobs: Tensor) -> None:
-        """Keep the log-probabilities of completions, shape (completions, length)."""
+        """Store the log-probabilities of completions, shape (completions, length)."""
         rows = logprobs.detach().cpu()
         values = [
             (key, row[: len(completion)].numpy().tobytes())
@@ -281,13 +282,13 @@ class ReferenceCache:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.file, timeout=60)
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")  # a row lost to a power cut is computed again
+        connection.execute("PRAGMA synchronous=NORMAL")  # a row lost in a power failure is recomputed
         connection.execute("CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, row BLOB) WITHOUT ROWID")
         return connection
 
 
 def row_keys(sequences: Sequences, dtype: torch.dtype) -> list[bytes]:
-    """Return what names each completion: a hash of its prompt, its ids, which of them count, and the precision."""
+    """Return each completion's key: a hash of its prompt, its ids, its supervised mask and the precision."""
     keys = []
     prompts = [prompt.numpy().tobytes() for prompt in sequences.prompts]
     for parent, ids, supervised in zip(sequences.parents, sequences.completions, sequences.supervised, strict=True):

@@ -1,8 +1,8 @@
-"""From ragged sequences to what a transformer reads: one interface for every arrangement of rows.
+"""Arrange ragged sequences as input of a transformer: one interface for padded and packed rows.
 
-A layout is the token ids to feed and three index vectors that say where each supervised completion token is predicted.
-Everything downstream (log-probabilities, values, scores) uses the indices alone, so that a padded layout can be
-exchanged for a packed one without another line changing.
+A layout holds the token ids to forward and three index vectors that locate each supervised completion token and the
+position that predicts it. All later computations (log-probabilities, values, scores) use only these indices, so a
+padded layout and a packed layout are interchangeable.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Sequences
 
 
 class Layout(NamedTuple):
-    """Token ids arranged in rows, and where each completion token is found in them.
+    """Token ids arranged in rows, and the location of each completion token.
 
     Attributes:
-        input_ids: int64, shape (rows, width). Free cells hold 0 and are never looked at.
+        input_ids: int64, shape (rows, width). Padding cells hold 0 and are never read.
         predictors: flat index into (rows * width) of the position that predicts each supervised token, shape (tokens,).
         targets: id of each supervised token, shape (tokens,).
         cells: flat index into (completions * length) of each supervised token, shape (tokens,).
         last: flat index into (rows * width) of each completion's last token, shape (completions,).
         completion_mask: bool, shape (completions, length), True on supervised tokens.
-        positions: position of each cell in its own sequence, int64, shape (rows, width); None where cells count on from
-            the start of their row.
-        packed: how the cells of a single row of all sequences attend; None where each cell looks at all cells of its
-            row before it.
+        positions: position of each cell in its own sequence, int64, shape (rows, width); None if positions count from
+            the start of each row.
+        packed: attention pattern of a single row that packs all sequences; None for causal attention within each row.
     """
 
     input_ids: Tensor
@@ -56,7 +55,7 @@ class Layout(NamedTuple):
         return Layout(**tensors, packed=None if self.packed is None else self.packed.to(device))
 
     def with_end_state(self) -> Layout:
-        """Add a slot after each completion for the state whose input is its last token: length grows by one."""
+        """Add a slot after each completion for the state after its last token: length grows by one."""
         rows, length = self.completion_mask.shape
         # Counting the mask would be wrong where a completion holds unsupervised tokens.
         ends = (self.completion_mask * torch.arange(1, length + 1, device=self.completion_mask.device)).amax(-1)
@@ -73,7 +72,7 @@ class Layout(NamedTuple):
         )
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Put a value (or vector) per supervised token, shape (tokens, ...), on the grid (completions, length, ...).
+        """Place one value (or vector) per supervised token, shape (tokens, ...), on a (completions, length, ...) grid.
 
         The grid is 0 elsewhere.
         """
@@ -82,7 +81,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(sequences: Sequences, pack_rows: bool) -> Layout:
-    """Lay sequences out in the arrangement that costs less; ``pack_rows`` says whether the model reads packed rows."""
+    """Arrange sequences in the cheaper layout; ``pack_rows`` says whether the model supports packed rows."""
     if pack_rows and sequences.completions:
         trees = list(trees_of(sequences))
         cells = len(sequences.completions) * max(sequences.lengths)
@@ -92,14 +91,14 @@ def lay_out(sequences: Sequences, pack_rows: bool) -> Layout:
 
 
 FEW_PADS = 1 / 16
-"""Share of a padded layout's cells that pads may take before packing pays: it attends in more, smaller pieces."""
+"""Share of padding cells below which a padded layout is used: packed attention runs in more and smaller pieces."""
 
 
 def padded_layout(sequences: Sequences) -> Layout:
-    """Lay each prompt + completion in a row of its own, padded on the right.
+    """Give each prompt + completion its own row, padded on the right.
 
-    No attention mask is needed: under causal attention no real token sees the free cells behind it. The first token of
-    a sequence without a prompt has no predictor and is not supervised.
+    No attention mask is needed: under causal attention no real token attends to the padding after it. The first token
+    of a sequence without a prompt has no predictor and is not supervised.
 
     Raises:
         DataError: a completion is empty.
@@ -127,10 +126,10 @@ def padded_layout(sequences: Sequences) -> Layout:
 
 
 def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layout:
-    """Lay trees end to end in one row: each a prompt once, its completions behind it one after the other.
+    """Pack trees (a prompt followed by its completions) into one row.
 
-    A completion's tokens look at the prompt and at their own completion up to themselves, and their positions count on
-    from the prompt, so that each completion is computed as if it stood alone. See `models.packing.trees_of`.
+    A completion's tokens attend to the prompt and to earlier tokens of the same completion. Their positions continue
+    from the prompt, so each completion is computed as if it were alone. See `models.packing.trees_of`.
 
     Raises:
         DataError: a completion is empty.
@@ -139,11 +138,11 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
     lengths = np.array([len(completion) for completion in completions])
     if not lengths.all():
         raise DataError("empty-completion", "a completion is empty; drop such rows before they reach the model")
-    # Plain numbers, then a few arrays: a small model takes a step in the time of some hundred calls of torch.
-    pieces: list[Tensor] = []  # prompts and completions as they stand in the row
-    sizes: list[list[int]] = []  # of each tree's pieces
-    shifts: list[int] = []  # how many cells each piece stands behind its place in its own sequence
-    starts, roots = np.zeros_like(lengths), np.zeros_like(lengths)  # a completion's first cell, its prompt's last one
+    # Python numbers first, then a few arrays: a step of a small model takes only as long as some hundred torch calls.
+    pieces: list[Tensor] = []  # prompts and completions in row order
+    sizes: list[list[int]] = []  # sizes of the pieces, per tree
+    shifts: list[int] = []  # offset of each piece's cells from its positions in its own sequence
+    starts, roots = np.zeros_like(lengths), np.zeros_like(lengths)  # a completion's first cell, its prompt's last cell
     cells_taken = 0
     for tree in trees:
         members, prompt = list(tree), sequences.prompts[sequences.parents[tree[0]]]
@@ -177,14 +176,14 @@ def packed_layout(sequences: Sequences, trees: Sequence[Sequence[int]]) -> Layou
 
 
 def free_layout() -> Layout:
-    """One free cell and no completion: what a rank forwards that has no rows while others have some."""
+    """Return a layout of one padding cell and no completion, for a rank without rows while other ranks have some."""
     nothing = torch.zeros(0, dtype=torch.long)
     cell = torch.zeros(1, 1, dtype=torch.long)
     return Layout(cell, nothing, nothing, nothing, nothing, torch.zeros(0, 1, dtype=torch.bool))
 
 
 def select(sequences: Sequences, rows: Sequence[int]) -> Sequences:
-    """Return the named completions with only the prompts they hang on."""
+    """Return the selected completions, with only the prompts that they need."""
     parents = sorted({sequences.parents[row] for row in rows})
     renumbered = {parent: index for index, parent in enumerate(parents)}
     return Sequences(
@@ -201,16 +200,16 @@ def cut_sequences(
     limits: MicroBatchLimits = NO_LIMITS,
     pack_rows: bool = False,
 ) -> list[list[int]]:
-    """Cut completions into micro-batches; those of a prompt stay together where it is computed once for them.
+    """Split completions into micro-batches; completions of a prompt stay together if packing computes it only once.
 
     Args:
         sequences: prompts and completions.
-        rows: completions to take; None takes all.
-        limits: bounds of a micro-batch; a prompt's completions may be parted for them.
+        rows: indices of the completions to use; None uses all.
+        limits: limits of a micro-batch; they may split a prompt's completions.
         pack_rows: whether `lay_out` may pack rows.
 
     Returns:
-        Completions of each micro-batch, the longest first; together every one once.
+        Indices of the completions of each micro-batch, longest first; each completion occurs once.
     """
     rows = list(range(len(sequences.completions))) if rows is None else list(rows)
     lengths = sequences.lengths
@@ -223,7 +222,7 @@ def cut_sequences(
 
 
 def _parts_of_tree(sequences: Sequences, tree: Sequence[int], limits: MicroBatchLimits) -> list[list[int]]:
-    """Part the completions of a prompt so that each part, with the prompt, keeps to the limits."""
+    """Split the completions of a prompt so that each part, with the prompt, stays within the limits."""
     most, prompt = limits.max_tokens, len(sequences.prompts[sequences.parents[tree[0]]])
     parts: list[list[int]] = [[]]
     for row in tree:

@@ -1,4 +1,4 @@
-"""What a model can read, compared with the data before training: token ids it has embeddings for, and positions."""
+"""Check data against a model's limits before training: token ids with embeddings, and positions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlhf_lightning.models.scalar_head import rope_switch, ropes_of, text_config
 
 
 class Limits(NamedTuple):
-    """What a model can read.
+    """Limits on the input of a model.
 
     Attributes:
-        name: of its class.
-        tokens: token ids from here on have no embedding.
-        positions: tokens of a row beyond which its learned positions end; None without any.
-        trained: tokens of a row that its rotary positions were trained on; None where the config says nothing.
-        switch: tokens of a row beyond which all its positions are rotated otherwise; None for most models.
+        name: name of the model's class.
+        tokens: number of embeddings; larger or equal token ids have none.
+        positions: maximum row length by learned position embeddings; None without such embeddings.
+        trained: row length that the rotary positions were trained on; None if the config does not state it.
+        switch: row length above which the rotation of all positions changes; None for most models.
         rescales: whether that rotation depends on the longest row forwarded so far, and so on other rows.
     """
 
@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(model: Any) -> Limits:
-    """Return what a Hugging Face model can read."""
+    """Return the limits of a Hugging Face model."""
     inner, config = unwrapped(model), text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
     layers = trunk(model)
@@ -43,7 +43,7 @@ def limits_of(model: Any) -> Limits:
     parts = [
         (f"{name}.", one.config) for name, one in text.named_modules() if isinstance(one, PreTrainedModel) and name
     ]
-    towers = tuple(name for name, of_part in parts if type(of_part) is not type(config))  # images have positions, too
+    towers = tuple(name for name, of_part in parts if type(of_part) is not type(config))  # image parts have positions
     tables = [
         module.num_embeddings - int(getattr(module, "offset", 0))
         for name, module in text.named_modules()
@@ -83,17 +83,18 @@ def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) 
 def check_rows(
     limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: int, lengths: torch.Tensor, sampled: int = 0
 ) -> None:
-    """Refuse rows that a model cannot read, and warn of those longer than it was trained on.
+    """Refuse rows that a model cannot read, and warn about rows longer than it was trained on.
 
     Args:
-        limits: of the model.
-        tokenizer: whose ids the rows hold.
-        largest_id: of all rows.
-        lengths: tokens of each row, with the longest completion that is sampled behind it, shape (rows,).
-        sampled: tokens of that completion; 0 where none is.
+        limits: limits of the model.
+        tokenizer: tokenizer of the rows' ids.
+        largest_id: largest token id of all rows.
+        lengths: tokens of each row, plus the longest completion to be sampled after it, shape (rows,).
+        sampled: maximum length of that completion; 0 if nothing is sampled.
 
     Raises:
-        ModelError: a token has no embedding, or a row is longer than the model has positions.
+        ModelError: a token has no embedding, a row is longer than the model's positions, or the rotation of a row's
+            positions would change with other rows or within a sampled completion.
     """
     if largest_id >= limits.tokens:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""From a folder to a Hugging Face model: whole weights, adapters merged into their backbone, and bare configs."""
+"""Load Hugging Face models from folders: whole weights, adapters merged into their backbone, or bare configs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from rlhf_lightning.models.scalar_head import initialise_head, text_config
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How weights are brought into memory.
+    """How weights are loaded.
 
     Args:
         from_scratch: draw new weights from the folder's config instead of reading any.
@@ -44,15 +44,15 @@ class LoadSettings:
         attn_implementation: attention kernel by transformers' name; None leaves the choice to transformers.
         activation_checkpointing: recompute activations in the backward pass instead of storing them.
         seed: seed of newly drawn weights.
-        quantization: "nf4" or "int8" keeps the frozen backbone of an adapter in 4 or 8 bits; None in ``dtype``.
+        quantization: "nf4" or "int8" keeps the frozen backbone of an adapter in 4 or 8 bits; None keeps ``dtype``.
         frozen_dtype: precision of models that are never trained; None takes ``dtype``.
-        device: where quantised weights are made; others move later.
+        device: device on which quantised weights are created; other weights are moved later.
         trust_remote_code: names of the models whose own Python code may be run.
         self_check: compare our forward with the model's own when it is loaded, see `models.self_check`.
-        embeddings: fewest rows of the embeddings and of the LM head; missing ones are the mean of all others.
+        embeddings: minimum number of rows of embeddings and LM head; added rows are the mean of the existing rows.
 
     Raises:
-        SettingError: weights would be drawn from scratch and quantised: nothing could train them.
+        SettingError: ``quantized-from-scratch``: new weights must be trained, and quantised weights are frozen.
     """
 
     from_scratch: bool = False
@@ -77,7 +77,7 @@ class LoadSettings:
 
     @property
     def is_exact(self) -> bool:
-        """Whether two forwards of the same tokens agree to fp32 rounding, however they are batched."""
+        """Whether two forwards of the same tokens agree to fp32 rounding, independently of batching."""
         return self.dtype == "float32" and self.quantization != "int8"
 
     @property
@@ -98,8 +98,8 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
     """Load or build a Hugging Face model of ``kind`` (AutoModelForCausalLM, AutoModelForSequenceClassification).
 
     Raises:
-        FileNotFoundError: the folder has no weights and ``from_scratch`` was not asked for.
-        ModelError: its weights are pickles, or it needs code of its own that was not named.
+        MissingError: the folder has no weights and ``from_scratch`` is false.
+        ModelError: its weights are pickles, or it needs custom code that was not named as trusted.
     """
     trusted = trusts(name, settings.trust_remote_code)
     options: dict[str, Any] = {**config_changes, "trust_remote_code": trusted}
@@ -133,7 +133,7 @@ def load_hf_model(name: str, kind: Any, settings: LoadSettings, **config_changes
 
 @torch.no_grad()
 def make_room(model: Any, rows: int) -> None:
-    """Give embeddings and LM head of a model at least so many rows; new rows are the mean of the others."""
+    """Grow embeddings and LM head of a model to at least ``rows`` rows; new rows are the mean of the others."""
     have = model.get_input_embeddings().weight.shape[0]
     if rows <= have:
         return
@@ -144,7 +144,7 @@ def make_room(model: Any, rows: int) -> None:
 
 
 def _refuse_encoder_decoder(name: str, trusted: bool) -> None:
-    """Refuse a model whose completions are decoded from an encoder's states: only half of it would be loaded."""
+    """Refuse an encoder-decoder model: a causal class would load only its decoder."""
     with reading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     if getattr(config, "is_encoder_decoder", False):
@@ -201,7 +201,7 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
 
 
 def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Load a model, and name the first weight whose shape is not that of the config."""
+    """Load a model; if a weight's shape differs from the config, name the first such weight."""
     try:
         return kind.from_pretrained(name, **options)
     except RuntimeError as error:
@@ -217,9 +217,9 @@ def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any
 
 
 def _refuse_foreign_weights(name: str, model: Any, unread: list[str]) -> None:
-    """Refuse weights of a file that belong to a layer without a place for them, and name others that are left out.
+    """Refuse unused weights that belong to an existing layer, and report other unused weights.
 
-    Further weights of a layer, such as a bias, a scale or an adapter, mean that the file's model is another one.
+    Unused weights of a layer, such as a bias, a scale or an adapter, mean that the file holds a different model.
 
     Raises:
         ModelError: ``foreign-weights``.
@@ -233,14 +233,14 @@ def _refuse_foreign_weights(name: str, model: Any, unread: list[str]) -> None:
                 "config.json describes another model; use the config of these weights, or save them merged and "
                 "unquantized",
             )
-    others = [key for key in unread if not key.startswith("lm_head.")]  # a reward model leaves the LM head out
+    others = [key for key in unread if not key.startswith("lm_head.")]  # a reward model does not use the LM head
     if others:
         few = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         rank_zero_info(f"{name} has weights that a {type(model).__name__} does not use: {few}.")
 
 
 def _refuse_larger_than_memory(name: str, described: nn.Module) -> None:
-    """Refuse a new model that does not fit into this machine's memory, before any of it is taken.
+    """Refuse a new model that does not fit into this machine's memory, before allocating it.
 
     Raises:
         ModelError: ``model-too-large``.
@@ -257,7 +257,7 @@ def _refuse_larger_than_memory(name: str, described: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights, which are refused or named in a sentence of ours."""
+    """Silence transformers' table of missing weights: this module refuses or reports them itself."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -267,7 +267,7 @@ def _without_load_report() -> Iterator[None]:
 
 
 def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
-    """Refuse a model with NaN or infinity in its weights: sampled or scored with, it gives nonsense in silence.
+    """Refuse a model with NaN or infinity in its weights: its samples or scores would silently be nonsense.
 
     Raises:
         ModelError: a weight is not finite.
@@ -275,7 +275,7 @@ def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
     for key, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point():
             continue
-        # The sum reads each weight once and copies none; it may overflow where no weight is infinite.
+        # The sum reads each weight once without a copy; it may overflow although every weight is finite.
         if not bool(weight.detach().sum(dtype=torch.float32).isfinite()) and not bool(weight.isfinite().all()):
             raise ModelError(
                 "non-finite-weights",
@@ -285,9 +285,9 @@ def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
 
 
 def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
-    """Load whole weights, an adapter folder merged into its backbone; on a quantised backbone it stays unmerged.
+    """Load whole weights, or an adapter merged into its backbone; on a quantised backbone it stays unmerged.
 
-    Merging is in fp32 for every requested precision: a small update would be lost in rounding.
+    Merging is done in fp32 whatever the requested precision: rounding would lose a small update.
     """
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
@@ -315,17 +315,17 @@ def _merged(name: str, kind: Any, model: Any, settings: LoadSettings) -> Any:
     refuse_other_adapter(model, "default", read_adapter(name).weights)
     if settings.quantization is None:
         model = model.merge_and_unload().to(settings.torch_dtype)
-        model.requires_grad_(True)  # peft has frozen the backbone, and merging leaves it so
+        model.requires_grad_(True)  # peft froze the backbone, and merging does not unfreeze it
     return model
 
 
 def prepare_for_training(model: Any, settings: LoadSettings | None = None, dropout: float = 0.0) -> None:
-    """Set dropout, activation checkpointing and the padding embedding the way every stage needs them.
+    """Set dropout, activation checkpointing and the padding embedding as every stage needs them.
 
-    Dropout is off unless asked for, in every form that models have it: modules, numbers that they keep, fields of the
-    config that they read when called, and noise on a router's inputs. A policy that drops units gives a ratio other
-    than 1 before any update. Embeddings lose their ``padding_idx``: masks come from lengths, and where pad and end
-    token share an id the end token's embedding would silently never be trained.
+    Dropout is off unless asked for, in all its forms: modules, numbers stored in modules, config fields that are read
+    in the forward, and noise on a router's inputs. With dropout, a policy's ratio would differ from 1 before any
+    update. Embeddings lose their ``padding_idx``, because masks come from lengths. If pad and end token share an id,
+    a ``padding_idx`` would silently keep the end token's embedding from being trained.
     """
     configs = {id(model.config): model.config}
     for module in model.modules():
@@ -348,10 +348,10 @@ def prepare_for_training(model: Any, settings: LoadSettings | None = None, dropo
 
 
 def _set_dropout(holder: Any, dropout: float) -> None:
-    """Set the numbers of a module or config that are probabilities to drop something, or the size of a noise."""
+    """Set the drop probabilities and noise sizes of a module or config."""
     for name, value in list(vars(holder).items()):
         if isinstance(value, float) and (DROPOUT.search(name) or NOISE.search(name)):
-            whole = "layerdrop" in name or NOISE.search(name)  # what drops whole layers is never asked for
+            whole = "layerdrop" in name or NOISE.search(name)  # dropping whole layers is always off
             setattr(holder, name, 0.0 if whole else dropout)
 
 
@@ -360,5 +360,5 @@ NOISE = re.compile(r"jitter")
 
 
 def load_reward_hf_model(name: str, settings: LoadSettings, outputs: int = 1, **config_changes: Any) -> Any:
-    """Load a model with a head of one or several outputs; a causal language model's folder gets a new head."""
+    """Load a model with a head of one or several outputs; a folder of a causal language model gets a new head."""
     return load_weights(name, AutoModelForSequenceClassification, settings, num_labels=outputs, **config_changes)
