@@ -1,1 +1,1 @@
-"""Language models as the stages use them: loaded, laid out, sampled from and exported. No losses, no Trainer."""
+"""Language models as the stages use them: loading, row layouts, forward passes and export. No losses, no Trainer."""

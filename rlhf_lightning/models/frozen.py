@@ -83,16 +83,16 @@ class FrozenPolicy:
 
 
 class Reference(FrozenPolicy):
-    """The frozen model that training started from. Where the policy is an adapter, its backbone is the reference.
+    """The frozen model that training started from. If the policy is an adapter, its backbone is the reference.
 
     Args:
         policy: the policy in training.
-        init_from: what it started from.
+        init_from: the model that the policy started from.
         settings: how a copy is loaded.
-        own: load a copy in every case, in fp32, for a reference that will move.
+        own: always load an fp32 copy, for a reference that will be updated.
 
     Raises:
-        SettingError: the reference will move, and its weights would be quantised, or cannot follow the adapter's.
+        SettingError: the reference will be updated, but its weights are quantised or cannot follow the adapter's.
     """
 
     def __init__(self, policy: CausalLM, init_from: str, settings: LoadSettings, own: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters of a new run and continued ones: their settings, and what no model can take."""
+"""LoRA adapters, new or continued: settings, and checks that a model supports them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from rlhf_lightning.models.scalar_head import text_config
 
 @dataclass
 class LoraSettings:
-    """Low-rank adaptation (Hu et al., 2106.09685): train ``B A`` of rank ``r`` added to each frozen weight.
+    """Low-rank adaptation (Hu et al., 2106.09685): add a trainable product ``B A`` of rank ``r`` to each frozen weight.
 
-    An adapter that is continued keeps its own settings, but for ``dropout``.
+    A continued adapter keeps its own settings, except for ``dropout``.
 
     Args:
         r: rank of the update.
         alpha: the update is scaled by ``alpha / r``.
         dropout: dropout on the adapter's input. Keep 0 for preference and RL stages, where ratios must start at 1.
-        targets: names of the layers to adapt, or "all-linear" for every linear layer but the head.
+        targets: names of the layers to adapt, or "all-linear" for every linear layer except the head.
         rslora: scale the update by ``alpha / sqrt(r)`` instead (rsLoRA, 2312.03732).
         dora: learn norm and direction of each row separately (DoRA, 2402.09353).
         rank_pattern: ranks of some layers, by the end of their name, as in {down_proj: 32}.
-        alpha_pattern: alphas of some layers, likewise.
-        target_parameters: names of weights outside of layers to adapt, such as fused experts [experts.down_proj].
-        modules_to_save: names of modules to train whole, such as lm_head.
+        alpha_pattern: alphas of some layers, by the end of their name.
+        target_parameters: names of weights outside of linear layers to adapt, such as fused experts
+            [experts.down_proj].
+        modules_to_save: names of modules to train fully, such as lm_head.
         trained_tokens: tokens whose rows of the embeddings and of the head are trained too.
     """
 
@@ -73,7 +74,7 @@ def lora_settings(given: Any) -> LoraSettings | None:
     """Return the settings of an adapter from a mapping or a ``peft.LoraConfig``.
 
     Raises:
-        SettingError: ``unsupported-lora``: the LoraConfig sets what `LoraSettings` does not have.
+        SettingError: ``unsupported-lora``: the LoraConfig sets an option that `LoraSettings` does not have.
     """
     if isinstance(given, Mapping):
         return LoraSettings(**given)
@@ -98,9 +99,9 @@ def lora_settings(given: Any) -> LoraSettings | None:
 
 
 def refuse_slow_patterns(folder: str, model: nn.Module) -> None:
-    """Refuse an adapter whose patterns of layer names are invalid, or take seconds to match.
+    """Refuse an adapter with layer-name patterns that are invalid regular expressions or take seconds to match.
 
-    Python cannot interrupt a match everywhere, so a process of its own tries them.
+    Python cannot always interrupt a match, so the patterns are tried in a separate process.
 
     Raises:
         ModelError: ``hostile-pattern``.
@@ -127,7 +128,7 @@ def refuse_slow_patterns(folder: str, model: nn.Module) -> None:
 
 
 def _patterns(found: Mapping[str, Any]) -> list[str]:
-    """Return the regular expressions that peft makes of an adapter's settings."""
+    """Return the regular expressions that peft builds from an adapter's settings."""
     patterns = [value for key in ("target_modules", "exclude_modules") if isinstance(value := found.get(key), str)]
     patterns = [one for one in patterns if one != "all-linear"]
     for key in ("rank_pattern", "alpha_pattern"):
@@ -145,8 +146,8 @@ PATTERN_SECONDS = 5
 
 
 def untie_adapted(model: Any, adapter: str) -> None:
-    """Untie embeddings and LM head where an adapter changes one of them: merged into a shared matrix it would change
-    the other one too.
+    """Untie embeddings and LM head if an adapter changes one of them. Merging the adapter into a shared matrix would
+    change the other one too.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
@@ -160,9 +161,9 @@ def untie_adapted(model: Any, adapter: str) -> None:
 
 
 def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | None = None, seed: int = 0) -> Any:
-    """Wrap a model with a trainable adapter, drawn from ``seed`` or continued from an adapter folder.
+    """Add a trainable adapter to a model, drawn from ``seed`` or continued from an adapter folder.
 
-    A continued policy also keeps the adapter it started from, frozen under the name "reference".
+    A continued policy also keeps a frozen copy of the adapter it started from, under the name "reference".
     """
     if task_type == "SEQ_CLS":
         model.score.float()  # trained whole with the adapter, and in bf16 its small updates would vanish
@@ -191,7 +192,7 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
 
 
 def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
-    """Refuse settings of an adapter that name nothing in a model, or that cannot go together.
+    """Refuse adapter settings that match nothing in a model, or that contradict each other.
 
     Raises:
         SettingError: ``impossible-lora``.
@@ -228,7 +229,7 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
 
 
 def _any_match(pattern: str, names: list[str]) -> bool:
-    """Whether a regular expression matches a whole name, as peft matches it."""
+    """Return whether a regular expression matches any whole name, as peft matches it."""
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error:
@@ -236,10 +237,10 @@ def _any_match(pattern: str, names: list[str]) -> bool:
 
 
 def _token_rows(model: Any, tokens: list[str | int]) -> list[int] | dict[str, list[int]] | None:
-    """Return the ids whose rows are trained, for peft: of a head with its own weights under both modules' names.
+    """Return the ids of the trained token rows for peft; if the head is not tied, under the names of both modules.
 
     Raises:
-        SettingError: ``impossible-lora``: a token is a name, or has no row.
+        SettingError: ``impossible-lora``: a token is given by name, or has no row.
     """
     if not tokens:
         return None
@@ -257,7 +258,7 @@ def _token_rows(model: Any, tokens: list[str | int]) -> list[int] | dict[str, li
 
 
 def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
-    """Return a line on fused experts, whose weights are no layers, that "all-linear" leaves frozen."""
+    """Return a message about fused experts, which are not linear layers and which "all-linear" leaves frozen."""
     if lora.targets != "all-linear" or lora.target_parameters:
         return ""
     inner = adapted.get_base_model()
@@ -278,15 +279,15 @@ def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
 
 
 def unadaptable(model: Any) -> list[str] | None:
-    """Return linear layers that no adapter fits: those that return more than a tensor, as some routers do, and those
-    whose weight a fused recurrent kernel reads past the adapter.
+    """Return linear layers that no adapter fits: layers that return more than a tensor (some routers), and layers whose
+    weight a fused recurrent kernel reads directly, bypassing the adapter.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name, module in layers if bypasses_adapters(model, name) or not _returns_tensor(module)] or None
 
 
 def _returns_tensor(layer: nn.Linear) -> bool:
-    """Whether a linear layer returns a tensor; a class of its own is called once to see."""
+    """Return whether a linear layer returns a tensor; a layer of a custom class is called once to find out."""
     if not type(layer).__module__.startswith("transformers.models.") or layer.weight.is_meta:
         return True
     with torch.no_grad():
@@ -294,15 +295,15 @@ def _returns_tensor(layer: nn.Linear) -> bool:
 
 
 CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to draw an adapter that take what they draw out of the backbone."""
+"""Initialisations of an adapter that also change its backbone."""
 
 
 def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None:
-    """Refuse settings that a continued adapter does not have, and say which of its own differ from those given.
+    """Refuse settings that contradict a continued adapter, and report those of r and alpha that it overrides.
 
     Raises:
         SettingError: ``continued-lora``.
-        ModelError: ``unsupported-adapter``: it changes the backbone, so that no reference would be left.
+        ModelError: ``unsupported-adapter``: the adapter changes the backbone, so no reference would be left.
     """
     if config.bias != "none":
         raise ModelError(
@@ -332,7 +333,7 @@ def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None
 
 
 def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) -> Any:
-    """Wrap a model with the adapter of a folder, to be trained on; a policy's may become a reward model's."""
+    """Continue training the adapter of a folder on a model; a policy's adapter may become a reward model's."""
     start = read_adapter(start_from)
     _refuse_other_lora(lora, start.config, start_from)
     start.config.lora_dropout = lora.dropout

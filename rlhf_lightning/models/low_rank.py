@@ -1,7 +1,7 @@
-"""The product of a frozen matrix and the adapter on it, without a pass over memory that arithmetic does not ask for.
+"""Compute a frozen linear layer plus its LoRA adapter with fewer passes over memory.
 
-peft writes it as x W' + scaling * ((x A') B'): the scaled update, the sum, their gradients and the two parts of x's
-gradient are each written out and read back. Here products add to what is there.
+peft computes x W' + scaling * ((x A') B'). It writes the scaled update, the sum, their gradients and the two parts of
+x's gradient to memory and reads each back. Here the matrix products accumulate into an existing result instead.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class LowRankProduct(Function):
         ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
         dropped: Tensor | None = None, casts: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the product.
+        """Return x W' + b + s (z A') B'.
 
         Args:
-            ctx: what backward gets.
-            x: shape (tokens, in), in the precision of the products: autocast's, or that of all tensors. W is cast or
-                expanded again for the gradient, so that no copy of it is kept.
-            weight: W, in bitsandbytes' packing if there is a ``state``.
-            state: how W is to be expanded from 4 bits; None if it is whole.
+            ctx: context for the backward pass.
+            x: shape (tokens, in), in the precision of the products: autocast's, or that of all tensors. The backward
+                pass casts or dequantises W again, so that no copy of W is stored.
+            weight: W, in bitsandbytes' packed format if there is a ``state``.
+            state: bitsandbytes' state to dequantise W from 4 bits; None if W is not quantised.
             bias: b, shape (out,); None for none.
             a: A.
             b: B.
@@ -49,7 +49,7 @@ class LowRankProduct(Function):
         dtype = x.dtype
         a, b = (a.to(dtype), b.to(dtype)) if casts is None else casts
         inner = (x if dropped is None else dropped) @ a.t()
-        # Without dropout x is needed for A's gradient, with it z is.
+        # A's gradient needs x without dropout, and z with dropout.
         ctx.save_for_backward(x if dropped is None else dropped, inner, weight, a, b)
         ctx.state, ctx.scaling, ctx.drops = state, scaling, dropped is not None
         dense = expanded(weight, state, dtype).t()
@@ -58,7 +58,7 @@ class LowRankProduct(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A, B and z; what is frozen has none."""
+        """Return the gradients of x, A, B and z; frozen tensors have none."""
         seen, inner, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients
         of_inner = gradient @ b
@@ -81,7 +81,7 @@ def scaled_product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
 
 
 def expanded(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """Return a frozen matrix in a precision, shape (out, in), from its 4 bits where it is kept in them."""
+    """Return a frozen matrix in the given precision, shape (out, in), dequantised from 4 bits if necessary."""
     if state is None:
         return weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -90,10 +90,10 @@ def expanded(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 
 
 class LowRankForm:
-    """The forward of an adapted layer that takes `LowRankProduct` where the layer is in its plain form."""
+    """Forward of an adapted layer that uses `LowRankProduct` if the layer has its plain form (see `plain_adapter`)."""
 
     casts: tuple[str, tuple[Tensor, Tensor]] | None = None
-    """Name of an adapter and its matrices in autocast's precision, during a forward of the trunk."""
+    """Name of an adapter and its matrices in autocast's precision; set during a forward of the trunk."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, shape (..., out)."""
@@ -114,7 +114,7 @@ class LowRankForm:
 
 
 def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a precision, cast once for all the layers that read this tensor."""
+    """Return x in the given precision; the cast is cached on the tensor and shared by all layers that read it."""
     if x.dtype == dtype:
         return x
     key = (dtype, torch.is_grad_enabled(), None if x.is_inference() else x._version)
@@ -126,17 +126,17 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AdapterCasts:
-    """Casts a model's adapter matrices for autocast in one operation, for each forward of its trunk.
+    """Casts a model's adapter matrices for autocast in one operation, in each forward of its trunk.
 
     Args:
-        layers: its adapted layers.
+        layers: the model's adapted layers.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
 
     def make(self, *_: Any) -> None:
-        """Cast the matrices of the active adapters, unless they are sharded; a hook before the forward."""
+        """Cast the matrices of the active adapters unless they are sharded; a forward pre-hook."""
         found = [
             (layer, names[0], layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight)
             for layer in self.layers
@@ -158,27 +158,29 @@ class AdapterCasts:
             layer.casts = (name, tuple(both))
 
     def drop(self, *_: Any) -> None:
-        """Forget the casts; a hook after the forward, since the matrices may change before the next one."""
+        """Drop the casts; a forward hook, because the matrices may change before the next forward."""
         for layer in self.layers:
             layer.casts = None
 
 
 class LowRankLinear(LowRankForm, Linear):
-    """peft's adapted linear layer with a product of its own."""
+    """peft's adapted linear layer, computed with `LowRankProduct`."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of a product with x: autocast's, else that of x."""
+    """Return the precision of a product with x: autocast's, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def plain_adapter(layer: Any, x: Tensor) -> str | None:
-    """Return a layer's one active adapter, where autocast or a common type decides the precision, all is on this rank
-    and the matrix below is frozen; None otherwise.
+    """Return the name of a layer's only active adapter, or None if `LowRankProduct` does not apply.
+
+    It applies if all tensors are on this rank, the base matrix is frozen, and autocast or a common dtype determines the
+    precision.
     """
     if torch.compiler.is_compiling():
-        return None  # the compiler fuses peft's form itself, and PyTorch 2.11's gives this one no gradient for B
+        return None  # the compiler fuses peft's form itself, and with PyTorch 2.11 this form gives B no gradient
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(names) != 1:
         return None
@@ -186,10 +188,10 @@ def plain_adapter(layer: Any, x: Tensor) -> str | None:
     parts = [x, base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight]
     plain = type(base) is nn.Linear
     if getattr(base.weight, "quant_state", None) is not None:
-        # On a GPU bitsandbytes has a kernel that expands nothing for a single row.
+        # On a GPU, bitsandbytes has a kernel that multiplies a single row without dequantising the matrix.
         plain = (x.device.type == "cpu" or x.numel() > x.shape[-1]) and base.compute_dtype in (None, dtype)
         del parts[1]
-    # Autocast casts half and single precision, and leaves double precision alone.
+    # Autocast casts half and single precision, but not double precision.
     kinds = {part.dtype for part in parts}
     common = kinds == {dtype} or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in kinds)
     plain = (
@@ -204,7 +206,7 @@ def plain_adapter(layer: Any, x: Tensor) -> str | None:
 
 
 def use_low_rank_products(model: nn.Module) -> None:
-    """Have a peft model's plain linear layers compute by `LowRankProduct`; names, weights and merging stay peft's."""
+    """Make a peft model's plain linear layers compute `LowRankProduct`; names, weights and merging stay peft's."""
     for module in model.modules():
         kind: Any = type(module)
         if kind is Linear:
@@ -223,5 +225,5 @@ def use_low_rank_products(model: nn.Module) -> None:
 
 @functools.cache
 def _with_four_bits(kind: Any) -> Any:
-    """Return peft's class for 4-bit layers, which exists where bitsandbytes does, with a product of its own."""
+    """Return peft's 4-bit layer class, which exists only with bitsandbytes, extended by `LowRankForm`."""
     return type("LowRankLinear4bit", (LowRankForm, kind), {"__doc__": "peft's adapted 4-bit layer, likewise."})

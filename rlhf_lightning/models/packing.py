@@ -1,14 +1,17 @@
-"""Packed rows: which sequences share a prompt, which cells of a row attend to each other, and attention over them.
+"""Tree attention over packed rows: which sequences share a prompt, and which cells of a row attend to each other.
 
-A tree is a prompt with completions behind it. A packed row holds trees end to end. Attention over it runs in blocks of
-one or several trees, or piece by piece: a prompt, a completion, or both together where there is but one. One mask over
-the whole row would have kernels compute all that it hides, the row's width squared. On a CPU, and in single precision
-anywhere, attention therefore runs block by block, and a sequence that is alone in its block needs no mask, so that
-kernels skip its future. In half precision on a GPU one call takes all sequences by their lengths, where PyTorch has a
-kernel that was seen to do so.
+A tree is a prompt followed by its completions. A packed row holds trees end to end. One mask over the whole row would
+make kernels compute everything that it hides, a cost quadratic in the row's width. Attention is therefore computed in
+one of two ways:
 
-transformers looks attention up by name: what is registered here under ``sdpa`` calls transformers' own for rows without
-blocks.
+* by block, on a CPU and in single precision. A block holds one or several trees. A sequence that is alone in its block
+  needs no mask, so that kernels skip its future tokens.
+* by length, in half precision on a GPU. One call takes all pieces by their lengths. A piece is a prompt or a
+  completion; a prompt with a single completion forms one piece with it. This way is used only if PyTorch has a kernel
+  that passes `takes_lengths`.
+
+transformers looks up attention functions by name. The function registered here as ``sdpa`` calls transformers' own one
+for rows that are not packed.
 """
 
 from __future__ import annotations
@@ -27,25 +30,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_lightning.types import Sequences
 
-# cuDNN's attention builds a plan for every shape it has not met, in a tenth of a second, and sequences have new lengths
-# in every batch; the flash kernels that PyTorch takes instead need none.
+# cuDNN's attention builds a plan for every new shape, which takes a tenth of a second, and every batch has sequences of
+# new lengths. Without it PyTorch takes flash kernels, which need no plan.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 WIDEST = 2048
-"""Cells of a tree beyond which its prompt is written again for the rest of its completions: attention over a tree costs
-its width squared, for every mask."""
+"""Maximum number of cells of a tree. Above it, the prompt is repeated in a new tree for the remaining completions,
+because masked attention over a tree costs the square of its width."""
 
 SMALL = 128
-"""Cells up to which trees share a block: for so few, calling a kernel once more costs more than what a mask hides."""
+"""Maximum number of cells of trees that share a block: for so few cells another kernel call costs more than a mask."""
 
 
 class Block(NamedTuple):
-    """Neighbouring cells that attend to each other alone.
+    """Neighbouring cells that attend only to each other.
 
     Attributes:
-        width: cells.
-        mask: bool, True where a cell may look at another, shape (1, 1, width, width); None where each looks at all
-            cells of the block before it.
+        width: number of cells.
+        mask: bool, True where a cell may attend to another, shape (1, 1, width, width); None for causal attention
+            within the block.
     """
 
     width: int
@@ -53,17 +56,17 @@ class Block(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The same row for kernels that take lengths: neighbouring cells, and the cells that the last of them looks at.
+    """The same row for kernels that take sequence lengths: query pieces, and the key cells that each attends to.
 
-    A cell looks at as many cells fewer as it stands before the last one of its piece: the piece is the end of what it
-    looks at.
+    A piece is the end of its own key sequence. Attention is causal and aligned at the end: the last cell of a piece
+    attends to all of the piece's keys, and each earlier cell to one key less.
 
     Attributes:
-        asking: where each piece starts in the row and the last one ends, int32, shape (pieces + 1,).
-        seen: the same for what the pieces look at, put end to end.
-        cells: that, as cells of the row, int64; None where the pieces look at themselves alone.
-        longest_asking: cells of the longest piece.
-        longest_seen: most cells that a piece looks at.
+        asking: start of each piece in the row, and the end of the last one, int32, shape (pieces + 1,).
+        seen: the same for the key sequences of the pieces, concatenated.
+        cells: the key sequences as cells of the row, int64; None if every piece attends only to itself.
+        longest_asking: number of cells of the longest piece.
+        longest_seen: number of keys of the longest key sequence.
     """
 
     asking: Tensor
@@ -74,11 +77,11 @@ class Pieces(NamedTuple):
 
 
 class PackedRow:
-    """How the cells of a row of trees attend. What a kernel is not told is not made; the layers share what is.
+    """Attention pattern of a packed row of trees. Masks and lengths are computed on first use and shared by all layers.
 
     Args:
-        trees: of each tree the tokens of its prompt and of each completion.
-        device: where the row is.
+        trees: for each tree, the number of tokens of its prompt and of each completion.
+        device: device of the row.
     """
 
     def __init__(self, trees: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
@@ -86,24 +89,24 @@ class PackedRow:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """From the row's start to its end."""
+        """The row's blocks, from start to end."""
         found = blocks_of(self.trees)
         return tuple(Block(width, None if mask is None else mask.to(self.device)) for width, mask in found)
 
     @cached_property
     def pieces(self) -> Pieces:
-        """The same by lengths."""
+        """The row's pieces, for kernels that take lengths."""
         asking, seen, cells, *longest = pieces_of(self.trees)
         moved = None if cells is None else cells.to(self.device)
         return Pieces(asking.to(self.device), seen.to(self.device), moved, *longest)
 
     def to(self, device: torch.device) -> PackedRow:
-        """Return the same on ``device``."""
+        """Return the same pattern on ``device``."""
         return PackedRow(self.trees, device)
 
 
 def pieces_of(trees: Sequence[Sequence[int]]) -> Pieces:
-    """Cut a row of trees into pieces; a prompt without tokens is none."""
+    """Split a row of trees into pieces; a prompt without tokens gives no piece."""
     asking: list[int] = []
     seen: list[Tensor] = []
     start, shared = 0, False
@@ -134,7 +137,7 @@ def _ends(sizes: Sequence[int]) -> Tensor:
 
 
 def blocks_of(trees: Sequence[Sequence[int]]) -> Iterator[Block]:
-    """Yield the blocks that a row of trees attends in; of each tree the tokens of its prompt and its completions."""
+    """Yield the attention blocks of a row of trees; each tree lists the tokens of its prompt and its completions."""
     together: list[Sequence[int]] = []
     for tree in trees:
         if together and sum(map(sum, together)) + sum(tree) > SMALL:
@@ -153,7 +156,7 @@ def _block(trees: Sequence[Sequence[int]]) -> Block:
 
 
 def _mask(trees: Sequence[Sequence[int]]) -> Tensor:
-    """Return which cells each cell may look at: its prompt's and its own piece's before it; bool, (width, width)."""
+    """Return which cells each cell may attend to (its prompt and its own piece, causally); bool, (width, width)."""
     pieces = torch.tensor([size for tree in trees for size in tree])
     number = torch.arange(len(pieces))
     prompt = number - torch.tensor([place for tree in trees for place in range(len(tree))])
@@ -162,9 +165,9 @@ def _mask(trees: Sequence[Sequence[int]]) -> Tensor:
 
 
 def trees_of(sequences: Sequences, rows: Iterable[int] | None = None) -> Iterator[list[int]]:
-    """Yield the completions (those of ``rows``, None for all) that share a prompt, in the order of their first.
+    """Group completions (of ``rows``, or all for None) by prompt; yield the groups in order of their first completion.
 
-    Equal prompts are one.
+    Equal prompts count as one prompt. A group is split where its tree would exceed `WIDEST` cells.
     """
     trees: dict[bytes, list[list[int]]] = {}
     widths: dict[bytes, int] = {}
@@ -180,24 +183,24 @@ def trees_of(sequences: Sequences, rows: Iterable[int] | None = None) -> Iterato
 
 
 def tree_width(sequences: Sequences, members: Sequence[int]) -> int:
-    """Cells that a prompt and these of its completions take."""
+    """Return the number of cells of a tree: a prompt and these of its completions."""
     prompt = sequences.prompts[sequences.parents[members[0]]]
     return len(prompt) + sum(len(sequences.completions[member]) for member in members)
 
 
 NARROW = 256
-"""Cells up to which prompts with a common beginning form a tree, or up to twice that beginning if it is longer."""
+"""Maximum number of cells of a tree of prompts with a common prefix; twice the prefix length if that is larger."""
 
 
 def prefix_trees(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
-    """Group prompts by a common beginning, where reading it once saves cells.
+    """Group prompts by a common prefix, where computing the prefix once saves cells.
 
     Args:
-        prompts: token ids of each, none empty.
+        prompts: token ids of each prompt; no prompt is empty.
 
     Returns:
-        For each group the tokens that all its prompts begin with, 0 for none, and the prompts. Each prompt has at least
-        one token beyond.
+        For each group, the length of the common prefix (0 for none) and the indices of its prompts. Each prompt has at
+        least one token after the prefix.
     """
     texts = [prompt.tolist() for prompt in prompts]
     groups: list[tuple[int, list[int]]] = []
@@ -217,7 +220,7 @@ def prefix_trees(prompts: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
 
 
 def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """Return how many tokens two texts begin with alike, at most ``most`` and all but the last of either."""
+    """Return the length of the common prefix of two texts, at most ``most`` and shorter than either text."""
     most = min(most, len(one) - 1, len(other) - 1)
     return next((place for place in range(most) if one[place] != other[place]), most)
 
@@ -234,10 +237,10 @@ def attend_by_block(
     packed: PackedRow | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention as transformers calls it, within the blocks of a packed row.
+    """Compute scaled dot-product attention with transformers' interface, within the blocks of a packed row.
 
     Queries have shape (rows, heads, width, size); keys and values may have fewer heads. Return the output, shape (rows,
-    width, heads, size), and None for the probabilities, which no kernel gives.
+    width, heads, size), and None instead of the attention probabilities, which these kernels do not return.
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -254,7 +257,7 @@ def attend_by_block(
 
 
 def half_precision_of(query: Tensor) -> torch.dtype | None:
-    """The type in which a kernel takes lengths; None where there is none: on a CPU, or in single precision."""
+    """Return the dtype for attention by length, or None if no such kernel applies: on a CPU, or in single precision."""
     if not query.is_cuda or query.shape[-1] > WIDEST_HEAD:
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
@@ -262,16 +265,16 @@ def half_precision_of(query: Tensor) -> torch.dtype | None:
 
 
 WIDEST_HEAD = 256
-"""Largest size of a head that flash attention takes."""
+"""Largest head size that flash attention supports."""
 
 
 @functools.cache
 def takes_lengths(device: torch.device, dtype: torch.dtype) -> bool:
-    """Try whether this PyTorch on this device attends by lengths as it should.
+    """Return whether this PyTorch on this device computes attention by length correctly, by trying it.
 
-    The kernel is new, its arguments have changed between releases, and one that lined up the start of a piece with the
-    start of what it looks at would train on the wrong cells without a word. One prompt of three tokens with
-    completions of two and one tells.
+    The kernel is new, and its arguments have changed between releases. A kernel that aligned a piece with the start of
+    its keys instead of their end would silently train on wrong cells. The test is one prompt of three tokens with
+    completions of two and one tokens.
     """
     pieces = Pieces(
         torch.tensor([0, 3, 5, 6], dtype=torch.int32, device=device),
@@ -293,9 +296,9 @@ def takes_lengths(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attend_by_length(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scaling: float | None) -> Tensor:
-    """Attention of pieces of a row to the cells they look at, in one call, shape (cells, heads, size).
+    """Compute attention of the pieces of a row to their keys in one call; return shape (cells, heads, size).
 
-    All is in half precision; keys and values may have fewer heads. ``scaling`` None is one over the root of size.
+    All tensors are in half precision; keys and values may have fewer heads. ``scaling`` None means 1 / sqrt(size).
     """
     from torch.nn.attention.varlen import varlen_attn  # not in every release, see `takes_lengths`
 
@@ -317,11 +320,11 @@ def attend_by_length(query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, 
 
 @functools.cache
 def shares_keys(kernel: Any) -> bool:
-    """Whether a kernel by lengths takes fewer heads of keys than of queries, which PyTorch 2.11's does not."""
+    """Return whether an attention-by-length kernel supports grouped-query attention; PyTorch 2.11's does not."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_block
 
 SEES_NOTHING = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-"""The mask that goes with a packed row: should a model not hand that on to its attention, its states are NaN."""
+"""Mask passed with a packed row. If a model does not forward the packed row to its attention, its states become NaN."""

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits, for an adapter to be trained on."""
+"""Quantise the frozen backbone of an adapter to 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ KINDS = ("nf4", "int8")
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return transformers' settings of a quantised backbone. Embeddings, norms and heads keep their precision.
+    """Return transformers' settings for a quantised backbone. Embeddings, norms and heads keep their precision.
 
     Args:
-        kind: "nf4", 4-bit normal floats in blocks of 64, their scales quantised too (QLoRA, 2305.14314): 0.52 bytes a
-            weight; or "int8", absolute maxima of rows and columns with outliers kept separate (LLM.int8(), 2208.07339).
-        compute_dtype: 4-bit weights are expanded to it for each product.
+        kind: "nf4", 4-bit normal floats in blocks of 64 with quantised scales (QLoRA, 2305.14314): 0.52 bytes per
+            weight; or "int8", absmax over rows and columns with outliers kept separate (LLM.int8(), 2208.07339).
+        compute_dtype: precision that 4-bit weights are dequantised to for each product.
 
     Raises:
-        SettingError: there is no such kind.
+        SettingError: the kind is unknown.
         PackageError: bitsandbytes is not installed.
     """
     if kind not in KINDS:
@@ -37,7 +37,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
             "or set quantization to null",
         )
     if kind == "int8":
-        # It says at every product that inputs are cast to half precision, which is what was asked for.
+        # bitsandbytes warns at every product that inputs are cast to half precision, as was asked for.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -49,10 +49,10 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def use_one_arithmetic(model: nn.Module) -> None:
-    """Keep 4-bit layers from computing otherwise in eval mode than in train mode.
+    """Make 4-bit layers compute the same in eval mode as in train mode.
 
-    On CPUs with bf16 instructions bitsandbytes repacks a layer's weights when it first runs without gradient and then
-    multiplies in bf16: the policy that sampled would not be the one that is updated, and its ratios not 1.
+    On CPUs with bf16 instructions bitsandbytes repacks a layer's weights when it first runs without gradient, and then
+    multiplies in bf16. The sampling policy would then differ from the updated policy, and ratios would differ from 1.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -60,10 +60,10 @@ def use_one_arithmetic(model: nn.Module) -> None:
 
 
 def leave_the_file(model: nn.Module) -> None:
-    """Copy what was not quantised out of the file that it was read from.
+    """Copy the unquantised weights out of their memory-mapped file.
 
-    On the CPU such weights are the file's own pages, and one of them keeps all of it in memory, the full-precision
-    matrices included that have been quantised since.
+    On the CPU such weights are pages of the file itself. A single one keeps the whole file in memory, including the
+    full-precision matrices that are quantised by now.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.device.type == "cpu":  # others are quantised
@@ -78,7 +78,7 @@ def quantization_of(model: Any) -> Quantization | None:
 
 
 def refuse_quantized_file(model: Any, name: str, asked: Quantization | None) -> None:
-    """Refuse to train on weights that their file holds in 4 or 8 bits, unless that was asked for: they stay frozen.
+    """Refuse to train on weights that their file holds in 4 or 8 bits, unless asked for: quantised weights stay frozen.
 
     Raises:
         ModelError: ``quantized-weights``.

@@ -1,4 +1,4 @@
-"""Hidden states of layers and logits of routers, recorded while a model is forwarded."""
+"""Record hidden states of layers and router logits while a model is forwarded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlhf_lightning.models.sharding import decoder_layers
 
 @contextmanager
 def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[dict[str, Tensor]]:
-    """Keep what some decoder layers return at the positions that predict tokens, without gradient, as ``hidden_N``.
+    """Record the outputs of some decoder layers at the predicting positions, without gradient, as ``hidden_N``.
 
-    The CausalLM is forwarded on ``layout`` meanwhile; layer -1 is the last.
+    Forward the CausalLM on ``layout`` inside the context; layer -1 is the last.
 
     Raises:
         SettingError: the model has no such layer.
@@ -47,7 +47,7 @@ def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[d
 
 @contextmanager
 def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """Record the logits of a mixture's routers in forwards with gradient, and which of their tokens are no padding.
+    """Record router logits of a mixture of experts in forwards with gradient, and which tokens are not padding.
 
     Raises:
         SettingError: ``no-router``.
@@ -80,14 +80,14 @@ def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]
 
 
 def experts_of_a_token(model: Any) -> int:
-    """Return how many experts a token of a mixture chooses."""
+    """Return the number of experts per token of a mixture of experts."""
     config = text_config(model.model)
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k", "top_k")
     return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 1)
 
 
 def real_cells(layout: Layout) -> Tensor | None:
-    """Return which cells of padded rows hold tokens, shape (rows * width,); None where all do."""
+    """Return which cells of padded rows hold tokens, shape (rows * width,); None if all of them do."""
     rows, width = layout.input_ids.shape
     if layout.packed is not None or len(layout.last) != rows:
         return None

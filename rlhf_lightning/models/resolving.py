@@ -1,7 +1,7 @@
-"""From a name to a folder: Hub ids, folders, .gguf files and adapters, and what a folder says of itself.
+"""Resolve a model's name to a folder (Hub ids, folders, .gguf files, adapters), and read the folder's metadata.
 
-Every folder that a stage hands over has a ``backbone.json``: what the weights were trained from. An adapter is valid on
-that backbone only; loading it on another one is an error rather than a silently different model.
+Every exported folder has a ``backbone.json``, which records the weights that training started from. An adapter is valid
+only on that backbone. Loading it on another backbone is an error, because the result would be a different model.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ BACKBONE_FILE = "backbone.json"
 PROMPT_FORM = "rlhf_prompt_form"
 """Entry of a reward model's backbone.json: the form of the prompts it was trained on."""
 SCORE_BIAS = "score_bias"
-"""What a reward model's scores are reported relative to: its name in config.json and backbone.json."""
+"""Key in config.json and backbone.json: the constant that a reward model's scores are reported relative to."""
 OUTPUT_NAMES = "score_outputs"
 MEAN_VARIANCE = ("mean", "log_variance")
-"""Outputs of a reward model whose scores are normal variables."""
+"""Outputs of a reward model whose scores are normally distributed."""
 STEP_SEPARATOR = "step_separator"
-"""What stands between two steps of a process reward model's completions: its name in the same files."""
+"""Key in the same files: the text between two steps of a process reward model's completions."""
 
 
 def resolve_folder(name: str) -> str:
-    """Return a name that transformers loads: hub ids and folders as they are, a .gguf file converted once.
+    """Return a name that transformers can load: Hub ids and folders unchanged, a .gguf file converted once.
 
     Raises:
         MissingError: ``name`` looks like a path and nothing is there.
@@ -69,7 +69,7 @@ def resolve_folder(name: str) -> str:
 
 
 def newest_export(path: Path) -> Path | None:
-    """Return the newest model that a run's folder holds; None if it is another folder."""
+    """Return the newest exported model in a run's folder; None if the folder is not a run with a model."""
     if (path / "config.json").is_file() or is_adapter(str(path)):
         return None
     exports = [*path.glob("model/"), *path.glob("version_*/model/")]
@@ -77,7 +77,7 @@ def newest_export(path: Path) -> Path | None:
 
 
 def saved_folder(given: Any) -> str:
-    """Return a name as text, or the cache's folder of a loaded model or tokenizer, written there once."""
+    """Return a name as text; a loaded model or tokenizer is saved to the cache once, and its folder is returned."""
     if isinstance(given, str | Path):
         return str(given)
     if not hasattr(given, "save_pretrained"):
@@ -113,7 +113,7 @@ def converted_gguf(path: Path) -> Path:
     with reading(str(path), "file"):
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    # The weights are dequantised now; what remains of the quantisation would make save_pretrained refuse them.
+    # The weights are dequantised now; leftover quantisation settings would make save_pretrained refuse them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -140,21 +140,21 @@ def refuse_odd_gguf(path: Path) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter rather than whole weights."""
+    """Return whether a folder holds an adapter instead of whole weights."""
     return (Path(name) / "adapter_config.json").is_file()
 
 
 def fingerprint(folder: str) -> str | None:
-    """Identify weights by a sample of every tensor, rounded to bf16, so that loading in another precision keeps it.
+    """Identify weights by a sample of every tensor, rounded to bf16, so that the precision of storage does not matter.
 
-    Reads a few kilobytes for models of any size. None for names that are not local folders of safetensors.
+    Reads only a few kilobytes for models of any size. None for names that are not local folders of safetensors.
     """
     digest, files = hashlib.sha256(), weight_files(Path(folder)) if Path(folder).is_dir() else []
     if not files:
         return None
     with reading(folder), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        # Over all files at once: the same weights may be stored in other shards.
+        # Sort over all files together: the same weights may be sharded differently.
         tensors = [(name, file) for file in opened for name in file.keys()]  # noqa: SIM118
         for name, weights in sorted(tensors, key=itemgetter(0)):
             part = weights.get_slice(name)
@@ -166,9 +166,9 @@ def fingerprint(folder: str) -> str | None:
 
 
 def content_hash(name: str) -> str | None:
-    """Hash all of a model's weights, for what is derived from them and kept; an adapter's with its backbone's.
+    """Hash all of a model's weights, as a key for cached results; for an adapter, include its backbone's weights.
 
-    Unlike `fingerprint` it reads every byte. None for names whose weights are not on this machine yet.
+    Unlike `fingerprint`, this reads every byte. None for names whose weights are not on this machine yet.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -187,7 +187,7 @@ def content_hash(name: str) -> str | None:
 
 
 def backbone_record(folder: str | Path) -> dict[str, Any]:
-    """Return what a stage's folder says of the backbone it was trained from; nothing where it says nothing."""
+    """Return the metadata of an exported folder about the backbone it was trained from; empty if there is none."""
     record = Path(folder) / BACKBONE_FILE
     found = read_json(record) if record.is_file() else {}
     for key in ("source", "fingerprint", "quantization"):
@@ -202,11 +202,11 @@ UNREAD = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
     "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""Settings of adapters whose forward depends on more than the input of a layer."""
+"""Adapter settings whose forward depends on more than the input of a layer; such adapters are refused."""
 
 
 def adapter_settings(folder: str | Path) -> dict[str, Any]:
-    """Return what adapter_config.json says, checked for what this package reads.
+    """Return the settings in adapter_config.json, after checking those that this package reads.
 
     Raises:
         ModelError: ``unreadable-model``, or ``unsupported-adapter``: it is not a LoRA adapter.
@@ -241,15 +241,15 @@ def adapter_settings(folder: str | Path) -> dict[str, Any]:
 
 
 LARGEST_RANK = 2**16
-"""Rank of a LoRA adapter above which its config is taken for damaged."""
+"""Rank of a LoRA adapter above which its config is considered damaged."""
 
 
 def load_base_of_adapter(folder: str, base: str | None = None) -> str:
-    """Return the backbone an adapter folder belongs to, checked by its fingerprint.
+    """Return the backbone of an adapter folder, verified by its fingerprint.
 
     Raises:
-        FileNotFoundError: the backbone is not where it was when the adapter was trained.
-        ModelError: the backbone's weights are not those the adapter was trained on.
+        MissingError: the backbone is no longer where it was when the adapter was trained.
+        ModelError: the backbone's weights are not those that the adapter was trained on.
     """
     require_safetensors(folder)
     config = adapter_settings(folder)
@@ -272,10 +272,10 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
 
 
 def refuse_other_quantization(folder: str, quantization: str | None) -> None:
-    """Refuse to go on with an adapter on a backbone of another quantisation: those are other weights.
+    """Refuse to use an adapter on a backbone with another quantisation, since its weights differ.
 
     Raises:
-        ModelError: the adapter in ``folder`` was trained on another one.
+        ModelError: the adapter in ``folder`` was trained with another quantisation.
     """
     record = backbone_record(folder)
     trained = record.get("quantization")
@@ -289,7 +289,7 @@ def refuse_other_quantization(folder: str, quantization: str | None) -> None:
 
 
 def output_names(folder: str | Path) -> tuple[str, ...]:
-    """Return the names of a reward model's outputs, a foreign classifier's labels; empty if it has a single output."""
+    """Return the output names of a reward model or the labels of a foreign classifier; empty for a single output."""
     if (Path(folder) / BACKBONE_FILE).is_file():
         return tuple(backbone_record(folder).get(OUTPUT_NAMES, ()))
     labels = classifier_labels(folder)
@@ -297,12 +297,12 @@ def output_names(folder: str | Path) -> tuple[str, ...]:
 
 
 def classifier_labels(folder: str | Path) -> tuple[str, ...]:
-    """Return the labels of a folder or hub id whose config names a sequence classifier; empty for other models."""
+    """Return the labels of a folder or Hub id whose config names a sequence classifier; empty for other models."""
     if is_adapter(str(folder)):
         return ()
     file = Path(folder) / "config.json"
     with reading(str(folder)):
-        # Models with code of their own are asked here too, before it is known whether that code may run.
+        # This also reads models with custom code, before it is known whether their code may run.
         if file.is_file() and "SequenceClassification" not in str(read_json(file).get("architectures")):
             return ()
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

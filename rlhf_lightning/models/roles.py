@@ -1,8 +1,8 @@
-"""Load models for their roles: policy, reference, reward model and critic, alone or on the policy's backbone.
+"""Load models for their roles: policy, reference, reward model and critic, separately or on the policy's backbone.
 
-With an adapter the frozen backbone is loaded once. Without its adapters it is the reference; a reward model that was
-trained on it is a further adapter with a scalar head; so is a critic. What is frozen is registered with the policy
-alone: it moves with the policy and is in no checkpoint.
+With an adapter, the frozen backbone is loaded once. Without adapters it is the reference. A reward model that was
+trained on the same backbone is a further adapter with a scalar head, and so is a critic. Frozen weights are registered
+only with the policy: they move to the device with it and are in no checkpoint.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ def load_policy(
     """Load a causal language model to train or to sample from.
 
     Args:
-        init_from: hub id, folder (whole weights or an adapter) or .gguf file.
-        settings: precision, attention kernel, checkpointing.
+        init_from: Hub id, folder (whole weights or an adapter) or .gguf file.
+        settings: precision, attention kernel, activation checkpointing.
         lora: train an adapter on the frozen backbone; None trains every weight.
         value_head: add a critic's head on the trunk.
-        frozen: whether it is only sampled from, so that its file may hold quantized weights.
+        frozen: whether the model is only sampled from, so that its file may hold quantised weights.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: an adapter's backbone is not the one it was trained on, or is quantised otherwise; or the adapter is
-            a reward model's.
+        MissingError: the folder or its weights do not exist.
+        ModelError: an adapter's backbone is not the one it was trained on, or has another quantisation; or the adapter
+            is a reward model's.
     """
     settings = settings or LoadSettings()
     name = resolve_folder(init_from)
@@ -102,7 +102,7 @@ def load_policy(
 
 
 def _refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
-    """Refuse an adapter on embeddings that were given rows: its folder holds no backbone, so they would be lost."""
+    """Refuse an adapter on embeddings that were given new rows: its folder holds no backbone, so they would be lost."""
     rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config(decoder=True).vocab_size
     if settings.embeddings > rows:
         raise SettingError(
@@ -114,10 +114,10 @@ def _refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
 
 
 def refuse_reward_model(name: str) -> None:
-    """Refuse to sample from a reward model, whole or adapter: loaded as a policy it would get a head of random weights.
+    """Refuse to sample from a reward model, whole or adapter: loaded as a policy, it would get a random LM head.
 
     Raises:
-        ModelError: ``name`` is the folder of one.
+        ModelError: ``name`` is the folder of a reward model.
     """
     what = ""
     if is_adapter(name) and adapter_settings(name).get("task_type") == "SEQ_CLS":
@@ -131,13 +131,13 @@ def refuse_reward_model(name: str) -> None:
 
 
 def load_reference(init_from: str, settings: LoadSettings | None = None) -> CausalLM:
-    """Load a frozen copy for the KL to be measured from, without gradients and in eval mode."""
+    """Load a frozen copy as the reference of a KL penalty, without gradients and in eval mode."""
     policy = load_policy(init_from, settings_for_inference(settings or LoadSettings()), frozen=True)
     return policy.requires_grad_(False).eval()
 
 
 def load_frozen(name: str, dtype: str = "float32") -> CausalLM:
-    """Load a policy to sample from or to judge with, in eval mode on the best device there is.
+    """Load a frozen policy to sample from or to judge with, in eval mode on the best available device.
 
     Raises:
         MissingError: the folder or its weights do not exist.
@@ -150,17 +150,18 @@ def load_frozen(name: str, dtype: str = "float32") -> CausalLM:
 
 
 def settings_for_inference(settings: LoadSettings) -> LoadSettings:
-    """The settings of a frozen model: its own precision, and no activation checkpointing, which it never needs."""
+    """Return the settings of a frozen model: its own precision, and no activation checkpointing."""
     return replace(settings, activation_checkpointing=False, dtype=settings.frozen_dtype or settings.dtype)
 
 
 class AdapterScalar(ScalarModel):
-    """A scalar role on the policy's backbone: an adapter of its own and a head. It saves memory, not time.
+    """A scalar role (reward model or critic) on the policy's backbone, made of an adapter and a head.
 
-    The adapter's matrices are the policy's parameters, the head is this module's: nothing is registered twice.
+    Sharing the backbone saves memory, not time. The adapter's matrices are parameters of the policy, the head is a
+    parameter of this module: nothing is registered twice.
 
     Args:
-        policy: whose backbone it runs on; it holds the adapter already.
+        policy: the policy with the shared backbone; it already holds the adapter.
         adapter: name of the adapter.
         head: weight of the head, shape (outputs, hidden size).
         bias: constant that scores are reported relative to, in score units.
@@ -176,17 +177,17 @@ class AdapterScalar(ScalarModel):
 
     @property
     def policy(self) -> CausalLM:
-        """Whose backbone it runs on."""
+        """The policy with the shared backbone."""
         return self._policy[0]
 
     @property
     def reads_trees(self) -> bool:  # type: ignore[override]
-        """Whether the policy's backbone reads rows of several sequences."""
+        """Whether the policy's backbone supports packed rows with tree attention."""
         return self.policy.reads_trees
 
     @property
     def pads_rows(self) -> bool:  # type: ignore[override]
-        """Whether the policy's backbone is forwarded on rows of different lengths together."""
+        """Whether the policy's backbone pads rows of different lengths and forwards them together."""
         return self.policy.pads_rows
 
     @property
@@ -199,32 +200,32 @@ class AdapterScalar(ScalarModel):
         return self.score
 
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
-        """Score completions or value states with this role's adapter; the policy's is active again afterwards."""
+        """Score completions or states with this role's adapter; the policy's adapter is restored afterwards."""
         with with_adapter(self.model, self.adapter):
             return super().forward(layout, per_token)
 
 
 def belongs_to(policy: CausalLM, folder: str) -> bool:
-    """Whether a folder holds an adapter that was trained on the policy's very backbone, quantised alike."""
+    """Return whether a folder holds an adapter trained on the policy's backbone with the same quantisation."""
     if not (policy.has_adapter and is_adapter(folder)):
         return False
     if isinstance(policy.model.peft_config[POLICY].trainable_token_indices, Mapping):
-        return False  # peft keeps no second adapter without rows of the head
+        return False  # peft supports no second adapter unless it trains head rows, too
     record, mine = backbone_record(folder), fingerprint(policy.source)
     alike = record.get("quantization") == quantization_of(unwrapped(policy.model))
     return alike and mine is not None and record.get("fingerprint") == mine
 
 
 def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | None = None, **changes: Any) -> Any:
-    """Load a frozen reward model: on the policy's backbone where it was trained on that, else a model of its own.
+    """Load a frozen reward model: on the policy's backbone if it was trained on that, else as a separate model.
 
-    An adapter on a backbone of its own is quantised as it was trained.
+    A separate adapter's backbone is quantised as in its training.
 
     Args:
-        folder: a reward model's, whole or an adapter.
-        settings: its precision and where it is placed.
-        policy: a policy in memory that it may share the backbone of.
-        **changes: of the Hugging Face config, where it is loaded on its own.
+        folder: folder of a reward model, whole or an adapter.
+        settings: precision and device.
+        policy: a loaded policy whose backbone the reward model may share.
+        **changes: changes of the Hugging Face config, for a separate model.
     """
     if policy is not None and belongs_to(policy, folder):
         start = read_adapter(folder)
@@ -245,7 +246,7 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
 
 
 def scalar_model(hf: Any, settings: LoadSettings) -> ScalarModel:
-    """Return a Hugging Face model with a scalar head as a ScalarModel, its forward checked against the model's own."""
+    """Wrap a Hugging Face model with a scalar head as a ScalarModel, and check its forward against the model's own."""
     model = ScalarModel(hf, bias=float(getattr(hf.config, SCORE_BIAS, 0.0)))
     if settings.self_check:
         check_class(model)
@@ -253,17 +254,17 @@ def scalar_model(hf: Any, settings: LoadSettings) -> ScalarModel:
 
 
 def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = None) -> AdapterScalar:
-    """Put a trainable critic on the policy's backbone.
+    """Add a trainable critic to the policy's backbone.
 
     Args:
         policy: the policy, an adapter.
-        lora: the run's settings; dropout is taken from them, the rest from where the critic starts.
-        start_from: folder of an adapter on the same backbone, whose head is taken over too; None starts from the
-            policy itself, with a head of zeros.
+        lora: the run's settings; only ``dropout`` is used, the rest comes from the adapter that the critic starts from.
+        start_from: folder of an adapter on the same backbone; the critic also takes its head. None starts from the
+            policy's adapter, with a head of zeros.
 
     Raises:
         ModelError: ``start_from`` is not an adapter on the policy's backbone.
-        SettingError: the policy trains modules of the backbone whole.
+        SettingError: the policy trains modules of the backbone fully.
     """
     if start_from is not None and not belongs_to(policy, start_from):
         raise ModelError(
@@ -290,7 +291,7 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
 
 
 def _free_name(policy: CausalLM, role: str) -> str:
-    """Return the role's name for a further adapter, numbered where several play it."""
+    """Return an adapter name for the role, numbered if the role has several adapters."""
     taken = sum(name == role or name.startswith(f"{role}_") for name in policy.model.peft_config)
     return f"{role}_{taken + 1}" if taken else role
 

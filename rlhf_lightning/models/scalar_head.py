@@ -1,4 +1,4 @@
-"""A backbone with one number on top: reward models score a completion by it, critics value each state."""
+"""A backbone with a scalar head: reward models score completions with it, critics estimate the value of states."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rlhf_lightning.models.packing import SEES_NOTHING
 
 
 class ScalarModel(nn.Module):
-    """A transformer with a scalar head, as transformers' ``AutoModelForSequenceClassification(num_labels=1)``.
+    """A transformer with a scalar head, like transformers' ``AutoModelForSequenceClassification(num_labels=1)``.
 
-    A reward model may have a head of several outputs.
+    The head of a reward model may have several outputs.
 
     Args:
         model: the Hugging Face model, possibly wrapped by peft. Its head is ``score``: hidden size -> outputs, no bias.
@@ -33,9 +33,9 @@ class ScalarModel(nn.Module):
         self.model = model
         self.bias = bias
         self.reads_trees = reads_trees(model)
-        """Whether the model reads rows of several sequences, see `models.layout.packed_layout`."""
+        """Whether the model supports packed rows with tree attention, see `models.layout.packed_layout`."""
         self.pads_rows = True
-        """Whether rows of different lengths are forwarded together, rather than each length by itself."""
+        """Whether rows of different lengths are padded and forwarded together; otherwise each length is separate."""
 
     @property
     def head(self) -> nn.Module:
@@ -43,15 +43,15 @@ class ScalarModel(nn.Module):
         return unwrapped(self.model).score
 
     def forward(self, layout: Layout, per_token: bool = False) -> Tensor:
-        """Score each completion at its last token, or value the state before each completion token.
+        """Score each completion at its last token, or estimate the value of the state before each completion token.
 
         Args:
             layout: sequences in rows.
-            per_token: return values, shape (completions, length), 0 under the mask, instead of scores.
+            per_token: return values, shape (completions, length), 0 where the mask is False, instead of scores.
 
         Returns:
-            Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values. Of a head of several outputs
-            shape (completions, outputs), or (completions, length, outputs).
+            Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values. With several outputs the shape
+            is (completions, outputs) or (completions, length, outputs).
         """
         hidden = hidden_states(self.model, layout, self.pads_rows)
         wanted = hidden[layout.predictors if per_token else layout.last]
@@ -67,7 +67,7 @@ def hidden_states(model: Any, layout: Layout, pads_rows: bool = True) -> Tensor:
 
 
 def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> Tensor:
-    """Return what a module gives for each of the layout's cells under a name, shape (rows * width, ...).
+    """Forward a layout and return the output ``name`` for each of its cells, shape (rows * width, ...).
 
     Without ``pads_rows`` only rows of the same length are forwarded together.
     """
@@ -81,7 +81,7 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
         return _read(module, layout.input_ids, **options)[name].flatten(0, 1)
     lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
     groups = lengths
-    if pads_rows and switch is not None:  # in one batch all rows are rotated like the longest
+    if pads_rows and switch is not None:  # all rows of a batch get the rotation of the longest row
         groups = torch.where(lengths > switch, width, lengths.clamp_max(switch).where(lengths <= switch, 0).max())
     found: Tensor | None = None
     for length in groups.unique().tolist():
@@ -96,16 +96,16 @@ def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> T
 
 
 def _read(module: nn.Module, ids: Tensor, **options: Any) -> Any:
-    """Forward rows.
+    """Forward rows of token ids.
 
     Raises:
-        ModelError: a token has no embedding, or a row is longer than the learned positions (noticed on the CPU alone;
-            `limits.check_rows` compares rows with a model before training).
+        ModelError: a token has no embedding, or a row exceeds the learned positions. This is detected only on the CPU;
+            `limits.check_rows` compares rows with a model before training.
     """
     try:
         return module(input_ids=ids, use_cache=False, **options)
     except IndexError as error:
-        if not str(error).startswith("index out of range in self"):  # what an embedding says
+        if not str(error).startswith("index out of range in self"):  # the error of an embedding
             raise
         name, rows, largest = type(module).__name__, vocabulary_rows(module), int(ids.max())
         if largest >= rows:
@@ -124,7 +124,7 @@ def _read(module: nn.Module, ids: Tensor, **options: Any) -> Any:
 
 
 def ropes_of(config: Any) -> list[Mapping[str, Any]]:
-    """Return the settings of a config's rotary positions; some have them for each kind of layer."""
+    """Return the settings of a config's rotary positions; some configs have one entry per kind of layer."""
     found = getattr(config, "rope_parameters", None)
     if not isinstance(found, Mapping):
         return []
@@ -132,7 +132,7 @@ def ropes_of(config: Any) -> list[Mapping[str, Any]]:
 
 
 def rope_switch(config: Any) -> int | None:
-    """Return the length of a row beyond which all its positions are rotated otherwise; None where none are."""
+    """Return the row length above which the rotation of all positions changes; None for a fixed rotation."""
     switches = [
         rope.get("original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
         for rope in ropes_of(config)
@@ -142,11 +142,11 @@ def rope_switch(config: Any) -> int | None:
 
 
 def reads_trees(model: Any) -> bool:
-    """Whether a model reads several sequences in a row, and a prompt once for several completions: it must take each
-    cell's position from outside, and hand on to its attention which cells attend to each other.
+    """Return whether a model supports packed rows with tree attention, where several completions share a prompt.
 
-    Kernels that make their own masks (flash, flex), windows that slide over a row, recurrent layers, position biases
-    and rotations that depend on the longest row do not.
+    The model must accept position ids, and pass on to its attention which cells attend to each other. Unsupported are
+    kernels that make their own masks (flash, flex), sliding windows, recurrent layers, position biases (ALiBi) and
+    rotations that depend on the longest row.
     """
     inner = unwrapped(model)
     config = text_config(inner)
@@ -166,18 +166,18 @@ def reads_trees(model: Any) -> bool:
 
 
 def _hands_on(module: nn.Module) -> bool:
-    """Whether a module takes arguments that it does not know."""
+    """Return whether a module's forward accepts arbitrary keyword arguments."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def unwrapped(model: Any) -> Any:
-    """The Hugging Face model itself, adapters included, without peft's outer wrapper."""
+    """Return the Hugging Face model itself, with adapters, without peft's outer wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def vocabulary_rows(model: Any) -> int:
-    """Return the number of embeddings, of sharded ones too, whose rows an adapter cannot be asked to merge."""
+    """Return the number of embeddings; works for sharded embeddings too, whose adapters cannot be merged."""
     embedding = unwrapped(model).get_input_embeddings()
     while (below := getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)) is not None:
         embedding = below
@@ -185,21 +185,21 @@ def vocabulary_rows(model: Any) -> int:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the part that reads text: of a multimodal model a config within its config."""
+    """Return the config of the text model; in a multimodal config it is nested."""
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
 def trunk(model: Any) -> nn.Module:
-    """The transformer below the head: token ids in, hidden states out."""
+    """Return the transformer below the head: token ids in, hidden states out."""
     inner = unwrapped(model)
     found = inner.base_model
-    if found is inner:  # the class stores its trunk under another name than it says
+    if found is inner:  # the class stores its trunk under another name than its base_model_prefix
         found = next((part for part in inner.children() if isinstance(part, PreTrainedModel)), inner)
     return found
 
 
 def head_dtype(head: nn.Module) -> torch.dtype:
-    """Precision of a head's weights; under autocast the product itself may still run lower."""
+    """Return the precision of a head's weights; under autocast the product itself may use a lower one."""
     return next(head.parameters()).dtype
 
 

@@ -1,10 +1,10 @@
-"""A model checked against itself: our forward against its class's own ``forward(...).logits``.
+"""Check a model against itself: compare our forward with its class's own ``forward(...).logits``.
 
-`check_class` compares them on a small copy of the model (see `models.small_copy`) when it is loaded, so that windows,
-chunks and softcaps that short sequences of the real model never reach are crossed. What it finds is kept in the cache
-by class, config and versions. `check_weights` compares them on the real weights, on their device and in their
-precision. A path that disagrees is left for the next one, with a line that gives the reason: packed rows -> a row for
-each sequence; the LM head's weight -> the model's own head -> its own forward. If none agrees, the model is refused.
+`check_class` compares them when the model is loaded, on a small copy of the model (see `models.small_copy`). The copy's
+windows, chunks and softcaps are so small that short sequences reach them. The result is cached by class, config and
+versions. `check_weights` compares them on the real weights, on their device and in their precision. If a path
+disagrees, the next one is used and the reason is printed: packed rows -> one row per sequence; the LM head's weight ->
+the model's own head -> its own forward. If no path agrees, the model is refused.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from rlhf_lightning.models.small_copy import VOCABULARY, small_copy
 from rlhf_lightning.types import Sequences
 
 CLOSE = 1e-4
-"""Largest difference of log-probabilities that the small copy, in fp32, may show, nats."""
+"""Maximum difference of log-probabilities on the small copy, in fp32, nats."""
 CLOSE_BY_DTYPE: dict[torch.dtype, float] = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""The same for the mean over the tokens of real weights: a mistake moves it by whole nats."""
+"""Maximum mean difference over tokens on the real weights, nats: a wrong forward changes the mean by whole nats."""
 
 
 class Findings(NamedTuple):
-    """How a class of models is forwarded.
+    """How to forward a class of models.
 
     Attributes:
         reads_trees: whether packed rows agree with the model's own forward.
-        pads_rows: whether rows of different lengths agree with it when they are forwarded together.
-        logits_path: how logits are made, see `models.causal_lm.LogitsPath`.
-        lines: what users are told.
-        refusal: code and sentence, where no path agrees.
+        pads_rows: whether padded rows of different lengths agree with it.
+        logits_path: how logits are computed, see `models.causal_lm.LogitsPath`.
+        lines: messages for the user.
+        refusal: error code and sentence if no path agrees.
     """
 
     reads_trees: bool
@@ -68,14 +68,14 @@ class Findings(NamedTuple):
 
 
 def check_class(model: CausalLM | ScalarModel, lora: LoraSettings | None = None) -> None:
-    """Check a small copy of a model's class and config, and have the model forwarded as the copy agrees with itself.
+    """Check a small copy of a model's class and config, and configure the model to be forwarded on paths that agree.
 
     Args:
         model: the loaded model.
-        lora: the adapter that it is to train; its gradients are checked too.
+        lora: the adapter to be trained; its gradients are checked too.
 
     Raises:
-        ModelError: no path agrees with the model's own forward, or it attends to later tokens.
+        ModelError: no path agrees with the model's own forward, or the model attends to later tokens.
     """
     key = check_key(model.model, "forward", [] if lora is None else asdict(lora))
     scores = isinstance(model, ScalarModel)
@@ -97,7 +97,7 @@ T = TypeVar("T")
 
 
 def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T]) -> T:
-    """Return what a check found, by its `check_key`: in this process, else from the cache, else by checking."""
+    """Return the result of a check by its `check_key`: from this process, else from the cache, else by checking."""
     if key not in _found:
         file = cache_folder() / "self_check" / f"{key}.json"
         try:
@@ -110,7 +110,7 @@ def found_once(key: str, examine: Callable[[], T], read: Callable[[list[Any]], T
 
 
 def check_key(model: Any, *further: Any) -> str:
-    """Return what a check's result depends on: the model's class and config, this package and its libraries."""
+    """Hash everything that a check's result depends on: the model's class and config, this package, its libraries."""
     inner = unwrapped(model)
     config = inner.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id"):
@@ -124,7 +124,7 @@ def check_key(model: Any, *further: Any) -> str:
 
 
 def _write(file: Path, found: Any) -> None:
-    """Write a finding to the cache; a cache that cannot be written costs time alone."""
+    """Write a result to the cache; a failed write only costs time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
@@ -135,7 +135,7 @@ def _write(file: Path, found: Any) -> None:
 
 
 def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]:
-    """Return a small copy whose own forward was seen to work; else None and what to say."""
+    """Return a small copy whose own forward works; otherwise None and the findings to report."""
     name = type(model).__name__
     try:
         small = small_copy(unwrapped(model))
@@ -151,7 +151,7 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
 
 
 def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) -> Findings:
-    """Compare the paths of a small copy of a causal language model, or of one that ``scores``, with its own forward."""
+    """Compare the paths of a small copy with its own forward, for a causal language model or a model that ``scores``."""
     name, trees = type(model).__name__, reads_trees(model)
     small, found = working_copy(model, trees)
     if found is not None:
@@ -189,7 +189,7 @@ PACKED_DIFFER = "packed rows differ from the model's own forward by {}; each seq
 
 
 def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, float]:
-    """Set the first way to forward padded rows that agrees; return it, and how far the first way is from agreeing."""
+    """Set the first path for padded rows that agrees; return it, and the difference of the very first path."""
     first = None
     paths: tuple[LogitsPath, ...] = get_args(LogitsPath) if isinstance(checked, CausalLM) else ("product",)
     for pads, path in itertools.product((True, False), paths):
@@ -213,7 +213,7 @@ PATHS: dict[LogitsPath, str] = {
 def _sequences(
     prompts: Sequence[int], completions: Sequence[int], parents: Sequence[int], vocabulary: int = VOCABULARY
 ) -> Sequences:
-    """Return sequences of these lengths, of random ids that are the same each time."""
+    """Return sequences of the given lengths, with random ids from a fixed seed."""
     generator = torch.Generator().manual_seed(3)
     lengths = (*prompts, *completions)
     ids = tuple(torch.randint(5, VOCABULARY - 4, (length,), generator=generator) % vocabulary for length in lengths)
@@ -224,7 +224,7 @@ def _sequences(
 
 
 EXAMPLES = _sequences((9, 5, 12), (6, 9, 4, 7, 3), (0, 1, 2, 0, 0))
-"""Several completions of a prompt, and prompts alone, longer than the limits of a small copy."""
+"""Prompts with one or several completions, longer than the limits of a small copy."""
 
 
 def _whole_sequences(sequences: Sequences) -> list[Tensor]:
@@ -233,19 +233,19 @@ def _whole_sequences(sequences: Sequences) -> list[Tensor]:
 
 
 def _packed(sequences: Sequences) -> Layout:
-    """Return prompts packed in a row, each with all its completions."""
+    """Pack all prompts, each with its completions, into one row."""
     return packed_layout(sequences, list(trees_of(sequences)))
 
 
 ONE_EACH = select(EXAMPLES, [0, 1, 2])
-"""The same with a completion for each prompt."""
+"""The same prompts with one completion each."""
 
 
 @torch.no_grad()
 def own_logits(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits of a class's own forward of one sequence, fp32 or wider, shape (tokens, vocabulary).
+    """Return the logits of a model's own forward of one sequence, fp32 or wider, shape (tokens, vocabulary).
 
-    The model is a Hugging Face model, or a CausalLM, through which sharded weights are gathered.
+    ``model`` is a Hugging Face model, or a CausalLM, whose call gathers sharded weights.
     """
     ids = ids.to(next(model.parameters()).device)
     if isinstance(model, CausalLM):
@@ -254,14 +254,14 @@ def own_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def own_logprobs(model: Any, prompt: Tensor, completion: Tensor) -> Tensor:
-    """Return log-probabilities of a completion's tokens by a class's own forward of the sequence alone."""
+    """Return log-probabilities of a completion's tokens from the model's own forward of this single sequence."""
     logits = own_logits(model, torch.cat([prompt, completion]))
     return token_logprobs(logits[len(prompt) - 1 : -1], completion.to(logits.device)).cpu()
 
 
 @torch.no_grad()
 def differences(policy: CausalLM, sequences: Sequences, layout: Layout) -> Tensor:
-    """Return how far our log-probabilities are from the model's own forward, nats, one for each completion token."""
+    """Return the absolute difference between our and the model's own log-probability of each completion token, nats."""
     found = policy(layout.to(next(policy.parameters()).device)).logprobs.cpu()
     gap = []
     for row, parent, completion in zip(itertools.count(), sequences.parents, sequences.completions, strict=False):
@@ -277,7 +277,7 @@ def _gap(checked: CausalLM | ScalarModel, sequences: Sequences, layout: Layout) 
             return float(differences(checked, sequences, layout).max())
         expected = torch.stack([own_logits(checked.model, ids) for ids in _whole_sequences(sequences)])
         return float((checked(layout).view_as(expected) - expected).abs().nan_to_num(torch.inf).max())
-    except Exception:  # a path that a class was not made for fails in many ways
+    except Exception:  # an unsupported path may raise anything
         return float("inf")
 
 
@@ -286,7 +286,7 @@ def _nats(gap: float) -> str:
 
 
 def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
-    """Return the refusal of a model in which a token sees later ones; None for a causal one."""
+    """Return the refusal of a model whose tokens attend to later tokens; None for a causal model."""
     ids = _whole_sequences(EXAMPLES)[0]
     other = ids.clone()
     other[-1] = (other[-1] + 1) % VOCABULARY
@@ -301,7 +301,7 @@ def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
 
 
 def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: CausalLM) -> list[str]:
-    """Return a line on adapted layers that no token reaches."""
+    """Return a message about adapted layers that get no gradient."""
     tokens: list[str | int] = [5, 6] if lora.trained_tokens else []
     asked = replace(lora, r=2, alpha=4, dropout=0.0, trained_tokens=tokens)
     adapted = add_lora(copy.deepcopy(small), asked, "CAUSAL_LM")
@@ -330,10 +330,10 @@ def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: Ca
 
 
 def check_weights(model: CausalLM | ScalarModel, autocast: AbstractContextManager[Any] | None = None) -> None:
-    """Check two short sequences on the real weights, and fall back where they disagree with the model's own forward.
+    """Check two short sequences on the real weights, and fall back to another path if one disagrees.
 
     Args:
-        model: the loaded model, on its device; of sharded weights every rank must call.
+        model: the loaded model, on its device; with sharded weights every rank must call.
         autocast: the precision context of the run; None for none.
 
     Raises:

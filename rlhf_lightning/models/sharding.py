@@ -1,8 +1,8 @@
 """Sharding with FSDP2: which modules are sharded, and how ranks keep their forward passes in step.
 
-A sharded module gathers its weights when it is called and frees them when it returns. That takes every rank: where one
-makes fewer passes, the others wait for it. Code whose number of passes depends on the rank's own rows (decoding,
-micro-batches by tokens) asks here how many to make.
+A sharded module gathers its weights when it is called and frees them when it returns. Gathering is a collective: if a
+rank makes fewer passes, the others wait for it. Code whose number of passes depends on the rank's own rows (decoding,
+micro-batches by tokens) asks this module how many passes to make.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rlhf_lightning.models.scalar_head import trunk
 def shard(model: Any, mesh: DeviceMesh, precision: str = "32-true") -> None:
     """Shard a CausalLM or ScalarModel over the data-parallel ranks: each decoder layer, then the rest with the root.
 
-    Where several ranks hold one model together, its matrices are sharded over those first. Between two passes every
-    weight is in shards, so that checkpoints, exports, norms and moved references never meet a gathered one that has
-    gone stale. A model that is sharded already stays so.
+    With tensor parallelism, matrices are first sharded over the tensor-parallel ranks. Between two passes every weight
+    is sharded, so that checkpoints, exports, norms and reference updates never read a stale gathered weight. A model
+    that is already sharded is not changed.
 
     Args:
         model: the model; heads on it are sharded with its root.
         mesh: the mesh of the strategy, with the dimensions "data_parallel" and "tensor_parallel".
-        precision: the trainer's; "bf16-mixed" gathers and computes in bf16 and sums gradients in fp32.
+        precision: the trainer's; "bf16-mixed" gathers and computes in bf16 and reduces gradients in fp32.
     """
     if is_sharded(model):
         return
@@ -47,14 +47,14 @@ def shard(model: Any, mesh: DeviceMesh, precision: str = "32-true") -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the layers of a model's transformer: its largest list of modules. None where it has no such list."""
+    """Return the layers of a model's transformer: its largest list of modules; empty if it has none."""
     lists = [part for part in trunk(model.model).modules() if isinstance(part, nn.ModuleList)]
     return list(max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=()))
 
 
 def tensor_plan(config: Any) -> dict[str, ParallelStyle] | None:
-    """Return transformers' tensor-parallel plan for a family; None without one, or with styles other than rows and
-    columns.
+    """Return transformers' tensor-parallel plan of a config; None without a plan, or if the plan uses styles other than
+    colwise and rowwise.
     """
     plan = getattr(config, "base_model_tp_plan", None)
     styles: dict[str, ParallelStyle] = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
@@ -64,25 +64,25 @@ def tensor_plan(config: Any) -> dict[str, ParallelStyle] | None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are sharded."""
+    """Return whether a model's weights are sharded."""
     return isinstance(model, FSDPModule)
 
 
-# -- passes that all ranks make together ------------------------------------------------------------------------------
+# -- keeping ranks in step --------------------------------------------------------------------------------------------
 
 
 def most_passes(model: nn.Module, count: int) -> int:
-    """Return how many passes each rank makes through a model: ``count``, where it is sharded the most of any rank."""
+    """Return the number of passes each rank must make: ``count``, or its maximum over ranks if the model is sharded."""
     return _largest(model, count) if is_sharded(model) else count
 
 
 @contextmanager
 def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], None]]:
-    """Let ranks make different numbers of passes through a sharded model: those that are done call ``idle`` until all
-    are.
+    """Let ranks make different numbers of passes through a sharded model. A rank that is done calls ``idle`` until all
+    ranks are done.
 
     Yields:
-        What to call before each pass.
+        A function to call before each pass.
     """
     if not is_sharded(model):
         yield lambda: None
@@ -97,7 +97,7 @@ def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], 
 
 
 def _largest(model: nn.Module, count: int) -> int:
-    """Return the largest count of any rank."""
+    """Return the maximum of a count over all ranks."""
     found = torch.tensor(count, device=next(model.parameters()).device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
@@ -112,15 +112,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that every rank holds whole, sharded like ``other``."""
+    """Return this rank's shard of a tensor that every rank holds whole, sharded like ``other``."""
     tensor = tensor.to(other.device, other.dtype)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """Gather a sharded model's weights on the CPU of rank zero, empty elsewhere; every rank must call this.
+    """Gather a sharded model's weights on the CPU of rank zero, empty on other ranks; every rank must call this.
 
-    Tied weights are one tensor. Of an adapter's model the frozen backbone is left out. None for a model that is not
+    Tied weights are gathered once. For an adapter the frozen backbone is left out. None for a model that is not
     sharded.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -139,5 +139,5 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes for all of them."""
+    """Return whether this is the process that writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,8 +1,8 @@
-"""A small model of another model's class and config, with random weights: what is wrong in one is wrong in the other.
+"""Build a small model with another model's class and config, and random weights; a wrong forward shows in both.
 
 The copy keeps each kind of layer, the ratios of heads, and every switch of the config. Widths shrink, and so do limits
 (attention windows, chunks, the number of cells an indexer picks, the length at which RoPE is rescaled), so that a
-sequence of a dozen tokens crosses all of them.
+sequence of a dozen tokens exceeds all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VOCABULARY = 64
 HEADS, HEAD_SIZE = 4, 16
 WIDTH = HEADS * HEAD_SIZE
 LIMIT = 4
-"""Tokens after which a window, chunk or selection of the copy no longer covers a sequence."""
+"""Number of tokens that a window, chunk or selection of the copy covers."""
 POSITIONS = 128
 
 FIXED: tuple[tuple[str, int], ...] = (
@@ -31,7 +31,7 @@ FIXED: tuple[tuple[str, int], ...] = (
     (r".*sliding_window(_size)?|.*window_size|attention_chunk_size|local_attention|.*window_len", LIMIT),
     (r"index_topk|index_block_size|(mamba_)?chunk_size|block_size", LIMIT),
     (r"index_topk_blocks", 2),
-    (r"index_n_heads", 16),  # a ReLU of few heads gives ties, which a selection breaks by the width of a row
+    (r"index_n_heads", 16),  # a ReLU of few heads gives ties, which a selection breaks depending on the row width
     (r".*original_max_position_embeddings|log_scaling_n_floor|floor_scale|rel_extent", 2 * LIMIT),
     (r"(num_)?(en|de)coder_layers|num_layers_per_stack", 2),
     (r"rotary_dim|qk_rope_head_dim", HEAD_SIZE // 2),
@@ -45,14 +45,14 @@ FIXED: tuple[tuple[str, int], ...] = (
     (r"(image|audio|video)_size", 32),
     (r"patch_size", 8),
 )
-"""What a field of a config becomes, by its name, where it is larger than that."""
+"""Maximum value of config fields in the copy, by a regular expression of their names."""
 
 
 def small_config(config: Any, each: int = 1) -> Any:
-    """Return a config of the same class whose model takes milliseconds, with ``each`` layers of each kind.
+    """Return a config of the same class whose model runs in milliseconds, with ``each`` layers of each kind.
 
     Raises:
-        Exception: the config's class refuses settings that do not go together.
+        Exception: the config's class refuses the combination of settings.
     """
     fields = _small(config.to_dict(), getattr(config, "attribute_map", {}), each)
     fields.pop("quantization_config", None)
@@ -62,7 +62,7 @@ def small_config(config: Any, each: int = 1) -> Any:
 
 
 def _small(given: Mapping[str, Any], names: Mapping[str, str], each: int = 1) -> dict[str, Any]:
-    """Return the fields of a small config; ``names`` are the class's own names of common fields."""
+    """Return the fields of a small config; ``names`` maps common field names to the class's own names."""
 
     def key_of(*keys: str) -> str:
         found = (names.get(key, key) for key in keys)
@@ -94,7 +94,7 @@ def _small(given: Mapping[str, Any], names: Mapping[str, str], each: int = 1) ->
 
 
 def _products(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, int]:
-    """Return fields that are products or sums of others: of recurrent heads, and of the parts of a head."""
+    """Return fields that are products or sums of other fields: recurrent heads, and the parts of a head's size."""
     found = {}
     expand = config.get("mamba_expand", config.get("expand", 2))
     if "head_dim" in config and config["head_dim"] is None:
@@ -117,7 +117,7 @@ def _products(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _indices(key: str, value: Any, layers: int) -> bool:
-    """Whether a list holds numbers of layers, rather than something for each."""
+    """Return whether a list holds layer indices, instead of one value per layer."""
     return bool(
         re.search(r"(ids|idxs|indices|_layers)$", key)
         and all(isinstance(one, int) and one < layers for one in value)
@@ -126,7 +126,7 @@ def _indices(key: str, value: Any, layers: int) -> bool:
 
 
 def _kept_layers(config: Mapping[str, Any], layers: int, each: int) -> list[int]:
-    """Return the numbers of layers that hold each kind, two at least."""
+    """Return the indices of layers to keep: some of each kind, and at least two."""
     kinds: dict[str, list[int]] = {}
     lists = {
         key: value
@@ -153,7 +153,7 @@ def _kept_layers(config: Mapping[str, Any], layers: int, each: int) -> list[int]
 
 
 def _small_group(key: str, old: Any, kept: list[int], layers: int) -> Any:
-    """Return a list of something for each layer, numbers of layers, or settings by name, for the layers kept."""
+    """Reduce a list with one value per layer, a list of layer indices, or a mapping of settings to the kept layers."""
     if isinstance(old, Mapping):
         if old and all(str(name).isdigit() for name in old):
             numbered = {int(name): value for name, value in old.items()}
@@ -171,7 +171,7 @@ def _small_group(key: str, old: Any, kept: list[int], layers: int) -> Any:
 def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of rotary embeddings whose rescaling begins after a few tokens.
 
-    A switch between two rotations stays out of reach: `cells_of` forwards rows on its two sides separately.
+    A switch between two rotations is placed out of reach: `cells_of` forwards rows below and above it separately.
     """
     found: dict[str, Any] = {}
     switches = rope.get("rope_type") == "longrope" or "dynamic" in str(rope.get("rope_type"))
@@ -190,8 +190,8 @@ def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def small_copy(model: Any, seed: int = 0) -> Any:
-    """Build a small model of a model's class on the CPU, in fp32 and eval mode, with weights where mistakes show."""
-    for each in (1, 2):  # some classes share weights between two layers of a kind
+    """Build a small model of a model's class on the CPU, in fp32 and eval mode, with weights that reveal mistakes."""
+    for each in (1, 2):  # some classes share weights between two layers of a kind and need two
         try:
             return _build(model, small_config(model.config, each), seed)
         except Exception:
@@ -212,7 +212,7 @@ def _build(model: Any, config: Any, seed: int) -> Any:
 
 @torch.no_grad()
 def redraw(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Draw matrices wide enough that next-token distributions are far from uniform."""
+    """Draw weight matrices large enough that next-token distributions are far from uniform."""
     if isinstance(module, nn.Embedding):
         weight.normal_()
     elif weight.dim() >= 2 and min(weight.shape[-2:]) > 1:
