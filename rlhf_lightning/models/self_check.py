@@ -151,7 +151,7 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
 
 
 def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) -> Findings:
-    """Compare the paths of a small copy with its own forward, for a causal language model or a model that ``scores``."""
+    """Compare the paths of a small copy with its own forward, for a causal model or one that ``scores``."""
     name, trees = type(model).__name__, reads_trees(model)
     small, found = working_copy(model, trees)
     if found is not None:
