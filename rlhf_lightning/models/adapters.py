@@ -1,4 +1,4 @@
-"""Several adapters on one backbone, of which at most one is active at a time.
+"""Manage several adapters on one backbone; at most one adapter is active at a time.
 
 peft's own switch also decides what is trainable: it freezes every adapter except the one that it activates. A critic
 that shares the policy's backbone would stop learning after the first forward of the reference. Here a switch changes

@@ -248,7 +248,7 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     """Return the backbone of an adapter folder, verified by its fingerprint.
 
     Raises:
-        MissingError: the backbone is no longer where it was when the adapter was trained.
+        MissingError: the backbone was moved or deleted since the adapter was trained.
         ModelError: the backbone's weights are not those that the adapter was trained on.
     """
     require_safetensors(folder)
