@@ -1,15 +1,16 @@
-"""Text to token ids: one way for every stage, so that what is trained is what is sampled.
+"""Convert text to token ids in one way for all stages, so that training sees the tokens that sampling produces.
 
-The text of a prompt and its completion is the chat template's rendering of the conversation. The ids are those that
-serving meets: the prompt is rendered with its generation prompt and encoded, then the rest is encoded by itself. A
-rendering already has its BOS token, so none is added.
+The text of a prompt and its completion is the chat template's rendering of the conversation. The ids are the same as in
+serving: the prompt is rendered with its generation prompt and encoded, then the rest is encoded separately. A rendering
+already contains its BOS token, so none is added.
 
-A completion of messages ends with the template's end-of-turn token, plain text with EOS. What a template writes after
-that token (often a line break) is not part of the completion, because sampling stops at the token.
+A completion made of messages ends with the template's end-of-turn token, a plain-text completion with EOS. Text that a
+template writes after that token (often a line break) is not part of the completion, because sampling stops at the
+token.
 
-Text is data, never control: text that spells a control token, in a message, a plain prompt or a completion, is encoded
-as the characters it is made of. Only plain text that a template has written before (``rendered``) keeps its control
-tokens. A template itself is untrusted code, and runs within the bounds of `sandbox`.
+Text is data, never control: if a message, a plain prompt or a completion spells a control token, it is encoded as plain
+characters. Only plain text that was written by a template (``rendered``) keeps its control tokens. The template itself
+is untrusted code, and runs within the limits of `sandbox`.
 """
 
 from rlhf_lightning.tokenization.continuation import Rendered, Span

@@ -1,4 +1,4 @@
-"""What a turn of the assistant adds to its prompt in the chat template's own rendering of a conversation."""
+"""Extract an assistant's turn after its prompt from the chat template's rendering of the conversation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rlhf_lightning.tokenization.templates import TurnsRefused, apply_template
 from rlhf_lightning.types import Message
 
 MOST_TURNS = 256
-"""Most learned turns of one conversation: each takes renderings of all that comes before it."""
+"""Maximum number of learned turns of a conversation: each needs renderings of everything before it."""
 
 
 class Span(NamedTuple):
-    """A piece of rendered text.
+    """A part of a rendered text.
 
     Attributes:
         text: the text, with guards.
-        supervised: whether a loss may look at it.
+        supervised: whether its tokens enter the loss.
     """
 
     text: str
@@ -33,11 +33,11 @@ class Rendered(NamedTuple):
     """Text ready to be encoded.
 
     Attributes:
-        spans: the text, cut where supervision changes; each span is encoded by itself.
-        before: the end of the text that comes before it.
+        spans: the text, split where supervision changes; each span is encoded separately.
+        before: the end of the preceding text.
         closing: ids to append, supervised, unless the text ends with them.
-        opening: ids to put in front, unless the text begins with them.
-        last_turn: whether several turns could be learned, but only the last of them is.
+        opening: ids to prepend, unless the text begins with them.
+        last_turn: whether only the last of several learnable turns is learned.
         turns_cut: whether learned turns after the first `MOST_TURNS` are left out.
     """
 
@@ -50,14 +50,14 @@ class Rendered(NamedTuple):
 
 
 class Said(NamedTuple):
-    """Text of a turn after its prompt, up to its end token, and whether it has one."""
+    """Text of a turn after its prompt, up to its end token, and whether the turn has an end token."""
 
     text: str
     ended: bool
 
 
 class RenderedConversation:
-    """Renders the beginnings of a conversation, guarded."""
+    """Renders prefixes of a conversation, with guards."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
         self.tokenizer, self.facts, self.turns = tokenizer, facts_of(tokenizer), turns
@@ -69,7 +69,7 @@ class RenderedConversation:
         self._check_tools()
 
     def text(self, stop: int, generation: bool = False, open_turn: bool = False) -> str:
-        """Render the first turns."""
+        """Render the first ``stop`` turns."""
         written = apply_template(self.tokenizer, self.real[:stop], generation, open_turn, self.tools)
         if self.is_safe:
             return written
@@ -82,16 +82,16 @@ class RenderedConversation:
         return text
 
     def prompt(self, stop: int) -> str:
-        """Render the first turns as a prompt; a last turn of the assistant is left open."""
+        """Render the first ``stop`` turns as a prompt; if the last turn is the assistant's, it is left open."""
         opened = stop > 0 and self.turns[stop - 1]["role"] == "assistant" and stop == len(self.turns)
         text = self.text(stop, generation=not opened, open_turn=opened)
         self._check_turns(text, stop)
         return text.rstrip() if opened and self.facts.trims_right else text
 
     def said(self, place: int, asked: str, message: Message | None = None) -> Said:
-        """Return what the assistant's turn at a place adds to its prompt.
+        """Return the text that the assistant's turn at ``place`` adds to its prompt.
 
-        ``message`` is what of the turn is not part of the prompt, if the prompt has its beginning.
+        If the prompt already holds the beginning of the turn, ``message`` is the rest of the turn.
         """
         self._check_order(place)
         whole = self.text(place + 1)
@@ -102,7 +102,7 @@ class RenderedConversation:
         return self.up_to_end(text, content, bool(message.get("tool_calls")))
 
     def completion(self, asked: str, spans: Sequence[Span], ended: bool, last_turn: bool = False) -> Rendered:
-        """Put the spans after a prompt into a `Rendered`."""
+        """Return the spans after a prompt as a `Rendered`."""
         kept = tuple(span for span in spans if span.text)
         closing = () if ended else (self.facts.eos,)
         return Rendered(kept, self.facts.tail_of(asked), closing, last_turn=last_turn)
@@ -115,12 +115,12 @@ class RenderedConversation:
                 raise _left_out(turn["role"])
 
     def up_to_end(self, text: str, content: str, calls: bool) -> Said:
-        """Return a rendering of a turn up to its end token; with ``calls`` tool calls follow its content."""
+        """Cut the rendering of a turn after its end token; with ``calls``, tool calls follow its content."""
         facts = self.facts
         ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
         said = text.rfind(content.strip()) + len(content.strip()) if content.strip() in text else 0
         if said and not calls and (end_mark := any_of(ends).search(text, said)):
-            return Said(text[: end_mark.end()], True)  # what a template writes after an end is never sampled
+            return Said(text[: end_mark.end()], True)  # sampling stops before anything that a template writes here
         run = re.compile(rf"(?:{'|'.join(map(re.escape, ends))})(?:\s|{'|'.join(map(re.escape, ends))})*\Z")
         if (found := run.search(text)) is not None:
             first = next(name for name in sorted(ends, key=len, reverse=True) if found[0].startswith(name))
@@ -132,7 +132,7 @@ class RenderedConversation:
         return Said(text[:end], False)
 
     def _after_rewriting(self, place: int, asked: str, whole: str) -> str:
-        """Return what a turn adds to its prompt where the template renders the prompt otherwise once it is answered."""
+        """Return the text that a turn adds to its prompt, for a template that rewrites an answered prompt."""
         base = self.text(place)
         opening = asked[len(base) :] if asked.startswith(base) else ""
         tags = next((pair for pair in THOUGHT_TAGS if pair[0] in opening), None)
@@ -150,7 +150,7 @@ class RenderedConversation:
         )
 
     def _check_merged(self, place: int, between: str) -> None:
-        """Refuse a template that writes two turns of the assistant as one: the first would be learned twice."""
+        """Refuse a template that merges two turns of the assistant: the first would be learned twice."""
         earlier = self.turns[place - 1] if place else None
         if (
             earlier is not None
@@ -163,12 +163,12 @@ class RenderedConversation:
             )
 
     def _after_opening(self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message) -> str:
-        """Return a turn's text after its generation prompt, which may have opened or closed a thought."""
+        """Return a turn's text after its generation prompt; that prompt may open or close a thought."""
         if tags is None:
             return turn.lstrip() if asked[-1:].isspace() else turn
         opened, closed = tags
         thought, mark, answer = turn.rpartition(closed)
-        if closed in asked[asked.rindex(header) + len(header) :]:  # the prompt has a whole thought, an empty one
+        if closed in asked[asked.rindex(header) + len(header) :]:  # the prompt contains a complete, empty thought
             if thought.replace(opened, "").strip():
                 raise TurnsRefused("thought-closed", "the generation prompt closes the thought that a turn has")
             return answer if mark else turn
@@ -200,7 +200,7 @@ class RenderedConversation:
             raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a learned turn")
 
     def _check_order(self, place: int) -> None:
-        """Refuse a template that writes other turns after the answer: they would be learned with it."""
+        """Refuse a template that writes other turns after the answer: they would be learned as part of it."""
         written = self._written(place + 1)
         if place in written and written[-1] != place:
             raise TurnsRefused(
@@ -209,19 +209,22 @@ class RenderedConversation:
             )
 
     def _written(self, stop: int) -> tuple[int, ...]:
-        """Return which of the first turns the template writes, in order; none where it refuses their roles alone."""
+        """Return the indices of those of the first ``stop`` turns that the template writes, in its order.
+
+        Empty if the template refuses test turns with these roles.
+        """
         roles = tuple(turn["role"] for turn in self.turns[:stop])
         if roles not in self.facts.written_turns:
             marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
             written = ""
-            with suppress(TurnsRefused):  # the roles alone may make no conversation
+            with suppress(TurnsRefused):  # turns with test contents may not form a valid conversation
                 given = [self.facts.for_template(turn) for turn in marked]
                 written = apply_template(self.tokenizer, given, False, tools=self.tools)
             self.facts.written_turns[roles] = tuple(map(int, re.findall("\ue003([0-9]+)\ue003", written)))
         return self.facts.written_turns[roles]
 
     def _check_tools(self) -> None:
-        """Render the conversation with marked names of functions and results of tools: a template may ignore either."""
+        """Check that the template writes tool calls and tool results, by rendering the turns with marks in them."""
         turns: list[Message] = []
         marks: list[tuple[str, str]] = []
 
@@ -254,9 +257,9 @@ def _left_out(role: str) -> TurnsRefused:
 
 
 def chained(prompts: Sequence[str], said: Sequence[Said]) -> list[Span] | None:
-    """Return the spans of turns in one rendering; None if a later prompt has an earlier turn otherwise."""
+    """Return the spans of all turns in one rendering; None if a later prompt renders an earlier turn differently."""
     spans, text = [Span(said[0].text)], prompts[0] + said[0].text
-    if not all(one.ended for one in said[:-1]):  # their end would not be learned
+    if not all(one.ended for one in said[:-1]):  # the end of such a turn would not be learned
         return None
     for asked, one in zip(prompts[1:], said[1:], strict=True):
         if not asked.startswith(text):

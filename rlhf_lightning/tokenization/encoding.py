@@ -1,4 +1,4 @@
-"""Rendered text to ids, in bulk, and ids back to text."""
+"""Encode rendered text to ids in bulk, and decode ids back to text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_lightning.tokenization.rendering import (
 from rlhf_lightning.types import Message, Prompt
 
 JOINT = 32
-"""Characters on each side of a joint that are encoded together, to tell whether the tokenizer merges across it."""
+"""Characters on each side of a text boundary that are encoded together to check whether the tokenizer merges them."""
 
 
 class Encoded(NamedTuple):
@@ -31,9 +31,9 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: token ids.
-        supervised: for each id whether a loss may look at it.
-        escaped: whether a content spelt a control token, and was encoded as the characters it is made of.
-        merges: whether the tokenizer would encode the text otherwise together with what comes before it.
+        supervised: for each id, whether it enters the loss.
+        escaped: whether a content spelt a control token, which was encoded as plain characters.
+        merges: whether the tokenizer would encode the text differently together with the preceding text.
     """
 
     ids: list[int]
@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Encode a prompt: messages with the template's generation prompt; plain text after BOS, if there is one.
 
-    A prompt whose last turn is the assistant's is left open, to be continued.
+    If the last turn is the assistant's, it is left open for continuation.
     """
     return encode_rendered(tokenizer, [render_prompt(tokenizer, prompt)])[0].ids
 
@@ -53,12 +53,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, completion: str | list[Message], prompt: Prompt
 ) -> tuple[list[int], list[bool]]:
-    """Encode a completion, end token included, and tell which ids a loss may look at.
+    """Encode a completion, including its end token; return ids, and for each id whether it enters the loss.
 
     Args:
         tokenizer: the policy's tokenizer.
-        completion: text, or the turns that follow the prompt: the assistant's, and possibly others between them.
-        prompt: what it answers; decides between a chat template and plain text.
+        completion: text, or the turns that follow the prompt: the assistant's, possibly with other turns between them.
+        prompt: the prompt; it determines whether the chat template or plain text is used.
     """
     return encode_rendered(tokenizer, [render_completion(tokenizer, completion, prompt)])[0][:2]
 
@@ -66,13 +66,14 @@ def encode_completion(
 def encode_reply(
     tokenizer: PreTrainedTokenizerBase, turn: Message, reply: str | Sequence[Message], ended: bool = True
 ) -> list[int]:
-    """Encode what an environment replies to a sampled turn, up to where the assistant's next turn begins.
+    """Encode an environment's reply to a sampled turn, up to the beginning of the assistant's next turn.
 
     Args:
         tokenizer: the policy's tokenizer.
         turn: the policy's turn as a message.
-        reply: messages, or what follows in plain text.
-        ended: whether the turn has its end token. Messages after a turn that a stop string ended begin with it.
+        reply: messages, or the continuation of a plain text.
+        ended: whether the turn has its end token. After a turn that a stop string ended, the encoded messages begin
+            with an end token.
     """
     first: list[int] = []
     if isinstance(reply, str):
@@ -90,12 +91,12 @@ def encode_reply(
 def encode_steps(
     tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt
 ) -> tuple[list[int], list[bool]]:
-    """Encode a completion in steps, and tell for each id whether a step ends with it; see `render_steps`."""
+    """Encode a completion in steps; return ids and, for each id, whether it ends a step. See `render_steps`."""
     return joined_steps(encode_rendered(tokenizer, render_steps(tokenizer, steps, separator, prompt)))
 
 
 def joined_steps(pieces: Sequence[Encoded]) -> tuple[list[int], list[bool]]:
-    """Join the ids of steps, and tell for each id whether a step ends with it."""
+    """Join the ids of steps; return them, and for each id whether it is the last of a step."""
     ids = [index for piece in pieces for index in piece.ids]
     return ids, [place == len(piece.ids) - 1 for piece in pieces for place in range(len(piece.ids))]
 
@@ -123,7 +124,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rende
 
 
 def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
-    """Return each span's text, and the end of the text before it."""
+    """Return each span's text, and the end of the text that precedes it."""
     found, before = [], one.before
     for span in one.spans:
         found.append((span.text, before))
@@ -133,7 +134,7 @@ def _pieces(facts: Facts, one: Rendered) -> list[tuple[str, str]]:
 
 
 def _has_joint(facts: Facts, one: Rendered) -> bool:
-    """Whether a text may merge with what comes before it."""
+    """Return whether the tokenizer may merge a text with the preceding text."""
     first = one.spans[0].text if one.spans else ""
     if not first or not one.before or "\ue000" in one.before + first[:JOINT]:
         return False
@@ -163,9 +164,9 @@ def _encoded(
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strings: bool = True) -> str:
-    """Decode a completion up to its first end token, without special tokens, but with thought tags.
+    """Decode a completion up to its first end token, without special tokens but with thought tags.
 
-    With ``strings`` the text ends before the first stop string, too.
+    With ``strings``, the text also ends before the first stop string.
     """
     facts = facts_of(tokenizer)
     stops = facts.stop_strings if strings else ()
@@ -184,7 +185,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stri
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decode a sampled turn up to its first end, with every other control token: some mark tool calls."""
+    """Decode a sampled turn up to its first end token, keeping all other control tokens: some mark tool calls."""
     ends = end_token_ids(tokenizer)
     kept = list(takewhile(lambda index: index not in ends, map(int, ids)))
     text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -192,7 +193,7 @@ def turn_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the first of some texts."""
+    """Return a text up to the first occurrence of any stop string."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -203,18 +204,19 @@ def truncate(
     max_prompt_length: int | None = None,
     keep: int = 0,
 ) -> tuple[list[int], list[list[int]]]:
-    """Cut a prompt and the completions that share it to ``max_length`` tokens each.
+    """Truncate a prompt and the completions that share it to ``max_length`` tokens each.
 
-    The prompt loses its left end, so that its latest turn stays: beyond ``max_prompt_length``, and, when the row is too
-    long, as much as the longest completion asks for but never below half of ``max_length`` (or ``max_prompt_length``).
-    Completions then lose their right end, and with it the end token: a truncated completion has not ended.
+    The prompt is truncated on the left, so that its latest turn stays. It is cut to ``max_prompt_length``. If the
+    row is still too long, it is cut further to make room for the longest completion, but not below half of
+    ``max_length`` (or below ``max_prompt_length``). Completions are then truncated on the right, which removes the end
+    token: a truncated completion has not ended.
 
     Args:
         prompt_ids: ids of the prompt.
         completions: ids of each completion of that prompt.
-        max_length: most tokens of prompt and completion together; None for no bound.
-        max_prompt_length: most tokens of the prompt; None for no bound of its own.
-        keep: ids at the very beginning of the prompt that always stay (BOS).
+        max_length: maximum tokens of prompt and completion together; None for no limit.
+        max_prompt_length: maximum tokens of the prompt; None for no separate limit.
+        keep: number of ids at the beginning of the prompt that always stay (BOS).
     """
     prompt = len(prompt_ids) if max_prompt_length is None else min(len(prompt_ids), max_prompt_length)
     if max_length is not None:
@@ -232,7 +234,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = 
     if not texts:
         return []
     kind: Any = type(tokenizer)
-    if _is_plain(kind):  # the same without offsets and masks, which are not used
+    if _is_plain(kind):  # gives the same ids, and skips offsets and masks, which are not used
         backend: Any = tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
@@ -247,7 +249,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = 
 
 @functools.cache
 def _is_plain(kind: type) -> bool:
-    """Whether a class of tokenizers encodes by its backend alone."""
+    """Return whether a tokenizer class encodes with its backend alone."""
     base: Any = PreTrainedTokenizerFast
     return issubclass(kind, base) and all(getattr(kind, name) is getattr(base, name) for name in _ENCODING)
 
@@ -258,7 +260,7 @@ _PROCESS = os.getpid()
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Let tokenizers encode a batch on all cores; not in a forked process, where their thread pool would hang."""
+    """Let tokenizers encode a batch on all cores, except in a forked process, where their thread pool would hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     if os.getpid() != _PROCESS:
@@ -277,7 +279,7 @@ def all_cores() -> Iterator[None]:
 def _encode_after(
     tokenizer: PreTrainedTokenizerBase, facts: Facts, texts: Sequence[tuple[str, str]], split: bool = False
 ) -> list[list[int]]:
-    """Encode texts, each by itself but without the space that some tokenizers put before a first word."""
+    """Encode texts separately, without the space that some tokenizers put before a first word."""
     if not facts.anchor:
         return _encode(tokenizer, [text for text, _ in texts], split)
     anchored = [
@@ -296,7 +298,7 @@ def _encode_after(
 
 
 def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, ids: list[int]) -> bool:
-    """Tell whether the control tokens in the ids are those spelt in the text, so that no content was taken for one."""
+    """Return whether the control tokens in the ids are those written in the text, so that no content became one."""
     if facts.unknown is not None and facts.unknown[0] in text:
         return False
     control = facts.control_ids
@@ -305,7 +307,7 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, ids
 
 
 def _carefully(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, before: str) -> list[int]:
-    """Encode a text whose control tokens are those spelt in it, and guards as the plain characters they stand for."""
+    """Encode a text piece by piece: written control tokens as such, guards as the plain characters they stand for."""
     ids: list[int] = []
     place = 0
     for found in [*facts.written.finditer(text), None]:
@@ -324,13 +326,13 @@ def _literal(tokenizer: PreTrainedTokenizerBase, facts: Facts, text: str, before
     (whole,) = _encode_after(tokenizer, facts, [(text, before)], split=True)
     if control.isdisjoint(whole):
         return whole
-    # The tokenizer recognises a token that is not marked special, or has it as a word: but not its two parts.
+    # The token is in the vocabulary as a word or a non-special added token, so it is encoded in two parts.
     names = sorted(facts.control, key=len, reverse=True)
     pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, names))})", text) if piece]
     parts = [part for piece in pieces for part in ((piece[:1], piece[1:]) if piece in facts.control else (piece,))]
     ids: list[int] = []
     for part, found in zip(parts, _encode(tokenizer, parts, split=True), strict=True):
-        if not control.isdisjoint(found):  # a spelling that is made equal to a token's, by case or by Unicode's forms
+        if not control.isdisjoint(found):  # a spelling that the tokenizer normalises (case, Unicode) to a control token
             found = [index for letter in _encode(tokenizer, list(part), split=True) for index in letter]
         ids += [index for index in found if index not in control]
     return ids

@@ -1,4 +1,4 @@
-"""Facts about a tokenizer and its chat template that have to be found by trying, once for each."""
+"""Facts about a tokenizer and its chat template that must be found by experiment, once for each tokenizer."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ THOUGHT_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK
 """Pairs of texts that open and close a thought."""
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which templates look for the thought of a turn."""
+"""Keys under which templates look for the thought (reasoning) of a turn."""
 
 STOP_TOKENS, STOP_STRINGS = "stop_tokens", "stop_strings"
-"""Names in tokenizer_config.json of further tokens, and of texts, that end a completion."""
+"""Keys in tokenizer_config.json for further tokens and for strings that end a completion."""
 
 
 class Ends(tuple[int, ...]):
-    """Ids of the tokens that end a completion, and texts that end it with the token that completes them.
+    """Ids of the tokens that end a completion, and strings that end it.
 
     Attributes:
-        strings: the texts, searched in the decoded completion with its control tokens.
+        strings: the stop strings, searched in the decoded completion with its control tokens. A completion ends with
+            the token that completes a stop string.
     """
 
     strings: tuple[str, ...] = ()
@@ -49,10 +50,10 @@ class Ends(tuple[int, ...]):
 
     @classmethod
     def of(cls, ids: Sequence[int], strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ends:
-        """Return ids and texts together."""
+        """Return an `Ends` of ids and stop strings."""
         made = cls(ids)
         made.strings, made._tokenizer = tuple(strings), tokenizer
-        # Each token has a byte at least, and a character at most four.
+        # Each token has at least one byte, and a character at most four bytes.
         made._window = max((len(text.encode()) for text in strings), default=0) + 4
         return made
 
@@ -61,23 +62,23 @@ class Ends(tuple[int, ...]):
         return any(one in text for one in self.strings)
 
     def completed(self, ids: Sequence[int]) -> bool:
-        """Return whether the last token of a completion completes a text."""
+        """Return whether the last token of a completion completes a stop string."""
         return bool(self.strings) and self._in(ids[-self._window :])
 
     def stop(self, ids: Sequence[int]) -> int | None:
-        """Return the number of tokens up to the one that completes a text; None if no text is complete."""
+        """Return the number of tokens up to the one that completes a stop string; None if no string is complete."""
         if not self.strings or not self._in(ids):
             return None
         return bisect_left(range(len(ids) + 1), True, key=lambda count: self._in(ids[:count]))
 
 
 TAIL = 64
-"""Characters of a prompt's end that are looked at to tell how its completion is encoded."""
+"""Number of characters at a prompt's end that may influence how its completion is encoded."""
 
 GUARD = re.compile("\ue000([0-9]+)\ue001")
 
 OWN_KEYS = ("weight", "tools")
-"""Keys of a message that templates do not get."""
+"""Keys of a message that are not passed to templates."""
 
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "\ue000call\ue001", "arguments": {"a": "\ue000b"}}}
 _TOOL = {
@@ -94,28 +95,28 @@ class Facts:
     """Facts about one tokenizer and its chat template. Holds no reference to the tokenizer.
 
     Attributes:
-        control: the control tokens and their ids: those marked special, and those that the chat template writes. No
-            content is ever encoded as one.
-        unknown: the unknown token and its id, unless a control token is in its place. It stands for text.
+        control: the control tokens and their ids: tokens marked special, and tokens that the chat template writes.
+            Content is never encoded as a control token.
+        unknown: the unknown token and its id, unless it is also a control token. It stands for text.
         speakable: control tokens that the assistant's own turn may hold, such as ``<think>``: thought tags, and tokens
-            that the template writes, but neither marked special nor part of what stands around a turn.
+            that the template writes, that are not marked special and that do not delimit turns.
         end_of_turn: control token that ends a turn of the assistant.
         call_end: control token that ends a turn of the assistant with tool calls.
-        trims_right: whether the template drops space at the end of the assistant's content.
-        opening: ids that the tokenizer puts in front of a text.
-        anchor: ids of a text that is put before a continuation while it is encoded, for tokenizers that would
-            otherwise begin it with a space; empty for other tokenizers.
-        spaced_after_control: whether such a tokenizer begins the text after a control token with a space, too.
-        parts: whether the template reads contents as lists of parts only.
+        trims_right: whether the template strips space at the end of the assistant's content.
+        opening: ids that the tokenizer prepends to a text.
+        anchor: ids of a text that is put before a continuation while encoding it, for tokenizers that would otherwise
+            begin it with a space; empty for other tokenizers.
+        spaced_after_control: whether such a tokenizer also begins the text after a control token with a space.
+        parts: whether the template accepts contents only as lists of parts.
         reads_thoughts: whether the template reads the thought of a turn from `THOUGHT_KEYS`.
-        moves_thoughts: whether a thought in the content has to be moved to those keys.
+        moves_thoughts: whether a thought in the content must be moved to those keys.
         thinks: whether the template knows thought tags.
         calls: how the template reads tool calls: arguments as an object or as JSON text, and whether a call without
             text has null content; None if it ignores tool calls.
         dated: whether the template writes a date.
         stops: ids of further tokens that end a completion.
-        stop_strings: texts that end a completion.
-        written_turns: for roles of turns, the places of those that the template writes, in its order.
+        stop_strings: strings that end a completion.
+        written_turns: for a sequence of roles, the indices of the turns that the template writes, in its order.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -156,7 +157,7 @@ class Facts:
 
     @cached_property
     def guarded_ids(self) -> frozenset[int]:
-        """Ids of the control tokens that the assistant's own turn may not hold either."""
+        """Ids of the control tokens that not even the assistant's own turn may hold."""
         return self.control_ids - frozenset(self.speakable.values())
 
     @cached_property
@@ -167,13 +168,13 @@ class Facts:
 
     @cached_property
     def guards(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """Patterns of the spellings that no content may hold, and of those that the assistant's may not hold either."""
+        """Two patterns of forbidden spellings: one for any content, one for the assistant's content."""
         spoken = [text for text in self.spellings if text not in self.speakable]
         return any_of(self.spellings), any_of(spoken)
 
     @cached_property
     def written(self) -> re.Pattern[str]:
-        """Pattern of control tokens in rendered text, with the space that belongs to them."""
+        """Pattern of control tokens in rendered text, including spaces that the tokenizer strips around them."""
         names = sorted(self.control, key=len, reverse=True)
         spaces = [self.spaces.get(name, (False, False)) for name in names]
         marks = [
@@ -183,11 +184,11 @@ class Facts:
         return re.compile("|".join(marks) or r"(?!)")
 
     def guarded(self, text: str, spoken: bool = False) -> str:
-        """Replace what spells a control token by its guard; ``spoken`` texts may hold thought tags."""
+        """Replace spellings of control tokens by guards; with ``spoken``, speakable ones (thought tags) stay."""
         return self.guards[spoken].sub(lambda found: f"\ue000{self.spellings.index(found[0])}\ue001", text)
 
     def guarded_values(self, value: Any, spoken: bool) -> Any:
-        """Guard every text in a message or a description of tools; its role stays."""
+        """Guard every text in a message or a tool description, except roles."""
         if isinstance(value, str):
             return self.guarded(value, spoken)
         if isinstance(value, list | tuple):
@@ -200,18 +201,18 @@ class Facts:
         return value
 
     def restored(self, text: str) -> str:
-        """Put the spellings back that `guarded` replaced."""
+        """Restore the spellings that `guarded` replaced."""
         return GUARD.sub(lambda found: self.spellings[int(found[1])], text) if "\ue000" in text else text
 
     def tail_of(self, text: str) -> str:
-        """Return the end of a text: what stands after its last control token, or the token itself at the very end."""
+        """Return the end of a text: the part after its last control token, or that token if it is at the very end."""
         tail = text[-TAIL:]
         marks = list(self.written.finditer(tail))
         return tail[marks[-1].end() :] or marks[-1][0] if marks else tail
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Ids that end a completion: EOS, the end of a turn, that of a turn with tool calls, and stop tokens."""
+        """Ids that end a completion: EOS, the ends of turns (also of turns with tool calls), and stop tokens."""
         turns = [self.control[name] for name in (self.end_of_turn, self.call_end) if name is not None]
         return tuple(dict.fromkeys([self.eos, *turns, *self.stops]))
 
@@ -312,7 +313,7 @@ class Facts:
 
 
 def thought_and_answer(content: str) -> tuple[str | None, str]:
-    """Split a content into the thought at its beginning and the rest; None without exactly one thought."""
+    """Split a content into the thought at its beginning and the rest; without exactly one thought it is None."""
     for opened, closed in THOUGHT_TAGS:
         thought, found, answer = content.partition(closed)
         thought = thought.lstrip().removeprefix(opened)
@@ -324,11 +325,11 @@ def thought_and_answer(content: str) -> tuple[str | None, str]:
 _FACTS: WeakKeyDictionary[PreTrainedTokenizerBase, Facts] = WeakKeyDictionary()
 
 _MARK = re.compile(r"[^\w\s]")
-"""What an added token holds that is more than a word or a line break, and so may mark something."""
+"""Matches added tokens that are more than a word or white space, and so may be markers."""
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Return the pattern of some texts, the longest first."""
+    """Return a pattern that matches any of the texts, longest first."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
@@ -351,12 +352,12 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
-    """Return the facts about a tokenizer, found on first use and after a change."""
+    """Return the facts about a tokenizer, found on first use and again after a change."""
     facts = _FACTS.get(tokenizer)
     if facts is None or not (facts.settled or facts.key == _identity(tokenizer)):
         facts = Facts(tokenizer)
         if tokenizer.chat_template:
-            # A refusal is raised again, with the turns it refuses, when the template is used.
+            # A refusal is raised again, with the refused turns, when the template is used.
             with contextlib.suppress(ChatTemplateError), shared_time():
                 facts.read_template(tokenizer)
         _FACTS[tokenizer] = facts
@@ -365,7 +366,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
 
 @contextlib.contextmanager
 def settled(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Take the tokenizer for unchanged while the block runs: to look costs more than to render a short text."""
+    """Assume that the tokenizer does not change inside the block: checking costs more than rendering a short text."""
     facts = facts_of(tokenizer)
     before, facts.settled = facts.settled, True
     try:
@@ -375,22 +376,22 @@ def settled(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> Ends:
-    """Return what ends a completion: EOS, the chat template's ends of a turn, stop tokens, and stop strings."""
+    """Return everything that ends a completion: EOS, the template's ends of turns, stop tokens and stop strings."""
     facts = facts_of(tokenizer)
     return Ends.of(facts.ends, facts.stop_strings, tokenizer)
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that the tokenizer itself puts in front of a text: BOS, or none."""
+    """Return the ids that the tokenizer itself prepends to a text: BOS, or none."""
     return facts_of(tokenizer).opening
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides how text becomes ids: vocabulary, rules, special tokens, template and its args."""
+    """Hash everything that determines how text becomes ids: vocabulary, rules, special tokens, template, arguments."""
     digest = hashlib.blake2b(digest_size=16)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        backend.no_padding()  # both are set anew by every call, and would otherwise be part of the text below
+        backend.no_padding()  # padding and truncation are set by every call, and would otherwise change the hash
         backend.no_truncation()
         digest.update(backend.to_str().encode("utf-8", "surrogatepass"))
     else:

@@ -1,12 +1,12 @@
-"""Prompts and completions as text, cut where supervision changes.
+"""Render prompts and completions as text, split where supervision changes.
 
 The text of a prompt and its completion is the chat template's own rendering of the conversation. The prompt is rendered
-with its generation prompt; the completion is what the rendering with the answer has after that. Where a template
-renders earlier turns anew once the conversation continues (it drops old thoughts), every learned turn gets a prompt
-of its own, see `render_turns`.
+with its generation prompt. The completion is the rest of the rendering that includes the answer. Some templates rewrite
+earlier turns once the conversation continues (they drop old thoughts); then every learned turn gets its own prompt, see
+`render_turns`.
 
-What spells a control token in a content is replaced by a guard before rendering (U+E000, a number, U+E001), so that
-control tokens in the text are the template's own. `encoding` puts the spelling back, as plain characters.
+Spellings of control tokens in a content are replaced by guards before rendering (U+E000, a number, U+E001), so that
+control tokens in the text are the template's own. `encoding` restores the spellings as plain characters.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from rlhf_lightning.types import Message, Prompt
 
 
 class RenderedTurn(NamedTuple):
-    """A learned turn, or several whose contexts agree, as a prompt and a completion.
+    """A learned turn as a prompt and a completion, or several turns with consistent contexts.
 
     Attributes:
         context: the messages of the prompt.
-        prompt: its text.
-        completion: the text after it.
+        prompt: the prompt's text.
+        completion: the text after the prompt.
         weight: weight of the turns in the loss.
     """
 
@@ -68,18 +68,18 @@ def render_answers(
     rendered: bool = False,
     last_turn_only: bool = False,
 ) -> list[Rendered]:
-    """Render a prompt, then the completions that answer it.
+    """Render a prompt and the completions that answer it.
 
     Args:
         tokenizer: the policy's tokenizer.
         prompt: plain text or messages.
         completions: each is text, or the turns that follow the prompt.
-        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
+        rendered: whether plain text was written by a chat template, so that control tokens in it are real.
         last_turn_only: whether only the last turn of the assistant is supervised.
 
     Raises:
-        ChatTemplateError: if the template is missing or refuses the messages.
-        DataError: if a completion is messages, and the prompt is not.
+        ChatTemplateError: the template is missing or refuses the messages.
+        DataError: a completion is messages, but the prompt is plain text.
     """
     if not isinstance(prompt, str):
         asked = RenderedConversation(tokenizer, prompt).prompt(len(prompt))
@@ -100,20 +100,20 @@ def render_answers(
 def render_turns(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], last_turn_only: bool = False, first: int = 0
 ) -> list[RenderedTurn]:
-    """Render a conversation whose turns of the assistant are learned, unless their ``weight`` is 0.
+    """Render a conversation in which the assistant's turns are learned, unless their ``weight`` is 0.
 
-    Turns are one prompt and one completion where the template renders the conversation alike at every one of them, and
-    their weights agree. Otherwise each learned turn has its own prompt. Turns after the first `MOST_TURNS` learned ones
-    are left out.
+    The turns form one prompt and one completion if the template renders the conversation consistently at each of them
+    and their weights are equal. Otherwise each learned turn has its own prompt. Learned turns after the first
+    `MOST_TURNS` are left out.
 
     Args:
         tokenizer: the policy's tokenizer.
-        turns: the conversation, up to the last learned turn or further.
-        last_turn_only: whether only the last learned turn counts.
-        first: number of the first turn that may be learned; those before it are context.
+        turns: the conversation, at least up to the last learned turn.
+        last_turn_only: whether to learn only the last learned turn.
+        first: index of the first turn that may be learned; earlier turns are context.
 
     Raises:
-        ChatTemplateError: if the template is missing or refuses the messages.
+        ChatTemplateError: the template is missing or refuses the messages.
     """
     learned = [place for place, turn in enumerate(turns) if place >= first and _is_learned(turn)]
     cut = len(learned) > MOST_TURNS and not last_turn_only
@@ -140,20 +140,20 @@ def render_turns(
 def render_steps(
     tokenizer: PreTrainedTokenizerBase, steps: Sequence[str], separator: str, prompt: Prompt, rendered: bool = False
 ) -> list[Rendered]:
-    """Render a completion in steps, one piece a step, ready for `encode_rendered`.
+    """Render a completion in steps, one piece per step, ready for `encode_rendered`.
 
-    The ids of the pieces, one after the other, are the completion. Each step is followed by the separator, the last one
-    by the end of the completion instead, so that the last id of a piece is where its step is known to be over.
+    The concatenated ids of the pieces are the completion. Each step ends with the separator, the last step with the end
+    of the completion. So the last id of a piece is the position at which its step is known to be complete.
 
     Args:
         tokenizer: the policy's tokenizer.
-        steps: text of each step; one that ends with the separator already gets no second.
-        separator: what stands between two steps.
-        prompt: what the completion answers.
-        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
+        steps: text of each step; a step that already ends with the separator gets no second one.
+        separator: text between two steps.
+        prompt: the prompt that the completion answers.
+        rendered: whether plain text was written by a chat template, so that control tokens in it are real.
 
     Raises:
-        ChatTemplateError: if the template is missing or refuses the messages.
+        ChatTemplateError: the template is missing or refuses the messages.
     """
     facts = facts_of(tokenizer)
     texts = [step.removesuffix(separator) for step in steps]
@@ -164,7 +164,7 @@ def render_steps(
     text = "".join(span.text for span in whole.spans)
     content = "".join(texts)
     place = text.find(content)
-    if place < 0:  # the template trims what it is given
+    if place < 0:  # the template strips white space
         texts[0], texts[-1] = texts[0].lstrip(), texts[-1].rstrip()
         content = "".join(texts)
         place = text.find(content)
@@ -179,18 +179,18 @@ def render_steps(
 
 
 def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Sequence[Message]) -> Rendered:
-    """Render what follows a sampled turn of the assistant, after its end token, up to the assistant's next turn.
+    """Render the replies to a sampled turn, from the turn's end token up to the assistant's next turn.
 
-    The conversation before is not rendered again, so that its tokens stay as they were sampled: a short conversation of
-    a question and the turn is rendered without the replies and with them.
+    The earlier conversation is not rendered again, so that its tokens stay as sampled. Instead a short conversation of
+    a question and the turn is rendered with and without the replies.
 
     Raises:
-        ChatTemplateError: if the template is missing or refuses the messages.
+        ChatTemplateError: the template is missing or refuses the messages.
     """
     marked = {**turn, "content": "\ue003"}
     conversation = RenderedConversation(tokenizer, [{"role": "user", "content": "?"}, marked, *replies])
     alone, whole = conversation.text(2), conversation.text(len(replies) + 2, generation=True)
-    if not whole.startswith(alone):  # an earlier turn is rendered otherwise: its thought is gone
+    if not whole.startswith(alone):  # the template rewrites an earlier turn, such as by dropping its thought
         before, mark, alone = alone.rpartition("\ue003")
         alone, whole = mark + alone, mark + whole.rpartition(mark)[2]
         if not before or not whole.startswith(alone):
@@ -230,7 +230,7 @@ def _answer(
 
     prompts, said = told(learned[-1:] if last_turn_only else learned[:MOST_TURNS])
     spans = chained(prompts, said)
-    if spans is None:  # only the last turn has the context that it has in use
+    if spans is None:  # only the last turn has the same context as in use
         prompts, said = told(learned[-1:])
         spans = [Span(said[0].text)]
     if not prompts[0].startswith(asked):

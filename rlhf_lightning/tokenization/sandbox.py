@@ -1,10 +1,10 @@
-"""Chat templates are strangers' programs: they run in Jinja's sandbox, within bounds of time and of text.
+"""Render chat templates, which are untrusted programs, in Jinja's sandbox with limits on time and text.
 
-Jinja's own sandbox keeps a template from Python's internals; it does not keep it from looping for ever or from filling
-the memory. Here every turn of a loop, every call and every operator asks whether the rendering has used up its
-processor time, every text that is made counts towards a bound, and what makes much of little (``'x' * 10 ** 9``,
-``**``) is measured before it is done. Attributes, filters and functions are those that chat templates use, no others.
-A rendering is one call on one thread: nothing is left behind when it is stopped.
+Jinja's own sandbox keeps a template from Python's internals, but not from looping forever or filling the memory. Here
+every loop iteration, every call and every operator checks the processor time of the rendering. Every text that is
+created counts towards a limit. Operations that create large values from small ones (``'x' * 10 ** 9``, ``**``) are
+measured before they run. Only the attributes, filters and functions that chat templates use are available. A rendering
+is one call on one thread, so stopping it leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from jinja2.visitor import NodeTransformer
 from rlhf_lightning.types import Message
 
 SECONDS = 5.0
-"""Processor time of one rendering; a thousandth of a second more for each turn."""
+"""Processor time of one rendering in seconds, plus a millisecond per turn."""
 CHARACTERS = 1 << 22
-"""Characters that one rendering may make; 64 more for each that it is given."""
+"""Maximum number of characters that one rendering may create, plus 64 per input character."""
 TICKS = 64
-"""Steps between two looks at the clock."""
+"""Number of steps between two checks of the clock."""
 TEMPLATE_CHARACTERS = 1 << 20
 LARGEST_POWER = 256
 ITEMS = 200_000
-"""Items of a list, those of the lists in it included."""
+"""Maximum number of items of a list, including nested lists."""
 
 FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
@@ -55,12 +55,12 @@ METHODS: dict[type, frozenset[str]] = {
     list: frozenset(["index", "count", "copy"]),
     tuple: frozenset(["index", "count"]),
 }
-"""Methods that chat templates use, by type. What only pads or repeats is not among them, nor among the filters."""
+"""Methods that chat templates use, by type. Methods and filters that only pad or repeat text are left out."""
 WIDTH = re.compile(r"[0-9]{3,}|\*|\{[^{}]*\{")
 
 
 class OutOfBounds(Exception):
-    """A template used more time or text than a rendering may."""
+    """A template used more time or text than allowed."""
 
 
 _shared = threading.local()
@@ -68,7 +68,7 @@ _shared = threading.local()
 
 @contextmanager
 def shared_time() -> Iterator[None]:
-    """Let this thread's renderings share the processor time of one while the block runs."""
+    """Let all renderings of this thread inside the block share the processor time of one rendering."""
     _shared.deadline = time.thread_time() + SECONDS
     try:
         yield
@@ -77,21 +77,21 @@ def shared_time() -> Iterator[None]:
 
 
 class Budget:
-    """What one rendering has left.
+    """The remaining time and text of one rendering.
 
     Args:
-        turns: turns of the conversation.
-        characters: characters in it.
+        turns: number of turns of the conversation.
+        characters: number of characters of the conversation.
     """
 
     def __init__(self, turns: int = 0, characters: int = 0) -> None:
         self.seconds = SECONDS + turns / 1000
-        self.deadline = 0.0  # known from the first look at the clock, which most renderings end before
+        self.deadline = 0.0  # set at the first check of the clock; most renderings end before it
         self.ticks = 0
         self.characters = self.whole = CHARACTERS + 64 * characters
 
     def tick(self) -> None:
-        """Ask, now and then, whether there is time left: the clock is slower than what it measures."""
+        """Check every few steps whether time is left: reading the clock is slower than a step."""
         self.ticks += 1
         if self.ticks % TICKS == 0:
             self.deadline = self.deadline or min(
@@ -101,13 +101,13 @@ class Budget:
                 raise OutOfBounds("it runs for too long, as if it looped for ever")
 
     def spend(self, characters: int) -> None:
-        """Count characters that are made, before they are where that can be foretold."""
+        """Count characters that are created, before creating them if their number is known."""
         self.characters -= characters
         if self.characters < 0:
             raise OutOfBounds("it makes too much text")
 
     def made(self, value: Any) -> Any:
-        """Count a value that was made, and hand it on."""
+        """Count a created value and return it."""
         if isinstance(value, str | list | tuple | dict):
             self.spend(len(value))
             if not isinstance(value, str):
@@ -117,7 +117,7 @@ class Budget:
         return value
 
     def measure(self, value: Any) -> None:
-        """Refuse a value that is too large to be printed: a short list may hold one list many times."""
+        """Refuse a value that is too large to be printed: a short list may contain one list many times."""
         items, characters, left = 0, 0, [value]
         while left:
             one = left.pop()
@@ -132,9 +132,9 @@ class Budget:
 
 
 class QuietNamespace(Namespace):
-    """Jinja's namespace, whose attributes are never private and which is not printed with all it holds."""
+    """Jinja's namespace without private attributes, and without printing its contents."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # an attribute may be called self
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no named self: an attribute may be called self
         for name in dict(*args[1:], **kwargs):
             _check_name(name)
         Namespace.__init__(*args, **kwargs)
@@ -148,18 +148,18 @@ class QuietNamespace(Namespace):
 
 
 class GenerationBlocks(Extension):
-    """``{% generation %}`` marks what the assistant says; here it is rendered like any other text."""
+    """``{% generation %}`` marks the assistant's text; here it is rendered like any other text."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return what stands between the two tags."""
+        """Return the content between the two tags."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 class _Counting(NodeTransformer):
-    """Puts a filter around what loops run over, around joined texts and around new lists."""
+    """Wrap loop iterables, concatenated texts and new lists in counting filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -181,7 +181,7 @@ class _Counting(NodeTransformer):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates are rendered within a `Budget`."""
+    """A sandbox that renders its templates within a `Budget`."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -192,7 +192,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         )  # fmt: skip
         self._thread = threading.local()
         self.given_up = ""
-        """Why no further rendering is tried; empty while there is no reason."""
+        """Reason to refuse all further renderings; empty if there is none."""
         offered: dict[str, Any] = {name: self._counted(self.filters[name]) for name in FILTERS}
         own = {"join": self._joined, "replace": self._replaced, "indent": self._indented, "tojson": self._to_json}
         hooks = {"each": self._each, "written": self.concat, "made": lambda value: self.budget.made(value)}
@@ -202,7 +202,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @property
     def budget(self) -> Budget:
-        """What this thread's rendering has left."""
+        """The budget of this thread's rendering."""
         return self._thread.budget
 
     def begin(self, turns: int = 0, characters: int = 0) -> None:
@@ -213,8 +213,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Compile a template.
 
         Raises:
-            OutOfBounds: it is too long.
-            SecurityError: it asks for another file.
+            OutOfBounds: the template is too long.
+            SecurityError: the template includes or imports another file.
         """
         if len(text) > TEMPLATE_CHARACTERS:
             raise OutOfBounds("it is too long")
@@ -226,7 +226,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return Template.from_code(self, code, self.make_globals(None))
 
     def concat(self, parts: Iterable[Any]) -> str:
-        """Join pieces of text: what the template writes, and what its macros and blocks do."""
+        """Join pieces of text, written by the template or by its macros and blocks."""
         budget, pieces = self.budget, []
         for part in parts:
             budget.tick()
@@ -235,17 +235,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Allow what chat templates use of texts, lists and dictionaries, and of Jinja's own loops and macros."""
+        """Allow the attributes that chat templates use: of texts, lists, dictionaries, and Jinja's loops and macros."""
         for kind, methods in METHODS.items():
             if isinstance(obj, kind):
                 return attr in methods
         return isinstance(obj, LoopContext | Macro | Namespace) and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Measure what an operator makes before it makes it."""
+        """Measure the result of an operator before computing it."""
         budget = self.budget
         budget.tick()
-        if operator == "+" and type(left) is type(right) is str:  # most of what templates do
+        if operator == "+" and type(left) is type(right) is str:  # the most frequent operation of templates
             budget.spend(len(left) + len(right))
             return left + right
         if operator == "*":
@@ -257,13 +257,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str):
             self._measure_format(left, "%", right if isinstance(right, tuple) else (right,))
         result = super().call_binop(context, operator, left, right)
-        if isinstance(result, list | tuple):  # holds what the two held, so it needs no measuring
+        if isinstance(result, list | tuple):  # its items were measured in the operands
             self.budget.spend(len(result))
             return result
         return self.budget.made(result)
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of the template, measuring first what texts' methods would make."""
+        """Call a function of the template; measure the results of string methods first."""
         self.budget.tick()
         name = getattr(__obj, "__name__", "")
         text = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
@@ -337,7 +337,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 @lru_cache(maxsize=64)
 def compiled(text: str) -> tuple[BoundedEnvironment, Template]:
-    """A template, compiled once, and the sandbox that it runs in."""
+    """Return a template, compiled once, and the sandbox that it runs in."""
     environment = BoundedEnvironment()
     return environment, environment.bounded(text)
 
@@ -348,11 +348,11 @@ def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
     Args:
         text: the template.
         messages: the turns.
-        variables: what else it may read.
+        variables: further variables of the template.
 
     Raises:
-        OutOfBounds: it takes more time or makes more text than a rendering may.
-        SecurityError: it reaches for what it may not have.
+        OutOfBounds: the rendering exceeds its limit of time or text.
+        SecurityError: the template accesses something that is not allowed.
     """
     environment, template = compiled(text)
     if environment.given_up:
@@ -363,7 +363,7 @@ def render(text: str, messages: Sequence[Message], **variables: Any) -> str:
 
 def give_up(text: str, reason: str) -> None:
     """Refuse all further renderings of a template."""
-    with suppress(OutOfBounds):  # one that is too long is refused anyway
+    with suppress(OutOfBounds):  # a template that is too long is refused anyway
         compiled(text)[0].given_up = reason
 
 
@@ -378,7 +378,7 @@ def characters_in(value: Any) -> int:
 
 @lru_cache(maxsize=64)
 def literal_text(text: str) -> str:
-    """All that a template could write of its own: its text and its string constants, with NULs between them."""
+    """Return all literal text of a template: its text and its string constants, separated by NULs."""
     tree = BoundedEnvironment().parse(text)
     data = [node.data for node in tree.find_all(nodes.TemplateData)]
     return "\0".join([*data, *(str(node.value) for node in tree.find_all(nodes.Const))])

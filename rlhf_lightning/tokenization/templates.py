@@ -1,4 +1,4 @@
-"""Chat templates: the shipped ones, and how any template is applied to messages."""
+"""Chat templates: the shipped ones, and applying any template to messages."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ PLAIN = (
     "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
 CHAT_TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
-"""Templates that ship with the package. ``default`` is ``chatml`` where its two tokens are known, else ``plain``."""
+"""Templates that ship with the package. ``default`` is ``chatml`` if the vocabulary has its two tokens, else ``plain``.
+"""
 
 CUT = "\ue002"
-"""Marks where the last turn is left open; a private-use character that templates do not trim."""
+"""Marks the end of a last turn that is left open; a private-use character that templates do not trim."""
 
 LARGE_TURNS, LARGE_CHARACTERS = 1000, 1_000_000
-"""A conversation larger than this may be the reason why a template exceeds its time; otherwise the template is."""
+"""Limits above which a slow rendering is blamed on the conversation, and below which it is blamed on the template."""
 
 PINNED_DATE = "2025-01-01"
-"""Date that ``strftime_now`` gives a template, unless ``template_args`` has ``now``."""
+"""Date that ``strftime_now`` returns to a template, unless ``template_args`` has ``now``."""
 
 RESERVED_ARGS = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
 
 
 class ChatTemplateError(ModelError):
-    """There is no chat template, or it cannot be used."""
+    """The chat template is missing or cannot be used."""
 
 
 class TurnsRefused(ChatTemplateError):
@@ -48,10 +49,10 @@ class TurnsRefused(ChatTemplateError):
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
-    """Return a tokenizer's chat template; of several, the default one or the one for conversations with tools.
+    """Return a tokenizer's chat template; if it has several, the default one or the one for tool use.
 
     Raises:
-        ChatTemplateError: if the tokenizer has no chat template.
+        ChatTemplateError: the tokenizer has no chat template.
     """
     template = tokenizer.chat_template
     if not template:
@@ -64,21 +65,21 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:
 
 
 def template_args_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the variables that every rendering with this tokenizer's template gets."""
+    """Return the variables passed to every rendering of this tokenizer's template."""
     found = tokenizer.init_kwargs.get("template_args")
     return found if isinstance(found, dict) else {}
 
 
 def set_template_args(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> None:
-    """Give every rendering these variables; they are saved with the tokenizer.
+    """Set the variables passed to every rendering; they are saved with the tokenizer.
 
     Args:
-        tokenizer: is changed.
+        tokenizer: the tokenizer to change.
         given: e.g. ``enable_thinking``, ``date_string``, ``tools``, ``documents``; null leaves a variable out. ``now``
             is the date (ISO 8601) that the template's ``strftime_now`` writes.
 
     Raises:
-        SettingError: if a name is reserved or ``now`` is not a date.
+        SettingError: a name is reserved, or ``now`` is not a date.
     """
     made = {name: value.isoformat() if isinstance(value, date) else value for name, value in given.items()}
     made = {name: value for name, value in made.items() if value is not None}
@@ -96,18 +97,18 @@ def apply_template(
     open_turn: bool = False,
     tools: Sequence[Any] | None = None,
 ) -> str:
-    """Render messages, as written for the template (see `Facts.for_template`).
+    """Render messages that are already in the form for the template (see `Facts.for_template`).
 
     Args:
         tokenizer: its template is applied, with its ``template_args``.
         messages: the turns.
-        generation: whether the assistant's next turn is opened at the end.
-        open_turn: whether the last turn is left open.
-        tools: descriptions of tools; None takes those of ``template_args``.
+        generation: whether to open the assistant's next turn at the end.
+        open_turn: whether to leave the last turn open.
+        tools: tool descriptions; None takes those of ``template_args``.
 
     Raises:
-        ChatTemplateError: if there is no template, or it exceeds the bounds of `sandbox`.
-        TurnsRefused: if it refuses these messages.
+        ChatTemplateError: the template is missing, or exceeds the limits of `sandbox`.
+        TurnsRefused: the template refuses these messages.
     """
     args = dict(template_args_of(tokenizer))
     clock = _clock(args.pop("now", None))
@@ -122,7 +123,7 @@ def apply_template(
         raise _refused(ChatTemplateError, error) from error
     except sandbox.OutOfBounds as error:
         large = len(messages) > LARGE_TURNS or sandbox.characters_in(messages) > LARGE_CHARACTERS
-        if not large:  # the next rendering would take as long
+        if not large:  # the next rendering would take just as long
             sandbox.give_up(template, str(error))
         raise _refused(TurnsRefused if large else ChatTemplateError, error) from error
     except Exception as error:  # a template is untrusted code and may raise anything

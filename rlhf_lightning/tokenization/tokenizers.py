@@ -1,4 +1,4 @@
-"""A tokenizer with what training needs: a pad token of its own, an end, and the chat template that was asked for."""
+"""Load a tokenizer with everything that training needs: a separate pad token, an end token, and a chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|e
 
 
 RESERVED = re.compile(r"reserved|unused|placeholder|dummy|extra_\d", re.IGNORECASE)
-"""Names of special tokens that a vocabulary keeps free."""
+"""Names of special tokens that a vocabulary reserves for users."""
 
 
 def load_tokenizer(
@@ -32,33 +32,33 @@ def load_tokenizer(
     stop_tokens: Sequence[str] = (),
     stop_strings: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has a pad token of its own and, if asked for, a chat template.
+    """Load a tokenizer that has a separate pad token and, if asked for, a chat template.
 
-    The pad token is the tokenizer's own unless a completion may end with it; else the first of ``<pad>``, ``<|pad|>``,
-    ``[PAD]``, ``<|finetune_right_pad_id|>``, ``<|endoftext|>``, the unknown token and reserved special tokens that is
-    in the vocabulary and ends no completion. Without any, ``<|pad|>`` is added, and exported models get a row for it.
-    Masks come from lengths, so its id never reaches a loss.
+    The tokenizer's own pad token is kept unless it can end a completion. Otherwise the pad token is the first of
+    ``<pad>``, ``<|pad|>``, ``[PAD]``, ``<|finetune_right_pad_id|>``, ``<|endoftext|>``, the unknown token and reserved
+    special tokens that is in the vocabulary and ends no completion. If there is none, ``<|pad|>`` is added, and
+    exported models get a row for it. Masks come from lengths, so the pad id never reaches a loss.
 
     Args:
         name_or_folder: name on the Hugging Face Hub, or a folder.
-        chat_template: text of a Jinja template, path of a ``.jinja`` file, or the name of a shipped one: ``chatml``,
-            ``plain``, or ``default``, which is the first of those two that the vocabulary allows. None keeps the
-            tokenizer's own.
-        trust_remote_code: run the Python code that the tokenizer brings along, if any.
+        chat_template: text of a Jinja template, path of a ``.jinja`` file, or the name of a shipped template:
+            ``chatml``, ``plain``, or ``default``, which is the first of these two that the vocabulary allows. None
+            keeps the tokenizer's own.
+        trust_remote_code: run the tokenizer's own Python code, if any.
         template_args: variables of the template, such as ``enable_thinking``; added to those saved with the tokenizer,
             see `templates.set_template_args`.
-        new_tokens: texts that become tokens of their own, where they are not yet.
-        stop_tokens: tokens that end a completion too; added to those of the folder's generation config.
-        stop_strings: texts that end a completion too; added likewise.
+        new_tokens: texts to add as tokens, if they are not tokens yet.
+        stop_tokens: further tokens that end a completion; added to those of the folder's generation config.
+        stop_strings: strings that end a completion; added to those of the folder's generation config.
 
     Raises:
-        MissingError: if there is no tokenizer under that name.
-        ModelError: if the template is not found, there is no EOS token, or spaces are lost.
-        SettingError: if a stop token is not a single token, or a stop string is empty.
+        MissingError: there is no tokenizer under that name.
+        ModelError: the tokenizer needs untrusted code, has no EOS token, or loses spaces.
+        SettingError: the chat template is unknown, a stop token is not a single token, or a stop string is empty.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # the library raises anything over a damaged file
+    except Exception as error:  # the library may raise anything for a damaged file
         if isinstance(error, MemoryError):
             raise
         if "trust_remote_code" in str(error):
@@ -84,7 +84,7 @@ def load_tokenizer(
             f"the tokenizer {str(name_or_folder)!r} has no EOS token, so completions could not end; set its eos_token",
         )
     _refuse_lost_spaces(tokenizer, name_or_folder)
-    # Not marked special, so that the texts of data may hold them, and decoded completions keep them.
+    # Not marked special, so that texts of the data may contain them and decoded completions keep them.
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new_tokens])
     if chat_template is not None:
         tokenizer.chat_template = _template_text(tokenizer, chat_template)
@@ -102,7 +102,7 @@ def load_tokenizer(
 
 
 def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
-    """Refuse a tokenizer that its library rebuilt with the wrong rules: every text would lose its spaces."""
+    """Refuse a tokenizer that its library rebuilt with wrong rules: every text would lose its spaces."""
     ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "ab":
         raise ModelError(
@@ -113,7 +113,7 @@ def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) ->
 
 
 def _generation_ends(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[str], list[str]]:
-    """Return the special tokens, and the texts, that end a completion by a folder's generation config."""
+    """Return the special tokens and the strings that end a completion according to a folder's generation config."""
     folder, file = Path(name), "generation_config.json"
     path: Any = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
     try:
@@ -133,7 +133,7 @@ def _single(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
     """Return a stop token as the vocabulary spells it.
 
     Raises:
-        SettingError: it is several tokens, or none.
+        SettingError: it is not exactly one token of the vocabulary.
     """
     if stop in tokenizer.get_vocab():
         return stop
@@ -150,7 +150,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | int]) -
     """Return the ids of tokens, given by name or id.
 
     Raises:
-        SettingError: one is not in the vocabulary.
+        SettingError: a token is not in the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary.get(token, -1) if isinstance(token, str) else int(token) for token in tokens]
