@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from wrong_objectives import caught_by
 
 from rlhf_lightning.functional.logprobs import masked_whiten
-from rlhf_lightning.functional.ranking import first_errors, untied_pairs
+from rlhf_lightning.functional.ranking import first_errors
 from rlhf_lightning.modules import (
     CriticFreeModule,
     DPOModule,
@@ -114,20 +114,6 @@ class DemonstrationsWithoutEntropy(SFTModule):
 
     def token_loss(self, logprobs):
         return super().token_loss(logprobs) + 0.1 * logprobs.extras["spread"] * logprobs.weights.unsqueeze(-1)
-
-
-@caught_by("level", "not their difference")
-class CenteringOfTheDifference(RewardModule):
-    """Holds the scores near zero."""
-
-    no_target = "no closed form: scores are held near zero"
-
-    def ranking_loss(self, scores):
-        losses = super().ranking_loss(scores)
-        better, worse = untied_pairs(scores.group, scores.ranks)
-        gap, group = (scores.scores[better] - scores.scores[worse]).square(), scores.group[better]
-        pairs = torch.bincount(group, minlength=len(losses)).clamp_min(1)
-        return losses + 0.01 * losses.new_zeros(len(losses)).index_add(0, group, gap) / pairs
 
 
 @caught_by("same twice", "look for random numbers")
@@ -287,8 +273,6 @@ class PicksAgainstEverybody(PlackettLuceModule):
 
 @caught_by("known mistake", "gamma has the wrong sign (of SimPOModule)")
 class GapOfTheWrongSign(DPOModule):
-    """SimPO, written from DPO."""
-
     no_target = "no closed form"
     needs_reference = False
 
@@ -333,21 +317,20 @@ class DivergenceThatIsSought(DPOModule):
         return -F.logsigmoid(self.beta * (pair.margin - 0.5 * (lost.detach() - won)))
 
 
-@caught_by("claimed divergence", "exchange the arguments")
-class CoversTheTeacher(GKDModule):
-    """Mass-covering distillation: the forward KL of each token."""
-
+@caught_by("known mistake", "student and teacher are exchanged")
+class AtBetaZero(GKDModule):
     target_of = GKDModule
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(beta=0.0, **kwargs)
 
     def distillation_loss(self, logits):
         student, teacher = logits.student_logits.log_softmax(-1), logits.teacher_logits.log_softmax(-1)
         return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
 
-@caught_by("winner", "its own score is in what it is compared with")
+@caught_by("known mistake", "own reward included")
 class BestOfAll(RLOOModule):
-    """The baseline is the highest score among the other completions of the prompt."""
-
     target_of = RLOOModule
 
     def episode_advantages(self, rewards, rollout):
@@ -402,10 +385,8 @@ class UniformSum(SFTModule):
         return 0.9 * super().token_loss(logprobs) + 0.1 * uniform
 
 
-@caught_by("other's solution", "it reads the completion itself")
+@caught_by("other's solution", "the teacher reads the completion itself")
 class ItsOwnSolution(SelfDistillationModule):
-    """The teacher reads the best sibling's answer."""
-
     def __init__(self, preface: str = "p1 {solution}", **kwargs: Any):
         super().__init__(context=preface, **kwargs)
         self.preface = preface

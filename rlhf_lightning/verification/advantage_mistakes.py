@@ -175,6 +175,10 @@ def advantage_mistake(case: Any, right: Any) -> str:
             right, rollout, rewards
         ),
     }
+    if getattr(right, "baseline", None) == "leave_one_out":
+        best = torch.full_like(total, -torch.inf).scatter_reduce(0, group, total, "amax")[group]
+        words = "the baseline is the best reward of the group, the completion's own reward included"
+        candidates[words] = lambda: over(total - best)
     if rollout.values is not None and hasattr(module, "lam"):
         gamma, lam, values = module.gamma, module.lam, rollout.values
 

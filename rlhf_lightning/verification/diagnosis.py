@@ -7,7 +7,6 @@ whose slopes are those of the class, up to a factor, is named; likewise for shap
 from __future__ import annotations
 
 import contextlib
-import re
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,15 @@ from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
-from rlhf_lightning.types import CriticValues, PolicyLogprobs, PreferenceLogprobs, RankedScores, Step, UnpairedLogprobs
+from rlhf_lightning.types import (
+    CriticValues,
+    DistillationLogits,
+    PolicyLogprobs,
+    PreferenceLogprobs,
+    RankedScores,
+    Step,
+    UnpairedLogprobs,
+)
 from rlhf_lightning.verification.advantage_mistakes import advantage_mistake, return_mistake, reward_mistake
 from rlhf_lightning.verification.cases import Case, cut, some_rows
 from rlhf_lightning.verification.exact import PairPopulation
@@ -32,7 +39,6 @@ from rlhf_lightning.verification.subject import (
     own_bases,
     parameters_of,
     point_of,
-    said_by,
 )
 
 ODD = {"beta": 0.37, "label_smoothing": 0.0, "desirable_weight": 1.3, "undesirable_weight": 0.8}
@@ -53,19 +59,16 @@ def shipped_base(kind: type[AlignmentModule]) -> type[AlignmentModule] | None:
 
 
 def relatives_of(kind: type[AlignmentModule]) -> list[type[AlignmentModule]]:
-    """Return the shipped objectives of its family that a class names, or whose own settings it takes.
+    """Return the shipped objectives of its family that a class names as `target_of`, or whose own settings it takes.
 
     People write a method from a more general class: then it is compared with the method too.
     """
     own = {name for one in own_bases(kind) for name in parameters_of(one)} - {"self", "kwargs"}
-    name, words = kind.__name__, set(re.findall(r"\w+", said_by(kind)))
     found = []
     for other in objective_classes():
-        short = other.__name__.removesuffix("Module")
         alike = other.batch_type is kind.batch_type and point_of(other) == point_of(kind)
         settings = parameters_of(other).keys() - {"self", "kwargs", "scorer", "beta", "kl_coef", *OPTIMIZER}
-        named = short in words or bool(re.search(f"(?<![A-Z]){short}", name) and re.search("[A-Z]{2}", short))
-        if alike and other not in kind.__mro__ and (named or (settings and settings <= own)):
+        if alike and other not in kind.__mro__ and (other is kind.target_of or (settings and settings <= own)):
             found.append(other)
     return found[:RELATIVES]
 
@@ -161,7 +164,10 @@ def _of_batches(subject: Subject, right: Any) -> list[str]:
 
     odd = {name: value for name, value in ODD.items() if _alike(subject.module, right, name)}
     smoothed = bool(getattr(right, "label_smoothing", 0.0))
-    for settings in (odd, {**odd, "label_smoothing": right.label_smoothing}) if smoothed else (odd,):
+    tried = [odd, {**odd, "label_smoothing": right.label_smoothing}] if smoothed else [odd]
+    if isinstance(given, DistillationLogits) and right.beta in (0, 1):
+        tried.append({})  # one of the two divergences, as the class has set it
+    for settings in tried:
         with settings_of(subject.module, **settings), settings_of(right, **settings):
             found.append(diagnose(given, of(subject.module), of(right), right))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import DemonstrationBatch, DistillationLogits, Rollout, Sequences, Step
 from rlhf_lightning.verification.cases import Case, cut, some_rows, step_gradient
 from rlhf_lightning.verification.exact import SelfTaught
-from rlhf_lightning.verification.fit import misfit
-from rlhf_lightning.verification.mistakes import kl
 from rlhf_lightning.verification.offline_checks import cut_checks
 from rlhf_lightning.verification.on_policy_checks import loss_checks, mask_checks
 from rlhf_lightning.verification.point_checks import point_checks
@@ -24,9 +21,7 @@ from rlhf_lightning.verification.subject import (
     Subject,
     at_least,
     at_most,
-    compares_with_others,
     field_function,
-    said_by,
 )
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -45,27 +40,7 @@ def divergence_checks(subject: Subject) -> list[Check]:
         *sample_checks(subject, batch),
         *point_checks(subject, given),
         *minimum_checks(subject, given),
-        *claim_checks(subject, given),
     ]
-
-
-FORWARD = r"forward kl|(mass|mode).covering|kl\(teacher \|\| student\)"
-REVERSE = r"reverse kl|mode.seeking|kl\(student \|\| teacher\)"
-"""What classes say of their divergence."""
-
-
-def claim_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
-    """Check that a class which says that its divergence is the forward KL, or the reverse one, has not the other."""
-    said = said_by(subject.kind).lower()
-    forward, reverse = (bool(re.search(words, said)) for words in (FORWARD, REVERSE))
-    if forward == reverse:
-        return []
-    heat = subject.module.softmax_temperature
-    student, teacher = given.student_logits.detach() / heat, given.teacher_logits.detach() / heat
-    other = kl(student, teacher) if forward else kl(teacher, student)
-    residual = misfit(subject.values(subject.module, given).detach(), other)[1]
-    advice = f"the class says {'forward' if forward else 'reverse'} KL and computes the other: exchange the arguments"
-    return [at_least("claimed divergence", residual, 1e-6, advice)]
 
 
 def self_distillation_checks(subject: Subject) -> list[Check]:
@@ -95,8 +70,9 @@ def self_distillation_checks(subject: Subject) -> list[Check]:
         silent = subject.fresh(context="{feedback}").read_by_teacher(rollout)[1]
         advice = "a completion that the teacher has no text for must not be learned from"
         further.append(at_most("no text", len(silent), 0, advice))
-    if compares_with_others(subject.kind):
-        advice = "the class says that the teacher reads another completion, and it reads the completion itself"
+    fields = {name for names in module.templates.values() for name in names}
+    if "solution" in fields and "completion" not in fields:
+        advice = "the solution is the best other completion of the prompt, and the teacher reads the completion itself"
         further.append(at_most("other's solution", len(reads_own), 0, advice))
     return [
         *input_checks(subject, given, DemonstrationBatch(sequences, ones), read),

@@ -26,7 +26,7 @@ from rlhf_lightning.verification.rollout_checks import (
     temperature_checks,
     update_checks,
 )
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, compares_with_others
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
 from rlhf_lightning.verification.targets import policy_of
 
 FAR = 3.0
@@ -91,8 +91,8 @@ def advantage_checks(case: Case) -> list[Check]:
     if float(gain) < 1e-9:  # a method for success rates
         gain = raised(scores.sigmoid(), 0.2)
     advice = "a higher score must give a higher advantage"
-    checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice), own_group_check(case)]
-    return [*checks, credit_check(case), *winner_check(case)]
+    checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice)]
+    return [*checks, own_group_check(case), credit_check(case)]
 
 
 def beyond_others(case: Case, row: int, **changes: Tensor) -> Tensor:
@@ -141,20 +141,6 @@ def credit_of_critic(case: Case, rows: list[int]) -> Tensor:
         if not bool(moves.triu(1).any()):
             found[: count - 1] |= moves.diagonal(-1)
     return found
-
-
-def winner_check(case: Case) -> list[Check]:
-    """Check, where a class says that completions meet the others, that the best gains by a higher score."""
-    rollout = case.rollout
-    if not compares_with_others(case.subject.kind):
-        return []
-    best = [
-        max((rollout.group == group).nonzero().squeeze(-1).tolist(), key=lambda row: float(rollout.scores[row]))
-        for group in range(1, 6)
-    ]
-    gains = [float(beyond_others(case, row, scores=lifted(rollout.scores, row, by=0.5)).abs().max()) for row in best]
-    advice = "the best completion gains nothing by a higher score: its own score is in what it is compared with"
-    return [at_least("winner", max(gains), 1e-9, advice)]
 
 
 def own_group_check(case: Case) -> Check:

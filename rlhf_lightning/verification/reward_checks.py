@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from rlhf_lightning.verification.subject import (
     at_most,
     field_function,
     has_outputs,
-    said_by,
 )
 
 
@@ -329,7 +327,6 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         if has_safety(given):
             opposite, (leaf,) = field_function(subject, module, given._replace(target=torch.zeros_like(given.target)))
             moved = moved - shifted(opposite, leaf, 3.0 * way)
-        checks += level_check(subject, float(moved.abs().max()))
         if subject.kind.no_target and not has_safety(given):  # scores may be held near 0, as the class says
             held = moved + shifted(function, leaf, -3.0 * way)
             moved = torch.where(held > 1e-9, 0.0, moved)
@@ -351,18 +348,6 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     advice = f"rank 0 is the best: its score must {rises(sign)}, the other's {rises(-sign)}"
     checks.append(at_least("direction", pull.min(), 1e-12, advice))
     return checks
-
-
-def level_check(subject: Subject, moved: float) -> list[Check]:
-    """Check that a class which says that it holds scores near 0 does: then a constant on all scores costs something."""
-    kind = subject.kind
-    if not re.search(r"(near|around|towards) (zero|0)\b|centering|centered|mean zero", said_by(kind).lower()):
-        return []
-    advice = (
-        "the class says that it holds scores near 0, and a constant on all scores changes nothing: penalise their sum "
-        "or each of them, not their difference"
-    )
-    return [at_least("level", moved, 1e-9, advice)]
 
 
 def shifted(function: Callable[..., Tensor], leaf: Tensor, by: Tensor) -> Tensor:

@@ -377,19 +377,6 @@ def own_bases(kind: type) -> list[type]:
     return list(takewhile(lambda base: not base.__module__.startswith("rlhf_lightning."), kind.__mro__))
 
 
-def said_by(kind: type) -> str:
-    """Return what a class of a user's own says about itself: its name, its docstring, and why it has no target."""
-    said = ((one.__name__, vars(one).get("__doc__") or "", vars(one).get("no_target", "")) for one in own_bases(kind))
-    return " ".join(" ".join(words) for words in said)
-
-
-def compares_with_others(kind: type) -> bool:
-    """Whether a class of a user's own says that a completion meets the others of its prompt, without itself."""
-    return bool(
-        re.search(r"sibling|leave.one.out|other (completion|sample|answer)s?\b|the others", said_by(kind).lower())
-    )
-
-
 def all_parameters(kind: type) -> set[str]:
     """Return the names of the settings of a class and its bases."""
     return {name for base in kind.__mro__ for name in parameters_of(base)}
