@@ -10,7 +10,7 @@ from rlhf_lightning.quiet import silence_log_messages
 
 
 class _Deferred(types.ModuleType):
-    """Stands in ``sys.modules`` for a package until one of its attributes is read."""
+    """A placeholder in ``sys.modules`` that imports the package when one of its attributes is read."""
 
     def __getattr__(self, name: str) -> Any:
         if sys.modules.get(self.__name__) is self:
@@ -19,12 +19,12 @@ class _Deferred(types.ModuleType):
 
 
 def defer_import(name: str) -> None:
-    """Import a package when it is first used, although other packages import it with themselves."""
+    """Delay the import of a package until it is first used, also where other packages import it."""
     spec = None if name in sys.modules else importlib.util.find_spec(name)
     if spec is not None:
         module = sys.modules[name] = _Deferred(name)
-        module.__spec__, module.__file__ = spec, spec.origin  # what `find_spec` and `inspect` ask of all modules
+        module.__spec__, module.__file__ = spec, spec.origin  # `find_spec` and `inspect` read these
 
 
 silence_log_messages()
-defer_import("bitsandbytes")  # peft imports it, and with it TorchInductor, also where nothing is quantized
+defer_import("bitsandbytes")  # peft always imports it, and it imports TorchInductor

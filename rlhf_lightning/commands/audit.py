@@ -1,6 +1,6 @@
 """``rlhf audit``: check a data set before training on it."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import json as writer
 import shutil
@@ -49,15 +49,15 @@ def audit(
     json: str | None = None,
     strict: bool = False,
 ) -> int:
-    """Check a data set for rows that training would drop, duplicates, leaks into the evaluation data, contradicting
-    labels, labels that the length predicts, truncation, turns out of order and damaged text.
+    """Check a data set for problems before training.
 
-    Prints counts and row numbers (from 1, in the order of the data), never texts. Memory use is independent of the
-    length of texts.
+    Finds rows that training would drop, duplicates, overlap with the evaluation data, contradictory labels, labels that
+    the length predicts, truncation, turns out of order and damaged text. Prints counts and row numbers (from 1, in the
+    order of the data), never texts. Memory use does not depend on the length of texts.
 
     Args:
         data: .jsonl, .json, .parquet, .csv or .txt file, glob, folder written by save_to_disk, or Hub name.
-        eval: evaluation data in the same forms: checked too, and searched for rows of the training data.
+        eval: evaluation data in the same formats; checked too, and searched for rows of the training data.
         kind: type of the rows; by default derived from their columns.
         tokenizer: folder or Hub name of a tokenizer or model, for lengths in tokens and its control tokens.
         max_length: longest prompt and completion in tokens, as in training; needs a tokenizer.
@@ -68,8 +68,8 @@ def audit(
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
         split: split of a Hub dataset or of a folder with several.
         rows: read only the first rows.
-        similar: also look for rows with this share of common groups of 5 words, such as 0.8 (MinHash).
-        overlap: also look for runs of this many words, such as 13, that are in both --eval and the training data.
+        similar: also find near duplicates, with at least this share of common groups of 5 words, such as 0.8 (MinHash).
+        overlap: also find sequences of this many words, such as 13, that are in both --eval and the training data.
         json: file for all findings, with the numbers of all rows.
         strict: exit with status 1 if anything was found.
     """
@@ -111,10 +111,10 @@ def load(
 def audited(
     data: str, split: str, most: int | None, kind: str | None, settings: dict[str, Any], train: "Audit | None" = None
 ) -> "Audit":
-    """Audit one source, and compare it with the training data if that is given.
+    """Audit one source, and compare it with the training data if given.
 
     Raises:
-        DataError: it is empty, or its columns are unknown.
+        DataError: the source is empty, or its columns are unknown.
     """
     from rlhf_lightning.data.audit import Audit
 
@@ -130,7 +130,7 @@ def audited(
 def peek(
     data: str, split: str, most: int | None, kind: str | None, columns: dict[str, str] | None
 ) -> "tuple[str, Iterator[RawRow]]":
-    """Return the kind of a source's rows, by the columns of the first of them, and the rows."""
+    """Return the kind of a source's rows, derived from the columns of the first rows, and the rows."""
     from rlhf_lightning.data.files import Unreadable
     from rlhf_lightning.data.formats import kind_of
     from rlhf_lightning.data.sources import Source, read_rows

@@ -1,6 +1,6 @@
 """``rlhf best-of-n``: sample, score and select demonstrations (best-of-n, RAFT, rejection sampling)."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import json
 import random
@@ -39,20 +39,20 @@ def best_of_n(
 ) -> int:
     """Sample completions of each prompt, score them, and write the selected ones as demonstrations.
 
-    A line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct), as
-    SFTDataModule reads them: supervised fine-tuning on the file is one round of RAFT (Dong et al., arXiv 2304.06767).
-    --keep random is the control: fine-tuning on own samples without selection. Empty completions are never kept.
+    Each line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct).
+    SFTDataModule reads the file; supervised fine-tuning on it is one round of RAFT (Dong et al., arXiv 2304.06767).
+    --keep random is a control: fine-tuning on own samples without selection. Empty completions are never kept.
     With --environment a demonstration is a whole episode; the policy's turns are learned.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.
         scorer: folder of a reward model, or import path of a function, that scores the completions.
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
-        out: JSONL file of demonstrations to write; it appears when it is complete.
+        out: JSONL file of demonstrations to write; it is created only when complete.
         n: completions per prompt.
         keep: best (of each prompt; ties are broken at random), random (one of each prompt), top-k (the best over all
-            prompts, which favours easy prompts) or threshold (all with at least this score).
-        top: how many completions top-k keeps.
+            prompts, which favours easy prompts) or threshold (all completions with at least this score).
+        top: number of completions that top-k keeps.
         threshold: lowest score that threshold keeps.
         keep_unfinished: also keep completions that were truncated at max_new_tokens.
         as_chat: put plain-text prompts into a user turn of the chat template.
@@ -138,7 +138,7 @@ def selected(
 
 
 def why_none(left: Sequence[Sequence[Row]], keep: Keep, threshold: float | None, keep_unfinished: bool) -> str:
-    """Return why prompts have no demonstration, and what to change; ``left`` are their samples."""
+    """Explain why some prompts have no demonstration, and what to change; ``left`` are their samples."""
     reasons = {"truncated": 0, "empty": 0, "low": 0, "alike": 0}
     for group in left:
         written = [row for row in group if row["completion"].strip()]

@@ -1,6 +1,6 @@
 """``rlhf chat``: chat with a policy in the terminal."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULTS = SamplingArguments(temperature=0.7)
 
 TOKENS_AT_A_TIME = 8
-"""Tokens sampled between two outputs."""
+"""Number of tokens sampled before each output."""
 HELP = "/reset starts a new conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer"
 
 
@@ -27,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def chat(folder: str, system: str | None = None, sampling: SamplingArguments = DEFAULTS) -> int:
-    """Chat with a policy. From a pipe, each line is a turn and each answer is printed, and Ctrl-C ends the command.
+    """Chat with a policy.
 
-    Without a chat template each line is continued as plain text, without the earlier turns. With --environment the
-    policy's turns are replied to, such as calls of tools, until the environment ends the episode.
+    If the input is a pipe, each line is a turn, each answer is printed, and Ctrl-C ends the command. Without a chat
+    template each line is continued as plain text, without the earlier turns. With --environment the environment replies
+    to the policy's turns, for example to tool calls, until it ends the episode.
 
     Args:
         folder: folder of a policy (weights or adapter), .gguf file or hub id, such as runs/dpo/version_0/model.
@@ -64,7 +65,7 @@ def lines(interactive: bool) -> Iterator[str]:
 def converse(
     conversation: "Conversation", typed: Iterator[str], show: Callable[..., None], stoppable: bool = False
 ) -> None:
-    """Answer each line; lines that start with a slash are commands. Ctrl-C ends the answer alone if ``stoppable``."""
+    """Answer each line; lines that start with a slash are commands. If ``stoppable``, Ctrl-C ends only the answer."""
     for line in typed:
         text = line.strip()
         if not text:
@@ -88,7 +89,7 @@ def converse(
 
 
 class Conversation:
-    """A conversation with a policy; without a chat template there are no turns."""
+    """A conversation with a policy; without a chat template earlier turns are not kept."""
 
     def __init__(
         self, policy: Any, tokenizer: Any, settings: Any, seed: int = 0, system: str | None = None, engine: Any = None,
@@ -110,7 +111,7 @@ class Conversation:
         self.drawn = 0
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yield the answer to a line in pieces; a stopped answer stays in the conversation as far as it was shown."""
+        """Yield the answer to a line in pieces. If it is stopped, the part that was shown stays in the conversation."""
         from rlhf_lightning import tokenization
 
         prompt: Prompt = text
@@ -152,7 +153,7 @@ class Conversation:
     def _pieces(self, prompt: Sequence[int]) -> Iterator[str]:
         """Sample a few tokens at a time, so that slow machines show progress.
 
-        Afterwards ``ids`` are the turn's tokens, and ``ended`` tells whether it has an end token.
+        Afterwards ``ids`` holds the turn's tokens, and ``ended`` is true if the turn has an end token.
         """
         import torch
 
@@ -172,8 +173,8 @@ class Conversation:
             del ids[stop if stop is not None else len(ids) :]
             self.ended = finished = bool(drawn.finished[0]) or stop is not None
             text = tokenization.completion_text(self.tokenizer, ids)
-            # An incomplete character decodes to U+FFFD; it is shown when the rest has been sampled. So is the beginning
-            # of a stop string.
+            # An incomplete character decodes to U+FFFD. It is shown once the rest of it has been sampled. The
+            # beginning of a possible stop string is held back in the same way.
             steady = text.rstrip("\ufffd")
             begun = (one[:length] for one in ends.strings for length in range(1, len(one)) if not finished)
             steady = steady[: len(steady) - max((len(one) for one in begun if steady.endswith(one)), default=0)]

@@ -1,6 +1,6 @@
-"""``rlhf compare``: runs over seeds as curves, final tables, paired tests and a frontier."""
+"""``rlhf compare``: compare runs over seeds with curves, final values, paired tests and the reward-KL frontier."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,19 +29,19 @@ def compare(
     unfinished: bool = False,
     out: str = "comparison",
 ) -> int:
-    """Compare runs from the TensorBoard events in their folders: which settings make a difference beyond the seeds.
+    """Compare runs, and test which settings make a difference larger than the noise between seeds.
 
-    Runs with equal settings and different seeds are one arm. Curves are means over an arm's seeds with Student's 95 %
-    intervals. Final values are tested against the first arm, in pairs of equal seeds, with p-values adjusted by Holm
-    for the number of arms. Writes report.md, report.json, curves.png, frontier.png and report.html, which holds
-    everything and works offline. The folder tensorboard has a run for each arm: its mean curves, and its settings with
-    final means for the HPARAMS tab.
+    Reads the TensorBoard events in the run folders. Runs with equal settings and different seeds are one arm. Curves
+    are means over an arm's seeds with Student's 95 % intervals. Final values are tested against the first arm, paired
+    by seed, with p-values adjusted by Holm for the number of arms. Writes report.md, report.json, curves.png,
+    frontier.png and report.html (one file with everything, which works offline). The folder tensorboard has one run per
+    arm, with its mean curves, its settings and its final means for the HPARAMS tab.
 
     Args:
-        runs: run folders, or folders with runs below them, as `rlhf sweep` writes; the last version of each name.
-        by: settings that make the arms, as in model.beta; by default all that differ.
+        runs: run folders, or folders that contain runs, such as a sweep; the last version of each name is used.
+        by: settings that define the arms, as in model.beta; by default all settings that differ.
         over: x-axis of the curves; episodes and tokens exist for headline metrics.
-        metrics: metrics, separated by spaces or commas; by default val/, the rollouts' headlines and train/loss.
+        metrics: metrics, separated by spaces or commas; by default val/, the rollout headline metrics and train/loss.
         unfinished: include runs that have not finished.
         out: folder of the report.
     """
@@ -74,7 +74,7 @@ def _names(given: Sequence[str]) -> list[str]:
 
 
 def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> list[str]:
-    """Return sentences on what was compared and what was left out."""
+    """Return sentences about the compared runs and the runs that were left out."""
     counts = [len(arm) for arm in comparison.arms.values()]
     by = ", ".join(comparison.by) or "nothing: all settings are equal"
     notes = [
@@ -93,7 +93,7 @@ def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> 
 
 
 def sections_of(comparison: "RunComparison") -> "list[Section]":
-    """Return the tables of final values, of tests and of settings that differ."""
+    """Return the tables of final values, tests and differing settings."""
     from rlhf_lightning.evaluation.differences import mean_interval
     from rlhf_lightning.evaluation.report import Section, interval, p_value
 
@@ -168,12 +168,12 @@ def samples_of(comparison: "RunComparison") -> list[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
-    """Return a text as a label that matplotlib does not read as a formula."""
+    """Escape a text so that matplotlib does not parse it as a formula, and shorten it."""
     return text[:80].replace("$", "\\$")
 
 
 def write_arms(comparison: "RunComparison", folder: Path) -> None:
-    """Write each arm as a TensorBoard run: mean curves, settings, and the final means with the ends of their intervals.
+    """Write each arm as a TensorBoard run: mean curves, settings, and final means with their interval bounds.
 
     Runs of an earlier comparison in the folder are replaced.
     """
@@ -203,7 +203,7 @@ def write_arms(comparison: "RunComparison", folder: Path) -> None:
 
 
 def draw_curves(comparison: "RunComparison", path: Path) -> Path:
-    """Draw the curves of all arms, a panel for each metric, and return the path."""
+    """Draw the curves of all arms, one panel per metric, and return the path."""
     from rlhf_lightning.evaluation.report import pyplot, save_figure
 
     metrics = comparison.metrics[:MOST_PANELS]

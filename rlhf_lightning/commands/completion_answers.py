@@ -1,4 +1,4 @@
-"""Answers of the OpenAI-compatible API: completions while they grow, and how they are written."""
+"""Answers of the OpenAI-compatible API: live completions, and their JSON and event-stream formats."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rlhf_lightning.sampling.live_batch import LiveCompletion, PromptScores, Tok
 
 
 class Choice(LiveCompletion):
-    """A completion of a request, which grows on the sampling thread.
+    """A completion of a request; the sampling thread adds tokens to it.
 
     Args:
         asked: the request.
         text: the tokenizer.
-        index: number of the choice.
+        index: index of the choice.
         seed: seed of the request.
         changed: called after every change, on the sampling thread.
     """
@@ -34,25 +34,25 @@ class Choice(LiveCompletion):
         """The text so far, without an incomplete character."""
         self.finish: str | None = None
         self.stop: str | None = None
-        """The text that ended it."""
+        """The stop string that ended the completion; None if none did."""
         self.error: Exception | None = None
         self._before = self._read = 0
 
     @property
     def done(self) -> bool:
-        """Whether nothing more comes."""
+        """Whether the completion has ended."""
         return self.finish is not None or self.error is not None
 
     @property
     def steady(self) -> str:
-        """The text that no stop text can take back."""
+        """The text that cannot become part of a stop string any more, so it is safe to send."""
         if self.done:
             return self.content
         held = max((len(stop) - 1 for stop in self.asked.stops), default=0)
         return self.content[: len(self.content) - held] if held else self.content
 
     def calls(self) -> tuple[str, list[Call]]:
-        """Return the text without the tool calls in it, and the calls; one that cannot be read stays text."""
+        """Return the text without its tool calls, and the calls; a call that cannot be parsed stays text."""
         ids = [token.id for token in self.tokens if token.id not in self.end_ids]
         try:
             before, calls = calls_in(self.tokenizer.decode(ids))  # special tokens mark calls
@@ -89,7 +89,7 @@ class Choice(LiveCompletion):
         return self.tokenizer.decode(ids, self.asked.skip_special)
 
     def _grow(self) -> None:
-        """Add the text of the new tokens. The tokens before them are decoded too: they decide about spaces."""
+        """Add the text of the new tokens. Earlier tokens are decoded with them, because spaces depend on them."""
         ids = [token.id for token in self.tokens[self._before :]]
         old, new = self._decoded(ids[: self._read - self._before]), self._decoded(ids)
         if len(new) > len(old) and not new.endswith("\ufffd"):
@@ -110,7 +110,7 @@ class Choice(LiveCompletion):
 
 
 class AnswerWriter:
-    """Writes the completions of a request as the API does.
+    """Formats the completions of a request as the OpenAI API does.
 
     Args:
         asked: the request.
@@ -125,11 +125,11 @@ class AnswerWriter:
         self.frame = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, choices: Sequence[Choice], scores: Sequence[PromptScores]) -> dict[str, Any]:
-        """Return the answer to a request that is not a stream.
+        """Return the answer to a request without streaming.
 
         Args:
-            choices: the completions; none where no token was asked for.
-            scores: the scores of each prompt; none where they were not asked for.
+            choices: the completions; empty if no token was requested.
+            scores: the scores of each prompt; empty if none were requested.
         """
         count = len(self.asked.prompts) * self.asked.n
         found = [self._choice(index, choices[index] if choices else None, scores) for index in range(count)]
@@ -162,7 +162,7 @@ class AnswerWriter:
         return made
 
     def _message(self, content: str, choice: Choice | None, made: dict[str, Any]) -> dict[str, Any]:
-        """Return the message of a chat; tool calls change the reason why it ended."""
+        """Return the message of a chat; tool calls change its finish reason."""
         calls: list[Call] = []
         if self.asked.tools and choice is not None:
             content, calls = choice.calls()
@@ -185,7 +185,7 @@ class AnswerWriter:
         return {**one(token.id, token.logprob), "top_logprobs": [one(*best) for best in token.top]}
 
     def _table(self, first: int, before: Sequence[Token | None], tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the log-probabilities of a text completion: lists with an element for each token."""
+        """Return the log-probabilities of a text completion as lists with one element per token."""
         table: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = 0
         for token in [*before, *tokens]:
@@ -200,7 +200,7 @@ class AnswerWriter:
         return table
 
     def _top_table(self, token: Token) -> dict[str, float]:
-        """Return the most probable tokens by name. A name that two tokens share is written as an id the second time."""
+        """Return the most probable tokens by name. If two tokens have the same name, the second is written as an id."""
         found: dict[str, float] = {}
         for index, logprob in (*token.top, *([] if token.id in dict(token.top) else [(token.id, token.logprob)])):
             name = self.text.name(index, self.asked.tokens_as_ids)
@@ -221,17 +221,17 @@ class AnswerWriter:
     # ---- streams ----------------------------------------------------------------------------------------------------
 
     def chunk(self, choices: Iterable[dict[str, Any]], **further: Any) -> str:
-        """Return a piece of a stream as a server-sent event."""
+        """Return one chunk of a stream as a server-sent event."""
         kind = f"{self.kind}.chunk" if self.asked.chat else self.kind
         return event({**self.frame, "object": kind, "choices": list(choices), **further})
 
     def opening(self, choices: Sequence[Choice]) -> str:
-        """Return the first piece of a stream of messages."""
+        """Return the first chunk of a chat stream."""
         start = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return self.chunk({"index": choice.index, **start} for choice in choices)
 
     def piece(self, choice: Choice, finish: str | None, content: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return what is new in a completion: text, tokens, and the reason why it ended."""
+        """Return the new part of a completion: text, tokens, and the finish reason."""
         made: dict[str, Any] = {"index": choice.index, "finish_reason": finish, "logprobs": None}
         if self.asked.chat:
             message = self._message(content, choice, made)
@@ -253,7 +253,7 @@ def event(value: Mapping[str, Any]) -> str:
 
 
 def error_body(message: str, code: str, status: int, field: str | None = None) -> dict[str, Any]:
-    """Return the body of a refusal in the form of the API."""
+    """Return the body of an error response in the API's format."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}

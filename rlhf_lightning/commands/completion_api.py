@@ -1,4 +1,4 @@
-"""The OpenAI-compatible API of a policy: its routes, and requests while they are answered."""
+"""The OpenAI-compatible API of a policy: routes and request handling."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from rlhf_lightning.errors import RlhfError, StateError, is_out_of_memory
 from rlhf_lightning.sampling.live_batch import LiveBatch, PromptScores, UnscoredPrompt
 
 LARGEST_BODY = 8 * 2**20
-"""Maximum bytes of a request: prompts as lists of token ids take about six bytes a token."""
+"""Maximum bytes of a request; a prompt as a list of token ids takes about six bytes per token."""
 
 MOST_WAITING = 2048
-"""Completions asked for at a time; further requests are told to come back later."""
+"""Maximum number of completions in progress or waiting; further requests are told to retry later."""
 
 
 def make_app(api: Api, key: str | None = None) -> ASGIApp:
@@ -48,7 +48,7 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
 
     Args:
         api: answers the requests.
-        key: what requests must have as ``Authorization: Bearer KEY``; None where everybody on this machine may ask.
+        key: key that requests must send as ``Authorization: Bearer KEY``; None if no key is needed.
     """
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -96,11 +96,11 @@ class Api:
     """Answers requests from a policy.
 
     Args:
-        batch: draws the completions.
+        batch: samples the completions.
         text: the tokenizer.
         name: name of the model in requests.
         limits: defaults and limits of requests.
-        seed: decides the seeds of requests that give none.
+        seed: determines the seeds of requests without a seed.
         timeout: time limit of a request, seconds.
     """
 
@@ -111,7 +111,7 @@ class Api:
         self.seed, self.requests, self.created, self.waiting = seed, itertools.count(), int(time.time()), 0
 
     async def health(self, request: Request) -> Response:
-        """Say that the server works."""
+        """Report that the server is running."""
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
@@ -168,13 +168,13 @@ class Api:
         return JSONResponse(await job.whole(request))
 
     def next_seed(self) -> int:
-        """Return the seed of a request that gives none."""
+        """Return a seed for a request without one."""
         digest = hashlib.sha256(f"{self.seed}/{next(self.requests)}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _Job:
-    """A request while it is answered; made on the event loop."""
+    """A request in progress; must be created on the event loop."""
 
     def __init__(self, api: Api, asked: Asked, answer: AnswerWriter) -> None:
         self.api, self.asked, self.answer = api, asked, answer
@@ -199,7 +199,7 @@ class _Job:
             self.loop.call_soon_threadsafe(self.changed.set)
 
     def _close(self) -> None:
-        """Drop what is not complete."""
+        """Cancel the completions that have not ended."""
         self.api.waiting -= self.count
         for choice in self.choices:
             choice.cancelled = True
@@ -229,7 +229,7 @@ class _Job:
         return [await asyncio.wrap_future(score) for score in self.scores]
 
     async def stream(self) -> AsyncIterator[str]:
-        """Yield the completions in pieces, as server-sent events."""
+        """Yield the completions in chunks, as server-sent events."""
         until = self.loop.time() + self.api.timeout
         try:
             if self.asked.chat:
@@ -245,20 +245,20 @@ class _Job:
             yield "data: [DONE]\n\n"
         except TimeoutError:
             yield event(error_body(f"the request took more than {self.api.timeout:g} seconds", "timeout", 504))
-        except Exception as error:  # the status has been sent: the stream ends with the reason
+        except Exception as error:  # the status line is already sent, so the error goes into the stream
             print(f"rlhf serve: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             yield event(error_body(f"the server failed ({type(error).__name__})", "failed", 500))
         finally:
             self._close()
 
     def _new_pieces(self, sent: dict[Choice, tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        """Yield what is new in each completion; those that have ended leave ``sent``."""
+        """Yield the new part of each completion; completions that have ended are removed from ``sent``."""
         for choice, (characters, told) in list(sent.items()):
             if choice.error is not None:
                 raise choice.error
             finish, content, tokens = choice.finish, choice.steady, choice.tokens[told:]
             if finish is None and (self.asked.tools or len(content) <= characters):
-                continue  # a call is read when its text is complete
+                continue  # a tool call is parsed when its text is complete
             yield self.answer.piece(choice, finish, content[characters:], tokens)
             sent[choice] = (max(characters, len(content)), told + len(tokens))
             if finish is not None:
@@ -266,6 +266,6 @@ class _Job:
 
 
 async def _disconnected(request: Request) -> None:
-    """Return when the client has gone."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

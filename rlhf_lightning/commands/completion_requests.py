@@ -1,4 +1,4 @@
-"""Requests of the OpenAI-compatible API: what a body asks for, or why it is refused."""
+"""Parse and validate requests of the OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.tokenization.rendering import render_prompt
 
 MOST_COMPLETIONS = 256
-"""Completions of one request: prompts times n."""
+"""Maximum number of completions of one request (prompts times n)."""
 
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_TOP = 20
-"""Most probable tokens reported for each token."""
+"""Maximum number of most probable tokens reported per token."""
 
 MOST_TEMPLATE_ARGS = 8
-"""Sets of template arguments whose tokenizers are kept."""
+"""Number of sets of template arguments for which a tokenizer is cached."""
 
 ANSWER_KEYS = {"refusal", "annotations", "audio"}
-"""Keys of an answer that clients send back with the conversation; they hold nothing that a template reads."""
+"""Keys of an answer that clients send back with the conversation and that no chat template reads."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
@@ -41,11 +41,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_json": (), "guided_regex": (), "guided_choice": (), "structured_outputs": (),
     "include_stop_str_in_output": (False,), "spaces_between_special_tokens": (True,),
 }  # fmt: skip
-"""Fields of other servers, with the values that ask for nothing; null always does."""
+"""Fields of other servers, with the values that have no effect; null never has an effect."""
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
            "priority", "request_id", "reasoning_effort", "verbosity"}  # fmt: skip
-"""Fields that change no token."""
+"""Fields that are accepted and ignored, because they change no token."""
 
 COMMON = {"model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "ignore_eos",
           "skip_special_tokens", "logprobs", "prompt_logprobs", "stream", "stream_options", "return_token_ids",
@@ -56,7 +56,7 @@ CHAT_FIELDS = COMMON | {"messages", "max_completion_tokens", "top_logprobs", "to
 
 
 class BadRequest(SettingError):
-    """A request that cannot be answered, because of one of its fields."""
+    """A request with an invalid field."""
 
     def __init__(self, field: str, fault: str) -> None:
         super().__init__("bad-request", f"{field} {fault}")
@@ -65,34 +65,34 @@ class BadRequest(SettingError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for."""
+    """A parsed request."""
 
     prompts: tuple[Tensor, ...]  # token ids of each prompt, int64
     prompt_texts: tuple[str, ...]  # the prompts as text, for ``echo``
-    settings: SamplingSettings | None  # sampling settings; None where no token is asked for
+    settings: SamplingSettings | None  # sampling settings; None if no token is requested
     n: int  # completions of each prompt
-    seed: int | None  # seed of the request; None draws one
+    seed: int | None  # seed of the request; None: the server chooses a seed
     stops: tuple[str, ...]  # texts that end a completion
     end_ids: frozenset[int]  # tokens that end a completion
     top: int | None  # most probable tokens reported with each token of a completion; None reports no log-probabilities
     prompt_top: int | None  # the same for the tokens of the prompts
     chat: bool  # whether the answer is a message
     echo: bool  # whether the text of the prompt comes first
-    stream: bool  # whether the answer comes in pieces
-    usage_at_end: bool  # whether the last piece of a stream counts tokens
+    stream: bool  # whether the answer is streamed
+    usage_at_end: bool  # whether the last chunk of a stream has the token counts
     token_ids: bool  # whether token ids are returned
     tokens_as_ids: bool  # whether tokens are written as ``token_id:17``
     skip_special: bool  # whether special tokens are left out of the text
     to_the_end_token: bool  # whether the text ends at the tokenizer's end token
-    tools: bool  # whether tool calls in the answer are looked for
+    tools: bool  # whether the answer is searched for tool calls
 
 
 class Text:
-    """The tokenizer behind a lock: it must not be used by two threads at a time.
+    """The tokenizer behind a lock, because two threads must not use it at the same time.
 
     Args:
-        tokenizer: the policy's.
-        vocabulary: number of token ids that the model reads.
+        tokenizer: the policy's tokenizer.
+        vocabulary: number of token ids that the model accepts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -102,7 +102,7 @@ class Text:
         self.names: dict[int, str] = {}
 
     def for_args(self, args: Mapping[str, Any] | None) -> PreTrainedTokenizerBase:
-        """Return the tokenizer whose template gets further arguments."""
+        """Return a tokenizer that passes further arguments to its chat template."""
         if not args:
             return self.tokenizer
         key = json.dumps(args, sort_keys=True)
@@ -125,7 +125,7 @@ class Text:
             return tokenization.completion_text(self.tokenizer, ids, strings=False)
 
     def name(self, index: int, as_id: bool = False) -> str:
-        """Return a token as text; one that holds a part of a character is written ``token_id:17``."""
+        """Return a token as text; a token that is only a part of a character is written as ``token_id:17``."""
         if as_id:
             return f"token_id:{index}"
         if index not in self.names:
@@ -141,15 +141,15 @@ class Text:
 class RequestLimits:
     """Defaults and limits of requests."""
 
-    settings: SamplingSettings  # sampling settings where a request gives none
-    longest: int | None  # most tokens of prompt and completion together; None if the model has no limit
+    settings: SamplingSettings  # default sampling settings
+    longest: int | None  # maximum tokens of prompt plus completion; None if the model has no limit
 
 
 def read_request(body: Mapping[str, Any], chat: bool, text: Text, limits: RequestLimits) -> Asked:
-    """Return what a request asks for.
+    """Parse a request.
 
     Raises:
-        RlhfError: it asks for something that cannot be done; ``bad-request`` names the field.
+        RlhfError: the request is invalid or not supported; ``bad-request`` names the field.
     """
     _check_fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
     given = {name: value for name, value in body.items() if value is not None}
@@ -194,7 +194,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
 
 
 def shortened(value: Any) -> str:
-    """Return a value for a message, at most 100 characters."""
+    """Return a value as text for an error message, at most 100 characters."""
     text = json.dumps(value, default=str, ensure_ascii=True)
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -251,7 +251,7 @@ def _stops(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def token_ids(value: Any, name: str, vocabulary: int) -> list[int]:
-    """Return a list of token ids from a request; ``name`` is its field."""
+    """Validate and return a list of token ids; ``name`` is the field of the request."""
     if not isinstance(value, list) or not all(type(index) is int and 0 <= index < vocabulary for index in value):
         raise BadRequest(name, f"must be a list of token ids from 0 to {vocabulary - 1}")
     return value
@@ -287,7 +287,7 @@ def _settings(
 
 
 def _prompts(given: Mapping[str, Any], text: Text, echo: bool) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Encode the prompts of a completion: texts as a template writes them, or token ids."""
+    """Encode the prompts of a text completion: texts (control tokens in them are encoded as such), or token ids."""
     value = given.get("prompt")
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
         value = [value]
@@ -331,7 +331,7 @@ def _check_unicode(field: str, value: Any) -> None:
 
 
 def _messages(given: Mapping[str, Any], text: Text) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Render and encode the messages of a chat, whose texts are data: control tokens in them are plain text."""
+    """Render and encode the messages of a chat; control tokens that their texts spell are encoded as plain text."""
     value, args = given.get("messages"), given.get("chat_template_kwargs")
     if not isinstance(value, list) or not value:
         raise BadRequest("messages", "must be a list of {role, content}")

@@ -1,6 +1,6 @@
-"""``rlhf evaluate``: policies on held-out prompts, with intervals, win rates and judges."""
+"""``rlhf evaluate``: evaluate policies on held-out prompts, with intervals, win rates and judges."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,26 +39,26 @@ def evaluate(
     out: str = "evaluation",
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
-    """Sample completions of held-out prompts from each model, and compare them on equal prompts.
+    """Sample completions of held-out prompts from each model, and compare the models on the same prompts.
 
-    Reports score and its parts, KL, length, EOS rate, distinct n-grams and pass@k, and against the baseline the
-    difference of scores, win rate and length-controlled win rate. A judge sees every pair in both orders; its
-    consistency and position bias are reported. Writes report.json, report.md, completions.jsonl and report.html, which
-    shows completions side by side and works offline.
+    Reports for each model the score and its parts, KL, length, EOS rate, distinct n-grams and pass@k. Compared with the
+    baseline it reports the difference of scores, the win rate and the length-controlled win rate. A judge gets every
+    pair in both orders; its consistency and position bias are reported. Writes report.json, report.md,
+    completions.jsonl and report.html, which shows completions side by side and works offline.
 
     Args:
         models: folders of policies (weights or adapters), .gguf files or hub ids.
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
         scorer: folder of a reward model, or import path of a function, that scores the completions.
-        judge: folder of a language model, address of a server, or class, that compares with the baseline.
+        judge: folder of a language model, address of a server, or class; compares each model with the baseline.
         judge_args: arguments of the judge's class: --judge_args.NAME VALUE.
-        question: what the judge is asked about two answers.
+        question: question to the judge about two answers.
         against: the baseline; by default the first model.
-        reference: model from which the KL is measured; by default the baseline.
+        reference: model to which the KL is measured; by default the baseline.
         samples: completions per prompt.
-        correct: score from which a completion is right, for pass@k.
+        correct: lowest score of a correct completion, for pass@k.
         as_chat: put plain-text prompts into a user turn of the chat template.
-        shown: prompts on the HTML page.
+        shown: number of prompts on the HTML page.
         out: folder of the report.
         sampling: sampling settings.
     """
@@ -115,9 +115,9 @@ def sampled(
 
 
 def add_kl(rows: list[dict[str, Any]], policy: Any, reference: Any, tokenizer: Any, temperature: float) -> None:
-    """Put the KL estimate of each completion into its row, in the place of the token ids.
+    """Replace the token ids of each row by the KL estimate of its completion.
 
-    The KL is that of the sampling temperature, or of temperature 1 for greedy decoding.
+    The KL is measured at the sampling temperature, or at temperature 1 for greedy decoding.
     """
     from rlhf_lightning.evaluation.policies import sequence_kl
     from rlhf_lightning.scoring.learned import encoded_sequences
@@ -133,7 +133,7 @@ def compared(
     found: Mapping[str, list[dict[str, Any]]], samples: int, seed: int, judge: str | None,
     judge_args: dict[str, Any] | None, question: str | None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return the comparisons of each model with the first, by score and by judge."""
+    """Return the comparisons of each model with the first model, by score and by judge."""
     from rlhf_lightning.evaluation.completions import (
         QUESTION,
         ask_judge,
@@ -167,7 +167,7 @@ def compared(
 def sections_of(
     summaries: Mapping[str, dict[str, Any]], comparisons: Mapping[str, dict[str, Any]], baseline: str, reference: str
 ) -> "list[Section]":
-    """Return the tables: models, further figures, comparisons and the judge."""
+    """Return the tables: models, further metrics, comparisons and the judge."""
     from rlhf_lightning.evaluation.report import Section, interval, p_value
 
     def measured(value: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""``rlhf evaluate-reward``: reward models on labelled pairs, next to baselines that see no quality."""
+"""``rlhf evaluate-reward``: test reward models on labelled pairs, next to trivial baselines."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,26 +36,27 @@ def evaluate_reward(
     out: str = "reward_evaluation",
     seed: int = 0,
 ) -> int:
-    """Test reward models on pairs with known winners, next to baselines that see no quality.
+    """Test reward models on pairs with known winners, next to trivial baselines.
 
-    Reports accuracy by subset with Wilson intervals, paired tests against the first model, how often the best
-    completion of a list wins, calibration, margins and the correlation with length. Baselines are the longer
-    completion, the completion that the file shows first, the model without its prompt, and a bag of words. A model that
-    only equals a baseline may have learned only that. Writes report.json, report.md, reliability.png and report.html.
+    Reports accuracy by subset with Wilson intervals, paired tests against the first model, best-of-list accuracy,
+    calibration, margins and the correlation with length. The baselines choose the longer completion, the completion
+    that the file shows first, the model's choice without the prompt, or the choice of a bag of words. A model that is
+    only as accurate as a baseline may have learned only what the baseline uses. Writes report.json, report.md,
+    reliability.png and report.html.
 
     Args:
-        pairs: file of preferences or ranked lists in any form that training reads.
+        pairs: file of preferences or ranked lists in any format that training reads.
         models: folders of reward models or process reward models, or import paths of scorers. With --reference, folders
-            of policies: their DPO-implicit reward is tested.
+            of policies, which are tested by their implicit DPO reward.
         judges: generative judges: folders of language models, addresses of servers, or classes. The margin is the mean
             of their log-odds in both orders.
         judge_args: arguments of the judges' class: --judge_args.NAME VALUE.
-        question: what a judge is asked about two completions.
+        question: question to the judges about two completions.
         reference: the reference of the policies, for the implicit reward beta log(policy / reference).
-        beta: coefficient of the implicit reward; it matters to calibration only.
+        beta: coefficient of the implicit reward; it only affects calibration.
         subset: column that names the subset of a row.
         out: folder of the report.
-        seed: seed of resampling and folds.
+        seed: seed of bootstrap resampling and cross-validation folds.
     """
     import numpy as np
 
@@ -121,14 +122,14 @@ def evaluate_reward(
 
 
 def read_pairs(path: str, subset: str | None = None) -> "tuple[list[KnownPair], dict[int, int]]":
-    """Return the pairs of a file of preferences, and the number of completions of each list of more than two.
+    """Return the pairs of a file of preferences, and the length of each list of more than two completions.
 
     Args:
-        path: file of preferences in any form that training reads.
+        path: file of preferences in any format that training reads.
         subset: column that names a row's subset.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: the file does not exist.
         DataError: no row can be used.
     """
     from rlhf_lightning.data.sources import usable_rows
@@ -182,7 +183,7 @@ def _text(completion: Any) -> str:
 
 
 def _score(name: str, reference: Any, beta: float) -> Any:
-    """Return the function that scores completions: a scorer's, or a policy's implicit reward."""
+    """Return a function that scores completions: a scorer, or a policy's implicit reward."""
     from rlhf_lightning.evaluation.reward_models import implicit_scores
     from rlhf_lightning.scoring import load_scorer
     from rlhf_lightning.scoring.scorer import ask_scorer

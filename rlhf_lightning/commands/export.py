@@ -1,6 +1,6 @@
 """``rlhf export``: write a checkpoint or an adapter as a Hugging Face folder, and push it to the Hub."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,23 +38,23 @@ def export(
 ) -> int:
     """Write the weights of a run as a Hugging Face folder, and push it to the Hub.
 
-    The model card says how the run was trained: objective, seed, numbers among the settings, versions, commit, and the
-    fingerprint and counts of the data. It holds neither paths nor the command line.
+    The model card records how the run was trained: objective, seed, numeric settings, versions, commit, and the
+    fingerprint and counts of the data. It contains no paths and no command line.
 
     Args:
-        source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge. With
+        source: a run (runs/dpo or runs/dpo/version_0), a checkpoint (.ckpt), or an adapter's folder to merge; with
             --push also an exported folder.
         out: folder to write; it must not exist.
         merge: merge a LoRA adapter into its backbone in fp32, print the largest difference to the logits of the trained
             model (large for a quantised backbone), and keep the adapter in OUT.adapter.
-        best: take the best checkpoint of a run instead of the last.
-        new_tokens: write a model's folder again, with a row of the embeddings for each of these texts, so that an
-            adapter can train them.
-        import_module: also --import: your module or .py file with the class that wrote the checkpoint. Names in a
-            checkpoint are never imported otherwise.
-        push: repository of the Hub, as in me/my-dpo, to upload the folder to; private unless it exists or --public.
+        best: use the best checkpoint of a run instead of the last.
+        new_tokens: copy a model's folder and add an embedding row for each of these texts, so that an adapter can train
+            them.
+        import_module: also --import: your module or .py file with the class that wrote the checkpoint. Other modules
+            named in a checkpoint are never imported.
+        push: Hub repository to upload the folder to, as in me/my-dpo; a new one is private unless --public is given.
         public: make the new repository public.
-        results: Markdown reports to put into the card, as `rlhf evaluate`, `evaluate-reward` and `verify` write them.
+        results: Markdown reports of `rlhf evaluate`, `evaluate-reward` or `verify` to put into the model card.
     """
     if public and push is None:
         raise SettingError("missing-setting", "public is set without a repository: name one with --push")
@@ -141,7 +141,7 @@ def local_backbone(folder: Path) -> str | None:
 
 
 def read_result(file: str) -> str:
-    """Return a Markdown report with its headings a level lower, without pictures, which the repository lacks."""
+    """Return a Markdown report with headings one level lower and without images, which are not uploaded."""
     if not Path(file).is_file():
         raise MissingError("unknown-file", f"there is no report {file}; name a Markdown file of results")
     lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -153,7 +153,7 @@ RUN_HEADING, RESULTS_HEADING = "## How it was trained", "## Results"
 
 
 def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> None:
-    """Write into a folder's model card how its run was trained, and reports, in the place of earlier ones."""
+    """Add the training record of the run and the reports to a folder's model card, replacing earlier ones."""
     from rlhf_lightning.evaluation.report import markdown_table, write_markdown
     from rlhf_lightning.loading import flat_settings, read_config, read_record
     from rlhf_lightning.models.export import CARD_FILE
@@ -189,19 +189,19 @@ def complete_card(folder: Path, run: Path | None, reports: Sequence[str]) -> Non
 
 
 def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a part of a record that a user may have written or changed; empty where it is not a mapping."""
+    """Return a section of a record; empty if a user has changed it to something other than a mapping."""
     found = record.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _listed(part: Mapping[str, Any]) -> str | None:
-    """Return names and values as one text; None without any."""
+    """Return names and values as one text; None if there are none."""
     texts = (f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in part.items())
     return ", ".join(texts) or None
 
 
 def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> int:
-    """Write a causal language model and its tokenizer with further tokens; return the number of its embeddings."""
+    """Write a causal language model and its tokenizer with further tokens; return the number of embedding rows."""
     from rlhf_lightning.models.export import export_policy
     from rlhf_lightning.models.loading import LoadSettings
     from rlhf_lightning.models.resolving import resolve_folder
@@ -242,7 +242,7 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
 
 
 def module_from(checkpoint: Path, own: str | None = None) -> "AlignmentModule":
-    """Build the module that wrote a checkpoint and load its weights; foreign code named in the file is not run.
+    """Build the module that wrote a checkpoint and load its weights. Foreign code that the file names is not run.
 
     Args:
         checkpoint: the file, or the folder of shards.
@@ -281,7 +281,7 @@ def _restored(checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":
     from rlhf_lightning.training.module import AlignmentModule
 
     module = instantiate_module(AlignmentModule, settings)
-    # The frozen reference needs memory and is not exported.
+    # The frozen reference would need memory and is not exported.
     module.needs_reference = False  # type: ignore[misc]
     module.configure_model()
     module.on_load_checkpoint(read_checkpoint(checkpoint))
@@ -290,7 +290,7 @@ def _restored(checkpoint: Path, settings: dict[str, Any]) -> "AlignmentModule":
 
 
 def without_code(settings: dict[str, Any], named: str) -> dict[str, Any]:
-    """Return a checkpoint's settings without what an export does not need: scorer, engine, optimizer, schedule."""
+    """Return a checkpoint's settings without scorer, engine, optimizer and schedule, which an export does not need."""
     from rlhf_lightning.runs.checkpoint_metadata import PACKAGE, own_code
 
     kept = {name: value for name, value in settings.items() if name not in ("engine", "optimizer", "lr_scheduler")}
@@ -336,7 +336,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
     else:
         export_policy(CausalLM(merged, source=base), tokenizer, target)
     after = probe(load_weights(str(target), kind, LoadSettings(), **changes))
-    quantized = record.get("quantization") is not None  # then it was trained on another backbone
+    quantized = record.get("quantization") is not None  # then the adapter was trained on the quantized backbone
     expected = probe(trained(adapter, kind, None, changes)) if quantized else before
     difference, bound = _largest(expected, after), max(1e-2 * float(before.std()), 1e-3)
     if difference > bound:
@@ -350,7 +350,7 @@ def merge_adapter(adapter: Path, target: Path) -> float:
 
 
 def _largest(one: "Tensor", other: "Tensor") -> float:
-    """Return the largest difference of logits, without the row of a pad token that was added."""
+    """Return the largest difference of logits, ignoring the row of an added pad token."""
     return float((one - other[..., : one.shape[-1]]).abs().max())
 
 

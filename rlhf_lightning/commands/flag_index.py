@@ -1,7 +1,7 @@
-"""Every setting of the shipped classes, from a generated index: help, misspelt flags and names of other libraries.
+"""Answer help, misspelt flags and names of other libraries from a generated index of all settings.
 
-The index, flag_index.json, answers within a second; the parser needs ten, since it imports torch and the classes.
-``python -m rlhf_lightning.commands.objectives`` writes it again; a test compares it with the classes.
+The index, flag_index.json, is read within a second. The parser needs ten seconds, because it imports torch and the
+classes. ``python -m rlhf_lightning.commands.objectives`` generates the index; a test compares it with the classes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PARTS = ("model", "data")
 GROUPS = frozenset(
     ["config", "help", "print_config", *PARTS, "trainer", "checkpoint", "samples", "export", "predictions"]
 )
-"""Options that are no settings: of the command, and one for the YAML file of each group."""
+"""Options that are not settings: options of the command, and the option for a YAML file of each group."""
 REFUSED = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
-"""Trainer flags that the modules refuse; help does not list them."""
+"""Trainer flags that the modules refuse; help leaves them out."""
 
 ROOMS = ("modules", "data", "training", "runs", "people", "planning")
 """Packages whose files define settings."""
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """The exit status of a command line that was answered from the index, and its text."""
+    """Exit status and text of a command line that was answered from the index."""
 
     status: int
     text: str
@@ -56,13 +56,13 @@ class Answered(NamedTuple):
 
 @lru_cache(maxsize=1)
 def index() -> dict[str, Any]:
-    """Return the index: ``settings``; ``run``, ``model`` and ``data`` refer to them by number."""
+    """Return the index: ``settings`` is a list, to which ``run``, ``model`` and ``data`` refer by number."""
     found: dict[str, Any] = json.loads(INDEX.read_text(encoding="utf-8"))
     return found
 
 
 def is_stale() -> bool:
-    """Whether a source file is over a minute newer than the index: then only the classes themselves are right."""
+    """Whether a source file is over a minute newer than the index; the index may then be outdated."""
     return max(path.stat().st_mtime for path in _sources()) > INDEX.stat().st_mtime + 60
 
 
@@ -73,7 +73,7 @@ def _sources() -> list[Path]:
 
 @lru_cache(maxsize=1)
 def foreign_names() -> dict[str, dict[str, str]]:
-    """Return the names of other libraries: ``settings`` with those that replace them here, and ``classes``."""
+    """Return ``settings`` and ``classes`` of other libraries, each with the name that replaces it here."""
     found: dict[str, dict[str, str]] = yaml.safe_load(FOREIGN_NAMES.read_text(encoding="utf-8"))
     return found
 
@@ -86,7 +86,7 @@ def class_entry(part: str, name: str) -> dict[str, Any] | None:
 
 
 def settings_of(numbers: Iterable[int], prefix: str = "") -> list[Setting]:
-    """Return the settings of an entry, their names below ``prefix``."""
+    """Return the settings of an entry; ``prefix`` is put before their names."""
     rows = index()["settings"]
     return [Setting(f"{prefix}{name}", *rest) for name, *rest in (rows[number] for number in numbers)]
 
@@ -101,7 +101,7 @@ def all_names() -> frozenset[str]:
 
 
 def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | None:
-    """Return a hint at the known setting that ``name`` probably means, by spelling or as another library's name."""
+    """Return a hint at the setting that ``name`` probably means: a similar spelling, or another library's name."""
     known = set(known)
     tail = name.rpartition(".")[2]
     table = foreign_names()["settings"]
@@ -127,10 +127,10 @@ def suggestion(name: str, known: Iterable[str], dashes: str = "--") -> str | Non
 
 
 def quick_answer(argv: Sequence[str]) -> Answered | None:
-    """Return the answer to a command line for help, or with a wrong flag; None if the command must run.
+    """Answer a command line that asks for help or has a wrong flag; return None if the command must run.
 
     Args:
-        argv: the command line of a training command, of `rlhf plan` or of `rlhf loop`, which starts with its name.
+        argv: the command line of a training command, `rlhf plan` or `rlhf loop`, starting with the command's name.
     """
     command, rest = argv[0], with_underscores(argv[1:])
     pairs = option_pairs(rest)
@@ -165,7 +165,7 @@ def refusal(command: str, sentence: str) -> Answered:
 
 
 def wrong_config(file: str) -> str | None:
-    """Return what is wrong with a config file that is another kind of file, or a folder."""
+    """Return an error message if a config file is another kind of file, or a folder; else None."""
     path = Path(file)
     if os.path.isdir(file):
         return f"--config takes a YAML file, and {file} is a folder; a run's is {path / 'config.yaml'}"
@@ -177,12 +177,12 @@ def wrong_config(file: str) -> str | None:
 
 
 def names_of_tool(command: str) -> set[str]:
-    """Return the options that a tool has besides those of a run."""
+    """Return the options of a tool that are not settings of a run."""
     return {one.name for one in settings_of(index()["tools"].get(command, {}).get("settings", ()))}
 
 
 def wrong_tool_option(command: str, option: str) -> str | None:
-    """Return what is wrong with an option of a tool that reads no settings of a run."""
+    """Return an error message for a wrong option of a tool without settings of a run; None if it is known."""
     name, known = option.lstrip("-"), names_of_tool(command) | {"config", "help", "print_config"}
     if name.endswith("help") or any(name == one or name.startswith(f"{one}.") for one in known):
         return None
@@ -191,8 +191,8 @@ def wrong_tool_option(command: str, option: str) -> str | None:
 
 
 def stray_value(command: str, argv: Sequence[str]) -> str | None:
-    """Return what is wrong with a value that follows no option, and how it is probably meant."""
-    expected, option, before = command in ("validate", "test", "predict"), "", ""  # the run that is evaluated
+    """Return an error message, with a suggestion, for a value that follows no option; None if there is none."""
+    expected, option, before = command in ("validate", "test", "predict"), "", ""  # these take the evaluated run
     for argument in argv:
         name, equals, value = argument.partition("=")
         if argument.startswith("-"):
@@ -217,7 +217,7 @@ def takes_list(option: str) -> bool:
 
 
 def option_for(value: str) -> str:
-    """Return an option with a value that was given without one."""
+    """Suggest an option for a value that was given without one."""
     for part in PARTS:
         if class_entry(part, value) is not None:
             return f"--{part} {value}"
@@ -237,12 +237,12 @@ def chosen_class(argv: Sequence[str], part: str) -> str:
 
 
 def wrong_class(part: str, name: str) -> str | None:
-    """Return what is wrong with the name of a class; None if it is shipped, or has a module and may be an own class."""
+    """Return an error message for a wrong class name; None for shipped classes and for possible classes of the user."""
     if place := misplaced(part, name):
         return place
     if not name or "." in name or class_entry(part, name) is not None or name in index()["bases"]:
         return None
-    if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # newer than the index
+    if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # a class that is newer than the index
         return None
     near = foreign_names()["classes"].get(name) or nearest(name, index()[part])
     hint = f"did you mean {near}?" if near else NOT_FOUND[part]
@@ -256,8 +256,8 @@ NOT_FOUND = {
 
 
 def misplaced(part: str, name: str) -> str | None:
-    """Return where a model or a file goes that was given as a class."""
-    if Path(name).suffix in (".yaml", ".yml"):  # the settings of a class
+    """Return an error message if a model or a file was given as a class; it names the right option."""
+    if Path(name).suffix in (".yaml", ".yml"):  # probably a file with the settings of a class
         return None
     if part == "model" and name and ("/" in name or os.path.isdir(name)):
         return (
@@ -269,12 +269,12 @@ def misplaced(part: str, name: str) -> str | None:
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a name is that of a file of rows."""
+    """Whether a name looks like a data file."""
     return Path(name).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
 
 def wrong_form(argument: str, value: str) -> str | None:
-    """Return what is wrong with an option of one hyphen, or with a group of settings that is given one value."""
+    """Return an error message for an option with one hyphen, or for a settings group with a single value; else None."""
     name = argument.lstrip("-").partition("=")[0]
     if argument.startswith("-") and not argument.startswith("--") and name.replace("-", "_") in all_names():
         return f"an option begins with two hyphens: --{name}"
@@ -285,12 +285,12 @@ def wrong_form(argument: str, value: str) -> str | None:
 
 
 def wrong_option(option: str, chosen: dict[str, str], further: Collection[str] = ()) -> str | None:
-    """Return what is wrong with an option; None if it is known or an own class may know it.
+    """Return an error message for a wrong option; None if it is known or a user's class may know it.
 
     Args:
         option: the option with its hyphens.
         chosen: the classes of `PARTS`, "" for none.
-        further: options of the command besides those of a run.
+        further: options of the command in addition to the settings of a run.
     """
     if not option.startswith("--"):
         return None

@@ -1,4 +1,4 @@
-"""Command lines as text, before any parser: options, config files, and flags inside nested settings."""
+"""Process command lines as text, before parsing: options, config files, and flags inside nested settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_lightning.loading import read_yaml
 from rlhf_lightning.recipes import resolve_recipe
 
 OPEN_SETTINGS = ("scorer", "scorers", "engine")
-"""Settings that describe any object; the parser does not know their arguments."""
+"""Settings that can be any object, so the parser does not know their arguments."""
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
@@ -32,7 +32,7 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for argument in argv:
         if re.fullmatch(r"-[\d.]+e[-+]?\d+", argument, re.IGNORECASE) and joined and joined[-1].startswith("--"):
-            joined[-1] += f"={argument}"  # the parser takes -1e-5 for an option
+            joined[-1] += f"={argument}"  # otherwise the parser reads -1e-5 as an option
         else:
             joined.append(argument)
     return [rewritten(argument) for argument in joined]
@@ -50,7 +50,7 @@ def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flags(argv: Sequence[str]) -> dict[str, str]:
-    """Return the options of a command line as text; the first of a repeated option."""
+    """Return the options of a command line as text; a repeated option has its first value."""
     found: dict[str, str] = {}
     for name, value in option_pairs(argv):
         found.setdefault(name, value)
@@ -81,7 +81,7 @@ class NestedFlag(NamedTuple):
 
 
 def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
-    """Separate the flags that reach into open settings from the rest of a command line."""
+    """Separate the flags that set keys inside open settings from the rest of a command line."""
     from jsonargparse import get_loader  # slow to import
 
     pattern = re.compile(rf"--model\.(?:init_args\.)?({'|'.join(OPEN_SETTINGS)})\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -101,7 +101,7 @@ def split_nested(argv: Sequence[str]) -> tuple[list[str], list[NestedFlag]]:
 
 
 def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
-    """Return a description ``{"class_path": ..., "init_args": ...}`` (or a class name) changed by a flag."""
+    """Apply a flag to a description ``{"class_path": ..., "init_args": ...}`` or a class name; return the result."""
     name = f"model.{flag.setting}"
     if flag.path == ("class_path",):
         same = isinstance(description, Mapping) and description.get("class_path") == flag.value
@@ -132,7 +132,7 @@ def _changed(value: Any, path: tuple[str, ...], new: Any) -> Any:
 
 
 def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list[str]]]:
-    """Return each config file of a command line with the class and the argument names in its section ``part``."""
+    """Return each config file, with the class and the argument names in its section ``part``."""
     found = []
     for name, file in option_pairs(argv):
         if name == "--config" and os.path.isfile(file):

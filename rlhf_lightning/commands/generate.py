@@ -1,6 +1,6 @@
-"""``rlhf generate``: sample completions for a file of prompts; also code shared by all commands that sample."""
+"""``rlhf generate``: sample completions for a file of prompts; also shared code of all commands that sample."""
 
-# No postponed annotations: to resolve them jsonargparse would import everything under TYPE_CHECKING at start-up.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import math
 import sys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingArguments:
-    """How a command samples completions; `run_function` makes a flag of each field.
+    """Sampling settings of a command; `run_function` makes each field a flag.
 
     Args:
         temperature: softmax temperature; 0 is greedy decoding.
@@ -34,12 +34,12 @@ class SamplingArguments:
         batch_size: completions decoded in one batch, or concurrent requests.
         engine: SlotEngine (default), GenerateEngine, your own, or {class_path: RemoteEngine, ...}.
         environment: replies to the policy's turns, by class_path and init_args; null samples one completion.
-        max_turns: most turns of the policy, with an environment.
-        max_episode_tokens: most tokens after the first prompt, with an environment; null for no bound.
+        max_turns: maximum number of the policy's turns, with an environment.
+        max_episode_tokens: maximum tokens after the first prompt, with an environment; null for no limit.
         chat_template: chat template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
         stop_tokens: further tokens that end a completion.
-        stop_strings: texts that end a completion; it ends before them.
+        stop_strings: texts that end a completion; they are not part of its text.
         dtype: precision of the weights, float32 or bfloat16.
         seed: seed of all random choices of the command.
     """
@@ -87,7 +87,7 @@ class SamplingArguments:
         """Load a policy and its tokenizer onto the best device.
 
         Raises:
-            MissingError: there is no such folder, or no weights in it.
+            MissingError: the folder does not exist, or has no weights.
             ValueError: it is a reward model.
         """
         from rlhf_lightning.models.resolving import is_adapter, resolve_folder
@@ -146,15 +146,15 @@ def generate(
 ) -> int:
     """Sample completions for each prompt of a file and write one JSON line per completion.
 
-    A line has prompt, sample, completion, logprob (the sum over its tokens at the temperature), finished, length, score
-    (with --scorer, which may add score_NAME and feedback) and the further columns of the prompt's row. The same seed
-    gives the same completions for every batch size. With --environment a line is an episode: completion is the
-    policy's last turn, turns holds all turns after the prompt, and the score includes the environment's reward.
+    Each line has prompt, sample, completion, logprob (the sum over its tokens at the sampling temperature), finished,
+    length, score (with --scorer, which may add score_NAME and feedback) and the other columns of the prompt's row. The
+    same seed gives the same completions for every batch size. With --environment a line is an episode: completion is
+    the policy's last turn, turns holds all turns after the prompt, and the score includes the environment's reward.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
-        out: JSONL file to write; it appears when it is complete.
+        out: JSONL file to write; it is created only when complete.
         samples: completions per prompt.
         scorer: folder of a reward model, or import path of a function, that scores the completions.
         as_chat: put plain-text prompts into a user turn of the chat template.
@@ -175,13 +175,13 @@ def generate(
 
 
 def refuse_overwriting(source: str, out: str) -> None:
-    """Refuse to write over the file that is read."""
+    """Refuse to overwrite the input file."""
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
 
 
 def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]]]":
-    """Return prompts with their further columns; rows without a prompt are counted on stderr."""
+    """Return prompts with their other columns; print the number of rows without a prompt on stderr."""
     from rlhf_lightning.data.formats import prompt, read_row
     from rlhf_lightning.data.sources import usable_rows
 
@@ -194,7 +194,7 @@ def read_prompts(path: str, as_chat: bool) -> "list[tuple[Prompt, dict[str, Any]
 
 
 def hint_at_template(rows: "Sequence[tuple[Prompt, dict[str, Any]]]", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Offer ``--as_chat`` on stderr where the tokenizer has a chat template and the first prompt is plain text."""
+    """Suggest ``--as_chat`` on stderr if the tokenizer has a chat template and the first prompt is plain text."""
     if tokenizer.chat_template and isinstance(rows[0][0], str):
         print(
             "The prompts are plain text, and no chat template is applied although the tokenizer has one: --as_chat "
@@ -274,7 +274,7 @@ def completions(
 
 
 class Speed:
-    """Progress of sampling ``total`` completions: a bar on a terminal, a line every ten seconds anywhere else."""
+    """Show the progress of sampling ``total`` completions: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, total: int) -> None:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""``rlhf init``: write a project with an objective, a scorer, configurations, data and tests of its own."""
+"""``rlhf init``: create a project with its own objective, scorer, configurations, data and tests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rlhf_lightning.errors import SettingError, StateError
 
 TEMPLATES = Path(__file__).with_name("project")
 FOLDERS = ("configs", "data", "runs", "tests")
-"""Folders of a project, whose names its package cannot have."""
+"""Folders of a project; its package cannot have one of these names."""
 SIZES = {"demonstrations": 2000, "pairs_train": 4000, "pairs_test": 400}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the project and print what to do next."""
+    """Write the project and print the next steps."""
     parser = argparse.ArgumentParser("rlhf init", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to make; its name is the name of the Python package")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data (default 0)")

@@ -12,14 +12,14 @@ from rlhf_lightning.errors import DataError, SettingError
 class Journal:
     """A file ``TARGET.partial``: a line with the task, then one synced line for each finished part.
 
-    An incomplete last line is dropped, and its part repeated.
+    An incomplete last line is dropped, and its part is repeated.
 
     Args:
         target: the final output file.
         task: the settings that the results depend on, as plain values.
 
     Raises:
-        SettingError: there is a journal of another task.
+        SettingError: the existing journal belongs to another task.
         DataError: the journal is damaged.
     """
 
@@ -74,7 +74,7 @@ class Journal:
 
 
 def model_stamp(name: str) -> Any:
-    """Return a model's name with sizes and times of its files, to notice a changed model."""
+    """Return a model's name with the sizes and modification times of its files, to detect a changed model."""
     folder = Path(name).expanduser()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder] if folder.is_file() else []
     return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

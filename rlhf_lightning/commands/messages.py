@@ -1,4 +1,4 @@
-"""One-sentence messages for wrong command lines, from jsonargparse's own: what is wrong and the nearest name."""
+"""Turn jsonargparse's errors into one sentence that says what is wrong and names the closest valid name."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def defaults_of(class_path: str) -> dict[str, Any]:
     try:
         names = probe.add_class_arguments(import_path(class_path), fail_untyped=False)
         return {name: probe.get_default(name) for name in names}
-    except Exception:  # the parser refuses such a class next, in a sentence of its own
+    except Exception:  # the parser refuses such a class later, with its own message
         return {}
 
 
 def own_settings(written: str, chosen: str) -> set[str]:
-    """Return the settings that two modules define for themselves, or give different defaults.
+    """Return the settings that only one of two modules has, or that have different defaults in them.
 
-    Those that name an object and have no default, such as ``scorer``, belong to the run.
+    Settings that name an object and have no default, such as ``scorer``, belong to the run and are left out.
     """
     from rlhf_lightning.training.module import AlignmentModule  # imports torch, which help must not wait for
 
@@ -84,7 +84,7 @@ def explain(message: str, parser: Any = None) -> str:
 
 
 def _wrong_optimizer(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """An optimizer or a scheduler that cannot be imported."""
+    """Explain an optimizer or a scheduler that cannot be imported."""
     found = re.search(r'Parser key "(optimizer|lr_scheduler)"', message)
     given = re.search(r"Given value: (\w[^\n]*)", message)
     if not found or not given or "Expected a dot import path string" not in message:
@@ -98,7 +98,7 @@ def _wrong_optimizer(message: str, key: str, class_path: str, parser: Any) -> st
 
 
 def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """An option, or a key of a YAML file, that the parser does not have."""
+    """Explain an unknown option or key of a YAML file."""
     found = re.search(r"unrecognized arguments: (.+)", message, re.DOTALL)
     if found:
         given = found.group(1).split()[0]
@@ -137,7 +137,7 @@ def _base_class(action: Any) -> type | None:
 
 
 def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """An argument that the chosen class does not have."""
+    """Explain an argument that the chosen class does not have."""
     found = re.search(r"Option '([^']+)' is not accepted", message)
     if not found or not class_path:
         return None
@@ -152,7 +152,7 @@ def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str
 
 
 def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A required argument that is missing."""
+    """Explain a missing required argument."""
     found = re.search(r"the following arguments are required: ([^\n]+)", message)
     if not found:
         return None
@@ -169,7 +169,7 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
 
 
 def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A class that cannot be found, imported or used here."""
+    """Explain a class that cannot be found, imported or used here."""
     given = found.group(1).strip() if (found := re.search(r"Given value: ([^\n]+)", message)) else class_path
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
         base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
@@ -200,7 +200,7 @@ def _abstract_methods(class_path: str) -> list[str]:
 
 
 def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A value of the wrong type."""
+    """Explain a value of the wrong type."""
     inner = re.search(r'Parser key "([^"]+)":\s+(?:Expected|Does not)', message[1:])
     if inner:
         key = f"{key}.{inner.group(1)}" if key else inner.group(1)
@@ -221,7 +221,7 @@ def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | 
 
 
 def _wrong_description(key: str, given: str) -> str | None:
-    """Say what is wrong with a class that was given as a mapping, or with one in a list."""
+    """Explain what is wrong with a class that was given as a mapping, or inside a list."""
     try:
         value = ast.literal_eval(given)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -251,7 +251,7 @@ def _type_name(expected: str) -> str:
 
 
 def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | None:
-    """A config file that is missing or is not YAML."""
+    """Explain a config file that is missing or is not YAML."""
     if found := re.search(r"File does not exist: '([^']+)'", message):
         name = Path(found.group(1)).stem
         return f"there is no file {found.group(1)}" + (
@@ -265,7 +265,7 @@ def _wrong_file(message: str, key: str, class_path: str, parser: Any) -> str | N
 
 
 def _tidied(message: str) -> str:
-    """Join the lines of any other message, without the parser's internals."""
+    """Join the lines of any other message, and remove the parser's internals."""
     internal = ("Given value", "Subtypes:", "Does not validate", "Errors:", "Expected a <class 'NoneType'>")
     lines = [line.strip(" -") for line in message.splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith(internal))

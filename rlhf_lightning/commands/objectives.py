@@ -1,4 +1,4 @@
-"""``rlhf objectives``, and the index of all settings of the shipped classes that it and the help read."""
+"""``rlhf objectives``, and the generator of the index of settings that this command and the help read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ DATA = {
 
 
 TOOLS = {"plan": "rlhf_lightning.planning.plan", "loop": "rlhf_lightning.people.loop"}
-"""Tools whose parsers import torch, and the modules whose ``tool_parser`` makes them; of `plan` its own options."""
+"""Tools whose parsers import torch, and the modules whose ``tool_parser`` builds the parser; for `plan`, only its own
+options."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +68,7 @@ def objectives(name: str | None = None, json: str | None = None) -> int:
     """List the objectives with their papers and the data they need.
 
     Args:
-        name: show the description of one class instead.
+        name: show the description of this class instead.
         json: also write the list to this file.
     """
     found = class_entries(objective_classes()) if is_stale() else index()["model"]
@@ -147,7 +148,7 @@ def _requires(kind: type[Any], name: str) -> bool:
 
 
 def class_entries(kinds: Sequence[type[Any]]) -> dict[str, Any]:
-    """Return name, description and paper of classes as in the index, without their settings."""
+    """Return the index entries of classes (name, description, paper) without their settings."""
     from rlhf_lightning.commands.parsing import class_doc
 
     entries: dict[str, Any] = {}
@@ -229,7 +230,7 @@ def parser_rows(parser: Any) -> list[tuple[str, str, str, str]]:
 
 
 def written(value: Any) -> str:
-    """Return a default as YAML writes it."""
+    """Return a default value in YAML notation."""
     if isinstance(value, Mapping | list | tuple | str | bool | int | float) or value is None:
         return dumps(value).strip('"')
     return str(value)

@@ -1,4 +1,4 @@
-"""Parsers: one-sentence errors, functions as commands, secrets refused."""
+"""Parsers with one-sentence errors; functions as commands; refusal of secrets."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, ship
 from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
 
-# The module makes scorers from class_path and init_args, and checkpoints store these; the parser must not.
+# The module builds scorers from class_path and init_args, and checkpoints store these; the parser must not build them.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 _load_yaml = get_loader("yaml")
 
 
 LONG_VALUE = 100
-"""Characters from which a value on the command line is checked like a config file."""
+"""Length in characters from which a value on the command line is checked like a config file."""
 
 
 def load_yaml(text: str) -> Any:
-    """Read a config or a value as jsonargparse does, each key of a config once, scorers and engines by short names."""
+    """Read a config or value as jsonargparse does; refuse duplicate keys; resolve short names of scorers and engines."""
     if len(text) > LONG_VALUE or "\n" in text:
         refuse_large_yaml(text)
     if "\n" in text:
@@ -42,7 +42,7 @@ def load_yaml(text: str) -> Any:
 
 
 def with_full_paths(value: Any) -> Any:
-    """Return settings with the import paths of shipped scorers and engines in the place of their short names.
+    """Replace the short names of shipped scorers and engines in settings by their import paths.
 
     jsonargparse resolves short names of modules and DataModules, but not those of classes within an open setting.
     """
@@ -73,7 +73,7 @@ BOOLEANS = ("true", "false", "yes", "no")
 
 
 class PlainParser(ArgumentParser):
-    """A parser with one-sentence errors and without abbreviated options: a typo must not become a setting."""
+    """A parser with one-sentence errors and without abbreviated options, so that a typo never becomes a setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -100,17 +100,17 @@ def run_function(
     positional: Sequence[str] = (),
     without: Sequence[str] = (),
 ) -> int:
-    """Call a command's function with the arguments of a command line; its signature and docstring are the help.
+    """Call a command's function with the arguments of a command line; help comes from its signature and docstring.
 
-    A parameter whose default is a dataclass becomes one option for each field. A parameter of type ``Sequence[str]``
+    If the default of a parameter is a dataclass, each field becomes an option. A parameter of type ``Sequence[str]``
     takes one or more values; as an option it may be given several times.
 
     Args:
-        function: its parameters become options ``--name``.
+        function: the function; its parameters become options ``--name``.
         argv: the command line after the command's name.
         prog: name of the program in the help.
-        positional: parameters that are positional arguments.
-        without: fields of dataclasses that are not options.
+        positional: parameters that become positional arguments.
+        without: fields of dataclasses that do not become options.
     """
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
@@ -145,7 +145,7 @@ def run_function(
 
 
 def _switched_on(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
-    """Rewrite ``--merge`` to ``--merge=true`` where no value follows."""
+    """Rewrite ``--merge`` to ``--merge=true`` if no value follows."""
     names = {f"--{switch}" for switch in switches}
     following = [*argv[1:], ""][: len(argv)]
     return [
@@ -178,7 +178,7 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def class_doc(kind: type[Any]) -> str:
-    """Return the description of a class without its arguments, and the notation of the file of a base class."""
+    """Return the description of a class without its arguments, plus the notation section of a base class's file."""
     doc = re.split(r"\n\s*\nArgs:", inspect.getdoc(kind) or "")[0]
     files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
     parts = (part for text in files for part in text.strip().split("\n\n"))

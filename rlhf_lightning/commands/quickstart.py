@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Prompt
 
 FREE, WEAK = "ppo_without_kl", "reward_weak"
-"""PPO without KL penalty, and the reward model of few pairs that it over-optimises."""
+"""PPO without KL penalty, and the reward model trained on few pairs that this PPO run over-optimises."""
 
 POLICIES = ("sft", "dpo", "ppo", FREE)
 NAMES = {FREE: "ppo without KL penalty", WEAK: "weak reward model", "reward": "reward model"}
@@ -37,13 +37,13 @@ FURTHER = {
     WEAK: ("--data.rows", str(WEAK_PAIRS)),
     FREE: tuple("--model.kl_coef 0 --model.kl_target null --model.early_stop_kl null --data.rollouts 16".split()),
 }
-"""Flags beyond the YAML file of a stage."""
+"""Flags of a stage in addition to its YAML file."""
 BEST_OF = (1, 2, 4, 8, 16)
 FRONTIER_PROMPTS = 200
 
 
 class Run(NamedTuple):
-    """A finished stage: its run folder, the metrics of its last validation, and its budget."""
+    """A finished stage: run folder, metrics of the last validation, and budget."""
 
     folder: Path
     metrics: dict[str, float]
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
     @property
     def model(self) -> str:
-        """The model folder that the next stage starts from."""
+        """The exported model folder, input of the next stage."""
         return str(self.folder / "model")
 
     def budget(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the report and the runs")
     parser.add_argument("--configs", type=Path, default=FOLDER / "assistant", help="folder of the four YAML files")
     arguments = parser.parse_args(argv)
-    from rlhf_lightning.worlds.assistant import write_world  # slow to import, as below: help must be fast
+    from rlhf_lightning.worlds.assistant import write_world  # imported here and below because it is slow, and help must be fast
 
     started = time.perf_counter()
     out = fresh_folder(arguments.out)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fresh_folder(out: Path) -> Path:
-    """Make an empty folder; an earlier report there is renamed with a number."""
+    """Create an empty folder; rename an earlier report in its place with a number."""
     if out.exists() and any(out.iterdir()):
         number = 1
         while (earlier := out.with_name(f"{out.name}.{number}")).exists():
@@ -288,9 +288,9 @@ HOW_TO_READ = """## How to read this
 
 
 def markdown_report(report: dict[str, Any], table: str, samples: dict[str, ScoredSamples], runs: dict[str, Run]) -> str:
-    """Return report.md: headline, table, figure, how to read them, over-optimisation, budgets, answers, next steps.
+    """Return report.md: headline, table, figure, explanations, over-optimisation, budgets, answers, next steps.
 
-    The same seed gives the same text: seconds are in report.json alone.
+    The same seed gives the same text, because timings are only in report.json.
     """
     best, prompts = report["world"]["bayes_accuracy"], len(samples["sft"].prompts)
     guide = HOW_TO_READ.format(
@@ -312,7 +312,7 @@ def markdown_report(report: dict[str, Any], table: str, samples: dict[str, Score
 
 
 def over_optimisation(report: dict[str, Any]) -> str:
-    """Return the section that follows PPO without KL penalty over its checkpoints."""
+    """Return the section about the checkpoints of PPO without KL penalty."""
     rows = [
         [one["update"], one["kl"], one["score"], one["gold_reward"], interval(one["gold_reward_ci"])]
         for one in report["over_optimisation"]
@@ -326,7 +326,7 @@ def over_optimisation(report: dict[str, Any]) -> str:
 
 
 def stages(runs: dict[str, Run]) -> str:
-    """Return the section of what each stage was given, with links to its run folder."""
+    """Return the section about each stage's inputs and budget, with links to its run folder."""
     rows = []
     for stage, run in runs.items():
         folder = "/".join(run.folder.parts[-2:])
@@ -339,7 +339,7 @@ def stages(runs: dict[str, Run]) -> str:
 
 
 def answers(samples: dict[str, ScoredSamples]) -> str:
-    """Return the section of a few prompts with the answer of each policy."""
+    """Return the section with a few prompts and the answer of each policy."""
     parts, sft = ["## Answers before and after"], samples["sft"]
     for index in range(0, len(sft.prompts), math.ceil(len(sft.prompts) / 6)):
         prompt = sft.prompts[index]
@@ -354,7 +354,7 @@ def answers(samples: dict[str, ScoredSamples]) -> str:
 
 
 def next_steps(runs: dict[str, Run]) -> str:
-    """Return the section of commands to type next."""
+    """Return the section with the next commands to try."""
     sft, ppo = (os.path.relpath(runs[name].folder) for name in ("sft", "ppo"))
     return f"""## Next
 

@@ -1,6 +1,6 @@
-"""``rlhf serve``: an OpenAI-compatible server of a policy, with requests batched together."""
+"""``rlhf serve``: an OpenAI-compatible server for a policy, with continuous batching of requests."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,18 +34,18 @@ def serve(
 ) -> int:
     """Serve a policy over the OpenAI API: completions, chat, and the list of models.
 
-    Requests that arrive at a time are decoded in one batch. A request with a seed gives the completions that
-    `SlotEngine` draws with it. Temperature, top_p, top_k and max_new_tokens are for requests that give none.
+    Concurrent requests are decoded in one batch. A request with a seed gives the completions that `SlotEngine` samples
+    with this seed. The flags for temperature, top_p, top_k and max_new_tokens are defaults of requests.
 
     Args:
         model: run, folder of a policy (weights or adapter), .gguf file or hub id.
-        name: name of the model in requests; by default what is given as model.
-        host: address to listen on; the default is reached from this machine only.
-        port: port to listen on; 0 takes a free one.
-        api_key: name of the environment variable with the key that requests must have. Required where --host is not
-            this machine only.
+        name: name of the model in requests; by default the value of model.
+        host: address to listen on; by default only this machine can connect.
+        port: port to listen on; 0 chooses a free port.
+        api_key: name of the environment variable with the key that requests must send. Required if --host admits other
+            machines.
         timeout: time limit of a request, seconds.
-        sampling: sampling settings; batch_size completions are decoded at a time.
+        sampling: sampling settings; batch_size is the number of completions decoded at a time.
     """
     from rlhf_lightning.commands.web_server import base_url, listen, make_server, require_web_server
 
@@ -62,7 +62,7 @@ def serve(
 
 
 def access_key(host: str, api_key: str | None) -> str | None:
-    """Return the key that requests must have; None where everybody on this machine may ask."""
+    """Return the key that requests must send; None if no key is needed (loopback address only)."""
     from rlhf_lightning.commands.web_server import is_loopback
     from rlhf_lightning.sampling.json_server import key_in
 
@@ -92,7 +92,7 @@ def policy_api(model: str, name: str | None, sampling: SamplingArguments, timeou
     settings = sampling.settings()
     policy, tokenizer = sampling.load(str(folder or model))
     ends = tokenization.end_token_ids(tokenizer)
-    # The first completion settles how the model decodes and checks it, before anybody asks.
+    # The first completion selects and checks the decoding path, before the first request arrives.
     sample(policy, [torch.tensor([ends[0]])], torch.tensor([0]), SamplingSettings(4), sampling.seed, ends)
     found = limits_of(policy.model)
     longest = min(

@@ -1,6 +1,6 @@
 """``rlhf serve-vllm``: start a vLLM server with the settings that `RemoteEngine` needs."""
 
-# No postponed annotations: to resolve them jsonargparse would import everything under TYPE_CHECKING at start-up.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import os
 import shlex
@@ -13,10 +13,10 @@ from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import MissingError, check_range
 
 ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
-"""With chunked prefill a request with a seed ends the CPU worker."""
+"""Flags for a CPU; with chunked prefill, a request with a seed crashes the CPU worker."""
 
 ENDED = (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit statuses of a server that was told to end."""
+"""Exit statuses of a server that was stopped on purpose."""
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -41,26 +41,26 @@ def serve_vllm(
     arguments: str = "",
     restarts: int = 3,
 ) -> int:
-    """Start a vLLM server for the rollouts of a training run; ends with it.
+    """Start a vLLM server for the rollouts of a training run.
 
-    A server that dies is started again. The trainer waits for it (RemoteEngine's retries) and registers its adapters
-    anew; all weights are read from the folder.
+    The command ends when the server ends. A server that dies is restarted. The trainer waits for it (RemoteEngine's
+    retries) and registers its adapters again; full weights are read from the folder.
 
     Args:
-        model: hub id, folder or .gguf file that the policy starts from.
-        folder: folder to hand all weights over in, as RemoteEngine's shared_folder; the model is written into it, with
-            a head of its own. null serves an adapter's backbone unchanged.
-        name: the server's name of the model, as RemoteEngine's model.
+        model: hub id, folder or .gguf file from which the policy starts.
+        folder: folder for full weights, RemoteEngine's shared_folder; the model is written into it, with the LM head as
+            a separate tensor. null serves the unchanged backbone for an adapter.
+        name: name of the model on the server, RemoteEngine's model.
         port: port to listen on.
-        host: address to listen on; others than 127.0.0.1 are open to the network, without a password.
-        python: interpreter of the environment with vLLM; `make vllm` makes the default one.
+        host: address to listen on; any address except 127.0.0.1 is open to the network, without a password.
+        python: interpreter of the environment with vLLM; `make vllm` creates the default environment.
         lora_rank: largest rank of an adapter.
-        versions: adapters that stay loaded: model.lag + 1, and one for the hand-over.
-        dtype: precision of the server, as vLLM names it; the trainer's leaves least to correct.
+        versions: adapters that stay loaded: model.lag + 1, plus one during a weight update.
+        dtype: precision of the server, in vLLM's notation; the trainer's precision needs the smallest correction.
         cpu: serve on the CPU.
-        threads: threads on the CPU; null leaves it to vLLM. Use 1 on a machine with other work.
+        threads: threads on the CPU; null leaves the choice to vLLM. Use 1 on a machine with other work.
         arguments: further arguments of vLLM, as one text.
-        restarts: times to start the server again after it died; a server that is told to end is not started again.
+        restarts: how often to restart the server if it dies; a server that was stopped on purpose is not restarted.
     """
     if not Path(python).is_file():
         raise MissingError("no-vllm", f"{python} is missing: run `make vllm`, or name another interpreter in --python")
@@ -75,7 +75,7 @@ def serve_vllm(
         command += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(versions)]
         command += ["--max-cpu-loras", str(versions + 1)]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that load weights again
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # enables the routes that reload weights
     if cpu:
         environment |= CPU_ENVIRONMENT | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
@@ -92,7 +92,7 @@ def serve_vllm(
 
 
 def _written(model: str, folder: str) -> str:
-    """Write the model for a server that loads its weights again; return the folder."""
+    """Write the model in the form that a server can reload; return the folder."""
     from rlhf_lightning.models.loading import LoadSettings
     from rlhf_lightning.models.resolving import resolve_folder
     from rlhf_lightning.models.roles import load_policy

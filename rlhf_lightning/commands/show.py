@@ -1,6 +1,6 @@
-"""``rlhf show``: what rows of a data set become: their tokens, what of them is learned, and why rows are dropped."""
+"""``rlhf show``: show the tokens of rows, which of them are learned, and why rows are dropped."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import os
 import sys
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.tokenizing import EncodedRow, Outcome
 
 COLOURS = {"seen": "", "learned": "32", "control": "36", "learned control": "1;32;4", "cut": "9;31"}
-"""ANSI codes by what becomes of a token."""
+"""ANSI codes by the state of a token."""
 
 MEANINGS = {
     "seen": "read by the model, not in the loss",
@@ -32,10 +32,10 @@ MEANINGS = {
 
 
 class Shown(NamedTuple):
-    """A token, or several that only together are text."""
+    """A token, or several tokens that can only be decoded together."""
 
-    text: str  # what they say
-    ids: tuple[int, ...]  # their ids
+    text: str  # decoded text
+    ids: tuple[int, ...]  # token ids
     state: str  # key of `MEANINGS`
 
 
@@ -62,23 +62,23 @@ def show(
     split: str = "train",
     html: str | None = None,
 ) -> int:
-    """Show what rows become: their tokens, coloured by whether they are learned, with weights, truncation and drops.
+    """Show the tokens of rows, coloured by whether they are learned, with weights, truncation and dropped rows.
 
     Args:
         data: a file, glob, folder or Hub name, as for training.
         tokenizer: folder or Hub name of a tokenizer or model.
-        row: show only this row, from 1 in the order of the data.
-        rows: show the first so many rows.
-        kind: what the rows are for; by default their columns say.
-        max_length: most tokens of prompt and completion, as in training; null for no bound.
-        max_prompt_length: most tokens of the prompt, as in training.
+        row: show only the row of this number (from 1, in the order of the data).
+        rows: number of rows to show, from the first.
+        kind: type of the rows; by default derived from their columns.
+        max_length: maximum tokens of prompt and completion, as in training; null for no limit.
+        max_prompt_length: maximum tokens of the prompt, as in training.
         chat_template: template to use instead of the tokenizer's own.
         template_args: variables of the chat template, as in '{enable_thinking: false}'.
-        as_chat: make plain text a user's turn and an assistant's turn.
-        rendered: plain text was written by a chat template, so that control tokens in it are such.
+        as_chat: read plain text as a user turn and an assistant turn.
+        rendered: plain text was rendered by a chat template, so control tokens in it are encoded as control tokens.
         last_turn_only: learn only the last turn of the assistant.
         columns: new names of columns, as in --columns '{question: prompt, answer: completion}'.
-        environment: show the first prompts that an environment makes of prompts, by class_path and init_args.
+        environment: show the first prompts of this environment's episodes, by class_path and init_args.
         split: split of a Hub name or of a folder, with or without a slice.
         html: write a page with every token and its id to this file instead.
     """
@@ -125,7 +125,7 @@ def show(
 
 
 def headline(kind: str, outcome: "Outcome") -> str:
-    """Return one line on what became of a row."""
+    """Return a one-line summary of a row's outcome."""
     from rlhf_lightning.data.canonical import REASONS
 
     if outcome.reason is not None:
@@ -162,7 +162,7 @@ def sequences(
 
 
 def title_of(kind: str, row: "EncodedRow", place: int) -> str:
-    """Return what a completion is to its row."""
+    """Return the role of a completion in its row."""
     if kind == "preference":
         return ("chosen", "rejected")[place] if len(row.completions) == 2 else f"rank {row.ranks[place]}"
     return ("desirable", "undesirable")[row.ranks[place] > 0] if kind == "unpaired" else "completion"
@@ -171,7 +171,7 @@ def title_of(kind: str, row: "EncodedRow", place: int) -> str:
 def merged(
     tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], states: Sequence[str], control: frozenset[int]
 ) -> list[Shown]:
-    """Join tokens that only together are text, such as the bytes of a letter."""
+    """Join tokens that can only be decoded together, such as the bytes of a character."""
     found: list[Shown] = []
     held: list[int] = []
     for place, index in enumerate(ids):
@@ -188,7 +188,7 @@ def merged(
 
 
 def text_after(tokenizer: "PreTrainedTokenizerBase", before: int | None, ids: list[int]) -> str:
-    """Decode ids as they read after another: some tokenizers write a space only between two tokens."""
+    """Decode ids in the context of the token before them: some tokenizers add a space only between two tokens."""
     alone = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if before is None:
         return alone
@@ -198,7 +198,7 @@ def text_after(tokenizer: "PreTrainedTokenizerBase", before: int | None, ids: li
 
 
 def as_text(parts: list[tuple[str, list[tuple[str, list[Shown]]]]], coloured: bool) -> Iterator[str]:
-    """Yield lines for a terminal, or without colours a line for every run of tokens of one state."""
+    """Yield lines for a terminal; without colours, one line for each run of tokens of the same state."""
     if coloured:
         yield "  ".join(painted(state, f"{state}: {meaning}") for state, meaning in MEANINGS.items())
     for head, shown in parts:
@@ -214,7 +214,7 @@ def as_text(parts: list[tuple[str, list[tuple[str, list[Shown]]]]], coloured: bo
 
 
 def runs(tokens: Sequence[Shown]) -> Iterator[tuple[str, str]]:
-    """Yield the joined text of neighbouring tokens of one state."""
+    """Yield the joined text of neighbouring tokens of the same state."""
     state, texts = "", [""]
     for one in tokens:
         if one.state != state and any(texts):
@@ -227,7 +227,7 @@ def runs(tokens: Sequence[Shown]) -> Iterator[tuple[str, str]]:
 
 
 def visible(text: str) -> str:
-    """Make line breaks visible, and what a terminal would act on harmless."""
+    """Make line breaks visible, and replace characters that would control a terminal."""
     kept = "".join(one if one == "\n" or one.isprintable() else f"\\x{ord(one):02x}" for one in text)
     return kept.replace("\n", "\u21b5\n")
 

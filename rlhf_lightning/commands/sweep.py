@@ -1,6 +1,6 @@
-"""``rlhf sweep``: train a grid of settings over seeds, as a folder of runs that resumes."""
+"""``rlhf sweep``: train a grid of settings over seeds, as a resumable folder of runs."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 import hashlib
 import itertools
@@ -27,10 +27,10 @@ from rlhf_lightning.loading import read_record, read_yaml
 
 SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
 MOST_PREEMPTIONS = 20
-"""Times in a row that a run is resumed after exit status 75."""
+"""Maximum number of times in a row that a run is resumed after exit status 75."""
 MOST_RUNS = 10_000
 OWNED = ("seed_everything", "run_name", "runs_folder", "resume", "ckpt_path")
-"""Settings that the sweep itself gives to each run."""
+"""Settings that the sweep sets for each run."""
 
 
 class PlannedRun(NamedTuple):
@@ -58,26 +58,26 @@ def sweep(
     sbatch: Sequence[str] = (),
     task: int | None = None,
 ) -> int:
-    """Train every combination of some settings with every seed: one run folder for each, below one folder.
+    """Train every combination of settings with every seed, each in its own run folder.
 
-    The same command resumes the sweep after any kill: finished runs stay, interrupted runs continue from their last
+    The same command resumes a killed sweep: finished runs are kept, interrupted runs continue from their last
     checkpoint, failed runs start again. A run that exits with status 75 (preempted) is resumed at once. On SIGTERM or
-    Ctrl-C the runs write checkpoints, and the sweep exits with 75. Failed runs are counted and named, and the exit
-    status is 1. All arms use the same seeds, so that `rlhf compare` tests them in pairs. More seeds or values may be
+    Ctrl-C the runs write checkpoints, and the sweep exits with status 75. Failed runs are counted and listed, and the
+    exit status is 1. All arms use the same seeds, so that `rlhf compare` can test them in pairs. Seeds or values may be
     added to a sweep later.
 
     Args:
         config: YAML file of `rlhf fit`, or recipe:NAME.
-        over: settings to vary, as in model.beta=.05,.1,.2; each combination is an arm. A value that contains commas
-            needs a YAML list. With --random also ranges: model.beta=0..1, or model.learning_rate=log:1e-5..1e-3.
+        over: settings to vary, as in model.beta=.05,.1,.2; each combination is an arm. If a value contains commas, give
+            a YAML list. With --random also ranges: model.beta=0..1, or model.learning_rate=log:1e-5..1e-3.
         set: settings of all runs, as in trainer.max_steps=100.
-        seeds: runs of each arm, with seeds 0, 1, ...
+        seeds: number of runs of each arm, with seeds 0, 1, ...
         random: draw this many arms at random instead of all combinations.
-        out: folder of the sweep; null is runs/sweep_CONFIG.
-        jobs: runs at a time.
+        out: folder of the sweep; null means runs/sweep_CONFIG.
+        jobs: number of runs at a time.
         slurm: write a SLURM array job with one task for each run, and submit it if sbatch is installed.
         sbatch: options of the array job, as in partition=gpu gpus=1 time=4:00:00.
-        task: train only the run of this number (the array job uses it).
+        task: train only the run with this number (used by the array job).
     """
     from rlhf_lightning.recipes import resolve_recipe
 
@@ -115,11 +115,11 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None = None) -> list[PlannedRun]:
-    """Return the runs of all arms, seed by seed, so that an unfinished sweep has every arm.
+    """Return the runs of all arms, ordered by seed, so that an unfinished sweep has runs of every arm.
 
     Args:
         over: settings with the text of their values.
-        seeds: runs of each arm.
+        seeds: number of runs of each arm.
         draws: number of random arms; None takes all combinations.
     """
     names = [name for name, _ in over]
@@ -165,7 +165,7 @@ def _check_count(runs: int) -> None:
 
 
 def arm_name(arm: dict[str, str]) -> str:
-    """Return an arm's name: the last part of each setting with its value, in characters that file names take."""
+    """Return an arm's name: the last part of each setting with its value, in characters allowed in file names."""
     parts = [f"{name.rpartition('.')[2]}={value}" for name, value in arm.items()]
     text = re.sub(r"[^\w.\-=+]+", "_", "+".join(parts)).strip("_") or "arm"
     return text if len(text) <= 120 else f"{text[:100]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -259,7 +259,7 @@ def fit_command(folder: Path, config: str, fixed: dict[str, str], run: PlannedRu
 
 
 class Sweep:
-    """Trains the runs of a sweep on this machine, some at a time; the arguments are those of `sweep`."""
+    """Trains the runs of a sweep on this machine, several at a time; the arguments are those of `sweep`."""
 
     def __init__(self, folder: Path, config: str, fixed: dict[str, str], runs: Sequence[PlannedRun], jobs: int) -> None:
         self.folder, self.config, self.fixed, self.runs, self.jobs = folder, config, fixed, runs, jobs
@@ -284,13 +284,13 @@ class Sweep:
         return self.summarise(results)
 
     def stop(self, number: int, frame: Any) -> None:
-        """Tell the running processes to write a checkpoint and end, and start no others."""
+        """Tell the running processes to write a checkpoint and end; start no further runs."""
         self.stopping = True
         for process in list(self.processes.values()):
             process.terminate()
 
     def train(self, run: PlannedRun) -> str:
-        """Train a run to its end and return its state: finished, running, interrupted, or why it failed."""
+        """Train a run to its end and return its state: finished, running, interrupted, or the reason of its failure."""
         for _ in range(MOST_PREEMPTIONS):
             if self.stopping:
                 return "interrupted"
@@ -310,16 +310,16 @@ class Sweep:
         return "interrupted" if self.stopping else f"preempted {MOST_PREEMPTIONS} times"
 
     def log(self, run: PlannedRun) -> Path:
-        """Return the file with the output of a run."""
+        """Return the log file of a run's output."""
         return self.folder / run.name / LOG_FILE
 
     def execute(self, run: PlannedRun, command: Sequence[str]) -> tuple[int, float]:
-        """Run a command with its output in the run's log; return exit status and seconds."""
+        """Run a command and write its output to the run's log; return exit status and seconds."""
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("ab") as output:
-            # A process group of its own: Ctrl-C reaches the sweep alone, which then stops the runs with SIGTERM.
+            # A separate process group: Ctrl-C reaches only the sweep, which then stops the runs with SIGTERM.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0)
             with self.lock:
                 self.processes[run.name] = process
@@ -351,13 +351,13 @@ class Sweep:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty."""
+    """Return the last non-empty line of a log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
 
 
 def submit(folder: Path, arguments: Sequence[str], count: int, sbatch: Sequence[str]) -> int:
-    """Write a SLURM array job of ``count`` tasks and submit it where sbatch is installed; return the exit status."""
+    """Write a SLURM array job of ``count`` tasks; submit it if sbatch is installed. Return the exit status."""
     options = {
         "job-name": folder.name, "array": f"0-{count - 1}", "output": f"{folder.absolute()}/slurm_%A_%a.log",
         "requeue": "", "open-mode": "append", "signal": "USR1@120", **dict(_option(text) for text in sbatch),
@@ -365,7 +365,7 @@ def submit(folder: Path, arguments: Sequence[str], count: int, sbatch: Sequence[
     lines = [f"#SBATCH --{name}{f'={value}' if value else ''}" for name, value in options.items()]
     command = shlex.join([sys.executable, "-m", "rlhf_lightning", *arguments])
     script = folder / SCRIPT_FILE
-    # srun makes the run a job step, which gets the signal before the time limit; the run then requeues its task.
+    # srun makes the run a job step, and job steps get the signal before the time limit. The run then requeues its task.
     body = [f"cd {shlex.quote(os.getcwd())}", f'srun {command} --task "$SLURM_ARRAY_TASK_ID"']
     script.write_text("\n".join(["#!/bin/bash", *lines, *body]) + "\n", encoding="utf-8")
     if shutil.which("sbatch") is None:

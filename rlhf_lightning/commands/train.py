@@ -48,7 +48,7 @@ from rlhf_lightning.training.compatibility import check
 
 
 class RunConfig(SaveConfigCallback):
-    """Write config.yaml with all settings, defaults included.
+    """Write config.yaml with all settings, including defaults.
 
     If a resumed run changes settings, the earlier file is renamed to config.<n>.yaml.
     """
@@ -62,10 +62,10 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
         config = self.config.clone()
         config.pop("resume", None)
-        # A run from this file starts from the beginning, not from this run's checkpoint.
+        # A run with this file must start from the beginning, not from this run's checkpoint.
         if config.ckpt_path and run_of(config.ckpt_path) == path.parent.absolute():
             config.ckpt_path = None
-        # Without nulls a setting that was turned off would get its default again.
+        # Nulls are kept; without them, a setting that was turned off would get its default again.
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             number = 1
@@ -76,7 +76,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class RlhfCLI(SettingsCLI):
-    """The training commands. Instantiating the class runs the command line ``args``, which starts with its name."""
+    """The training commands. Instantiating the class runs the command line ``args``, which starts with the command."""
 
     def __init__(self, args: Sequence[str]) -> None:
         self.run_folder: RunFolder | None = None
@@ -88,11 +88,11 @@ class RlhfCLI(SettingsCLI):
 
     @property
     def folder(self) -> Path | None:
-        """The run folder, ``runs/<name>/version_<n>``; None on other ranks than zero and with fast_dev_run."""
+        """The run folder, ``runs/<name>/version_<n>``; None on ranks other than zero and with fast_dev_run."""
         return None if self.run_folder is None else self.run_folder.path
 
     def instantiate_classes(self) -> None:
-        """Make the run folder first, then loggers, model, data and trainer."""
+        """Create the run folder first, then loggers, model, data and trainer."""
         rehearses = self.config[self.subcommand].trainer.fast_dev_run
         self.run_folder = None if rehearses else self.choose_folder()
         with self.cleanup_on_failure():
@@ -105,11 +105,11 @@ class RlhfCLI(SettingsCLI):
                 keep_earlier_rows(self.trainer)
 
     def with_placed_loggers(self) -> Namespace:
-        """Return the settings with loggers that write into the run folder; config.yaml keeps the given ones."""
+        """Return the settings with loggers placed in the run folder; config.yaml keeps the loggers as given."""
         config = self.config.clone()
         trainer, folder = config[self.subcommand].trainer, self.folder
         runs = Path(config[self.subcommand].runs_folder)
-        if folder is None:  # another rank, where loggers write nothing, or fast_dev_run
+        if folder is None:  # another rank, on which loggers write nothing, or fast_dev_run
             folder = runs / "run" / "version_0"
         if not folder.is_relative_to(runs):  # resumed by its path
             runs = folder.parent.parent
@@ -145,7 +145,7 @@ class RlhfCLI(SettingsCLI):
         name = checked_run_name(config.run_name or default_run_name(self.argv, config))
         runs, config.run_name = Path(config.runs_folder), name
         if self.subcommand != "fit" and "--run_name" not in flags(self.argv):
-            # Evaluations do not stand among training runs: they lie in the run that they evaluate, or a folder aside.
+            # Evaluations are kept out of the training runs: inside the evaluated run, or in a separate folder.
             evaluated = run_of(config.ckpt_path) if config.ckpt_path else None
             runs = runs / name if evaluated is None else Path(os.path.relpath(evaluated))
             name = str(self.subcommand)
@@ -211,7 +211,7 @@ class RlhfCLI(SettingsCLI):
             except Exception as error:
                 if checkpoint is not None:
                     refuse_misfit(error, checkpoint)
-                # A logger that cannot note how the run failed hides the failure.
+                # A logger that fails while it records the failure would hide the original error.
                 hidden = next((one for one in contexts(error) if isinstance(one, RlhfError)), None)
                 if hidden is not None and isinstance(error, OSError):
                     error = hidden
@@ -240,7 +240,7 @@ class RlhfCLI(SettingsCLI):
 
 
 def contexts(error: BaseException) -> Iterator[BaseException]:
-    """Yield what was being handled when an error was raised, the latest first."""
+    """Yield the exceptions that were being handled when an error was raised, latest first."""
     while error.__context__ is not None:
         error = error.__context__
         yield error
@@ -255,8 +255,8 @@ def main(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> RlhfCLI:
     """Run a training command in this process; the result has ``.trainer``, ``.model`` and ``.folder``."""
     silence_libraries()
-    # jsonargparse keeps its parser, and through it the models and Adam's moments, in a context variable. A copied
-    # context frees them together with the result, before the next run in this process.
+    # jsonargparse keeps its parser in a context variable, and with it the models and Adam's moments. In a copied
+    # context they are freed together with the result, before the next run in this process.
     with callers_random_state():
         return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
 
@@ -277,7 +277,7 @@ def callers_random_state() -> Iterator[None]:
 
 
 def resumed(argv: Sequence[str]) -> list[str]:
-    """Insert config and last checkpoint of the run that ``--resume`` names, or `rlhf validate RUN` and so on."""
+    """Insert config and last checkpoint of the run named by ``--resume``, or by `rlhf validate RUN` and similar."""
     given, command = flags(argv), argv[0]
     named = argv[1] if command != "fit" and argv[1:] and not argv[1].startswith("-") else None
     if command != "fit" and "--resume" in given:
@@ -296,7 +296,7 @@ def resumed(argv: Sequence[str]) -> list[str]:
 
 
 def raised_bound(given: Mapping[str, str], trainer: Mapping[str, Any]) -> list[str]:
-    """Return the flag that lifts the run's other bound if the user raised ``max_steps`` or ``max_epochs``.
+    """If the user raised ``max_steps`` or ``max_epochs``, return the flag that removes the run's other limit.
 
     Args:
         given: the flags of the command line.

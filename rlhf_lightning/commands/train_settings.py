@@ -1,4 +1,4 @@
-"""The settings of a training command: parsed, completed and checked before anything is loaded."""
+"""Parse, complete and check the settings of a training command before anything is loaded."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ CALLBACK_GROUPS: dict[str, type[Callback]] = {
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    # The DataModules distribute each step over ranks; Lightning's sampler would do it a second time.
+    # The DataModules already distribute each step over ranks; Lightning's sampler would do so again.
     "use_distributed_sampler": False,
     # Lightning's default is 1000 epochs; most stages need one.
     "max_epochs": 1,
-    # Logging costs little compared with an optimizer step of a language model.
+    # Logging is cheap compared with an optimizer step of a language model.
     "log_every_n_steps": 1,
-    # Bad rows are found when they are read, so a sanity check only takes time.
+    # Bad rows are detected when they are read, so a sanity check would only cost time.
     "num_sanity_val_steps": 0,
     # RunManifest prints the number of parameters in one line.
     "enable_model_summary": False,
-    # Deterministic kernels where they exist: the same seed gives the same numbers.
+    # Use deterministic kernels where they exist, so that the same seed gives the same numbers.
     "deterministic": "warn",
     # RunHparams logs them together with the headline metrics.
     "enable_autolog_hparams": False,
@@ -76,14 +76,14 @@ CHECKPOINT_REMEDY = "give the path of a checkpoint, or continue a run with --res
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Formats help and keeps the lines of the description, an equation among them."""
+    """Formats help and keeps the line breaks of the description, for example in equations."""
 
 
 class TrainParser(PlainParser, LightningArgumentParser):
     """Lightning's parser with one-sentence errors; a logger's folder and name are optional."""
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class; those of a logger that set its folder and name default to null."""
+        """Add the arguments of a class; a logger's folder and name default to null."""
         if not (isinstance(theclass, type) and issubclass(theclass, Logger)):
             added = super().add_class_arguments(theclass, *args, **kwargs)
             if str(self.description).startswith("Help for --model.help"):
@@ -98,7 +98,7 @@ class TrainParser(PlainParser, LightningArgumentParser):
         return [*added, *open_ones]
 
     def describe_objective(self, kind: type) -> None:
-        """Let ``--model.help CLASS`` print a usage line, the paper, the equation and the target above the settings."""
+        """Make ``--model.help CLASS`` print usage, paper, equation and target above the settings."""
         title = ": ".join(filter(None, [kind.__name__, getattr(kind, "paper", "")]))
         self.formatter_class = HelpFormatter
         needed = "".join(sorted(f" --{action.dest} VALUE" for action in parser_actions(self) if action.required))
@@ -109,7 +109,7 @@ class TrainParser(PlainParser, LightningArgumentParser):
 
 
 class SettingsCLI(LightningCLI):
-    """Parses a training command and makes module, data and strategy. `train.RlhfCLI` makes the trainer and runs it.
+    """Parses a training command and builds module, data and strategy. `train.RlhfCLI` builds and runs the trainer.
 
     Args:
         args: the command line, which starts with the command's name.
@@ -146,7 +146,7 @@ class SettingsCLI(LightningCLI):
         )
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Make the parser under the displayed name of the command."""
+        """Build the parser under the displayed name of the command."""
         super().setup_parser(*args, **kwargs)
         for name, parser in subcommand_parsers(self).items():
             parser.prog = f"rlhf {self.shown or name}"
@@ -154,7 +154,7 @@ class SettingsCLI(LightningCLI):
                 action.help = SUPPRESS if action.dest in REFUSED else action.help
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the given command with the arguments of the trainer's method that are not options.
+        """Return only the given command, with the arguments of the trainer's method that are not options.
 
         Building the parsers of all commands would take another second.
         """
@@ -173,7 +173,7 @@ class SettingsCLI(LightningCLI):
             parser.add_lightning_class_args(callback, group)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and check what can be checked before models and data are loaded."""
+        """Parse the command line, and run all checks that need no models and data."""
         # The parser would print the settings without the nested flags.
         prints = bool(self.nested_flags) and any(argument.startswith("--print_config") for argument in self.argv)
         if prints:
@@ -187,17 +187,17 @@ class SettingsCLI(LightningCLI):
             raise SystemExit(0)
         self.announce_dropped(config)
         data = config.data.get("init_args") or {}
-        # config.yaml records the row number of a feedback store, so that a repeated or resumed run has the same data.
+        # config.yaml records the row count of a feedback store, so that a repeated or resumed run has the same data.
         for name in ("source", "eval_source"):
             if data.get(name) is not None:
                 data[name] = at_snapshot(data[name])
         self.refuse_clashes(self.shown or self.config.subcommand, self.config[self.config.subcommand])
 
     def leave_settings_of_others(self, model: Namespace) -> None:
-        """Give the chosen class its own defaults where a config file of another class sets a different objective.
+        """Drop settings of another objective's config file, so that the chosen class uses its own defaults.
 
-        Settings that both classes inherit with the same default, such as ``lora``, are kept; ``beta`` of DPO says
-        nothing about SimPO's.
+        Settings that both classes inherit with the same default, such as ``lora``, are kept. Others, such as DPO's
+        ``beta`` for SimPO, are dropped, because they mean something else there.
         """
         given = {
             name.removeprefix("--model.").removeprefix("init_args.").partition(".")[0] for name in flags(self.argv)
@@ -232,7 +232,7 @@ class SettingsCLI(LightningCLI):
             settings[flag.setting] = put_nested(as_plain(settings[flag.setting]), flag)
 
     def announce_dropped(self, config: Namespace) -> None:
-        """Print the settings of a config file that were dropped because another class was chosen."""
+        """Print the settings of a config file that were dropped because another class is chosen."""
         for part in ("model", "data"):
             chosen = config[part].class_path.rpartition(".")[2]
             for file, kind, names in config_settings(self.argv, part):
@@ -242,7 +242,7 @@ class SettingsCLI(LightningCLI):
                     announce(f"{Path(file).name} is for {kind}: {', '.join(dropped)} do not apply to {chosen}")
 
     def refuse_clashes(self, command: str, config: Namespace) -> None:
-        """Refuse settings that Lightning would refuse later or that would silently train wrongly."""
+        """Refuse settings that Lightning would refuse later, or that would silently give wrong training."""
 
         def refuse(sentence: str) -> None:
             usage_error(f"rlhf {command}", sentence)
@@ -278,7 +278,7 @@ class SettingsCLI(LightningCLI):
                 refuse(reason)
 
     def changed_seed(self, config: Namespace) -> str | None:
-        """Return why a resumed run cannot have the given seed; announce a seed that has no effect."""
+        """Return why a resumed run cannot have the given seed; print a message about a seed without effect."""
         before = read_config(find_run(config.resume, config.runs_folder) / CONFIG_FILE)
         for part in ("model", "data"):
             now = (config[part].get("init_args") or {}).get("seed")
@@ -296,7 +296,7 @@ class SettingsCLI(LightningCLI):
         return None
 
     def _parse_ckpt_path(self) -> None:
-        """Read settings that were not given from the checkpoint. In Lightning the checkpoint overrides them all."""
+        """Read only settings that were not given from the checkpoint; in Lightning the checkpoint overrides all."""
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         path = config.get("ckpt_path")
@@ -340,7 +340,7 @@ class SettingsCLI(LightningCLI):
                 announce(f"{part}.seed is {settings['seed']} as given, which overrides seed_everything {seed}")
 
     def instantiate_classes(self) -> None:
-        """Make module, data and strategy, but no trainer."""
+        """Build module, data and strategy, but no trainer."""
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule = setting_of(self, self.config_init, "data")
         self.model = setting_of(self, self.config_init, "model")
@@ -377,7 +377,7 @@ def typed_texts(argv: Sequence[str]) -> Iterator[str]:
 
 
 def usage_of(command: str) -> str:
-    """Return the usage line; the parser's own lists a hundred options."""
+    """Return a short usage line; the parser's own usage lists a hundred options."""
     resume = " [--resume RUN]" if command == "fit" else ""
     if command in ("validate", "test", "predict"):
         resume = f"\n       rlhf {command} RUN [--ckpt_path CHECKPOINT]"
@@ -389,5 +389,5 @@ def usage_of(command: str) -> str:
 
 @rank_zero_only
 def announce(text: str) -> None:
-    """Print a line, once over all ranks."""
+    """Print a line on rank zero only."""
     print(text, flush=True)

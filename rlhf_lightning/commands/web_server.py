@@ -1,4 +1,4 @@
-"""The web server of the annotation page and of `rlhf serve`: which requests are refused, time limits, and sockets."""
+"""The web server of the annotation page and of `rlhf serve`: request filtering, time limits, and sockets."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 LARGEST_BODY = 512 * 1024
-"""Maximum bytes of a request to the page: an edited completion with some room."""
+"""Maximum bytes of a request to the annotation page; enough for an edited completion."""
 
 MOST_CONNECTIONS = 256
-"""Connections open at a time; further ones are closed."""
+"""Maximum number of open connections; further connections are closed."""
 
 REQUEST_SECONDS = 15.0
-"""Seconds within which the headers, and then the body, of a request must be complete."""
+"""Time limit in seconds for the headers of a request, and again for its body."""
 
 RESPONSE_SECONDS = 120.0
-"""Seconds within which the page must answer a request, and its answer must be read."""
+"""Time limit in seconds for answering a request and sending the response."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
@@ -48,21 +48,21 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "cache-control": "no-store",
 }
-"""Security headers of every response. Even a text that got past the escaping could not run a script."""
+"""Security headers of every response. They prevent scripts even in a text that was not escaped."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server on this address can be reached from this machine only."""
+    """Whether a server on this address can only be reached from this machine."""
     return host in LOOPBACK or host.startswith("127.")
 
 
 def require_web_server(what: str, extra: str, packages: Sequence[str] = ()) -> None:
-    """Raise if a package of the web server is not installed.
+    """Raise an error if a package of the web server is not installed.
 
     Args:
-        what: what needs it, for the message.
+        what: the feature that needs the web server, for the message.
         extra: the extra of this package that installs it.
-        packages: further packages that are needed.
+        packages: further required packages.
     """
     needed = ("starlette", "uvicorn", *packages)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -74,12 +74,12 @@ def require_web_server(what: str, extra: str, packages: Sequence[str] = ()) -> N
 
 
 class Guard:
-    """ASGI middleware: refuse requests of other sites and those that are too large; add `HEADERS` to every response.
+    """ASGI middleware: refuse requests from other sites and too large requests; add `HEADERS` to every response.
 
     Args:
         app: the guarded application.
-        any_host: whether any Host header is accepted. On the loopback only its own names are, so that a site whose name
-            resolves to this machine reaches nothing.
+        any_host: whether any Host header is accepted. On a loopback address only the names of the loopback address are
+            accepted, so that a web site whose name resolves to this machine cannot send requests (DNS rebinding).
         largest_body: maximum bytes of a request.
     """
 
@@ -127,7 +127,7 @@ class Guard:
         await self.app(scope, whole_body, with_headers)
 
     def _refused(self, method: str, scheme: str, headers: Headers) -> tuple[int, str] | None:
-        """Status and sentence of a refusal; None if the request may pass."""
+        """Return status and message of a refusal; None if the request may pass."""
         host = headers.get("host", "")
         if HOST.fullmatch(host) is None:
             return 400, "the Host header is not a host name"
@@ -142,7 +142,7 @@ class Guard:
             return 403, (
                 "a request from another site; behind a TLS proxy, let the proxy set X-Forwarded-Proto and keep Host"
             )
-        # Forms of other sites cannot send this type without a preflight request, which is never allowed.
+        # Other sites cannot send this content type without a preflight request, and preflights are always refused.
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             return 415, "a request is JSON"
         length = headers.get("content-length", "0")
@@ -165,7 +165,7 @@ async def json_object(request: Request) -> dict[str, Any]:
 
 
 async def _body_of(receive: Receive, largest: int) -> bytes | None:
-    """Read a request's body, up to a little more than ``largest``; None if the client went away."""
+    """Read a request's body, up to slightly more than ``largest`` bytes; None if the client disconnected."""
     parts, size, more = [], 0, True
     while more and size <= largest:
         message = await receive()
@@ -199,7 +199,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def base_url(listening: socket.socket, host: str) -> str:
-    """Return the address at which a listening socket is reached."""
+    """Return the URL of a listening socket."""
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     if shown in ("0.0.0.0", "[::]"):
         shown = socket.gethostname()
@@ -207,7 +207,7 @@ def base_url(listening: socket.socket, host: str) -> str:
 
 
 def make_server(app: ASGIApp, response_seconds: float | None = None) -> Server:
-    """Return a server of an application, not yet running.
+    """Return a server for an application; it is not yet running.
 
     Args:
         app: the application.
@@ -219,7 +219,7 @@ def make_server(app: ASGIApp, response_seconds: float | None = None) -> Server:
     answer_within = RESPONSE_SECONDS if response_seconds is None else response_seconds
 
     class BoundedProtocol(H11Protocol):
-        """HTTP with a limit on connections and a timeout for the headers of each request."""
+        """HTTP protocol with a connection limit and a timeout for the headers of each request."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

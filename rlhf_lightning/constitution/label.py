@@ -1,6 +1,6 @@
 """``rlhf label``: soft labels from a judge under a constitution, and metrics of the judge."""
 
-# No postponed annotations: to resolve them jsonargparse imports what is under TYPE_CHECKING, and help takes seconds.
+# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
