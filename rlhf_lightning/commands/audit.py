@@ -1,6 +1,6 @@
 """``rlhf audit``: check a data set before training on it."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import json as writer
 import shutil

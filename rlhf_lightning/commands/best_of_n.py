@@ -1,6 +1,6 @@
 """``rlhf best-of-n``: sample, score and select demonstrations (best-of-n, RAFT, rejection sampling)."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import json
 import random

@@ -1,6 +1,6 @@
 """``rlhf chat``: chat with a policy in the terminal."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """``rlhf evaluate-reward``: test reward models on labelled pairs, next to trivial baselines."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """``rlhf export``: write a checkpoint or an adapter as a Hugging Face folder, and push it to the Hub."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -242,7 +242,7 @@ def wrong_class(part: str, name: str) -> str | None:
         return place
     if not name or "." in name or class_entry(part, name) is not None or name in index()["bases"]:
         return None
-    if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # a class that is newer than the index
+    if any(f"class {name}(" in file.read_text(encoding="utf-8") for file in _sources()):  # newer than the index
         return None
     near = foreign_names()["classes"].get(name) or nearest(name, index()[part])
     hint = f"did you mean {near}?" if near else NOT_FOUND[part]

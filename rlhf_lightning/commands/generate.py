@@ -1,6 +1,6 @@
 """``rlhf generate``: sample completions for a file of prompts; also shared code of all commands that sample."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import math
 import sys

@@ -43,9 +43,9 @@ def defaults_of(class_path: str) -> dict[str, Any]:
 
 
 def own_settings(written: str, chosen: str) -> set[str]:
-    """Return the settings that only one of two modules has, or that have different defaults in them.
+    """Return the settings that two modules have in common by name only: their definitions or defaults differ.
 
-    Settings that name an object and have no default, such as ``scorer``, belong to the run and are left out.
+    Settings that name an object and default to null, such as ``scorer``, belong to the run and are left out.
     """
     from rlhf_lightning.training.module import AlignmentModule  # imports torch, which help must not wait for
 

@@ -32,7 +32,7 @@ LONG_VALUE = 100
 
 
 def load_yaml(text: str) -> Any:
-    """Read a config or value as jsonargparse does; refuse duplicate keys; resolve short names of scorers and engines."""
+    """Read a config or value as jsonargparse does; refuse duplicate keys; resolve scorers' and engines' short names."""
     if len(text) > LONG_VALUE or "\n" in text:
         refuse_large_yaml(text)
     if "\n" in text:
@@ -178,7 +178,7 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def class_doc(kind: type[Any]) -> str:
-    """Return the description of a class without its arguments, plus the notation section of a base class's file."""
+    """Return the description of a class without its arguments, plus the notation paragraph of its or a base's file."""
     doc = re.split(r"\n\s*\nArgs:", inspect.getdoc(kind) or "")[0]
     files = (sys.modules[base.__module__].__doc__ or "" for base in kind.__mro__)
     parts = (part for text in files for part in text.strip().split("\n\n"))

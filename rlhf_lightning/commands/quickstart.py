@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the report and the runs")
     parser.add_argument("--configs", type=Path, default=FOLDER / "assistant", help="folder of the four YAML files")
     arguments = parser.parse_args(argv)
-    from rlhf_lightning.worlds.assistant import write_world  # imported here and below because it is slow, and help must be fast
+    from rlhf_lightning.worlds.assistant import write_world  # slow to import (as below); help must be fast
 
     started = time.perf_counter()
     out = fresh_folder(arguments.out)

@@ -1,6 +1,6 @@
 """``rlhf serve``: an OpenAI-compatible server for a policy, with continuous batching of requests."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import threading
 from collections.abc import Iterator, Sequence

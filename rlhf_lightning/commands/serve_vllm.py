@@ -1,6 +1,6 @@
 """``rlhf serve-vllm``: start a vLLM server with the settings that `RemoteEngine` needs."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import os
 import shlex

@@ -1,6 +1,6 @@
 """``rlhf show``: show the tokens of rows, which of them are learned, and why rows are dropped."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import os
 import sys

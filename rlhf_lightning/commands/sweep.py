@@ -1,6 +1,6 @@
 """``rlhf sweep``: train a grid of settings over seeds, as a resumable folder of runs."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import hashlib
 import itertools

@@ -1,6 +1,6 @@
 """``rlhf critique``: answer prompts, criticise and revise the answers under a constitution, keep the revisions."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 from collections.abc import Sequence
 from dataclasses import asdict

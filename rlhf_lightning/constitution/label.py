@@ -1,6 +1,6 @@
 """``rlhf label``: soft labels from a judge under a constitution, and metrics of the judge."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict

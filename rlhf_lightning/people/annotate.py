@@ -1,6 +1,6 @@
 """``rlhf annotate``: label completions in the browser; ``export`` writes labels to a file, ``import`` reads them."""
 
-# No postponed annotations: jsonargparse would import everything under TYPE_CHECKING to resolve them, and slow help down.
+# No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import json
 from collections import Counter
