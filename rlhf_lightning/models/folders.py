@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from rlhf_lightning.errors import (
     MissingError,
     ModelError,
@@ -30,13 +32,21 @@ def trusts(name: str, trusted: Sequence[str]) -> bool:
 
 
 def require_safetensors(name: str) -> None:
-    """Refuse a folder whose only weights are pickles. Names that are not local folders are left to transformers.
+    """Refuse a folder whose only weights are pickles, or whose safetensors hold weights as integers or in 8 bits.
+
+    Names that are not local folders are left to transformers. Weights in 8 bits are read where config.json states their
+    quantization; without it they would be taken as numbers, and not be scaled.
 
     Raises:
-        ModelError: ``pickled-weights``.
+        ModelError: ``pickled-weights`` or ``integer-weights``.
     """
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob(SAFETENSORS)):
+    if not folder.is_dir():
+        return
+    if any(folder.glob(SAFETENSORS)):
+        config = folder / "config.json"
+        if not (config.is_file() and read_json(config).get("quantization_config")):
+            _refuse_integer_weights(name)
         return
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
@@ -46,6 +56,20 @@ def require_safetensors(name: str) -> None:
             "read, and there are no safetensors; if you trust it, load and save it once with "
             "transformers (save_pretrained writes safetensors)",
         )
+
+
+def _refuse_integer_weights(name: str) -> None:
+    with reading(name):
+        for path in weight_files(Path(name)):
+            with safe_open(path, framework="pt") as file:
+                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            for key, kind in kinds.items():
+                if key.endswith(".weight") and kind not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(
+                        "integer-weights",
+                        f"{path} holds {key} as {kind}, and no config.json states its scale: it would be read "
+                        "unscaled; use the original folder, or save the weights dequantized",
+                    )
 
 
 def explained(name: str, error: BaseException) -> str | None:

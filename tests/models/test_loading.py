@@ -13,6 +13,7 @@ from tiny_models import FIRST_WORD, VOCABULARY, random_rows, save_policy, sequen
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
 from rlhf_lightning.loading import cache_folder
+from rlhf_lightning.models.adapters import read_adapter
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
@@ -96,6 +97,25 @@ def test_weights_that_a_layer_has_no_place_for_are_refused(piece: str, tmp_path:
     save_file(load_file(file) | {key: torch.ones(32)}, file, metadata={"format": "pt"})
     with refused("foreign-weights", key):
         load_policy(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_integer_weights_without_a_scale_are_refused(kind: torch.dtype, tmp_path: Path, policy_folder: str) -> None:
+    shutil.copytree(policy_folder, tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    key = "model.layers.1.self_attn.q_proj.weight"
+    held = load_file(file)
+    save_file(held | {key: (held[key] * 100).to(kind)}, file, metadata={"format": "pt"})
+    with refused("integer-weights", key):
+        load_policy(str(tmp_path / "x"))
+    save_file(held | {"model.mask": torch.ones(4, dtype=kind)}, file, metadata={"format": "pt"})
+    load_policy(str(tmp_path / "x"))  # a mask, as files of old models have
+
+
+def test_an_adapter_of_integer_weights_is_refused(tmp_path: Path) -> None:
+    save_file({"model.lora_A.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "adapter_model.safetensors")
+    with refused("integer-weights", "lora_A"):
+        read_adapter(tmp_path)
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) -> None:
