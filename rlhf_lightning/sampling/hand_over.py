@@ -25,7 +25,7 @@ from rlhf_lightning.models.adapters import POLICY, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.sharding import is_first_rank, is_sharded, whole_weights
 from rlhf_lightning.sampling.drawing import uniform
-from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite, named_id
 
 WEIGHTS = "model.safetensors"
 
@@ -214,11 +214,11 @@ class Probe:
         places = torch.arange(self.length).expand(self.count, -1)
         return (uniform(0, rows, places) * tokens).long().clamp_max(tokens - 1)
 
-    def ask(self, server: JSONServer, name: str, sequences: Tensor) -> dict[Place, float]:
+    def ask(self, server: JSONServer, name: str, sequences: Tensor, tokens: int) -> dict[Place, float]:
         """Return a server's log-probabilities of the tokens that are most probable after each sequence.
 
         Raises:
-            ServerError: the server does not report them.
+            ServerError: the server does not report them for all sequences, or for ids of ``tokens`` and above.
         """
         body = {
             "model": name, "prompt": sequences.tolist(), "max_tokens": 1, "temperature": 1.0, "seed": 0, "top_p": 1.0,
@@ -227,8 +227,9 @@ class Probe:
         }  # fmt: skip
         answer = server.post("/v1/completions", body)
         try:
-            return {
-                (int(choice["index"]), int(token.removeprefix("token_id:"))): finite(value)
+            rows = range(len(sequences))
+            found = {
+                (rows.index(choice["index"]), named_id(token)): finite(value)
                 for choice in answer["choices"]
                 for token, value in choice["logprobs"]["top_logprobs"][0].items()
             }
@@ -238,6 +239,14 @@ class Probe:
                 f"{server.url} answered the probe without top_logprobs ({type(error).__name__}): "
                 f"{server.shown(answer)}; use a server that reports them, or set sync_bound to null",
             ) from None
+        answered = {row for row, _ in found}
+        if answered != set(rows) or max(token for _, token in found) >= tokens:
+            raise ServerError(
+                "server-answer-unusable",
+                f"{server.url} answered the probe for {len(answered)} of {len(rows)} sequences, or with "
+                f"token ids above {tokens - 1}; start the server with the policy's model",
+            )
+        return found
 
     def check(self, server: JSONServer, found: Mapping[Place, float], expected: Mapping[Place, float]) -> float:
         """Return the mean difference between a server's and the trainer's log-probabilities, nats per token.

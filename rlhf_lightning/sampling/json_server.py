@@ -175,6 +175,13 @@ def request_seed(seed: int, episode: int, start: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
 
 
+def named_id(token: str) -> int:
+    """Return the id in a token's name ``token_id:17``; the text of a token is refused, digits included."""
+    if (found := re.fullmatch("token_id:([0-9]{1,9})", token)) is None:
+        raise ValueError("a token without its id")
+    return int(found[1])
+
+
 def finite(value: Any) -> float:
     """Return a number of a server's answer.
 

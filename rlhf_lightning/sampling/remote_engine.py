@@ -27,7 +27,7 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
-from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, request_seed
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, named_id, request_seed
 from rlhf_lightning.sampling.live_batch import MAX_TOKENS
 from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
@@ -217,9 +217,10 @@ class RemoteEngine(SamplingEngine):
         """Probe every server after a hand-over."""
         if self.probe is None or not self.reports_logprobs:
             return
-        sequences, errors = self.probe.sequences(model.model.get_input_embeddings().weight.shape[0]), []
+        tokens, errors = model.model.get_input_embeddings().weight.shape[0], []
+        sequences = self.probe.sequences(tokens)
         for server in self.servers:
-            found = self.probe.ask(server, name, sequences)
+            found = self.probe.ask(server, name, sequences, tokens)
             own = scored(model, [sequences[row] for row, _ in found], [torch.tensor([id]) for _, id in found], 1.0)
             expected = dict(zip(found, (float(value) for value in own), strict=True))
             errors.append(self.probe.check(server, found, expected))
@@ -311,7 +312,7 @@ def _generation_config(settings: SamplingSettings, end_ids: Ends) -> dict[str, A
 def _read_ids(choice: Mapping[str, Any]) -> list[int]:
     """Return the token ids of a choice, from ``token_ids`` or from the tokens' texts."""
     if choice.get("token_ids") is None:
-        return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        return [named_id(token) for token in choice["logprobs"]["tokens"]]
     ids = choice["token_ids"]
     if any(type(token) is not int for token in ids):
         raise ValueError("an id is not an integer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 from rlhf_lightning.errors import check_range
@@ -92,7 +93,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "parts": lambda value: {name: math.nan if number is None else finite(number) for name, number in value.items()},
     "token_rewards": lambda value: None if value is None else [finite(number) for number in value],
     "feedback": lambda value: value,
-    "span_rewards": lambda value: [(int(start), int(end), finite(number)) for start, end, number in value or ()],
+    "span_rewards": lambda value: [(index(start), index(end), finite(number)) for start, end, number in value or ()],
 }
 
 

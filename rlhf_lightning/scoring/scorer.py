@@ -8,6 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -352,8 +353,8 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
 def _spans(given: Any, name: str) -> list[tuple[int, int, float]]:
     """Return span rewards, checked."""
     try:
-        spans = [(int(start), int(end), float(reward)) for start, end, reward in given]
-    except (TypeError, ValueError):
+        spans = [(index(start), index(end), float(reward)) for start, end, reward in given]
+    except (TypeError, ValueError, OverflowError):
         spans = [(-1, -1, 0.0)]
     if not all(0 <= start < end and math.isfinite(reward) for start, end, reward in spans):
         raise ContractError(

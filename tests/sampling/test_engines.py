@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
-from rlhf_lightning.sampling.hand_over import write_server_folder
+from rlhf_lightning.sampling.hand_over import Probe, write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.slot_engine import SlotEngine, load_engine
 
@@ -250,7 +251,7 @@ def test_an_id_that_is_none_of_the_policys_is_refused(
     if named:
         table["tokens"] = [f"token_id:{token}" for token in ids] if isinstance(ids, list) else ids
         if ids == ["7"]:
-            table["tokens"] = ["seven"]
+            table["tokens"] = ["7"]  # the token's text, not its id
     server.spoil = spoilt(logprobs=table, token_ids=None if named else ids)
     with refused("server-answer-unusable", server.url):
         draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
@@ -408,6 +409,21 @@ def test_a_stale_adapter_and_another_model_are_caught(policy_folder: str, server
         with refused("server-disagrees", "bound 0.05", "another model"):
             draw(RemoteEngine(other.url, BASE, str(tmp_path / "more")), model)
         assert draw(RemoteEngine(other.url, BASE, str(tmp_path / "more"), sync_bound=None), model).ids
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [], [(0, "token_id:7")], [(0, "token_id:7"), (2, "token_id:7")], [(0, "token_id:7"), (-1, "token_id:7")],
+        [(0, "token_id:7"), (1, "7")], [(0, "token_id:7"), (1, "token_id:90")],
+        [(0, "token_id:7"), (1e400, "token_id:7")],
+    ],
+)  # fmt: skip
+def test_a_probe_that_is_not_answered_whole_is_refused(choices: list[tuple[Any, str]]) -> None:
+    answer = {"choices": [{"index": at, "logprobs": {"top_logprobs": [{name: -1.0}]}} for at, name in choices]}
+    server: Any = SimpleNamespace(url="http://host", post=lambda route, body: answer, shown=str)
+    with refused("server-answer-unusable", "http://host answered the probe"):
+        Probe(0.1, sequences=2).ask(server, BASE, torch.zeros(2, 3), 90)
 
 
 def test_a_server_that_dies_is_left_out_and_said(policy: CausalLM, policy_folder: str) -> None:

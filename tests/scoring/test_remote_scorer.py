@@ -9,8 +9,10 @@ import pytest
 from conftest import refused
 from score_server import ScoreServer
 
-from rlhf_lightning.sampling.json_server import ServerError
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError
 from rlhf_lightning.scoring import FaultTolerant, RemoteScorer, checked_scores
+from rlhf_lightning.scoring.scorer import ask_scorer
+from rlhf_lightning.types import Judgement
 
 CANARY = "hf_canary0123456789"
 
@@ -82,6 +84,16 @@ def test_fewer_scores_than_completions_are_no_scores(server: ScoreServer) -> Non
     with refused("number-of-scores", "returned 1 scores for 2 completions"):
         checked_scores(score(RemoteScorer(server.url), ["a", "fewer"]), 2, "x")
     assert score(FaultTolerant(RemoteScorer(server.url), on_fault="drop"), ["a b", "fewer"]) == [2, None]
+
+
+@pytest.mark.parametrize("place", [0.9, "0", 1e400, None, [0]])
+def test_places_of_span_rewards_are_integers(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = {"score": 1.0, "span_rewards": [[place, 2, 0.5]]}
+    monkeypatch.setattr(JSONServer, "post", lambda *_: {"scores": [judged]})
+    with refused("not-numbers"):
+        score(RemoteScorer("http://host"), ["a b"])
+    with refused("span-reward"):
+        ask_scorer(lambda *_, **__: [Judgement(**judged)], ["p"], ["a b"], {}, "x")
 
 
 def test_the_key_is_sent_and_never_said(server: ScoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
