@@ -1,4 +1,4 @@
-"""A module's own part of a checkpoint, and checks that a checkpoint fits the module that resumes from it."""
+"""Module state in a checkpoint, and checks that a checkpoint fits the module that resumes from it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ ANOTHER_STRATEGY = (
 )
 
 COUNTERS = ("updates", "episodes", "tokens", "rollouts", "steps", "skipped_updates")
-"""They address random numbers, are TensorBoard's x-axes, and decide which training steps are logged."""
+"""Counters that seed random numbers, are TensorBoard's x-axes, and decide which training steps are logged."""
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Return the names of the trainable weights, a tied weight under its first name."""
+    """Return the names of the trainable weights; a tied weight is listed under its first name."""
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def own_buffers(module: nn.Module) -> set[str]:
-    """Return the names of a class's own buffers, such as running statistics; those of loaded models stay theirs."""
+    """Return the names of the module's own buffers, such as running statistics, without buffers of loaded models."""
     loaded = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, PreTrainedModel))
     return {name for name, _ in module.named_buffers() if not name.startswith(loaded)}
 
 
 class ResumeState:
-    """What a module remembers for its next checkpoint, and what it has read from the one that it resumes from.
+    """State for a module's next checkpoint, and state read from the checkpoint that it resumes from.
 
     Attributes:
         asked: settings of this run's optimizer and scheduler, see `optimization.asked`.
-        asked_before: those of the run that wrote the checkpoint, until they have been compared.
+        asked_before: settings of the run that wrote the checkpoint, until they have been compared.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class ResumeState:
         return self._trained
 
     def check_names(self, module: nn.Module, found: set[str]) -> None:
-        """Compare the names of trained weights with those found in a checkpoint.
+        """Compare the names of trained weights with the names in a checkpoint.
 
         Raises:
             StateError: ``checkpoint-does-not-fit``, or ``weights-not-loaded``.
@@ -91,7 +91,7 @@ class ResumeState:
         }
 
     def restore(self, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Take what ``saved`` returned.
+        """Read the state that ``saved`` returned.
 
         Raises:
             StateError: ``another-strategy`` or ``checkpoint-does-not-fit``.
@@ -105,7 +105,7 @@ class ResumeState:
         self.asked_before = checkpoint.get("asked")
 
     def begin(self, module: LightningModule, seed: int, updates: int) -> None:
-        """Restore frozen weights, the position of the data and all random numbers when a resumed training begins.
+        """Restore frozen weights, data position and random states when a resumed training begins.
 
         Raises:
             StateError: ``another-world-size``: the number of ranks has changed, and the model has dropout.
@@ -129,25 +129,25 @@ class ResumeState:
                 f"the checkpoint was written by {len(states)} ranks and this run has {ranks}: each rank draws its own "
                 f"dropout masks, so results would change; resume on {len(states)} ranks, or with model.lora.dropout 0",
             )
-        # The package draws nothing from these generators; a user's code should at least draw differently on each rank.
+        # The package does not use these generators; a user's code should at least draw differently on each rank.
         seed_rank(seed, updates, module.global_rank)
 
     def end(self, module: LightningModule) -> None:
-        """Restore the random state of the caller of a resumed run."""
+        """Restore the random state that the caller of a resumed run had."""
         state, self._callers_random = self._callers_random, None
         if state is not None:
             set_random_state(state, module.device)
 
 
 def drop_untrained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Drop weights that were never trainable from a state dict; a hook that also works for a nested module."""
+    """Drop weights that were never trainable from a state dict. This hook also works for a nested module."""
     kept = module.resume_state.trained(module) | own_buffers(module)
     for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
         del state[name]
 
 
 def excuse_untrained(module: Any, keys: Any) -> None:
-    """Remove weights that no checkpoint holds from the missing keys; a hook like `drop_untrained`."""
+    """Remove weights that checkpoints leave out from the missing keys; a hook like `drop_untrained`."""
     kept, missing = module.resume_state.trained(module), keys.missing_keys
     missing[:] = [name for name in missing if any(name == one or name.endswith(f".{one}") for one in kept)]
 
@@ -167,12 +167,12 @@ def refuse_unloaded(module: nn.Module) -> None:
 
 
 def check_start(before: Mapping[str, Any], now: Mapping[str, Any], init_from: str | None) -> None:
-    """Refuse to resume from other frozen weights than those that the checkpoint was trained with.
+    """Refuse to resume with frozen weights other than those that the checkpoint was trained with.
 
     Args:
         before: fingerprints in the checkpoint.
         now: fingerprints of this run.
-        init_from: where its models come from; None if no frozen weights of theirs are used.
+        init_from: source of the models; None if no frozen weights from it are used.
 
     Raises:
         StateError: ``another-start`` or ``another-scorer``.
@@ -222,7 +222,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def seed_rank(*numbers: int) -> None:
-    """Seed Python, NumPy and torch from some numbers."""
+    """Seed Python, NumPy and torch from several numbers."""
     words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -230,13 +230,13 @@ def seed_rank(*numbers: int) -> None:
 
 
 def rank_of(module: LightningModule) -> tuple[int, int]:
-    """Return this rank and the number of ranks; (0, 1) without a trainer, as in an export."""
+    """Return this rank and the number of ranks; (0, 1) without a trainer, for example in an export."""
     trainer = attached_trainer(module)
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 def of_all_ranks(module: LightningModule, value: Any) -> list[Any]:
-    """Gather a value from every rank, in the order of ranks."""
+    """Gather a value from every rank, in rank order."""
     if module.trainer.world_size == 1:
         return [value]
     everyone: list[Any] = [None] * module.trainer.world_size
@@ -245,7 +245,7 @@ def of_all_ranks(module: LightningModule, value: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return hyper-parameters as plain types, which load from a checkpoint without running code."""
+    """Return hyper-parameters as plain types, so that a checkpoint loads without running code."""
     if isinstance(value, functools.partial):
         return {"class_path": plain(value.func), "init_args": plain(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

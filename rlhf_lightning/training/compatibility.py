@@ -1,7 +1,7 @@
 """Check that strategy, precision, callbacks and trainer settings work together, before any weight is loaded.
 
-Each ``refused_*`` rule is a function of plain values. It returns why a combination fails and the nearest one that
-works, or None. `check` asks all of them.
+Each ``refused_*`` rule is a function of plain values. It returns why a combination fails and the nearest combination
+that works, or None. `check` applies all rules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHARDED = "ModelParallelStrategy"
 
 
 class Stage(Protocol):
-    """What the rules ask of a module."""
+    """Attributes of a module that the rules read."""
 
     batch_type: ClassVar[type]
     has_policy: ClassVar[bool]
@@ -49,7 +49,7 @@ class Stage(Protocol):
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps of one training step."""
+        """Number of optimizer steps per training step."""
         ...
 
 
@@ -61,7 +61,7 @@ class IncompatibleError(SettingError):
 
 
 def refused_strategy(strategy: str) -> str | None:
-    """Refuse strategies, by their kind or their name, that fail or train wrongly with manual optimization."""
+    """Refuse strategies, by kind or name, that fail or train wrongly with manual optimization."""
     if "fsdp" in strategy.lower():
         reason = (
             "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
@@ -79,7 +79,7 @@ def refused_strategy(strategy: str) -> str | None:
 
 
 def refused_precision(precision: str) -> str | None:
-    """Refuse fp16, whose scaled gradients would be clipped before they are unscaled."""
+    """Refuse fp16, since scaled gradients would be clipped before they are unscaled."""
     if precision not in ("16", "16-mixed", "16-true"):
         return None
     return f"trainer.precision={precision} would clip gradients before they are unscaled; use bf16-mixed or 32-true"
@@ -96,7 +96,7 @@ def refused_quantization(strategy: str, quantization: str | None) -> str | None:
 
 
 def refused_compilation(strategy: str, device: str) -> str | None:
-    """Refuse to compile layers under sharding, or without a compiler for the kind of device."""
+    """Refuse to compile layers with sharding, or without a compiler for the device."""
     if strategy == SHARDED:
         return f"compile_layers does not work with {SHARDED}, which shards each layer: set model.compile_layers=false"
     missing = missing_compiler(device)
@@ -104,7 +104,7 @@ def refused_compilation(strategy: str, device: str) -> str | None:
 
 
 def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: int) -> str | None:
-    """Refuse a mesh that does not match the ranks, or one left to defaults that shard the model instead of the data."""
+    """Refuse a mesh that does not match the ranks, or default sizes, which shard the model instead of the data."""
     if isinstance(data_parallel, str) or isinstance(tensor_parallel, str):
         given = f"data_parallel_size={data_parallel}, tensor_parallel_size={tensor_parallel}"
         return (
@@ -122,7 +122,7 @@ def refused_sizes(data_parallel: int | str, tensor_parallel: int | str, ranks: i
 
 
 def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool, heads: int | None) -> str | None:
-    """Refuse tensor parallelism for adapters, and for models without a plan of transformers that fits their heads."""
+    """Refuse tensor parallelism for adapters, and for models without a transformers plan that fits their heads."""
     remedy = "set tensor_parallel_size=1 and data_parallel_size to the number of ranks"
     if lora:
         return f"tensor parallelism shards the matrices that an adapter hangs on: {remedy}, or train every weight"
@@ -134,14 +134,14 @@ def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool,
 
 
 def refused_roles(strategy: str, critic: str | None) -> str | None:
-    """Refuse a critic that forwards the policy's backbone: only the policy's own call gathers sharded weights."""
+    """Refuse a critic that runs the policy's backbone, since only the policy's own call gathers sharded weights."""
     if strategy != SHARDED or critic != "adapter":
         return None
     return f"critic=adapter forwards the policy's backbone, which {SHARDED} shards: use critic=shared or separate"
 
 
 def refused_stacked_adapter(strategy: str, has_policy: bool, lora: bool, starts_from_adapter: bool) -> str | None:
-    """Refuse a sharded reward adapter on top of another adapter, which an export must merge in one piece."""
+    """Refuse a sharded reward adapter on top of another adapter, since the export must merge unsharded weights."""
     if strategy != SHARDED or has_policy or not lora or not starts_from_adapter:
         return None
     return (
@@ -154,7 +154,7 @@ def refused_stacked_adapter(strategy: str, has_policy: bool, lora: bool, starts_
 
 
 def refused_division(prompts: int, shares: int, samples: int) -> str | None:
-    """Refuse rollouts whose prompts cannot be divided evenly between data-parallel ranks."""
+    """Refuse rollouts with a number of prompts that data-parallel ranks cannot divide evenly."""
     if prompts % shares == 0:
         return None
     nearest = max(round(prompts / shares), 1) * shares * samples
@@ -165,7 +165,7 @@ def refused_division(prompts: int, shares: int, samples: int) -> str | None:
 
 
 def refused_share(datamodule: Any, shares: int) -> str | None:
-    """Refuse a step that data-parallel ranks cannot share: its rows, or prompts where each has several samples."""
+    """Refuse a step with too few rows for the data-parallel ranks, or with prompts that they cannot divide evenly."""
     samples = getattr(datamodule, "samples_per_prompt", None)
     rows, unit = (datamodule.batch_size, "rows") if samples is None else (datamodule.batch_size // samples, "prompts")
     if rows < shares:
@@ -173,7 +173,7 @@ def refused_share(datamodule: Any, shares: int) -> str | None:
     return None if samples is None else refused_division(rows, shares, samples)
 
 
-# -- asked of a trainer -----------------------------------------------------------------------------------------------
+# -- checks of a trainer ----------------------------------------------------------------------------------------------
 
 
 UNNEEDED_WARNINGS = (
@@ -182,7 +182,7 @@ UNNEEDED_WARNINGS = (
     r".*`LeafSpec`.*",
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`.*",  # modules reduce before they log the quotient
 )
-"""Warnings of Lightning that are no one's to act on."""
+"""Warnings of Lightning that require no action."""
 
 
 def check(trainer: Trainer, module: Stage, datamodule: Any = None, fits: bool = True) -> None:
@@ -198,7 +198,7 @@ def check(trainer: Trainer, module: Stage, datamodule: Any = None, fits: bool = 
 
 
 def refusals(trainer: Trainer, module: Stage, datamodule: Any = None) -> Iterator[str | None]:
-    """Yield what each rule says; later rules assume that earlier ones found nothing."""
+    """Yield the result of each rule; later rules assume that earlier rules found nothing."""
     kind, ranks = kind_of(trainer.strategy), trainer.num_devices * trainer.num_nodes
     lora = module.lora is not None
     yield refused_strategy(kind)
@@ -240,17 +240,17 @@ def plan_of(module: Stage) -> tuple[bool, int | None]:
 
 
 class FrozenBFloat16(Precision):
-    """``bf16-true`` for adapters: frozen weights in bf16, trained weights in fp32, and nothing is cast.
+    """``bf16-true`` for adapters: frozen weights in bf16, trained weights in fp32, without casts.
 
-    Lightning's own plugin casts the trained weights too, where an update below 1/256 of a weight vanishes. It also
-    makes bf16 the default of every new tensor, the losses' among them.
+    Lightning's own plugin also casts the trained weights, and in bf16 an update below 1/256 of a weight vanishes. It
+    also makes bf16 the default dtype of every new tensor, including the losses.
     """
 
     precision = "bf16-true"
 
 
 def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: bool, fits: bool) -> LoadSettings:
-    """Return how weights are loaded under the trainer's precision; ``bf16-true`` gets another precision plugin.
+    """Return the load settings under the trainer's precision; ``bf16-true`` replaces the precision plugin.
 
     Raises:
         SettingError: ``quantized-training`` or ``bf16-training``: trained weights would be quantized or in bf16.

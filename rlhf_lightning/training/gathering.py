@@ -1,7 +1,7 @@
 """Collectives: gather rows from all ranks, sum over all data, and join the episodes of a whole optimizer step.
 
-Counts of rows may differ between ranks. The ranks of a tensor-parallel group hold one model together and see the same
-rows, which count once.
+The number of rows may differ between ranks. The ranks of a tensor-parallel group hold one model together and get the
+same rows, which count once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def data_ranks(module: LightningModule) -> tuple[int, int]:
 
 
 def summed_over_ranks(module: LightningModule, value: Tensor) -> Tensor:
-    """Sum over all data, in fp64; the result is the same on every rank."""
+    """Return the sum over all data, in fp64; the result is the same on every rank."""
     total: Tensor = module.trainer.strategy.reduce(value.double(), reduce_op="sum")
     return total / ranks_of_a_model(module)
 
@@ -42,12 +42,12 @@ def each_share(module: LightningModule, value: Tensor) -> Tensor:
 
 
 def gathered_rows(module: LightningModule, rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Gather rows from all ranks, in the order of ranks, without gradient to the other ranks.
+    """Gather rows from all ranks, in rank order, without gradient to the other ranks.
 
     Args:
-        module: gives the ranks.
+        module: provides the ranks.
         rows: this rank's rows, shape (rows, ...); further dimensions are equal on every rank.
-        counts: rows of each share of the data; None asks for them, which is one more collective.
+        counts: rows of each share of the data; None gathers the counts with one more collective.
     """
     if module.trainer.world_size == 1:
         return rows
@@ -61,10 +61,11 @@ def gathered_rows(module: LightningModule, rows: Tensor, counts: Sequence[int] |
 def whole_minibatch(
     module: LightningModule, rollout: Rollout, advantages: Advantages, rows: list[int], logprobs: Tensor | None
 ) -> Minibatch:
-    """Return all ranks' episodes of an optimizer step, in the order of their numbers.
+    """Return the episodes of an optimizer step on all ranks, in the order of their numbers.
 
-    ``rows`` are this rank's rows of the minibatch, and ``logprobs`` the policy's of the whole rollout before the
-    update. ``Minibatch.rows`` is the place of each row of the rollout among all episodes, -1 outside the minibatch.
+    ``rows`` are this rank's rows of the minibatch. ``logprobs`` are the policy's log-probabilities of the whole rollout
+    before the update. ``Minibatch.rows`` is the index of each row of the rollout among all episodes of the minibatch,
+    -1 outside it.
     """
     assert rollout.episodes is not None
     device, mask, learned = module.device, rollout.completion_mask, advantages.learned
@@ -91,5 +92,5 @@ def whole_minibatch(
 
 
 def padded(grid: Tensor, width: int) -> Tensor:
-    """Pad the second dimension with 0 to a width."""
+    """Pad the second dimension with 0 to ``width``."""
     return torch.nn.functional.pad(grid, (0, 0) * (grid.dim() - 2) + (0, width - grid.shape[1]))

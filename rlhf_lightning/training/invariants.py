@@ -1,4 +1,4 @@
-"""Check what must hold in every rollout of any objective, and log it as metrics."""
+"""Check invariants that hold for the rollouts of any objective, and log the measured values as metrics."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ NAMES = ("ratio", "sampler", "support", "mask", "score_slot", "first_kl", "sync_
 
 
 class InvariantError(StateError):
-    """A rollout violates an invariant, so that training on it would be wrong."""
+    """A rollout violates an invariant, so training on it would be wrong."""
 
 
 class Invariants:
-    """Checks of a rollout. Each raises or warns, and keeps its measured value for the log.
+    """Checks of a rollout. Each check raises or warns, and keeps its measured value for the log.
 
-    In fp32 the largest difference is bounded, since only rounding may differ. In lower precision the mean is bounded,
-    also where a model computes in lower precision and returns fp32 (``exact`` False). Differences that an engine
-    elsewhere brings are measured and not bounded: ``own_sampler`` is False for its log-probabilities or those of an
-    earlier policy, ``own_old`` where they are also the old ones, ``whole_support`` where the engine might leave tokens
-    out.
+    In fp32 the largest difference is bounded, since only rounding may differ. In lower precision the mean is bounded.
+    ``exact`` is False for a model that computes in lower precision and returns fp32.
+
+    Differences caused by an external engine are measured and not bounded. ``own_sampler`` is False if the sampled
+    log-probabilities come from such an engine or from an earlier policy. ``own_old`` is False if they are also the old
+    log-probabilities. ``whole_support`` is False if the engine might exclude tokens.
 
     Args:
         on_violation: "raise", or "warn" and continue.
@@ -42,7 +43,7 @@ class Invariants:
 
     def take(self, strategy: Strategy) -> dict[str, float]:
         """Return the largest values measured on any rank since the last call, as metrics."""
-        # A rank without rows has measured fewer names: all ranks compare the same list.
+        # A rank without rows has measured fewer names, so all ranks compare the same list.
         here = [self._measured.get(name, -1.0) for name in NAMES]
         self._measured = {}
         precision = torch.float32 if strategy.root_device.type == "mps" else torch.float64
@@ -63,10 +64,10 @@ class Invariants:
         )  # fmt: skip
 
     def check_sampler(self, rollout: Rollout) -> None:
-        """Check that the sampling engine and the trainer's forward give the same log-probabilities.
+        """Check that the sampling engine and the trainer's forward pass give the same log-probabilities.
 
-        For an engine that computes elsewhere (``own_sampler`` False) the difference is only measured: the sampler
-        correction accounts for it.
+        For an external engine (``own_sampler`` False) the difference is only measured, since the sampler correction
+        accounts for it.
         """
         if rollout.behaviour_logprobs is None:
             return
@@ -82,10 +83,10 @@ class Invariants:
         )  # fmt: skip
 
     def _check_support(self, rollout: Rollout) -> None:
-        """Check that an engine draws from all tokens: the mean of old / behaviour over its samples is then 1.
+        """Check that an engine samples from all tokens: the mean of old / behaviour over its samples is then 1.
 
-        Drawing from a part of the vocabulary makes the mean the policy's probability of that part, which no correction
-        can make up for. It is 1 also for an engine with other weights.
+        If it samples from a part of the vocabulary, the mean is the policy's probability of that part, and no
+        correction can compensate for it. The mean is 1 also for an engine with other weights.
         """
         behaviour = rollout.behaviour_logprobs
         assert behaviour is not None
@@ -100,7 +101,7 @@ class Invariants:
         )  # fmt: skip
 
     def note_sync(self, error: float | None) -> None:
-        """Keep the difference that an engine's probe found after a hand-over of weights."""
+        """Record the difference that an engine's probe found after a weight transfer."""
         if error is not None:
             self._measured["sync_error"] = error
 
@@ -111,12 +112,12 @@ class Invariants:
         self._check("mask", float(wrong), 0.0, "the layout masks other tokens than the completion has")
 
     def check_scores(self, scores: Tensor, rewards: Tensor, slots: Tensor) -> None:
-        """Check that each completion's score, perhaps scaled, is in the rewards on its slot and on no other.
+        """Check that each completion's score, possibly scaled, appears in the rewards only at its position.
 
         Args:
             scores: shape (episodes,); the rewards were computed from them with gradient.
-            rewards: shape (episodes, slots).
-            slots: slot of each score, shape (episodes,).
+            rewards: shape (episodes, positions).
+            slots: position of each score, shape (episodes,).
         """
         known = ~scores.detach().isnan()
         place = torch.zeros_like(rewards, dtype=torch.bool).scatter(1, slots.unsqueeze(1), True)

@@ -22,8 +22,8 @@ SUM, SQUARES = f"{INTERVAL}/sum", f"{INTERVAL}/squares"
 class Meter:
     """Weighted means that do not depend on micro-batches and ranks.
 
-    A mean of micro-batch means would weigh a short micro-batch like a long one, so numerators and denominators are
-    summed separately. Every rank must add the same names.
+    A mean of micro-batch means would give short and long micro-batches the same weight, so numerators and denominators
+    are summed separately. Every rank must add the same names.
     """
 
     def __init__(self) -> None:
@@ -31,22 +31,22 @@ class Meter:
         self._ratios: set[str] = set()
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add values of any shape, only those under ``mask``."""
+        """Add values of any shape; with ``mask``, only the values under it, weighted by it."""
         values = values.detach().double()
         weights = torch.ones_like(values) if mask is None else mask.to(values.dtype)
         values = torch.where(weights > 0, values, 0.0)
         self._add(name, torch.stack([(values * weights).sum(), weights.sum()]))
 
     def add_interval(self, name: str, values: Tensor) -> None:
-        """Add independent values, whose mean has the 95 % interval of half-width ``NAME_ci95``.
+        """Add independent values; the 95 % interval of their mean has half-width ``NAME_ci95``.
 
-        It is 1.96 standard errors; 0 for a single value.
+        The half-width is 1.96 standard errors; 0 for a single value.
         """
         self.add(name + SUM, values)
         self.add(name + SQUARES, values.double().square())
 
     def add_ratio(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
-        """Add to the numerator and denominator of a quotient, such as a loss over its tokens."""
+        """Add to the numerator and denominator of a quotient, such as a loss divided by its tokens."""
         pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (numerator, denominator)])
         self._add(name, pair)
         self._ratios.add(name)
@@ -60,7 +60,7 @@ class Meter:
         self._sums.pop(name, None)
 
     def add_nothing(self, like: Meter) -> None:
-        """Add the names of another meter with weight 0: a rank without rows must know them too."""
+        """Add the names of another meter with weight 0, since a rank without rows needs the same names."""
         for name in like._sums:
             self._add(name, torch.zeros(2, dtype=torch.float64))
         self._ratios |= like._ratios
@@ -70,7 +70,7 @@ class Meter:
         return {name: pair.tolist() for name, pair in self._sums.items()}
 
     def load_state_dict(self, states: Sequence[Mapping[str, list[float]]], rank: int, ranks: int) -> None:
-        """Restore this rank's sums from the states of all ranks; if their number has changed, rank 0 takes all sums."""
+        """Restore this rank's sums from the states of all ranks; if the world size changed, rank 0 gets all sums."""
         self._sums = {}
         for owner, state in enumerate(states):
             mine = owner == rank if len(states) == ranks else rank == 0
@@ -104,11 +104,11 @@ PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""FLOP/s of dense bf16 products by GPU, from the vendor's data sheets; for a part of its name, longest first."""
+"""Peak FLOP/s of dense bf16 products by part of the GPU's name, from data sheets; the longest match is used."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the FLOP/s that a device reaches at most in a trainer's precision; None where they are not known."""
+    """Return the peak FLOP/s of a device in a trainer's precision; None if unknown."""
     if device.type != "cuda" or not precision.startswith("bf16"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -116,7 +116,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class TokenClock:
-    """Tokens per second between two logged steps; what came between them, such as a validation, counts."""
+    """Tokens per second between two logged steps, including the time of anything in between, such as a validation."""
 
     def __init__(self) -> None:
         self._mark: tuple[float, int] | None = None
@@ -144,8 +144,8 @@ def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tupl
 def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int) -> None:
     """Log metrics at x = step, on rank 0.
 
-    TensorBoard gets all of them as one event. Lightning's logger writes one event per metric, which costs a model of a
-    million parameters 1 % of its step.
+    TensorBoard gets all metrics as one event. Lightning's logger writes one event per metric, which takes 1 % of the
+    step time of a model with a million parameters.
     """
     for logger in loggers:
         if type(logger) is TensorBoardLogger and not has_prefix(logger):
@@ -155,9 +155,9 @@ def log_scalars(loggers: Iterable[Logger], metrics: dict[str, float], step: int)
 
 
 def log_to_tensorboard(loggers: Iterable[Logger], metrics: dict[str, float], position: int) -> None:
-    """Log metrics to TensorBoard alone, which has one x-axis per tag and puts equal tags of all runs into one chart.
+    """Log metrics only to TensorBoard, which has one x-axis per tag and plots equal tags of all runs in one chart.
 
-    Other loggers have the further axes as ``progress/<axis>`` in each row.
+    Other loggers have the other axes as ``progress/<axis>`` in each row.
     """
     log_scalars([logger for logger in loggers if isinstance(logger, TensorBoardLogger)], metrics, position)
 

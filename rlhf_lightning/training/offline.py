@@ -1,4 +1,4 @@
-"""Stages that learn from fixed data: one training step is one optimizer step."""
+"""Base of stages that learn from fixed data: one training step is one optimizer step."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from rlhf_lightning.types import Sequences, Step
 
 
 class OfflineModule(AlignmentModule):
-    """Base of the stages on fixed data. A family implements ``loss_sum``."""
+    """Base of the stages on fixed data. A subclass implements ``loss_sum``."""
 
     counts_tokens: ClassVar[bool] = False
     """Whether the loss is a mean over tokens (SFT) rather than over rows."""
 
     cache_reference = False
-    """Whether the reference's log-probabilities are kept on disk; a setting of families with a reference."""
+    """Whether the reference's log-probabilities are cached on disk; a setting of objectives with a reference."""
 
     @property
     def model(self) -> nn.Module:
         return self.policy
 
     def load_models(self) -> None:
-        """Load the policy, and the reference where the objective needs one."""
+        """Load the policy, and the reference if the objective needs it."""
         self.policy = load_policy(self.init_from, self.load_settings, self.lora)
         if self.needs_reference:
             self.reference = Reference(self.policy, self.init_from, self.load_settings, own=self.reference_moves)
@@ -53,12 +53,12 @@ class OfflineModule(AlignmentModule):
         """The cache of this run's reference log-probabilities; None without a cache."""
         if not self.cache_reference or self.reference_moves or self.load_settings.from_scratch:
             return None
-        if self.device_mesh is not None:  # a cache hit on one rank would let its forward passes fall out of step
+        if self.device_mesh is not None:  # a cache hit on only one rank would desynchronise the forward passes
             return None
         weights = content_hash(resolve_folder(self.init_from))
         if weights is None:
             return None
-        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # products differ though weights agree
+        computed_in = f"{self.load_settings.dtype}_{self.trainer.precision}"  # matrix products depend on both
         if self.trainer.world_size > 1:  # otherwise two ranks with the same row would race to compute it
             computed_in += f"_{self.global_rank}_of_{self.trainer.world_size}"
         return ReferenceCache(cache_folder() / "reference" / f"{weights[:32]}_{computed_in}.sqlite")
@@ -75,15 +75,15 @@ class OfflineModule(AlignmentModule):
             return kept.to(self.device)
         computed = self.reference.logprobs(layout)
         cache.write(sequences, computed)
-        # Rows that were cached before keep their cached values. Another batch rounds differently, and a resumed run,
-        # which finds the whole batch in the cache, must learn from the same numbers.
+        # Rows that were already cached keep their cached values. Another batch rounds differently, and a resumed run
+        # finds the whole batch in the cache and must learn from the same numbers.
         kept = cache.read(sequences, layout.completion_mask, dtype)
         return computed if kept is None else kept.to(computed)
 
     def both_logprobs(self, sequences: Sequences, layout: Layout) -> tuple[TokenOutputs, Tensor | None]:
-        """Forward completions through the policy, with its statistics, and through the reference if there is one.
+        """Return the policy's outputs with its statistics, and the reference's log-probabilities if there is one.
 
-        Statistics of the reference's logits need its forward each time, so the cache is not used for them.
+        Statistics that need the reference's logits require its forward pass each time, so they bypass the cache.
         """
         outputs = self.policy_outputs(layout)
         if "reference_logprobs" in outputs.extras:
@@ -105,11 +105,11 @@ class OfflineModule(AlignmentModule):
         return self.log_training(meter, grad_norm=norm)
 
     def step_losses(self, step: Step[Any], meter: Meter) -> list[Callable[[], Tensor]]:
-        """Return for each micro-batch a function of its summed loss; losses that couple rows override it."""
+        """Return a function per micro-batch that returns its summed loss; losses that couple rows override it."""
         return [partial(self.loss_sum, batch, meter) for batch in step.micro_batches]
 
     def _balanced(self, loss_sum: Callable[[], Tensor], meter: Meter, share: float) -> Tensor:
-        """Return the sum of a micro-batch's losses, with its share of the load-balancing loss of routers."""
+        """Return the sum of a micro-batch's losses plus its share of the routers' load-balancing loss."""
         if not self.router_aux_loss_coef:
             return loss_sum()
         model: Any = self.model
@@ -129,6 +129,6 @@ class OfflineModule(AlignmentModule):
         return step.tokens if self.counts_tokens else step.rows
 
     def validation_step(self, step: Step[Any], batch_idx: int) -> None:
-        """Add the metrics of held-out rows."""
+        """Record the metrics of held-out rows."""
         for batch in step.micro_batches:
             self.loss_sum(batch, self._evaluation)

@@ -1,4 +1,4 @@
-"""The optimizer: length of a run, learning-rate schedule, weight decay, clipping, skipped updates, and resuming."""
+"""The optimizer: run length, learning-rate schedule, weight decay, clipping, skipped updates, and resuming."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SHORT_FORM = {
     "optimizer": ("learning_rate", "betas", "adam_eps", "weight_decay", "fused_optimizer"),
     "lr_scheduler": ("lr_schedule", "warmup"),
 }
-"""Settings that only the default optimizer, or the default schedule, reads."""
+"""Settings that are read only by the default optimizer or the default schedule."""
 
 SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
-"""What a scheduler may be."""
+"""Accepted base classes of a scheduler."""
 
 MOVING = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "verbose"}
-"""Attributes of a scheduler that are counters, not settings."""
+"""Scheduler attributes that are state, not settings."""
 
 # -- one optimizer step -----------------------------------------------------------------------------------------------
 
@@ -40,8 +40,8 @@ MOVING = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"
 def steps_of_epoch(trainer: Trainer) -> float:
     """Return the training steps of an epoch within the trainer's limits; infinite for data without a length.
 
-    The DataModule's plan gives the count. Without one the trainer makes its loaders now and forgets the position of a
-    resumed loader, which `ResumeState.begin` restores.
+    The DataModule's ``steps_per_epoch`` gives the count. Without it the trainer creates its loaders now and forgets the
+    position of a resumed loader, which `ResumeState.begin` restores.
     """
     steps = getattr(attached_datamodule(trainer), "steps_per_epoch", None)
     if steps is None:
@@ -64,7 +64,7 @@ def rows_of_step(trainer: Trainer) -> int:
 
 
 def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
-    """Return the optimizer steps of the whole run, or None if nothing bounds it; the DataModule must be set up."""
+    """Return the optimizer steps of the whole run, or None if it has no limit; the DataModule must be set up."""
     bounds: list[int] = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         steps = steps_of_epoch(trainer)
@@ -76,10 +76,10 @@ def updates_of_run(trainer: Trainer, updates_per_step: int = 1) -> int | None:
 
 
 def schedule_factor(update: int, total: int, warmup: float, schedule: str) -> float:
-    """Return the share of the peak learning rate that an update, counted from 0, uses.
+    """Return the factor on the peak learning rate for an update, counted from 0.
 
-    ``warmup`` is a number of updates, or below 1 their share of ``total``. Then the schedule is "constant", or "linear"
-    or "cosine" down to 0.
+    ``warmup`` is a number of updates; below 1 it is a share of ``total``. After warm-up the schedule is "constant", or
+    "linear" or "cosine" down to 0.
     """
     first = int(warmup if warmup >= 1 else warmup * total)
     if update < first:
@@ -93,8 +93,8 @@ def schedule_factor(update: int, total: int, warmup: float, schedule: str) -> fl
 class RateSchedule(LRScheduler):
     """Multiply each group's peak learning rate by a factor that depends only on the number of updates.
 
-    A callback such as Lightning's BaseFinetuning may add groups during a run. Their learning rate is then taken as the
-    scheduled one, from which their peak follows. ``factor`` gives the share of the peak that an update uses.
+    A callback such as Lightning's BaseFinetuning may add groups during a run. Their learning rate is then read as the
+    scheduled rate, and their peak is computed from it. ``factor`` returns the factor of an update.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -114,12 +114,12 @@ class RateSchedule(LRScheduler):
             set_rate(group, group["initial_lr"] * self.factor(self.last_epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates; the resuming run gives the rest."""
+        """Return the number of updates; the resuming run provides the factor."""
         return {name: value for name, value in super().state_dict().items() if name != "factor"}
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Set a group's learning rate; a compiled optimizer reads a tensor."""
+    """Set a group's learning rate; a compiled optimizer keeps it in a tensor."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
@@ -127,7 +127,7 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters for the optimizer: matrices decay, vectors (norms, biases) do not."""
+    """Return the trainable parameters in two groups: matrices with weight decay, vectors (norms, biases) without."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay, "name": "matrices"},
@@ -137,7 +137,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Clip gradients, sharded ones too, to a global norm and return the norm before; None only measures."""
+    """Clip gradients, also sharded ones, to a global norm; return the norm before clipping. None does not clip."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     meshes: dict[Any, list[nn.Parameter]] = {}
     for parameter in with_gradient:
@@ -154,7 +154,7 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None)
 
 
 def without_gradient_sync(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-    """Keep DDP from averaging gradients before the last micro-batch of a step.
+    """Return a context in which DDP does not average gradients, for all but the last micro-batch of a step.
 
     Ranks may have different numbers of micro-batches, and each averaging waits for all ranks.
     """
@@ -167,7 +167,7 @@ class DivergenceError(StateError):
 
 
 def divergence(module: LightningModule, count: int, last: int) -> DivergenceError:
-    """Return the error ``diverged`` for ``count`` skipped updates in a row, the last of them with this number."""
+    """Return the error ``diverged`` for ``count`` consecutive skipped updates that end with update ``last``."""
     checkpoint = str(getattr(module.trainer.checkpoint_callback, "last_model_path", "") or "")
     message = f"non-finite loss or gradient in {count} consecutive updates (last: {last})"
     if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
@@ -183,15 +183,15 @@ def divergence(module: LightningModule, count: int, last: int) -> DivergenceErro
     )
 
 
-# -- the optimizer and scheduler that a user asks for ----------------------------------------------------------------
+# -- custom optimizer and scheduler ----------------------------------------------------------------------------------
 
 
 def refuse_both(kind: type, settings: Mapping[str, Any]) -> None:
-    """Refuse an optimizer, or a scheduler, together with settings of the default one.
+    """Refuse a custom optimizer or scheduler together with settings of the default one.
 
     Args:
         kind: class of the module, for the defaults.
-        settings: its settings by name.
+        settings: the module's settings by name.
 
     Raises:
         SettingError: ``optimizer-and-short-form``.
@@ -211,7 +211,7 @@ def refuse_both(kind: type, settings: Mapping[str, Any]) -> None:
 
 
 def _default_of(kind: type, name: str) -> Any:
-    """Return the default of a constructor's argument, from the class or the first base that has it."""
+    """Return the default of a constructor argument, from the class or its first base that has it."""
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if name in parameters:
@@ -224,16 +224,16 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Made:
-    """Make an optimizer from weights, or a scheduler from an optimizer.
+    """Create an optimizer from weights, or a scheduler from an optimizer.
 
     Args:
         spec: a function, a class, its dotted path, or its ``class_path`` and ``init_args`` as kept in a checkpoint.
-        setting: name of the setting, for the errors.
+        setting: name of the setting, for error messages.
         of: the weights, or the optimizer.
-        kinds: it must be an instance of one of these.
+        kinds: accepted classes of the result.
 
     Raises:
-        SettingError: ``not-importable``, or ``no-optimizer``: it made something else.
+        SettingError: ``not-importable``, or ``no-optimizer``: the result is of another class.
     """
     if not callable(spec):
         named = spec if isinstance(spec, Mapping) else {"class_path": spec}
@@ -251,7 +251,7 @@ def made(spec: Any, setting: str, of: Any, kinds: tuple[type[Made], ...]) -> Mad
 
 
 def asked(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Return the settings of a new optimizer and its scheduler as plain data, to compare them when a run is resumed."""
+    """Return the settings of a new optimizer and its scheduler as plain data, to compare them on resuming."""
     groups = [
         {name: _plain(value) for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         | {"lr": _plain(group.get("initial_lr", group["lr"]))}
@@ -283,7 +283,7 @@ def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
 
 
 def check_moments(optimizer: Optimizer) -> None:
-    """Refuse restored moments of other shapes than their weights; a fused kernel would read beyond them.
+    """Refuse restored moments with shapes other than their weights', since a fused kernel would read out of bounds.
 
     Raises:
         StateError: ``checkpoint-does-not-fit``.
@@ -300,11 +300,11 @@ def check_moments(optimizer: Optimizer) -> None:
 
 
 def take_new_settings(optimizer: Optimizer, scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Give a restored optimizer and scheduler the settings asked for now; moments and counters stay.
+    """Apply this run's settings to a restored optimizer and scheduler; moments and counters are kept.
 
-    Unchanged settings are left alone, so that an unchanged run is resumed bit for bit. The default schedule computes
-    its learning rate from the new peak; the learning rate of another scheduler is scaled with the peak. ``now`` and
-    ``before`` are `asked` of this run and of the one that wrote the checkpoint.
+    Unchanged settings are not touched, so that an unchanged run resumes bit for bit. The default schedule computes its
+    learning rate from the new peak; the learning rate of another scheduler is scaled with the peak. ``now`` and
+    ``before`` are the results of `asked` in this run and in the run that wrote the checkpoint.
     """
     if scheduler is not None:
         changed = {name: value for name, value in now["schedule"].items() if before["schedule"].get(name) != value}
@@ -342,7 +342,7 @@ def monitored(scheduler: ReduceLROnPlateau) -> str:
     """Return the metric that a plateau scheduler monitors.
 
     Raises:
-        SettingError: ``plateau-without-monitor``: torch's own class names none.
+        SettingError: ``plateau-without-monitor``: torch's own class has no monitor.
     """
     name = getattr(scheduler, "monitor", None)
     if name is None:
@@ -358,7 +358,7 @@ def step_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> No
     """Step a plateau scheduler with its metric after a validation.
 
     Raises:
-        SettingError: ``unknown-monitor``: validation does not log it.
+        SettingError: ``unknown-monitor``: validation does not log the metric.
     """
     name = monitored(scheduler)
     if name not in metrics:

@@ -1,4 +1,4 @@
-"""What objectives on preference pairs share, from data or from samples; the notation is that of `modules.dpo`."""
+"""Base of objectives on preference pairs, from data or from samples. Notation as in `modules.dpo`."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ class PairObjective(AlignmentModule):
     label_smoothing: float = 0.0
 
     def implicit_reward(self, pairs: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-        """Return the rewards u of chosen and v of rejected that the policy implies, each of shape (pairs,).
+        """Return the implicit rewards u of chosen and v of rejected completions, each of shape (pairs,).
 
-        The default loss is of their difference, and the reward metrics are measured in them.
+        The default loss is a function of their difference, and the reward metrics are computed from them.
         """
         return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
 
     def reward_margin(self, pairs: PreferenceLogprobs) -> Tensor:
-        """Return x = u - v, the implicit reward of chosen minus that of rejected, shape (pairs,)."""
+        """Return x = u - v, the implicit reward of chosen minus rejected, shape (pairs,)."""
         chosen, rejected = self.implicit_reward(pairs)
         return chosen - rejected
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Tensor | Loss:
-        """Return the loss of pairs whose chosen side is certainly better, here -log sigmoid(x), shape (pairs,)."""
+        """Return the loss of pairs if chosen is certainly better, by default -log sigmoid(x), shape (pairs,)."""
         return -logsigmoid(self.reward_margin(pair))
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor | Loss:
-        """Return p * pair_loss(pair) + (1 - p) * pair_loss(swapped pair), shape (pairs,); metrics are mixed alike.
+        """Return p * pair_loss(pair) + (1 - p) * pair_loss(swapped pair), shape (pairs,); metrics are averaged alike.
 
-        Override it for a loss that is not of this form, such as one that compares the pairs of a step.
+        Override it for a loss of another form, such as a loss that compares the pairs of a step.
         """
         p = pairs.target
-        if p.device.type == "cpu" and bool((p == 1).all()):  # on a GPU the test would wait for the device
+        if p.device.type == "cpu" and bool((p == 1).all()):  # on a GPU this test would synchronise with the device
             return self.pair_loss(pairs)
-        # 0 * inf is NaN: where an order has probability 0, compute the loss of the other order instead.
+        # 0 * inf is NaN: if an order has probability 0, compute the loss of the other order in its place.
         swapped = pairs.swapped()
         agrees = as_loss(self.pair_loss(pairs.where(p > 0, swapped)))
         disagrees = as_loss(self.pair_loss(swapped.where(p < 1, pairs)))
@@ -64,19 +64,19 @@ class PairObjective(AlignmentModule):
         return Loss(mixed(agrees.values, disagrees.values), metrics)
 
     def has_losses_of(self, kind: type) -> bool:
-        """Return whether this class overrides none of the losses of ``kind``."""
+        """Return whether this class inherits all pair losses of ``kind`` unchanged."""
         names = ("implicit_reward", "pair_loss", "preference_loss")
         return all(getattr(type(self), name) is getattr(kind, name) for name in names)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * exp(reward / beta), normalised; None for another loss, or with label smoothing."""
+        """Return reference * exp(reward / beta), normalised; None for another loss or with label smoothing."""
         return tilted(problem, self.beta) if self.has_losses_of(PairObjective) and not self.label_smoothing else None
 
     @property
     def value_at_reference(self) -> float | None:
-        """L_0, the loss of each pair where policy = reference; None if it depends on the pair or its slots.
+        """L_0, the loss of each pair when policy = reference; None if it depends on the pair or its extra tensors.
 
-        It is computed from three pairs of unequal lengths and log-probabilities.
+        It is computed from three pairs with unequal lengths and log-probabilities.
         """
         if not self.needs_reference:
             return None
@@ -86,18 +86,18 @@ class PairObjective(AlignmentModule):
         try:
             with torch.no_grad():
                 values = as_loss(self.preference_loss(pairs)).values
-        except (KeyError, AttributeError):  # the loss reads a slot, or a property of an input of its own
+        except (KeyError, AttributeError):  # the loss reads an extra tensor, or an attribute of its own input type
             return None
         return float(values[0]) if values.allclose(values[0]) else None
 
     def measure_pairs(self, pairs: PreferenceLogprobs, loss: Loss, count: int, meter: Meter) -> None:
-        """Add implicit rewards, margin, accuracy (ties count half) and the loss's own metrics to the meter.
+        """Record implicit rewards, margin, accuracy (ties count half) and the loss's own metrics.
 
         Args:
             pairs: log-probabilities of the pairs.
             loss: loss of each pair.
-            count: number of pairs that the sum of losses is divided by, as in training. Every other metric is a mean
-                over the weighted pairs.
+            count: number of pairs that divides the sum of losses, as in training. Every other metric is a mean over
+                the weighted pairs.
             meter: collects the metrics.
         """
         with torch.no_grad():
@@ -120,9 +120,9 @@ class PairObjective(AlignmentModule):
 def stacked_pairs(
     policy: Tensor, reference: Tensor | None, mask: Tensor, statistics: Mapping[str, Tensor]
 ) -> PreferenceLogprobs:
-    """Return pairs, certain and of weight 1, from grids of shape (2 pairs, length): chosen rows, then rejected ones.
+    """Return pairs with certain labels and weight 1, from tensors of shape (2 pairs, length): chosen, then rejected.
 
-    Statistics of the rows become the slots ``chosen_NAME`` and ``rejected_NAME``.
+    Statistics of the rows become the extra tensors ``chosen_NAME`` and ``rejected_NAME``.
     """
     count = len(mask) // 2
     ones = policy.new_ones(count)
@@ -160,15 +160,16 @@ def tilted(problem: EnumeratedProblem, beta: float) -> Tensor:
 
 
 class WholeStep(NamedTuple):
-    """The pairs of an optimizer step, of all micro-batches and ranks, for losses that look at them together.
+    """The pairs of an optimizer step, of all micro-batches and ranks, for losses that couple them.
 
-    Activations of a whole step do not fit in memory; its log-probabilities do. They are collected without gradient, the
-    loss is taken on them as leaves, and a second pass through each micro-batch carries the leaves' gradients on to the
-    weights. The result is the exact gradient of the whole step.
+    Activations of a whole step do not fit in memory, but its log-probabilities do. They are first collected without
+    gradient. The loss and its gradient are then computed with the log-probabilities as leaves. A second forward pass of
+    each micro-batch backpropagates the leaves' gradients to the weights. The result is the exact gradient of the whole
+    step.
 
     Attributes:
-        logprobs: of all pairs, in the order of ranks, padded to the longest completion; without gradient.
-        rows: place of each of this rank's micro-batches among them.
+        logprobs: log-probabilities of all pairs, in rank order, padded to the longest completion; without gradient.
+        rows: slice of each of this rank's micro-batches within them.
     """
 
     logprobs: PreferenceLogprobs
@@ -177,11 +178,11 @@ class WholeStep(NamedTuple):
     def losses(
         self, loss: Callable[[PreferenceLogprobs], Tensor], forwards: Sequence[Callable[[], PreferenceLogprobs]]
     ) -> list[Callable[[], Tensor]]:
-        """Return for each micro-batch a function of its summed loss, with the gradient of the whole step's loss.
+        """Return, for each micro-batch, a function of its summed loss with the gradient of the whole step's loss.
 
         Args:
             loss: takes the pairs of the step and returns the loss of each pair.
-            forwards: compute the log-probabilities of each micro-batch again, with gradient.
+            forwards: recompute the log-probabilities of each micro-batch, with gradient.
         """
         parts = _differentiable_parts(self.logprobs)
         leaves = {name: part.detach().requires_grad_() for name, part in parts.items()}
@@ -201,7 +202,7 @@ class WholeStep(NamedTuple):
 
 
 def _differentiable_parts(logprobs: PreferenceLogprobs) -> dict[str, Tensor]:
-    """Return the tensors that may carry a gradient to the policy, by name: log-probabilities and token slots."""
+    """Return by name the tensors that may carry a gradient to the policy: log-probabilities and token statistics."""
     slots = {
         name: values for name, values in logprobs.extras.items() if values.dim() > 1 and values.is_floating_point()
     }

@@ -1,4 +1,4 @@
-"""Check the settings, callbacks, loaders and optimizers that a Lightning user brings, before anything is loaded."""
+"""Check a user's Lightning settings, callbacks, loaders and optimizers, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ CALLBACKS = {
 """Callbacks that do not work with manual optimization."""
 
 NEVER_CALLED = ("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping")
-"""Hooks of a LightningModule that Lightning calls with automatic optimization alone."""
+"""Hooks of a LightningModule that Lightning calls only with automatic optimization."""
 
 PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train", "val", "test", "rollout")
-"""Packages whose classes log metrics as GROUP/NAME alone, and the groups."""
+"""Packages whose classes log only metrics named GROUP/NAME, and the groups."""
 
 
 def check_trainer(trainer: Trainer, module: Any) -> None:
-    """Refuse settings and callbacks of a trainer about to fit that cannot work, before anything is loaded.
+    """Refuse trainer settings and callbacks that cannot work with ``fit``, before anything is loaded.
 
     Raises:
         SettingError: with the code of the refusal.
@@ -73,7 +73,7 @@ def check_trainer(trainer: Trainer, module: Any) -> None:
 
 
 def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
-    """Yield why a run is refused."""
+    """Yield the error code and message of each refusal."""
     if trainer.gradient_clip_val is not None:
         yield (
             "trainer-clips-gradients",
@@ -105,7 +105,7 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
     yield from refused_data(given_data(trainer))
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     own = (type(one).__module__.partition(".")[0] not in PACKAGES for one in (module, *callbacks))
-    logs_more = any(own)  # a class of the user's may log any name
+    logs_more = any(own)  # a user's class may log any name
     for callback in callbacks:
         group, _, name = str(getattr(callback, "monitor", None)).partition("_")
         if group in GROUPS and not logs_more:
@@ -138,7 +138,7 @@ def refused_data(data: Any) -> Iterator[tuple[str, str]]:
 
 
 def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[tuple[str, str]]:
-    """Let a BatchSizeFinder change ``data.micro_batch_size``, which is memory; refuse it where there is none."""
+    """Let a BatchSizeFinder tune ``data.micro_batch_size`` (memory only); refuse it if the data has none."""
     data = attached_datamodule(trainer)
     if not hasattr(data, "micro_batch_size") or tuned_setting(finder) not in ("batch_size", "micro_batch_size"):
         yield (
@@ -158,9 +158,9 @@ def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[tu
 
 
 def refused_checkpoint_period(every: int, interval: Any, module: Stage) -> Iterator[tuple[str, str]]:
-    """Refuse a ModelCheckpoint that would silently leave out checkpoints.
+    """Refuse a ModelCheckpoint that would silently skip checkpoints.
 
-    ``every`` counts optimizer updates, and Lightning looks at it when a training step ends.
+    ``every`` counts optimizer updates, and Lightning tests it when a training step ends.
     """
     instead = "use rlhf_lightning.runs.RunCheckpoint(every_n_updates=..., every_n_rollouts=...)"
     if interval is not None:
@@ -179,7 +179,7 @@ def refused_checkpoint_period(every: int, interval: Any, module: Stage) -> Itera
 
 
 def check_loader(trainer: Trainer) -> None:
-    """Refuse a DataLoader of Steps that the Trainer has dealt out to the ranks: a Step holds a rank's share already.
+    """Refuse a DataLoader of Steps that the Trainer distributed to the ranks: a Step is one rank's share already.
 
     Raises:
         SettingError: ``dealt-steps``.
@@ -194,7 +194,7 @@ def check_loader(trainer: Trainer) -> None:
 
 
 def check_evaluation_loaders(trainer: Trainer) -> None:
-    """Refuse several loaders of held-out rows, whose metrics would be one mean.
+    """Refuse several loaders of held-out rows, since their metrics would be merged into one mean.
 
     Raises:
         SettingError: ``several-loaders``.
@@ -209,7 +209,7 @@ def check_evaluation_loaders(trainer: Trainer) -> None:
 
 
 def check_optimizers(trainer: Trainer) -> None:
-    """Refuse several optimizers, moments that do not fit, and a plateau scheduler that would never be stepped.
+    """Refuse several optimizers, moments that do not fit, and a plateau scheduler without validation.
 
     Raises:
         SettingError: ``several-optimizers`` or ``plateau-without-validation``.
@@ -232,7 +232,7 @@ def check_optimizers(trainer: Trainer) -> None:
 
 
 def check_length(trainer: Trainer, stage: str) -> None:
-    """Refuse a fit without an update.
+    """Refuse a fit without any update.
 
     Raises:
         SettingError: ``no-updates``.
@@ -246,7 +246,7 @@ def check_length(trainer: Trainer, stage: str) -> None:
 
 
 def check_datamodule(datamodule: Any, module: Any, stage: str) -> None:
-    """Refuse a DataModule of other batches.
+    """Refuse a DataModule with another batch type.
 
     Raises:
         ContractError: ``wrong-batch-type``.
@@ -259,7 +259,7 @@ def check_datamodule(datamodule: Any, module: Any, stage: str) -> None:
 
 
 def check_step(batch: Any, module: Any) -> None:
-    """Refuse anything but a Step of the module's batches.
+    """Refuse an item of the DataLoader that is not a Step of the module's batch type.
 
     Raises:
         ContractError: ``no-step`` or ``wrong-batch-type``.
@@ -281,7 +281,7 @@ def check_step(batch: Any, module: Any) -> None:
 
 
 def check_progress(trainer: Trainer, module: Any) -> None:
-    """Refuse to resume with counters that an overridden hook did not restore.
+    """Refuse to resume if an overridden hook did not restore the counters.
 
     Raises:
         StateError: ``lost-progress``.
@@ -295,7 +295,7 @@ def check_progress(trainer: Trainer, module: Any) -> None:
 
 
 def check_stepped(trainer: Trainer, module: Any, outputs: Any, before: int) -> None:
-    """Refuse a ``training_step`` that returned a loss which nothing stepped, since ``global_step`` is as before.
+    """Refuse a ``training_step`` that returned a loss but took no optimizer step (``global_step`` is unchanged).
 
     Raises:
         ContractError: ``loss-without-update``.
