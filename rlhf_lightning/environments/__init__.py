@@ -1,7 +1,7 @@
-"""Environments: what replies to the policy's turns. Those that ship, and how a user's class is loaded and kept safe.
+"""Environments that reply to the policy's turns: built-in environments, loading of user classes, and fault tolerance.
 
-An environment is any class with ``reset`` and ``reply``, see `types.Environment`. It knows text and rewards; the
-sampling engines and `sampling.conversation` know tokens.
+An environment is any class with ``reset`` and ``reply``, see `types.Environment`. It handles text and rewards; the
+sampling engines and `sampling.conversation` handle tokens.
 """
 
 from rlhf_lightning.environments.environment import (

@@ -1,4 +1,4 @@
-"""Read tool calls from text, in the formats that chat templates write."""
+"""Parse tool calls from text, in the formats that chat templates write."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rlhf_lightning.loading import is_too_deep
 
 
 class Call(NamedTuple):
-    """A call of a tool."""
+    """A tool call."""
 
     name: str  # name of the tool
-    arguments: dict[str, Any]  # its arguments by name
+    arguments: dict[str, Any]  # arguments by name
 
 
 class CallError(ValueError):
-    """A text begins a call and is not one; the message is for the policy."""
+    """A text begins like a call but is invalid; the message is shown to the policy."""
 
 
 HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -31,16 +31,16 @@ CONTROL = re.compile(r"<\|[\w-]+\|>|</?s>")
 
 
 def calls_in(text: str, form: str = "auto") -> tuple[str, list[Call]]:
-    """Return the text before the calls, and the calls; without a call, the whole text and none.
+    """Return the text before the calls, and the calls; without a call, the whole text and an empty list.
 
-    A thought at the beginning holds no calls.
+    Calls inside a thought at the beginning are ignored.
 
     Args:
         text: a turn of the policy, with the control tokens that mark calls.
         form: "hermes", "llama3", "mistral", "plain", or "auto" for any of them.
 
     Raises:
-        CallError: a call is begun and cannot be read.
+        CallError: a call begins but cannot be parsed.
     """
     thought = THOUGHT.match(text)
     start = thought.end() if thought else 0
@@ -57,7 +57,7 @@ LONGEST_NAME = 200
 
 
 def _check(calls: list[Call]) -> None:
-    """Refuse long names, and arguments that templates and logs, which write JSON in UTF-8, cannot hold."""
+    """Refuse long names, and arguments that cannot be written as JSON in UTF-8, as templates and logs need."""
     if any(len(call.name) > LONGEST_NAME for call in calls):
         raise CallError(f"the name of a tool has at most {LONGEST_NAME} characters")
     arguments = [call.arguments for call in calls]
@@ -106,7 +106,7 @@ def _plain(text: str) -> tuple[int, list[Call]] | None:
 
 
 def _written(text: str) -> Call:
-    """Read ``name(argument=value)``; values are literals."""
+    """Parse ``name(argument=value)``; values are literals."""
     try:
         node = ast.parse(text, mode="eval").body
         assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
@@ -135,4 +135,4 @@ def _call(read: Any) -> Call:
 
 
 READERS = {"hermes": _hermes, "mistral": _mistral, "llama3": _llama3, "plain": _plain}
-"""What reads each format, in the order in which they are tried."""
+"""Parsers by format, in the order in which they are tried."""

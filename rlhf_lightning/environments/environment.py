@@ -1,4 +1,4 @@
-"""Load environments, and keep a run alive when one raises, hangs or dies."""
+"""Load environments, and continue a run if an environment raises, hangs or dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_lightning.workers import Outcome, WorkerPool, with_retries
 
 
 def load_environment(spec: Any) -> Environment:
-    """Return the environment that ``spec`` describes: anything that `loading.load` takes.
+    """Return the environment that ``spec`` describes; any spec of `loading.load` works.
 
     Raises:
         SettingError: see `loading.load`.
@@ -38,13 +38,13 @@ def conversing(spec: Any, max_turns: int = 8, max_tokens: int | None = None) -> 
 
 
 def fingerprint_of(environment: Environment) -> str:
-    """Hash what decides the first prompts of an environment: its class, its file, its plain settings and its tools."""
+    """Return a hash of all that determines an environment's first prompts: class, file, plain settings, tools."""
     kind = type(environment)
     source = ""
     with suppress(OSError, TypeError):
         source = Path(inspect.getfile(kind)).read_text(encoding="utf-8")
     opening: Any = None
-    with suppress(Exception):  # it may need columns, or change with its state
+    with suppress(Exception):  # reset may need columns, or change with its state
         opening = environment.reset({"prompt": [{"role": "user", "content": ""}]})
     settings = {name: value for name, value in vars(environment).items() if _is_plain(value)}
     said = json.dumps([kind.__qualname__, source, opening, settings], sort_keys=True, default=str)
@@ -56,27 +56,27 @@ def _is_plain(value: Any) -> bool:
 
 
 class EnvironmentFailedError(RlhfError, RuntimeError):
-    """An environment still has no reply after all attempts."""
+    """An environment has given no reply after all attempts."""
 
 
 class FaultTolerantEnvironment:
-    """Another environment whose faults are retried; a fault that stays ends the run or drops the episode.
+    """Wrap an environment and retry its faults; after the last attempt the run ends or the episode is dropped.
 
-    Faults: an exception, a process that dies, a timeout, and anything that is not a sound `Reply`. A dropped episode
-    has no score, so that nothing is learned from it; ``rollout/score_missing`` counts it.
+    A fault is an exception, a process that dies, a timeout, or a return value that is not a valid `Reply`. A dropped
+    episode has no score, so it is not learned from; ``rollout/score_missing`` counts it.
 
     With ``seconds`` each reply comes from another process, which is killed at the time limit; the environment must be
-    importable there, and its state must be in the episode. Without it replies come from ``threads`` threads.
+    importable there, and its state must be in the episode. Without ``seconds``, replies come from ``threads`` threads.
 
     Args:
-        environment: what `load_environment` takes.
+        environment: a spec for `load_environment`.
         on_fault: "raise" ends the run with the environment's own message; "drop" drops the episode.
         retries: further attempts for an episode without a reply.
-        wait: wait before the first repetition, seconds; doubles each time.
+        wait: wait before the first retry, seconds; doubles each time.
         seconds: time limit of one reply, without the start of its process; null sets none.
         workers: number of processes, with ``seconds``.
-        threads: replies at a time, without ``seconds``.
-        most_in_a_row: with "drop", this many consecutive faults end the run: the environment is gone.
+        threads: number of concurrent replies, without ``seconds``.
+        most_in_a_row: with "drop", number of consecutive faults that ends the run, since the environment has failed.
 
     Raises:
         SettingError: a setting is out of range.
@@ -115,7 +115,7 @@ class FaultTolerantEnvironment:
         """Return a reply to each episode; None drops it.
 
         Raises:
-            EnvironmentFailedError: an episode has no reply, and ``on_fault`` is "raise", or too many in a row.
+            EnvironmentFailedError: an episode has no reply and ``on_fault`` is "raise", or too many faults in a row.
         """
         outcomes, _ = with_retries(self._attempt, episodes, self.retries, self.wait)
         return [self._checked(episode, *outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
@@ -155,7 +155,7 @@ class FaultTolerantEnvironment:
 
 
 def replier(spec: Any) -> Callable[[Episode], Outcome]:
-    """Return what replies to one episode in a process of its own."""
+    """Return a function that replies to one episode, for use in a worker process."""
     return _replier(load_environment(spec))
 
 

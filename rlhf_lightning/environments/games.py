@@ -1,4 +1,4 @@
-"""Small games in several turns, and the tasks of reasoning-gym."""
+"""Small multi-turn games, and the tasks of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 MATHS = {"sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "pi", "Abs"}
 EVALUATES = re.compile(r"(eval|parse_expr)\((answer|user_answer)")
 GYM = "reasoning_gym:"
-"""Begins a source of rows that reasoning-gym generates."""
+"""Prefix of a data source that reasoning-gym generates."""
 
 
 class GuessTheNumber:
-    """The policy guesses a number and hears "higher", "lower" or "right"; a reply without a number is told so.
+    """Guessing game: the policy guesses a number and reads "higher", "lower" or "right"; other turns get a hint.
 
     Args:
         most: the number lies in 1 to ``most``.
-        column: column of the data that holds the secret number.
-        reward: "turn" pays 1 for the right guess, and ``step`` for a guess that lies within what is known; "final"
+        column: data column with the secret number.
+        reward: "turn" pays 1 for the right guess, and ``step`` for a guess consistent with the earlier replies; "final"
             pays the same sum at the last turn.
-        step: reward of a guess that uses what was heard.
+        step: reward of a wrong guess that is consistent with the earlier replies.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class GuessTheNumber:
         self.most, self.column, self.when, self.step = most, column, reward, step
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        """Return the data's prompt; write the rules there."""
+        """Return the data's prompt, which should explain the rules."""
         return row["prompt"]
 
     def reply(self, episode: Episode) -> Reply:
-        """Return what the policy hears of its last guess."""
+        """Return the reply to the policy's last guess."""
         if self.column not in episode.row:
             found = ", ".join(map(str, episode.row))
             raise DataError(
@@ -70,15 +70,15 @@ class GuessTheNumber:
 
 
 class ReasoningGym:
-    """Scores the answer to a task of reasoning-gym by the task's own verifier, in one turn.
+    """Score the answer to a task of reasoning-gym by the task's own verifier, in one turn.
 
     The answer is the text in the last ``<answer>...</answer>``, or the whole turn. The data comes from a source such as
     ``reasoning_gym:chain_sum?size=1000&seed=0&max_terms=4``, see `reasoning_rows`. Some verifiers evaluate the answer
-    as python. An answer that calls anything but the functions of school mathematics never reaches them: it scores 0.
-    `FaultTolerantEnvironment` with ``seconds`` bounds the time of what does.
+    as Python. An answer that calls anything but the usual mathematical functions is not passed to them and scores 0.
+    Use `FaultTolerantEnvironment` with ``seconds`` to limit the time of the other answers.
 
     Args:
-        instruction: put behind each question; null puts nothing.
+        instruction: text appended to each question; null appends nothing.
 
     Raises:
         PackageError: reasoning-gym is not installed.
@@ -89,7 +89,7 @@ class ReasoningGym:
         self.instruction = instruction
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:
-        """Return the question as a turn of the user, or as text where the data is text."""
+        """Return the question as a user turn, or as text if the data has text prompts."""
         prompt = row["prompt"]
         if self.instruction is None:
             return prompt
@@ -107,7 +107,7 @@ class ReasoningGym:
                 f"{GYM}TASK as the source",
             )
         tasks, said = tasks_of(str(row["task"])), str(episode.messages[-1]["content"])
-        closed = said[: said.rfind("</answer>") + len("</answer>")]  # an answer that stays open is not searched for
+        closed = said[: said.rfind("</answer>") + len("</answer>")]  # ignore an answer that is not closed
         answer = (ANSWER.findall(closed) or [said])[-1].strip()
         if may_run_code(answer) and EVALUATES.search(inspect.getsource(inspect.getmodule(type(tasks)))):  # type: ignore[arg-type]
             return Reply(reward=0.0, done=True)
@@ -115,7 +115,7 @@ class ReasoningGym:
 
 
 def may_run_code(answer: str) -> bool:
-    """Whether an answer, evaluated as python, could call something other than a function of mathematics."""
+    """Whether an answer, evaluated as Python, could call anything other than a mathematical function."""
     calls = "(" in answer and re.search(r"[\w)\]\"'`]\s*\(", answer) is not None
     names = set(re.findall(r"[^\W\d]\w+", answer))
     return calls and bool(names - MATHS or re.search(r"[^\W\d]\s*\.|[\"'`\[{:]", answer))
@@ -126,7 +126,7 @@ def reasoning_rows(source: str) -> list[dict[str, Any]]:
 
     Raises:
         PackageError: reasoning-gym is not installed.
-        SettingError: there is no such task, or it refuses its settings.
+        SettingError: the task is unknown, or it refuses its settings.
     """
     spec = source.removeprefix(GYM)
     tasks = tasks_of(spec)
@@ -138,7 +138,7 @@ def reasoning_rows(source: str) -> list[dict[str, Any]]:
 
 @cache
 def tasks_of(spec: str) -> Any:
-    """Return reasoning-gym's data set of ``TASK?SETTING=VALUE&...``; the same text gives the same tasks."""
+    """Return reasoning-gym's data set for ``TASK?SETTING=VALUE&...``; the same text gives the same tasks."""
     name, _, settings = spec.partition("?")
     given: dict[str, Any] = {"size": 1000, "seed": 0}
     for key, value in parse_qsl(settings):

@@ -1,4 +1,4 @@
-"""Tools for policies: python functions that the policy calls in the format of its own chat template."""
+"""Tools for policies: Python functions that the policy calls in the format of its own chat template."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ EXAMPLES = {
     "mistral": '[TOOL_CALLS][{"name": NAME, "arguments": {...}}]',
     "plain": "call: NAME(argument=value)",
 }
-"""How a call is written in each format."""
+"""Example of a call in each format."""
 
 JSON_TYPES: dict[Any, str] = {
     str: "string", int: "integer", float: "number", bool: "boolean", list: "array", tuple: "array", dict: "object",
     type(None): "null",
 }  # fmt: skip
 LONGEST_RESULT = 4000
-"""Characters of a tool's result that the policy reads."""
+"""Maximum number of characters of a tool's result that the policy reads."""
 
 
 class ToolEnvironment:
-    """Gives the policy tools: it calls them, reads the results as turns of the role ``tool``, and answers at last.
+    """Environment with tools: the policy calls them, reads the results as turns of the role ``tool``, then answers.
 
-    The descriptions of the tools come from the functions' signatures and docstrings, and are written by the model's own
-    chat template. A turn without a call ends the episode: it is the answer, which the run's scorer judges. A wrong call
-    gets an answer that says what is wrong. Calls of one turn are made in their order. A tool with a method
-    ``for_row(row)`` is asked for the tool of each data row, as a `LookupTable` with a column.
+    The descriptions of the tools come from the functions' signatures and docstrings, and are rendered by the model's
+    own chat template. A turn without a call ends the episode: it is the answer, which the run's scorer judges. An
+    invalid call gets an error message as its result. The calls of a turn are executed in order. If a tool has a method
+    ``for_row(row)``, it is called for each data row and returns the row's tool, such as a `LookupTable` with a column.
 
     Args:
-        tools: python functions, async ones too, or their import paths; ``calculator`` is the one that ships. An object
-            with a ``__name__``, a docstring and a call signature serves too, such as a `LookupTable`.
-        reward: reward of a turn by what it holds: ``call`` for calls that worked, ``wrong`` for a wrong call; 0
-            otherwise.
+        tools: Python functions, also async functions, or their import paths; ``calculator`` is built in. An object with
+            a ``__name__``, a docstring and a call signature works too, such as a `LookupTable`.
+        reward: reward of a turn by its content: ``call`` for calls that worked, ``wrong`` for a wrong call; otherwise
+            0.
         call_format: "auto" reads every format below; "hermes" ``<tool_call>{...}</tool_call>`` (Qwen, Hermes);
             "llama3" a bare JSON object; "mistral" ``[TOOL_CALLS][{...}]``; "plain" ``name(argument=value)`` on a line
             that begins with ``call:``.
-        system: put before the conversation as a system turn; null adds none.
+        system: system turn added before the conversation; null adds none.
         describe: "template" leaves descriptions, calls and results to the chat template; "system" is for templates
-            without tools: descriptions stand in the system turn, and results come back as turns of the user.
+            without tools: descriptions are in the system turn, and results come back as user turns.
 
     Raises:
-        SettingError: a tool cannot be imported or described, or two have the same name.
+        SettingError: a tool cannot be imported or described, or two tools have the same name.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ToolEnvironment:
         return [{**turns[0], "tools": [*(turns[0].get("tools") or ()), *self.descriptions]}, *turns[1:]]
 
     def reply(self, episode: Episode) -> Reply:
-        """Call what the policy's last turn calls; a turn without a call ends the episode."""
+        """Execute the calls of the policy's last turn; a turn without a call ends the episode."""
         try:
             content, calls = calls_in(episode.said, self.call_format)
         except CallError as error:
@@ -120,14 +120,14 @@ class ToolEnvironment:
         return self._answer(replies, self.rewards.get(kind, 0.0), turn)
 
     def _answer(self, results: list[Message], reward: float, turn: Message | None = None) -> Reply:
-        """Return the results of a turn's calls as turns of the role tool, or as one turn of the user."""
+        """Return the results of a turn's calls as turns of the role ``tool``, or as one user turn."""
         faults = "\n".join(one["content"] for one in results if one["content"].startswith("error: ")) or None
         if self.by_template:
             return Reply(messages=results, reward=reward, turn=turn, feedback=faults)
         return Reply("\n".join(one["content"] for one in results), reward=reward, feedback=faults)
 
     def call(self, call: Call, row: Mapping[str, Any]) -> tuple[bool, str]:
-        """Make one call in an episode of a data row; return whether it worked, and the result or the fault as text."""
+        """Execute a call for a data row; return whether it worked, and the result or the error as text."""
         tool: Any = self.tools.get(call.name)
         if tool is None:
             return False, f"error: there is no tool {call.name!r}; the tools are {', '.join(self.tools)}"
@@ -148,7 +148,7 @@ class ToolEnvironment:
                     found = pool.submit(asyncio.run, found).result()
             text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
             text[:LONGEST_RESULT].encode()
-        except (Exception, SystemExit) as error:  # the policy may ask for anything
+        except (Exception, SystemExit) as error:  # the policy may pass any arguments
             return False, f"error: {call.name}: {error or type(error).__name__}"[:LONGEST_RESULT]
         return True, text[:LONGEST_RESULT]
 
@@ -159,13 +159,13 @@ def _result(text: str, name: str = "", identifier: str = "") -> Message:
 
 
 def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
-    """Describe a function as templates want it: name, docstring, and a JSON schema of its arguments.
+    """Describe a function for chat templates: name, docstring, and a JSON schema of its arguments.
 
-    The docstring's first paragraph describes the function; lines ``name: what it is`` describe arguments.
+    The docstring's first paragraph describes the function; lines of the form ``name: text`` describe arguments.
 
     Raises:
-        SettingError: ``tool-undescribed``: it has no docstring, or an argument that the policy cannot give by name, has
-            no type, or one that JSON cannot write.
+        SettingError: ``tool-undescribed``: the function has no docstring, or an argument has no name, no type, or a
+            type that JSON cannot represent.
     """
     name, text = str(getattr(tool, "__name__", tool)), inspect.getdoc(tool) or ""
     if not text.strip():
@@ -205,12 +205,12 @@ def _about(about: Mapping[str, str], name: str) -> dict[str, str]:
 
 
 def hints_of(tool: Callable[..., Any]) -> dict[str, Any]:
-    """Return the type hints of a function, or of the call of an object."""
+    """Return the type hints of a function, or of an object's ``__call__``."""
     return typing.get_type_hints(tool if inspect.isroutine(tool) else type(tool).__call__)
 
 
 def is_json(hint: Any) -> bool:
-    """Whether a type hint is one that JSON can write."""
+    """Whether JSON can represent the type of a hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or origin is typing.Literal:
         return True
@@ -222,7 +222,7 @@ def is_json(hint: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from a call is of a type."""
+    """Whether a value parsed from a call has the type of a hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -251,7 +251,7 @@ def schema_of(hint: Any) -> dict[str, Any]:
     return {"type": JSON_TYPES[origin or hint]}
 
 
-# ---- tools that ship ------------------------------------------------------------------------------------------------
+# ---- built-in tools -------------------------------------------------------------------------------------------------
 
 OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -286,7 +286,7 @@ def calculator(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> int | float:
-    """Evaluate a tree of numbers and operators; nothing else is looked at, so nothing else can run."""
+    """Evaluate a tree of numbers and operators; other nodes are refused, so no code can run."""
     value: Any = None
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
@@ -307,13 +307,13 @@ def _value(node: ast.expr) -> int | float:
 
 
 class LookupTable:
-    """A tool that looks up a key in a table.
+    """Tool that looks up a key in a table.
 
     Args:
-        table: the table, or a JSON file of an object; null with a column.
+        table: the table, or a JSON file with an object; null with a column.
         name: name of the tool.
-        about: what the tool does, which the policy reads.
-        column: column of the data that holds each row's own table; null gives all rows the same one.
+        about: description of the tool, which the policy reads.
+        column: data column with each row's own table; null uses the same table for all rows.
 
     Raises:
         MissingError: the file does not exist.
@@ -336,7 +336,7 @@ class LookupTable:
         self.column = column
 
     def for_row(self, row: Mapping[str, Any]) -> LookupTable:
-        """Return the tool of a data row."""
+        """Return the tool for a data row."""
         if self.column is None:
             return self
         if not isinstance(row.get(self.column), Mapping):

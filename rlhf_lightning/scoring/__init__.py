@@ -1,7 +1,7 @@
-"""What scores a completion: learned models, functions of the text, verifiable answers, and their compositions.
+"""Scorers of completions: learned models, functions of the text, verifiable answers, and combinations of scorers.
 
-Every public scorer of this folder's files is exported: a new one needs no line here. Type checkers read the files one
-by one below.
+Every public scorer of this folder is exported automatically, so a new scorer needs no line here. The imports below are
+for type checkers.
 """
 
 from typing import TYPE_CHECKING

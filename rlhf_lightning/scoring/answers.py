@@ -1,4 +1,4 @@
-"""The final answer of a solution, its value as a number, and a scorer of right answers."""
+"""Extract the final answer of a solution, read it as a number, and score right answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlhf_lightning.types import Prompt
 from rlhf_lightning.workers import Outcome, WorkerPool
 
 LONGEST_ANSWER = 300
-"""Most characters of an answer; longer texts are no answers."""
+"""Maximum length of an answer in characters; longer texts do not count as answers."""
 
 LONGEST_NUMERAL, LARGEST_EXPONENT = 60, 60
 
 BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}\{")
-# A heading may begin with #### too: an answer begins like a number, or is one word.
+# A heading may also begin with ####, so an answer must begin like a number or be a single word.
 HASHES = re.compile(r"####[ \t]*(?=[-+−–$€£¥(\\.\d*]|[^\s#]+[ \t]*$)([^\n]*)", re.MULTILINE)
 STATED = re.compile(r"\banswer[ \t]{0,9}(?:is|=|:)[ \t]*:?([^\n]*)", re.IGNORECASE)
 NUMERAL = r"(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
@@ -43,14 +43,14 @@ NUMBER = re.compile(
 
 
 def final_answer(text: str, last_number: bool = False) -> str | None:
-    r"""Return the answer that a solution ends with, as it is written; None if it states none.
+    r"""Return the final answer of a solution as it is written; None if it states none.
 
-    It is the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``: the last word of a solution that changes
-    its mind counts.
+    The answer is the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``, so if a solution corrects itself,
+    the correction counts.
 
     Args:
         text: the solution.
-        last_number: take the last number of a solution that states no answer.
+        last_number: use the last number of a solution that states no answer.
     """
     stated = [found for pattern in (BOX, HASHES, STATED) if (found := _last(pattern, text))]
     if stated:
@@ -66,7 +66,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """Return the text up to the brace that closes the one before ``start``; None if it is missing or too far away."""
+    """Return the text up to the matching closing brace; None if it is missing or too far away."""
     depth = 1
     for place in range(start, min(len(text), start + LONGEST_ANSWER + 1)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -76,7 +76,7 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def _sentence(line: str) -> str | None:
-    """Return the first sentence of a line without its full stop; a point within a number ends none."""
+    """Return the first sentence of a line without its full stop; a decimal point does not end a sentence."""
     answer = re.split(r"(?<=[^\s.])\.(?=\s|$)|\.\Z", line[: LONGEST_ANSWER + 1].strip(" \t*:"), maxsplit=1)[0]
     return answer.strip(" \t*`\"'") if len(answer) <= LONGEST_ANSWER else None
 
@@ -93,14 +93,14 @@ def normalized(answer: str) -> str:
 
 
 def number(answer: str) -> Fraction | None:
-    """Return the number that an answer is; None if it is none, or several.
+    """Return an answer as a number; None if it is not exactly one number.
 
     Units, currency and percent signs are ignored: ``50%`` is 50. Thousands may have commas; fractions may be ``3/4``,
     ``1 1/2`` or LaTeX; ``2 million`` and ``3e8`` are understood.
     """
     if len(answer) > LONGEST_ANSWER:
         return None
-    # Braces around a thousands comma or a whole numeral are LaTeX's; next to another numeral they multiply.
+    # Braces around a thousands comma or a whole numeral are LaTeX syntax; next to another numeral they mean a product.
     text = re.sub(r"(?<![\w.)}])[({]\s*([-+]?[\d.,]+)\s*[)}](?![\w({])", r"\1", normalized(answer).replace("{,}", ","))
     text = re.sub(r"\A([-+]?)\s*\((.*)\)\Z", r"\1\2", text)
     found = NUMBER.match(text)
@@ -114,7 +114,7 @@ def number(answer: str) -> Fraction | None:
 
 
 def _is_unit(text: str) -> bool:
-    """Return whether the text after a number is a unit that does not change it: words that neither join nor scale."""
+    """Return whether the text after a number is a unit: words that do not change the number's value."""
     if NO_UNIT & set(re.findall(r"[^\W\d_]+", text)):
         return False
     return not re.search(r"[-+*!√π,;|&(){}\\]", re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", "", text))
@@ -157,19 +157,19 @@ def same_answer(given: str, reference: str) -> bool:
 
 
 class MathAnswerScorer(Scorer):
-    r"""1 where the final answer of a completion equals the reference, else 0 (Cobbe et al., 2110.14168).
+    r"""Score 1 if the final answer of a completion equals the reference, else 0 (Cobbe et al., 2110.14168).
 
     Only the final answer counts: the last of ``\boxed{...}``, ``#### ...`` and ``the answer is ...``. Numbers are
     compared exactly, as fractions; units, currency and percent signs, thousands commas and LaTeX wrappers are ignored.
     Other answers are compared as text. There is no symbolic algebra: a parser that evaluates untrusted text
-    (``10**10**10``) can hang or run code, and GSM8K, SVAMP and similar sets never need it. A completion without an
-    answer scores 0; a row without a reference has no score.
+    (``10**10**10``) can hang or run code, and GSM8K, SVAMP and similar data sets do not need it. A completion without
+    an answer scores 0; a row without a reference has no score.
 
     The data needs a column of reference answers: a number, a text, or a whole solution that ends with ``#### 42``.
 
     Args:
-        answer_column: name of that column.
-        last_number: take the last number of a completion that states no answer; lucky numbers satisfy it easily.
+        answer_column: name of the column of reference answers.
+        last_number: use the last number of a completion that states no answer; a random number then matches easily.
     """
 
     def __init__(self, answer_column: str = "answer", last_number: bool = False) -> None:
@@ -189,19 +189,19 @@ class MathAnswerScorer(Scorer):
 
 
 class MathVerifyScorer(MathAnswerScorer):
-    r"""1 where the final answer of a completion equals the reference mathematically, else 0.
+    r"""Score 1 if the final answer of a completion equals the reference mathematically, else 0.
 
-    Answers that `MathAnswerScorer` finds equal are right at once. All others are read as LaTeX by math-verify and
-    compared with SymPy: ``2x+1`` and ``1+2x``, ``\frac{\pi}{2}`` and ``\pi/2``, sets, intervals, matrices. That may
-    hang on a hostile answer, so each comparison runs in a process that is killed at the time limit; the answer then
-    scores 0. Plain text is never evaluated as Python. A reference that cannot be read is compared as text.
+    Answers that `MathAnswerScorer` accepts score 1. All others are read as LaTeX by math-verify and compared with
+    SymPy: ``2x+1`` and ``1+2x``, ``\frac{\pi}{2}`` and ``\pi/2``, sets, intervals, matrices. SymPy may hang on a
+    malicious answer, so each comparison runs in a process that is killed at the time limit; the answer then scores 0.
+    Plain text is never evaluated as Python. A reference that cannot be read is compared as text.
 
     Needs ``pip install 'rlhf-lightning[math]'``. Metrics: ``score_timed_out`` and ``score_failed``, as shares of the
     completions.
 
     Args:
         answer_column: name of the column of reference answers.
-        last_number: take the last number of a completion that states no answer.
+        last_number: use the last number of a completion that states no answer.
         seconds: time limit of one comparison.
         workers: number of processes.
     """
@@ -238,9 +238,10 @@ class MathVerifyScorer(MathAnswerScorer):
 
 
 def answer_verifier(_: None) -> Callable[[tuple[str, str]], Outcome]:
-    """Return what compares a reference with an answer by math-verify; runs in the processes of `MathVerifyScorer`.
+    """Return a function that compares a reference with an answer by math-verify; runs in worker processes.
 
-    Importing SymPy and the first comparison take seconds: they are part of the start, not of a comparison's time.
+    Importing SymPy and the first comparison take seconds. They are done at the start of the process, outside the time
+    limit.
     """
     import math_verify
 

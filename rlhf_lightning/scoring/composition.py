@@ -1,4 +1,4 @@
-"""Scorers made of scorers: weighted sums, ensembles that penalise disagreement, and rule-based penalties."""
+"""Combine scorers: weighted sums, ensembles that penalise disagreement, and rule-based penalties."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 
 class ScorerGroup(Scorer):
-    """Base of scorers that ask other scorers: each one's raw score is a part of the judgement, under its name.
+    """Base of scorers that contain other scorers; each member's raw score is a part of the judgement, under its name.
 
-    A member's own parts become ``<name>/<part>``. Its metrics come along; shares such as ``score_failed`` count
-    completions on which any member failed.
+    A member's own parts become ``<name>/<part>``. The members' metrics are included; shares such as ``score_failed``
+    count completions on which any member failed.
 
     Args:
-        scorers: each a Scorer or what `load_scorer` takes, by name; a list names them "0", "1" ...
+        scorers: each a Scorer or a spec for `load_scorer`, by name; a list names them "0", "1" ...
 
     Raises:
-        SettingError: there is none.
+        SettingError: there are no scorers.
     """
 
     def __init__(self, scorers: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -43,17 +43,17 @@ class ScorerGroup(Scorer):
         self.scorers = {str(name): load_scorer(spec) for name, spec in named.items()}
 
     def weights_hash(self) -> str | None:
-        """Identify the weights of all members that have any."""
+        """Return an identifier of the weights of all members that have weights."""
         found = {name: one for name, scorer in self.scorers.items() if (one := scorer.weights_hash()) is not None}
         return str(sorted(found.items())) if found else None
 
     def member_judgements(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[dict[str, Judgement]]:
-        """Return every member's judgement of each completion, by the member's name.
+        """Return the judgements of each completion by all members, keyed by member name.
 
         Raises:
-            BadScoresError: a member returned a wrong number of judgements, or a score that is not finite.
+            BadScoresError: a member returned a wrong number of judgements, or a non-finite score.
         """
         given = [
             ask_scorer(scorer, prompts, completions, columns, f"scorer {name!r}").plain()
@@ -64,7 +64,7 @@ class ScorerGroup(Scorer):
     def combined(
         self, score: float | None, members: Mapping[str, Judgement], weights: Mapping[str, float]
     ) -> Judgement:
-        """Return one judgement made of the members': their scores as parts, weighted token rewards, all feedback."""
+        """Return one judgement from the members': scores as parts, weighted token and span rewards, all feedback."""
         parts: dict[str, float] = {}
         for name, member in members.items():
             parts[name] = math.nan if member.score is None else member.score
@@ -89,7 +89,7 @@ class ScorerGroup(Scorer):
         )
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell every member, with the means of its own score and parts under its own names."""
+        """Notify every member, with the means of its own score and parts under its own names."""
         for name, scorer in self.scorers.items():
             prefix = f"score_{name}"
             own = {
@@ -127,7 +127,7 @@ class ScorerGroup(Scorer):
 
 
 def _named(values: Any, what: str, of: str) -> dict[Any, Any]:
-    """Return a mapping unchanged, and a list keyed by position."""
+    """Return a mapping unchanged, and a list as a mapping keyed by position."""
     if isinstance(values, Mapping):
         return dict(values)
     if isinstance(values, Sequence) and not isinstance(values, str):
@@ -138,16 +138,16 @@ def _named(values: Any, what: str, of: str) -> dict[Any, Any]:
 
 
 class WeightedSum(ScorerGroup):
-    """The weighted sum of scores: sum_k weights_k * score_k.
+    """Weighted sum of scores: sum_k weights_k * score_k.
 
     Args:
-        scorers: each a Scorer or what `load_scorer` takes, by name; a list names them "0", "1" ...
-        weights: weight of each, by name or as a list; those left out, and null, weigh 1.
-        missing: what to do where a scorer has no score: "drop" gives no sum, since completions could not be compared;
+        scorers: each a Scorer or a spec for `load_scorer`, by name; a list names them "0", "1" ...
+        weights: weight of each scorer, by name or as a list; missing weights and null are 1.
+        missing: how to handle a scorer without a score. "drop" gives no sum, since completions could not be compared;
             "skip" leaves the term out, for mixtures in which each scorer judges its own rows.
 
     Raises:
-        SettingError: a weight belongs to no scorer.
+        SettingError: a weight names an unknown scorer.
     """
 
     def __init__(
@@ -181,20 +181,19 @@ class WeightedSum(ScorerGroup):
 
 
 class Ensemble(ScorerGroup):
-    """A lower confidence bound: mean_k score_k - penalty * std_k score_k over the members.
+    """Lower confidence bound of the members' scores: mean_k score_k - penalty * std_k score_k.
 
-    Where similarly trained reward models disagree they are guessing, and a policy trained against their mean exploits
-    that; the penalty charges for the deviation (Coste et al., 2310.02743, subtract the variance; Eisenstein et al.,
-    2312.09244). The deviation divides by the number of members and is the metric ``score/std``. With ``penalty`` 0 this
-    is
-    the mean.
+    Where similarly trained reward models disagree, their scores are unreliable, and a policy trained on the mean
+    exploits this. The penalty subtracts standard deviations (Coste et al., 2310.02743, subtract the variance;
+    Eisenstein et al., 2312.09244). The standard deviation divides by the number of members and is the metric
+    ``score/std``. With ``penalty`` 0 the score is the mean.
 
     Args:
-        scorers: the members by name, or a list of them; each a Scorer or what `load_scorer` takes.
+        scorers: the members by name, or a list of them; each a Scorer or a spec for `load_scorer`.
         penalty: number of standard deviations to subtract.
 
     Raises:
-        SettingError: there are fewer than two members, or one is called std.
+        SettingError: there are fewer than two members, or a member is named std.
     """
 
     def __init__(self, scorers: Mapping[str, Any] | Sequence[Any], penalty: float = 1.0) -> None:
@@ -225,14 +224,14 @@ def _mean_and_std(row: Sequence[float | None]) -> tuple[float, float] | None:
 
 
 class LengthPenalty(Scorer):
-    """-coef * max(|length - target| - tolerance, 0): a price on length, or a pull towards one.
+    """Penalty on length: -coef * max(|length - target| - tolerance, 0).
 
-    With ``target`` 0 every word or token costs ``coef``, against reward models that favour long answers.
+    With ``target`` 0 every word or token costs ``coef``, to counter reward models that favour long answers.
 
     Args:
         coef: score units per word or token.
-        target: length that costs nothing.
-        tolerance: distance from the target that costs nothing.
+        target: length without penalty.
+        tolerance: distance from the target without penalty.
         tokenizer: folder or hub id of the tokenizer that counts tokens; null counts words.
     """
 
@@ -242,7 +241,7 @@ class LengthPenalty(Scorer):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that counts tokens; loaded on first use."""
+        """The tokenizer that counts tokens, loaded on first use."""
         assert self.tokenizer_name is not None
         return tokenization.load_tokenizer(self.tokenizer_name)
 
@@ -258,13 +257,13 @@ class LengthPenalty(Scorer):
 
 
 class RepetitionPenalty(Scorer):
-    """-coef * (1 - distinct n-grams / n-grams): the share of a completion's n-grams that repeat earlier ones.
+    """Penalty on repetition: -coef * (1 - distinct n-grams / n-grams).
 
-    One less distinct-n (Li et al., 1510.03055), over words without regard to case and punctuation. 0 if every n-gram is
-    new or there is none; close to -coef for one word repeated.
+    The factor is 1 minus distinct-n (Li et al., 1510.03055), over words, ignoring case and punctuation. The score is 0
+    if every n-gram is new or there is none; it is close to -coef for a single repeated word.
 
     Args:
-        n: words of an n-gram.
+        n: number of words of an n-gram.
         coef: penalty of a text that only repeats itself.
     """
 
@@ -277,10 +276,10 @@ class RepetitionPenalty(Scorer):
 
 
 class SpanScorer(Scorer):
-    """Pays the matches of regular expressions: the score is the sum, and each reward lies on its match's last token.
+    """Score matches of regular expressions: the score is the sum; each reward is on the last token of its match.
 
     Args:
-        patterns: by regular expression (as of ``re``, with ^ and $ at every line) the reward of each match.
+        patterns: reward of each match, by regular expression (syntax of ``re``, with ^ and $ at every line).
 
     Raises:
         SettingError: an expression is invalid, or a reward is not a finite number.

@@ -1,4 +1,4 @@
-"""Trained encoders as scorers: DeBERTa, ModernBERT, BERT and their kin with a sequence classification head."""
+"""Trained encoders as scorers: DeBERTa, ModernBERT, BERT and similar with a sequence classification head."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from rlhf_lightning.types import Judgement, Message, MicroBatchLimits, Prompt
 
 
 class EncoderScorer(Scorer):
-    """Scores completions with an encoder, such as a DeBERTa, ModernBERT or BERT with a trained classification head.
+    """Score completions with an encoder, such as DeBERTa, ModernBERT or BERT with a trained classification head.
 
-    The model reads prompt and completion as a pair of texts, joined by its tokenizer. A tokenizer with a chat template
-    renders the conversation instead. Several labels become parts of the judgement. A pair longer than the model's
-    context cannot be judged and is counted in the metric ``score_too_long``.
+    The model reads prompt and completion as a pair of texts, joined by its tokenizer. If the tokenizer has a chat
+    template, it renders the conversation instead. Several labels become parts of the judgement. A pair longer than the
+    model's context cannot be judged and is counted in the metric ``score_too_long``.
 
     Args:
         folder: Hugging Face folder or hub id with a trained sequence classification head.
-        max_tokens: cells of one forward pass, rows times the longest row.
+        max_tokens: maximum number of positions in a forward pass: rows times the longest row.
         dtype: precision of the weights.
-        label: of several labels the one that is the score; null takes the first.
+        label: label that is the score, if there are several; null uses the first.
 
     Raises:
-        ModelError: the model is not such an encoder.
-        SettingError: there is no such label.
+        ModelError: the model is not an encoder with a trained classification head.
+        SettingError: the label is unknown.
     """
 
     def __init__(self, folder: str, max_tokens: int = 16_384, dtype: str = "float32", label: str | None = None) -> None:
@@ -53,12 +53,12 @@ class EncoderScorer(Scorer):
         self.measured, self._device = Measured("score_too_long"), torch.device("cpu")
 
     def weights_hash(self) -> str | None:
-        """Return the hash of the reward model's weights, to notice on resume that they have changed."""
+        """Return the hash of the reward model's weights, to detect on resuming that they have changed."""
         return content_hash(self.folder)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The classifier, frozen; loaded on first use."""
+        """The frozen classifier, loaded on first use."""
         settings = LoadSettings(dtype=self.dtype)
         require_safetensors(self.folder)
         with reading(self.folder, "reward model"):
@@ -107,14 +107,14 @@ class EncoderScorer(Scorer):
             return dict(self.tokenizer(text, add_special_tokens=False))
         alone = len(turns) == 1 and turns[0]["role"] == "user"
         said = turns[0]["content"] if alone else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        return dict(self.tokenizer(said, completion, split_special_tokens=True))  # text never spells [SEP]
+        return dict(self.tokenizer(said, completion, split_special_tokens=True))  # text must not produce [SEP]
 
 
 def is_encoder(folder: str) -> bool:
     """Return whether a folder or hub id is a bidirectional encoder; an encoder-decoder is refused.
 
     Raises:
-        ModelError: it is an encoder-decoder.
+        ModelError: the model is an encoder-decoder.
     """
     if is_adapter(folder):
         return False
@@ -130,7 +130,7 @@ def is_encoder(folder: str) -> bool:
 
 
 def label_index(folder: str, names: Sequence[str], label: str | None, own: bool) -> int:
-    """Return the place of the output that is the score; say so where a foreign model leaves it open."""
+    """Return the index of the output that is the score; warn if a foreign model has several labels and none is set."""
     if label is not None and label not in names:
         raise SettingError(
             "unknown-choice", f"{folder} has no label {label!r}; it has {', '.join(names) or 'one output'}"

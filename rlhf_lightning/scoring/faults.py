@@ -1,4 +1,4 @@
-"""Scorers that may fail: completions are scored again, in killable processes if a time limit is set.
+"""Handle scorers that may fail: retry, with a time limit also in processes that can be killed.
 
 Completions that still have no score end the run or are dropped.
 """
@@ -18,7 +18,7 @@ from rlhf_lightning.types import Judgement, Prompt, Rollout
 from rlhf_lightning.workers import Outcome, WorkerPool, with_retries
 
 Row = tuple[list[Prompt], list[str], dict[str, list[Any]]]
-"""Prompt, completion and columns of one completion, as a scorer takes them."""
+"""Prompt, completion and columns of one completion, in the form of a scorer's arguments."""
 
 
 class ScorerFailedError(RlhfError, RuntimeError):
@@ -26,30 +26,30 @@ class ScorerFailedError(RlhfError, RuntimeError):
 
 
 class FaultTolerant(ScorerGroup):
-    """Another scorer whose faults are retried; a fault that stays ends the run or costs the completion its score.
+    """Wrap a scorer and retry its faults; after the last attempt the run ends or the completion has no score.
 
-    Faults: an exception, a process that dies, a timeout, a wrong number of scores, and a score that is NaN, infinite or
-    not a number. None is not a fault: the scorer says that it cannot judge.
+    A fault is an exception, a process that dies, a timeout, a wrong number of scores, or a score that is NaN, infinite
+    or not a number. None is not a fault: the scorer says that it cannot judge the completion.
 
-    With ``seconds`` each completion is scored by itself in another process, which is killed at the time limit; the
-    scorer must be importable there. Without it the scorer gets all completions at once in this process, and one by one
-    if that fails, so that one bad completion does not cost the others.
+    With ``seconds`` each completion is scored alone in another process, which is killed at the time limit; the scorer
+    must be importable there. Without ``seconds`` the scorer gets all completions at once in this process. If that
+    fails, it gets them one by one, so that one bad completion does not affect the others.
 
     Metrics, as shares of the completions: ``score_failed``, ``score_timed_out``, and ``score_retried`` for more than
     one attempt.
 
     Args:
-        scorer: what `load_scorer` takes, or a Scorer or function (with ``seconds`` one that can be pickled).
-        on_fault: "raise" ends the run with the scorer's own message; "drop" gives no score, so that nothing is learned
-            from the completion; "zero" scores it 0, if the completion itself is to blame.
+        scorer: a spec for `load_scorer`, a Scorer or a function; with ``seconds`` it must be picklable.
+        on_fault: action after the last attempt. "raise" ends the run with the scorer's own message; "drop" gives no
+            score, so that the completion is not learned from; "zero" scores it 0, for faults caused by the completion.
         retries: further attempts for completions without a score.
-        wait: wait before the first repetition, seconds; doubles each time.
+        wait: wait before the first retry, seconds; doubles each time.
         seconds: time limit of one completion, without the start of its process; null sets none.
         workers: number of processes, with ``seconds``.
-        most_in_a_row: with "drop", this many consecutive faults end the run: the scorer is gone.
+        most_in_a_row: with "drop", number of consecutive faults that ends the run, since the scorer has failed.
 
     Raises:
-        SettingError: a setting is out of range, or the scorer is or has a reward model.
+        SettingError: a setting is out of range, or the scorer is or contains a reward model.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FaultTolerant(ScorerGroup):
         given = {"seconds": seconds, "workers": workers, "most_in_a_row": most_in_a_row}
         check_range(all(value is None or value > 0 for value in given.values()), "each must be positive", **given)
         check_range(min(retries, wait) >= 0, "each must be at least 0", retries=retries, wait=wait)
-        super().__init__({"scorer": scorer})  # with seconds too: a scorer that cannot be loaded should fail now
+        super().__init__({"scorer": scorer})  # with seconds too, so that a scorer that cannot be loaded fails now
         if _has_model(self):
             raise SettingError(
                 "wraps-reward-model",
@@ -116,14 +116,14 @@ class FaultTolerant(ScorerGroup):
         return found
 
     def _together(self, rows: Sequence[Row]) -> list[Outcome] | None:
-        """Ask the scorer for all rows at once; return None if that failed and fewer rows may succeed."""
+        """Call the scorer for all rows at once; return None if that failed and fewer rows may succeed."""
         names = rows[0][2] if rows else {}
         columns = {name: [row[2][name][0] for row in rows] for name in names}
         try:
             scores = list(self.scorers["scorer"]([row[0][0] for row in rows], [row[1][0] for row in rows], **columns))
         except MissingColumnError:
             raise
-        except ServerError as error:  # its own retries are over: it is gone for all rows
+        except ServerError as error:  # its own retries are over, so it fails for all rows
             return [("failed", str(error))] * len(rows)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
             self._last_fault = ("failed", f"{type(error).__name__}: {error}")
@@ -134,7 +134,7 @@ class FaultTolerant(ScorerGroup):
         return [judged(score) for score in scores]
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell the scorer. With ``seconds`` its processes keep the state that they started with."""
+        """Notify the scorer. With ``seconds`` the processes keep the state that they started with."""
         self.scorers["scorer"].on_rollout_end(rollout, means)
 
     def close(self) -> None:
@@ -149,13 +149,13 @@ def _has_model(scorer: Scorer) -> bool:
 
 
 def row_scorer(spec: Any) -> Callable[[Row], Outcome]:
-    """Return what scores one row in a process of its own."""
+    """Return a function that scores one row, for use in a worker process."""
     scorer = load_scorer(spec)
     return lambda row: scored(scorer, *row)
 
 
 def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], columns: Mapping[str, Any]) -> Outcome:
-    """Return the outcome of one row."""
+    """Return the outcome of scoring one row."""
     try:
         scores = list(scorer(prompts, completions, **columns))
         return judged(scores[0]) if len(scores) == 1 else miscounted(len(scores), 1)
@@ -164,7 +164,7 @@ def scored(scorer: Scorer, prompts: list[Prompt], completions: list[str], column
 
 
 def judged(score: Any) -> Outcome:
-    """Return a score as a number, a `Judgement`, or None where the scorer cannot judge; other values have failed."""
+    """Return a score as outcome: a number, a `Judgement` or None is "done", any other value is "failed"."""
     if score is None:
         return "done", None
     if isinstance(score, Judgement):

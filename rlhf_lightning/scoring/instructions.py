@@ -1,10 +1,11 @@
-"""Instructions that a program can check by reading the completion: scores without a model.
+"""Score instructions that a program can check in the completion's text, without a model.
 
-For `InstructionScorer` each row of prompts names one of `CHECKS` in the column ``instruction`` and gives its arguments
-in ``arguments``; `with_instruction` writes such rows. `IFEvalScorer` reads the rows of IFEval (Zhou et al.,
-2311.07911), 25 kinds of instructions, each written from its published definition. Two kinds ask for a language and a
-case: only the case is checked. ``language:response_language`` needs a language detector and is never checked. Sentences
-are split at their marks, so counts of sentences and words can differ slightly from those of a trained tokenizer.
+For `InstructionScorer` each row of prompts names an instruction in `CHECKS` in the column ``instruction`` and gives its
+arguments in ``arguments``; `with_instruction` writes such rows. `IFEvalScorer` reads the rows of IFEval (Zhou et al.,
+2311.07911) with 25 kinds of instructions, each implemented from its published definition. Two kinds ask for a language
+and a letter case; only the case is checked. ``language:response_language`` needs a language detector and is never
+checked. Sentences are split at punctuation, so counts of sentences and words can differ slightly from those of a
+trained tokenizer.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ RELATIONS: dict[str, Callable[[int, int], bool]] = {
     "at most": operator.le,
     "exactly": operator.eq,
 }
-"""Comparisons of a count with the asked number."""
+"""Comparisons of a count with the requested number."""
 
 
 def holds(relation: str, count: int, asked: int) -> bool:
-    """Return whether a count stands in a relation to the asked number.
+    """Return whether a count satisfies a relation to the requested number.
 
     Raises:
-        SettingError: there is no such relation.
+        SettingError: the relation is unknown.
     """
     if relation not in RELATIONS:
         raise SettingError("unknown-choice", f"there is no relation {relation!r}; choose one of {', '.join(RELATIONS)}")
@@ -63,7 +64,7 @@ def bullets(text: str) -> list[str]:
 
 
 def highlights(text: str) -> list[str]:
-    """Return the parts of a line between single or double asterisks."""
+    """Return the parts of lines between single or double asterisks."""
     found = re.findall(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*", text)
     return [part for pair in found for part in pair if part.strip()]
 
@@ -74,7 +75,7 @@ def capital_words(text: str) -> list[str]:
 
 
 def divided(text: str, divider: str) -> list[str] | None:
-    """Return the parts between dividers, which may open and close the text; None if two dividers enclose nothing."""
+    """Return the parts between dividers, which may begin and end the text; None if two dividers enclose nothing."""
     first, *inner, last = ["", *text.split(divider), ""]
     parts = [part.strip() for part in inner]
     if any(not part for part in parts[1:-1]):
@@ -83,7 +84,7 @@ def divided(text: str, divider: str) -> list[str] | None:
 
 
 def occurrences(text: str, phrase: str, whole: bool) -> int:
-    """Count a phrase without regard to case; with ``whole`` only where no word continues at either side."""
+    """Count a phrase, ignoring case; with ``whole``, only as whole words."""
     pattern = rf"(?<!\w){re.escape(phrase)}(?!\w)" if whole else re.escape(phrase)
     return len(re.findall(pattern, text, re.IGNORECASE))
 
@@ -100,7 +101,7 @@ def is_json(text: str, fenced: bool = False) -> bool:
 
 
 def is_quoted(text: str) -> bool:
-    """Return whether a text stands in double quotes."""
+    """Return whether a text is enclosed in double quotes."""
     text = text.strip()
     return len(text) > 2 and text[0] == text[-1] == '"'
 
@@ -111,26 +112,26 @@ def has_title(text: str) -> bool:
 
 
 def has_postscript(text: str, marker: str = "P.S.") -> bool:
-    """Return whether a text contains a postscript: its marker, with or without spaces, and text after it."""
+    """Return whether a text contains a postscript: the marker, with or without spaces, and text after it."""
     letters = re.findall(r"\w", marker)
     return bool(re.search(r"\.[^\S\n]?".join(map(re.escape, letters)) + r"\.?\s*[^\s.]", text, re.IGNORECASE))
 
 
 def begins(text: str, phrase: str) -> bool:
-    """Return whether a text begins with a phrase, without regard to case and outer spaces."""
+    """Return whether a text begins with a phrase, ignoring case and outer spaces."""
     return text.strip().lower().startswith(phrase.strip().lower())
 
 
 def ends(text: str, phrase: str, ignored: str = '"') -> bool:
-    """Return whether a text ends with a phrase and any ``ignored`` marks, without regard to case and outer spaces."""
+    """Return whether a text ends with a phrase and any ``ignored`` marks, ignoring case and outer spaces."""
     return text.strip().rstrip(ignored).lower().endswith(phrase.strip().rstrip(ignored).lower())
 
 
 class Instruction(NamedTuple):
-    """One kind of instruction."""
+    """Kind of instruction: its text and its check."""
 
     text: str  # the request, with the arguments' names in braces
-    kept: Callable[..., bool]  # whether a completion keeps it, called with the completion and the arguments by name
+    kept: Callable[..., bool]  # whether a completion follows it; called with the completion and the arguments by name
 
 
 CHECKS: dict[str, Instruction] = {
@@ -168,11 +169,11 @@ CHECKS: dict[str, Instruction] = {
     "no_digits": Instruction("Use no digits.", lambda text: not re.search(r"\d", text)),
     "question": Instruction("End your answer with a question.", lambda text: text.strip().endswith("?")),
 }
-"""Every instruction, by name. A completion without a letter or digit keeps none."""
+"""All instructions by name. A completion without a letter or digit follows none of them."""
 
 
 def with_instruction(prompt: str, name: str, **arguments: Any) -> dict[str, Any]:
-    """Return a row of prompts that asks for an instruction to be kept.
+    """Return a row of prompts with an instruction added to the prompt.
 
     Args:
         prompt: the request itself.
@@ -180,17 +181,17 @@ def with_instruction(prompt: str, name: str, **arguments: Any) -> dict[str, Any]
         arguments: arguments of the instruction.
 
     Raises:
-        DataError: there is no such instruction.
+        DataError: the instruction is unknown.
     """
     asked = f"{prompt.strip()}\n\n{_instruction(name).text.format(**arguments)}"
     return {"prompt": [{"role": "user", "content": asked}], "instruction": name, "arguments": json.dumps(arguments)}
 
 
 class InstructionScorer(Scorer):
-    """1 where a completion keeps its row's instruction, else 0.
+    """Score 1 if a completion follows its row's instruction, else 0.
 
-    The data needs the columns ``instruction`` (a key of `CHECKS`) and ``arguments`` (a mapping, or one as JSON). A row
-    without an instruction has no score.
+    The data needs the columns ``instruction`` (a key of `CHECKS`) and ``arguments`` (a mapping, or a mapping as JSON).
+    A row without an instruction has no score.
     """
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
@@ -200,7 +201,7 @@ class InstructionScorer(Scorer):
 
 
 def kept(completion: str, name: str, arguments: str | Mapping[str, Any] | None) -> bool:
-    """Return whether a completion keeps an instruction.
+    """Return whether a completion follows an instruction.
 
     Raises:
         DataError: the instruction is unknown, or its arguments do not fit.
@@ -294,12 +295,12 @@ INSTRUCTIONS: dict[str, Callable[..., bool]] = {
 
 
 def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] | None = None) -> bool | None:
-    """Return whether a completion follows an instruction; None if that kind cannot be checked.
+    """Return whether a completion follows an instruction; None if this kind cannot be checked.
 
     Args:
-        completion: the text; a blank one follows nothing.
+        completion: the text; a blank text follows no instruction.
         instruction_id: such as ``punctuation:no_comma``.
-        arguments: the instruction's arguments by their published names; None values count as left out.
+        arguments: the instruction's arguments by their published names; None values are ignored.
 
     Raises:
         DataError: the arguments do not fit the kind.
@@ -317,14 +318,14 @@ def follows(completion: str, instruction_id: str, arguments: Mapping[str, Any] |
 
 
 class IFEvalScorer(Scorer):
-    """The share of a row's instructions that its completion follows (instruction-level accuracy of a row).
+    """Share of a row's instructions that its completion follows (instruction-level accuracy of a row).
 
     The data needs IFEval's columns ``instruction_id_list`` and ``kwargs``: a list of ids, and a list of mappings of the
     same length (each may be JSON or null). Kinds that cannot be checked are left out and counted in the metric
-    ``unchecked_instructions``; a row of such kinds alone has no score.
+    ``unchecked_instructions``. A row with only such kinds has no score.
 
     Args:
-        strict: 1 where every checked instruction is followed, else 0 (prompt-level accuracy).
+        strict: score 1 if every checked instruction is followed, else 0 (prompt-level accuracy).
     """
 
     def __init__(self, strict: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Trained reward models as scorers: causal and process reward models; and from what a user names to a scorer."""
+"""Trained causal and process reward models as scorers, and `load_scorer`, which creates a scorer from a user's spec."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ from rlhf_lightning.types import Judgement, MicroBatchLimits, Prompt, Sequences
 
 
 class LearnedScorer(Scorer):
-    """Scores completions with a reward model's folder, relative to the demonstrations' mean score stored in it.
+    """Score completions with a reward model's folder, relative to the stored mean score of demonstrations.
 
-    An adapter's folder is scored on its backbone, quantised as in training. It shares the policy's backbone if that is
-    the same.
+    An adapter's folder is scored on its backbone, quantised as in training. The backbone is shared with the policy if
+    both have the same.
 
     Args:
-        folder: Hugging Face folder with a scalar head, whole or an adapter on its backbone.
-        max_tokens: cells of one forward pass, rows times the longest row.
-        dtype: precision of the weights; null takes the run's, or fp32 without a run.
-        label: of several outputs the one that is the score; null takes the first. All are parts of the judgement.
-        caution: standard deviations to subtract from the score of a model of mean and variance (see
-            `MeanVarianceRewardModule`), so that a policy is not paid for what the model is unsure of.
+        folder: Hugging Face folder with a scalar head, either a full model or an adapter on its backbone.
+        max_tokens: maximum number of positions in a forward pass: rows times the longest row.
+        dtype: precision of the weights; null uses the run's, or fp32 without a run.
+        label: output that is the score, if there are several; null uses the first. All are parts of the judgement.
+        caution: standard deviations to subtract from the score of a model with mean and variance (see
+            `MeanVarianceRewardModule`), so that the policy is not rewarded where the model is uncertain.
 
     Raises:
         ModelError: the folder's model has no trained head, or is an encoder.
-        SettingError: there is no such label, or the model has no variance.
+        SettingError: the label is unknown, or the model has no variance.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class LearnedScorer(Scorer):
         self._model: ScalarModel | None = None
 
     def weights_hash(self) -> str | None:
-        """Return the hash of the reward model's weights, to notice on resume that they have changed."""
+        """Return the hash of the reward model's weights, to detect on resuming that they have changed."""
         return content_hash(self.folder)
 
     @property
     def model(self) -> ScalarModel:
-        """The reward model, frozen; loaded on first use."""
+        """The frozen reward model, loaded on first use."""
         if self._model is None:
             self._model = self._load(LoadSettings())
         return self._model
@@ -113,9 +113,10 @@ class LearnedScorer(Scorer):
         return self
 
     def shares_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Return whether token ids mean the same to both, so that completions need not be encoded again.
+        """Return whether both tokenizers give the same token ids, so that completions need no second encoding.
 
-        A completion that a stop string ended is: its text, without the stop string, gets the end token.
+        With stop strings the answer is False: the text of a completion ended by a stop string lacks it, and gets the
+        end token instead.
         """
         mine, theirs = self.tokenizer, tokenizer
         args = tokenization.template_args_of
@@ -124,12 +125,12 @@ class LearnedScorer(Scorer):
         return same and mine.get_vocab() == theirs.get_vocab()
 
     def has_rows_for(self, sequences: Sequences) -> bool:
-        """Return whether each token has an embedding; vocabularies of a family are padded to different sizes."""
+        """Return whether each token has an embedding; models of a family pad their vocabularies to different sizes."""
         rows = vocabulary_rows(self.model.model)
         return all(int(ids.max()) < rows for ids in (*sequences.prompts, *sequences.completions) if len(ids))
 
     def score_of(self, outputs: Tensor) -> Tensor:
-        """Return the score of a reward model of several outputs: the one that ``label`` names, less the caution.
+        """Return the score from several outputs: the output named by ``label``, minus ``caution`` standard deviations.
 
         Args:
             outputs: shape (completions, outputs), in the order of ``output_names``.
@@ -143,7 +144,7 @@ class LearnedScorer(Scorer):
         return (self.score_of(outputs) if self.output_names else outputs) - self.model.bias
 
     def judge_sequences(self, sequences: Sequences) -> Tensor | list[Judgement]:
-        """Return the scores of tokenized completions; several outputs become the parts of judgements."""
+        """Return the scores of tokenized completions, or judgements with the outputs as parts if there are several."""
         if not self.output_names:
             return self.score_sequences(sequences)
         outputs = self.outputs_of(sequences)
@@ -171,24 +172,25 @@ class LearnedScorer(Scorer):
 
 
 class ProcessScorer(Scorer):
-    """Scores a completion by its steps' probabilities of being right: the minimum, the product, or the last.
+    """Score a completion by the probabilities that its steps are right: the minimum, the product, or the last.
 
-    The product is the probability that every step is right if errors are independent (arXiv 2305.20050, Appendix F);
-    the minimum does not fall with the number of steps. An empty completion has one empty step.
+    The product is the probability that every step is right if errors are independent (arXiv 2305.20050, Appendix F).
+    The minimum does not decrease with the number of steps alone. An empty completion has one empty step.
 
-    With ``credit`` "steps" the reward of step k is the aggregate of the steps up to k less that of the steps before it.
-    These sum to the score, so that a policy gradient has the same return, and learns at which step it was lost.
+    With ``credit`` "steps" the reward of step k is the aggregate over the steps up to k minus the aggregate over the
+    steps before k. These rewards sum to the score. So a policy gradient has the same return, and learns at which step
+    the score dropped.
 
     Args:
         folder: process reward model's folder.
         aggregate: how step probabilities become one score: "min", "product" or "last".
-        credit: where the score lies: "completion" on the last token, "steps" on the last token of each step.
-        separator: separator of the steps; null takes the one of training.
-        max_tokens: cells of one forward pass, rows times the longest row.
+        credit: position of the reward: "completion" on the last token, "steps" on the last token of each step.
+        separator: separator of the steps; null uses the separator of training.
+        max_tokens: maximum number of positions in a forward pass: rows times the longest row.
         dtype: precision of the weights.
 
     Raises:
-        SettingError: there is no such aggregate, or no separator is known.
+        SettingError: the aggregate is unknown, or no separator is known.
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class ProcessScorer(Scorer):
         return self
 
     def steps_of(self, completion: str) -> list[str]:
-        """Return the steps of a completion; consecutive separators leave no empty step."""
+        """Return the steps of a completion; consecutive separators create no empty step."""
         return [part for part in completion.split(self.separator) if part.strip()] or [completion]
 
     @torch.no_grad()
@@ -251,7 +253,7 @@ class ProcessScorer(Scorer):
         return [self._by_step(logs[row == number], text) for number, text in enumerate(completions)]
 
     def _by_step(self, logs: Tensor, completion: str) -> Judgement:
-        """Return a completion's score, with its rise at each step."""
+        """Return a completion's score, with the change of the score at each step as span rewards."""
         prefixes = torch.cat([logs[: step + 1] for step in range(len(logs))])
         rows = torch.arange(len(logs)).repeat_interleave(torch.arange(1, len(logs) + 1))
         so_far = [0.0, *aggregated_steps(prefixes, rows, len(logs), self.aggregate).exp().tolist()]
@@ -285,10 +287,10 @@ def encoded_sequences(
 
 
 def refuse_untrained_head(folder: str) -> None:
-    """Refuse a model without trained weights of a scalar head: transformers would draw a random one.
+    """Refuse a model without trained weights of a scalar head, since transformers would initialise a random head.
 
     Raises:
-        ModelError: the folder's weights have no head, or a hub id's config names no sequence classifier.
+        ModelError: the folder's weights have no head, or the config of a hub id names no sequence classifier.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -316,13 +318,13 @@ def load_scorer(spec: Any) -> Scorer:
     """Return the scorer that ``spec`` describes.
 
     Args:
-        spec: folder or hub id of a reward model or process reward model; or what `loading.load` takes: a Scorer or a
-            function, a class of this room such as ``MathAnswerScorer``, an import path such as ``my_scores.brevity``,
-            or ``{"class_path": ..., "init_args": {...}}``.
+        spec: folder or hub id of a reward model or process reward model; or a spec for `loading.load`: a Scorer or a
+            function, a class of this package such as ``MathAnswerScorer``, an import path such as
+            ``my_scores.brevity``, or ``{"class_path": ..., "init_args": {...}}``.
 
     Raises:
         SettingError: see `loading.load`.
-        MissingError: there is no such folder.
+        MissingError: the folder does not exist.
     """
     spec = str(spec) if isinstance(spec, Path) else spec
     if isinstance(spec, str) and ".py" in (Path(spec).suffix, Path(spec.partition(":")[0]).suffix):

@@ -1,4 +1,4 @@
-"""Monitors: a second judgement of completions that looks for reward hacking, and acts on the score."""
+"""Monitors: a second scorer that detects reward hacking and changes the score of suspicious completions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from rlhf_lightning.types import MicroBatchLimits, Prompt, Rollout
 
 
 class NoisyTruth(Scorer):
-    """A ground truth of 0 and 1 with a set error rate: each answer is flipped with that probability.
+    """Ground truth of 0 and 1 with a given error rate: each answer is flipped with that probability.
 
-    The flips are a function of seed, prompt and completion, so they do not depend on batches, ranks or resumes.
+    The flips depend only on seed, prompt and completion, so they do not depend on batches, ranks or resuming.
 
     Args:
-        truth: what `load_scorer` takes; 1 is a hack, 0 is none.
+        truth: spec for `load_scorer`; 1 is a hack, 0 is none.
         error_rate: probability of a wrong answer, in [0, 0.5].
         seed: seed of the flips.
     """
@@ -56,20 +56,20 @@ class NoisyTruth(Scorer):
 
 
 class LinearProbe(Scorer):
-    """A linear probe on the policy's hidden states: the probability that a completion is a hack.
+    """Linear probe on the policy's hidden states: the probability that a completion is a hack.
 
-    The features are the means of a layer's states that predict the completion's tokens. A logistic regression is fitted
-    to labelled samples, and fitted again as the policy changes: the state holds what resumes it.
+    The features are means of a layer's hidden states at the positions that predict the completion's tokens. A logistic
+    regression is fitted to labelled samples, and fitted again as the policy changes. The fit is saved in checkpoints.
 
     Args:
         labelled: JSON Lines of samples with ``prompt``, ``completion`` (text) and ``label`` (true for a hack).
         layer: number of the decoder layer; -1 is the last.
         every: rollouts between two fits; null fits once, on the policy that training starts from.
         penalty: L2 penalty of the standardised weights, relative to the number of samples.
-        max_tokens: cells of one forward pass.
+        max_tokens: maximum number of positions in a forward pass.
 
     Raises:
-        DataError: a row lacks one of the three, or all labels are equal.
+        DataError: a row lacks one of the three fields, or all labels are equal.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class LinearProbe(Scorer):
         self.rollouts = 0
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Keep the policy, whose states are read.
+        """Keep the policy, whose hidden states the probe reads.
 
         Raises:
             SettingError: the policy's weights are sharded.
@@ -110,7 +110,7 @@ class LinearProbe(Scorer):
         return torch.sigmoid(self.features(prompts, completions) @ self.weights[:-1] + self.weights[-1])
 
     def _fitted(self, features: Tensor) -> Tensor:
-        """Return weights and bias of the regression on standardised features, for the features as they are."""
+        """Return weights and bias for raw features, from a regression on standardised features."""
         mean, spread = features.mean(0), features.std(0).clamp_min(1e-12)
         design = torch.cat([(features - mean) / spread, torch.ones(len(features), 1)], -1)
         ridge = torch.full((design.shape[1],), self.penalty * len(features), dtype=torch.float64)
@@ -121,7 +121,7 @@ class LinearProbe(Scorer):
 
     @torch.no_grad()
     def features(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Return the mean state of each completion, fp64, shape (completions, hidden size)."""
+        """Return the mean hidden state of each completion, fp64, shape (completions, hidden size)."""
         if self.policy is None:
             raise StateError(
                 "probe-without-policy", "LinearProbe reads the policy of a run: use it as a scorer of `rlhf fit`"
@@ -141,7 +141,7 @@ class LinearProbe(Scorer):
         return torch.stack([found[row] for row in range(len(completions))])
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Forget the fit if another is due; the next completions are judged by a new one."""
+        """Drop the fit if a new one is due; the next call of the scorer fits again."""
         self.rollouts += 1
         if self.every is not None and self.rollouts % self.every == 0:
             self.weights = None
@@ -154,27 +154,29 @@ class LinearProbe(Scorer):
 
 
 class Monitor(ScorerGroup):
-    """Another scorer, with a monitor that looks for reward hacking and acts where it suspects it.
+    """Scorer combined with a monitor that detects reward hacking and acts on flagged completions.
 
-    The monitor is any scorer whose score is a suspicion in [0, 1]: a rule, a judge, a `LinearProbe`, or a `NoisyTruth`.
-    A completion is flagged from the threshold on. What the monitor cannot judge is not flagged.
+    The monitor is any scorer that returns a suspicion in [0, 1]: a rule, a judge, a `LinearProbe`, or a `NoisyTruth`. A
+    completion is flagged if its suspicion is at least ``threshold``. A completion that the monitor cannot judge is not
+    flagged.
 
-    Actions: ``penalty`` subtracts ``penalty`` from the score of a flagged completion; ``screen`` gives it no score, so
-    that nothing is learned from it; ``stop`` ends the run after a rollout with a share of flagged completions of at
-    least ``stop_at``; ``watch`` does nothing.
+    Actions: ``penalty`` subtracts ``penalty`` from the score of a flagged completion; ``screen`` removes its score, so
+    that it is not learned from; ``stop`` ends the run after a rollout with a share of flagged completions of at least
+    ``stop_at``; ``watch`` only logs.
 
-    Metrics: ``monitor_flagged``. With ``truth``, which never acts, also ``hack_rate``, and the monitor's
-    ``monitor_precision`` (hacks among the flagged), ``monitor_recall`` (flagged among the hacks) and ``monitor_auroc``
-    (probability that a hack is more suspicious than an honest completion scored at the same time; ties count a half).
+    Metrics: ``monitor_flagged``. With ``truth`` (which never changes a score) also ``hack_rate``, and the monitor's
+    ``monitor_precision`` (share of hacks among the flagged), ``monitor_recall`` (share of flagged among the hacks) and
+    ``monitor_auroc`` (probability that a hack has a higher suspicion than an honest completion of the same call; ties
+    count a half).
 
     Args:
-        scorer: what scores: what `load_scorer` takes.
-        monitor: what suspects.
+        scorer: the scorer, as a spec for `load_scorer`.
+        monitor: scorer that returns the suspicion.
         action: penalty, screen, stop or watch.
-        threshold: suspicion from which a completion is flagged.
+        threshold: minimum suspicion of a flagged completion.
         penalty: subtracted from the score of a flagged completion, with the action penalty.
-        stop_at: share of flagged completions, with the action stop.
-        truth: 1 for a hack and 0 for none, to measure the monitor by; null measures nothing.
+        stop_at: share of flagged completions that ends the run, with the action stop.
+        truth: scorer that returns 1 for a hack and 0 otherwise, to evaluate the monitor; null evaluates nothing.
 
     Raises:
         SettingError: the action is unknown, or a number is out of range.
@@ -233,7 +235,7 @@ class Monitor(ScorerGroup):
         )
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Tell the members; end the run where the monitor suspects too many completions.
+        """Notify the members; end the run if too many completions are flagged.
 
         Raises:
             StateError: with the action stop, the share of flagged completions is ``stop_at`` or more.
@@ -249,5 +251,5 @@ class Monitor(ScorerGroup):
 
 
 def _above(value: float, others: Sequence[float]) -> float:
-    """Return the share of other values that are lower; equal ones count a half."""
+    """Return the share of other values that are lower; equal values count a half."""
     return sum((value > other) + 0.5 * (value == other) for other in others) / len(others)

@@ -1,4 +1,4 @@
-"""A scorer behind an address: a reward model or a judge on another machine."""
+"""Scorer on a server: a reward model or a judge on another machine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from rlhf_lightning.types import Judgement, Prompt
 
 
 class RemoteScorer(Scorer):
-    """Asks a server for scores, in batches.
+    """Request scores from a server, in batches.
 
     A request is a POST of ``{"prompts": [...], "completions": [...], "columns": {name: [...]}}``, with one entry per
-    completion in each list (a prompt is text or a list of messages). The answer is ``{"scores": [...]}``: for each a
-    number, null where the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
-    ``token_rewards`` ...). A server that is away or busy is asked again. A call takes at most (retries + 1) * timeout
-    and the waits, which double from ``wait`` up to a minute each. `FaultTolerant` continues without scores then.
+    completion in each list (a prompt is text or a list of messages). The response is ``{"scores": [...]}``. Each score
+    is a number, null if the server cannot judge, or an object with the fields of a `Judgement` (``score``, ``parts``,
+    ``token_rewards`` ...). Requests to an unreachable or busy server are retried. A call takes at most (retries + 1) *
+    timeout plus the waits, which double from ``wait`` up to a minute each. Use `FaultTolerant` to continue without
+    scores after that.
 
     Args:
-        url: where requests go, such as ``http://host:8000/score``.
-        batch_size: completions of one request.
-        requests: requests in flight at a time.
+        url: address of the requests, such as ``http://host:8000/score``.
+        batch_size: completions per request.
+        requests: number of concurrent requests.
         timeout: time limit of one request, seconds.
-        retries: repetitions of a request after a lost connection, a timeout or a busy server.
-        wait: wait before the first repetition, seconds.
-        api_key: name of the environment variable that holds the server's key; null sends none.
+        retries: retries of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first retry, seconds.
+        api_key: name of the environment variable with the server's API key; null sends none.
 
     Raises:
         SettingError: the address is invalid, or a number is out of range.
@@ -53,8 +54,8 @@ class RemoteScorer(Scorer):
         """Return the server's scores.
 
         Raises:
-            ServerError: the server cannot be reached, refuses, or its answer holds no scores.
-            BadScoresError: the number of scores is wrong, or one is neither a finite number, null nor a judgement.
+            ServerError: the server cannot be reached, refuses, or its response has no scores.
+            BadScoresError: the number of scores is wrong, or a score is neither a finite number, null nor a judgement.
         """
         rows = range(0, len(completions), self.batch_size)
         bodies = [
@@ -98,7 +99,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def _score(value: Any) -> float | None | Judgement:
-    """Read a number, null or an object with the fields of a `Judgement`; errors repeat none of the server's words."""
+    """Read a number, null or an object with the fields of a `Judgement`; errors never quote the server's text."""
     if not isinstance(value, dict):
         return None if value is None else finite(value)
     if not value.keys() <= FIELDS.keys() or "score" not in value:

@@ -1,4 +1,4 @@
-"""Language models as judges of single completions: by the criteria of a rubric, or against a reference answer."""
+"""Language models that judge single completions: by the criteria of a rubric, or against a reference answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlhf_lightning.scoring.scorer import Scorer, Scores, column
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 GOLD = "gold"
-"""Name of the part that holds the second judge's score."""
+"""Name of the part with the second judge's score."""
 
 VERDICT = Wording(answer="The right verdict is (")
 ASKED = """\
@@ -50,25 +50,27 @@ Criterion = Mapping[str, Any]
 
 
 class RubricScorer(Scorer):
-    r"""Rubrics as rewards (Gunjal et al., 2507.17746): a judge says which criteria a completion meets.
+    r"""Rubrics as rewards (Gunjal et al., 2507.17746): a judge decides which criteria a completion meets.
 
     With explicit aggregation score = sum_j w_j c_j / sum_j |w_j|. c_j = p(A) / (p(A) + p(B)) is the judge's probability
-    that criterion j is met, one question a criterion; a judge that names a letter alone gives 0 or 1. A negative weight
-    marks a fault. A criterion with a ``name`` is a part of the judgement. Criteria that are more likely missed than
-    met, and faults more likely made than not, are its feedback. A completion with a criterion that gets no answer
-    cannot be judged. With implicit aggregation the judge reads all criteria at once, and the score is its probability
-    that they are met as a whole: one question a completion, without parts and feedback.
+    that criterion j is met, from one question per criterion. A judge that answers only with a letter gives 0 or 1. A
+    negative weight marks a fault. A criterion with a ``name`` is a part of the judgement. The feedback lists criteria
+    that are probably not met, and faults that are probably present. If a criterion gets no answer, the completion has
+    no score.
+
+    With implicit aggregation the judge reads all criteria at once, and the score is its probability that they are met
+    as a whole: one question per completion, without parts and feedback.
 
     Args:
-        judge: what `load_judge` takes: a model's folder, the address of an OpenAI-compatible server, ...
+        judge: spec for `load_judge`: a model's folder, the address of an OpenAI-compatible server, ...
         judge_args: further arguments of the judge, such as ``model`` and ``read`` of a server.
-        criteria: the rubric of all rows: a list, or a JSON file with one; null reads the column ``rubric`` of each row.
-            A criterion is a text, or {criterion: ..., weight: ..., name: ...}; a rubric may also be one text.
-        gold: a second judge, whose score is the part ``gold``: measured, and not learned from.
+        criteria: the rubric of all rows: a list, or a JSON file with a list; null reads the column ``rubric`` of each
+            row. A criterion is a text, or {criterion: ..., weight: ..., name: ...}; a rubric may also be one text.
+        gold: a second judge, whose score is the part ``gold``; it is logged and not learned from.
         gold_args: further arguments of the second judge.
-        aggregation: "explicit" asks one question a criterion, "implicit" one a completion.
-        dropout: probability that a criterion is left out of a training rollout, at least one excepted. The completions
-            of a prompt are judged by the same criteria; the second judge, and evaluation, read all of them.
+        aggregation: "explicit" asks one question per criterion, "implicit" one per completion.
+        dropout: probability of leaving out each criterion in a training rollout; at least one criterion is kept. The
+            completions of a prompt are judged by the same criteria. The second judge and evaluation use all criteria.
         seed: seed of the dropout.
 
     Raises:
@@ -120,11 +122,11 @@ class RubricScorer(Scorer):
         return [one._replace(feedback=None) for one in found] if self.aggregation == "implicit" else found
 
     def _kept(self, rubric: list[Criterion], prompt: Prompt) -> list[Criterion]:
-        """Return the criteria that a training rollout judges a prompt's completions by."""
+        """Return the criteria that a prompt's completions are judged by in this training rollout."""
         if not (self.dropout and scorer.LEARNING):
             return rubric
         said = json.dumps([self.seed, self.rollouts, prompt], sort_keys=True, default=str)
-        draws = random.Random(said)  # a function of seed, rollout and prompt: equal on all ranks, and after a resume
+        draws = random.Random(said)  # depends on seed, rollout and prompt: equal on all ranks, and after resuming
         chances = [draws.random() for _ in rubric]
         kept = [one for one, chance in zip(rubric, chances, strict=True) if chance >= self.dropout and one["weight"]]
         return kept or [max(zip(chances, rubric, strict=True), key=lambda pair: (bool(pair[1]["weight"]), pair[0]))[1]]
@@ -142,12 +144,12 @@ class RubricScorer(Scorer):
 class WinRateScorer(Scorer):
     """Probability that a judge prefers the completion to the row's reference answer, averaged over both orders.
 
-    0.5 for a completion that equals the reference. A completion whose comparison gets no answer cannot be judged.
+    A completion equal to the reference scores 0.5. If a comparison gets no answer, the completion has no score.
 
     Args:
-        judge: what `load_judge` takes: a model's folder, the address of an OpenAI-compatible server, ...
+        judge: spec for `load_judge`: a model's folder, the address of an OpenAI-compatible server, ...
         judge_args: further arguments of the judge.
-        reference: column of the data that holds the reference answer.
+        reference: data column with the reference answer.
         question: asks which of two answers is better.
     """
 
@@ -181,7 +183,7 @@ class WinRateScorer(Scorer):
 
 
 def _first(answers: Sequence[JudgeAnswer]) -> Tensor:
-    """Return the probability that the first option wins, shape (answers,); meaningless where there is no answer."""
+    """Return the probability that the first option wins, shape (answers,); arbitrary where there is no answer."""
     known = [(0.0, 0.0) if one.failure else (one.first_logprob, one.second_logprob) for one in answers]
     logprobs = torch.tensor(known, dtype=torch.float64).view(-1, 2)
     return preference_probability(logprobs[:, 0], logprobs[:, 1])
@@ -198,7 +200,7 @@ def checked_rubric(given: Any) -> list[Criterion]:
     """Return a rubric as a list of criteria with weights.
 
     Raises:
-        DataError: it is empty, or a criterion has no text or a weight that is not a finite number.
+        DataError: the rubric is empty, or a criterion has no text or a weight that is not a finite number.
     """
     listed = [given] if isinstance(given, str | Mapping) else given
     if not isinstance(listed, Sequence) or not listed:
@@ -218,7 +220,7 @@ def checked_rubric(given: Any) -> list[Criterion]:
 
 
 def as_a_whole(rubric: Sequence[Criterion]) -> str:
-    """Return a rubric as one criterion."""
+    """Return a rubric merged into one criterion."""
     lines = [
         f"- {'avoid: ' if one['weight'] < 0 else ''}{one['criterion']} (weight {abs(one['weight']):g})"
         for one in rubric
@@ -234,7 +236,7 @@ def question(prompt: Prompt, completion: str, criterion: str) -> Question:
 
 
 def met(judge: Judge, asked: Sequence[Question], rubrics: Sequence[Sequence[Criterion]]) -> list[list[float] | None]:
-    """Return the probability that each criterion of each rubric is met; None where one of them got no answer."""
+    """Return the probability that each criterion of each rubric is met; None for a rubric with a missing answer."""
     answers = checked_answers(judge, asked)
     shares, found, first = _first(answers).tolist(), [], 0
     for rubric in rubrics:
@@ -245,7 +247,7 @@ def met(judge: Judge, asked: Sequence[Question], rubrics: Sequence[Sequence[Crit
 
 
 def judgement(rubric: Sequence[Criterion], shares: Sequence[float] | None) -> Judgement:
-    """Return the weighted share of the criteria that are met, with the named ones as parts and faults in words."""
+    """Return the weighted share of met criteria as the score, with named criteria as parts and faults as feedback."""
     if shares is None:
         return Judgement(None)
     met_here = list(zip(rubric, shares, strict=True))

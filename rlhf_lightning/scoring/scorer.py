@@ -1,4 +1,4 @@
-"""The contract of scoring: text in, scores or judgements out; and how scorers are loaded and their scores checked."""
+"""Base class of scorers (text in, scores or judgements out), and functions that load scorers and check scores."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.types import Judgement, Prompt, Rollout
 
 Scores = Sequence[float | None | Judgement] | Tensor
-"""One number or `Judgement` per completion; None where the completion cannot be judged."""
+"""One number or `Judgement` per completion; None if the completion cannot be judged."""
 
 RESERVED_PARTS = ("std", "squared", "missing")
-"""Names that no part of a `Judgement` may have: the metric ``rollout/score_NAME`` has another meaning."""
+"""Names that a part of a `Judgement` must not have: the metric ``rollout/score_NAME`` has another meaning."""
 
 
 LONGEST_PART_NAME = 100
 
 LARGEST_SCORE = 1e6
-"""Scores beyond this are warned of."""
+"""Scores with a larger absolute value cause a warning."""
 
 
 class Judgements(NamedTuple):
-    """Checked judgements of some completions, one tensor for each number.
+    """Checked judgements of several completions, as tensors.
 
     Attributes:
-        scores: fp32, shape (completions,), NaN where a completion cannot be judged.
-        parts: fp32 by name, shape (completions,), NaN where a completion has none.
-        token_rewards: fp32, one tensor per completion; empty where no completion has any.
-        feedback: one text per completion, or None; empty where no completion has any.
-        span_rewards: (start, end, reward) of spans of each completion's text; empty where no completion has any.
+        scores: fp32, shape (completions,), NaN if a completion cannot be judged.
+        parts: fp32 by name, shape (completions,), NaN if a completion lacks the part.
+        token_rewards: fp32, one tensor per completion; empty if there are none.
+        feedback: one text per completion, or None; empty if there is none.
+        span_rewards: (start, end, reward) of spans of each completion's text; empty if there are none.
     """
 
     scores: Tensor
@@ -70,17 +70,17 @@ class Judgements(NamedTuple):
 
 
 GoldReward = Callable[[Prompt, str], float]
-"""True value of a completion, for simulated judges and annotators."""
+"""True score of a completion, for simulated judges and annotators."""
 
 
 class Measured:
-    """Values per completion, collected under fixed names until they are taken."""
+    """Metric values per completion under fixed names, collected until `take` is called."""
 
     def __init__(self, *names: str) -> None:
         self._values: dict[str, list[float]] = {name: [] for name in names}
 
     def add(self, name: str, values: Sequence[float | None]) -> None:
-        """Add one value per completion; None values do not count."""
+        """Add one value per completion; None values are not counted."""
         self._values[name] += [math.nan if value is None else float(value) for value in values]
 
     def take(self) -> dict[str, Tensor]:
@@ -91,34 +91,34 @@ class Measured:
 
 
 class Scorer:
-    """A callable that scores completions. Any function with this signature serves as well.
+    """A callable that scores completions. Any function with this signature works too.
 
-    A subclass that needs a device or weights overrides ``to`` and ``load_beside``; one with networks names them in
-    ``models``; one that measures more than its judgements sets ``measured``. State that changes during training (a
-    running mean, a multiplier) moves in ``on_rollout_end`` and is saved by ``state_dict``. State that moves while
-    scoring is restored after sample tables and validation, and differs between ranks.
+    A subclass that needs a device or weights overrides ``to`` and ``load_beside``. A subclass with networks lists them
+    in ``models``. A subclass with additional metrics sets ``measured``. State that changes during training (a running
+    mean, a multiplier) is updated in ``on_rollout_end`` and saved by ``state_dict``. State that changes while scoring
+    is restored after sample tables and validation, and differs between ranks.
     """
 
     measured = Measured()
-    """Further metrics of the completions; `take_metrics` returns them."""
+    """Additional metrics of the completions; `take_metrics` returns them."""
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """The networks it scores with, which a sharded run shards."""
+        """The networks used for scoring; a sharded run shards them."""
         return ()
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Return one number or `Judgement` per completion; None where it cannot be judged (not where it is bad).
+        """Return one number or `Judgement` per completion; None if it cannot be judged (not if it is bad).
 
         Args:
-            prompts: each prompt as the data gave it.
+            prompts: each prompt in the form of the data: text or messages.
             completions: text of each completion, without the end token.
-            columns: further columns of the data, one value per completion.
+            columns: other columns of the data, one value per completion.
         """
         raise undefined(self, "__call__")
 
     def load_beside(self, policy: CausalLM | None, settings: LoadSettings) -> None:
-        """Load what scoring needs. A scorer made of others passes this on to them.
+        """Load the models needed for scoring. A scorer that contains other scorers must call this method on them.
 
         Args:
             policy: model whose backbone may be shared; None if its weights are sharded.
@@ -130,46 +130,46 @@ class Scorer:
         return self
 
     def weights_hash(self) -> str | None:
-        """Identify the weights behind the scores, those of the scorers and judges that this one asks included.
+        """Return an identifier of the weights used for scoring, including those of inner scorers and judges.
 
-        A resumed run compares them. None if there are none on this machine.
+        It is compared when a run is resumed. None if there are no weights on this machine.
         """
         asked = {name: value for name, value in vars(self).items() if hasattr(value, "weights_hash")}
         found = {name: one for name, value in asked.items() if (one := value.weights_hash()) is not None}
         return str(sorted(found.items())) if found else None
 
     def take_metrics(self) -> dict[str, Tensor]:
-        """Return metrics since the last call, one value per scored completion; NaN values do not count.
+        """Return metrics since the last call, one value per scored completion; NaN values are not counted.
 
-        On-policy modules log the mean of each as ``rollout/<name>``. Always return the same names, without values if
-        nothing was scored: every rank must log the same.
+        On-policy modules log the mean of each metric as ``rollout/<name>``. Always return the same names, with empty
+        values if nothing was scored, since every rank must log the same metrics.
         """
         return self.measured.take()
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move the scorer's state after a training rollout and its updates, never after sample tables or validation.
+        """Update the scorer's state after a training rollout and its updates, not after sample tables or validation.
 
         Args:
             rollout: this rank's episodes.
-            means: means over all ranks, equal on each: ``score``, ``score_NAME`` of each part, ``kl``,
-                ``completion_length`` and everything else that is logged as ``rollout/<name>``. State that only they
-                move stays equal on all ranks.
+            means: means over all ranks, equal on each rank: ``score``, ``score_NAME`` of each part, ``kl``,
+                ``completion_length`` and all other values logged as ``rollout/<name>``. State that is updated only from
+                these means stays equal on all ranks.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that later scores depend on, in plain values and tensors."""
+        """Return the state that later scores depend on, as plain values and tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that ``state_dict`` returned.
 
         Args:
-            state: this rank's state; after a change of the number of ranks, the first rank's.
+            state: this rank's state; if the number of ranks changed, the state of rank 0.
         """
 
 
 class ZeroScorer(Scorer):
-    """Scores every completion 0, for objectives that do not learn from scores."""
+    """Score every completion 0, for objectives that do not learn from scores."""
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
@@ -178,7 +178,7 @@ class ZeroScorer(Scorer):
 
 
 class FunctionScorer(Scorer):
-    """A plain function, called as ``function(prompts, completions, **columns)``, as a scorer."""
+    """Wrap a plain function as a scorer, called as ``function(prompts, completions, **columns)``."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         refuse_other_calls(function)
@@ -189,7 +189,7 @@ class FunctionScorer(Scorer):
 
 
 def refuse_other_calls(function: Callable[..., Any]) -> None:
-    """Refuse a model, and a function that cannot be called as a scorer is.
+    """Refuse a model, and a function that does not accept the arguments of a scorer.
 
     Raises:
         SettingError: ``scorer-call``.
@@ -201,7 +201,7 @@ def refuse_other_calls(function: Callable[..., Any]) -> None:
         )
     try:
         signature = inspect.signature(function)
-    except ValueError:  # a function of C without one
+    except ValueError:  # a C function without a signature
         return
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = [one for one in signature.parameters.values() if one.kind in kinds]
@@ -219,11 +219,11 @@ def refuse_other_calls(function: Callable[..., Any]) -> None:
 def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
     """Return scores as fp32, shape (count,), on the CPU; None becomes NaN.
 
-    A scorer that returns NaN itself is refused: NaN is a number that went wrong, not a completion that cannot be
-    judged.
+    A scorer that returns NaN is refused, since NaN means a failed computation. For a completion that cannot be judged
+    it must return None.
 
     Raises:
-        BadScoresError: the number of scores is wrong, or one is not a number, NaN or infinite.
+        BadScoresError: the number of scores is wrong, or a score is not a number, NaN or infinite.
     """
     if isinstance(scores, Sequence) and any(isinstance(score, Judgement) for score in scores):
         scores = [score.score if isinstance(score, Judgement) else score for score in scores]
@@ -259,7 +259,7 @@ def checked_scores(scores: Scores, count: int, name: str) -> Tensor:
 
 
 def _numbers(values: Any, wanted: str) -> Tensor:
-    """Return numbers as fp32 on the CPU, a column of shape (n, 1) as (n,); ``wanted`` begins the refusal."""
+    """Return numbers as fp32 on the CPU; shape (n, 1) becomes (n,). ``wanted`` begins the error message."""
     try:
         found = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -274,11 +274,11 @@ def call_scorer(
     columns: Mapping[str, Sequence[Any]],
     name: str,
 ) -> Scores:
-    """Return a scorer's answer, unchecked.
+    """Return a scorer's result, unchecked.
 
     Raises:
-        ContractError: the scorer called sys.exit, which must not end a run as a success.
-        MissingColumnError: a function asked for a column that the data lacks.
+        ContractError: the scorer called sys.exit, which must not end the run as a success.
+        MissingColumnError: a function reads a column that the data lacks.
     """
     try:
         given = scorer(prompts, completions, **columns)
@@ -325,7 +325,7 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
     scores = checked_scores([one.score for one in each], count, name)
     parts = {}
     names = {part for one in each for part in one.parts}
-    for part in names:  # they become names of metrics, in files and on terminals
+    for part in names:  # part names become metric names, in files and on terminals
         if not isinstance(part, str) or not part.isprintable() or not 0 < len(part) <= LONGEST_PART_NAME:
             raise ContractError(
                 "part-name", f"{name} calls a part {part!r:.200}; use up to {LONGEST_PART_NAME} printable characters"
@@ -351,7 +351,7 @@ def checked_judgements(given: Scores, count: int, name: str) -> Judgements:
 
 
 def _spans(given: Any, name: str) -> list[tuple[int, int, float]]:
-    """Return span rewards, checked."""
+    """Return checked span rewards."""
     try:
         spans = [(index(start), index(end), float(reward)) for start, end, reward in given]
     except (TypeError, ValueError, OverflowError):
@@ -366,12 +366,12 @@ def _spans(given: Any, name: str) -> list[tuple[int, int, float]]:
 
 
 LEARNING = False
-"""Whether the completions that are judged now are learned from; see `learning`."""
+"""Whether completions are currently judged for training; see `learning`."""
 
 
 @contextlib.contextmanager
 def learning() -> Iterator[None]:
-    """Say that the completions judged meanwhile are learned from, for scorers that are noisy on purpose only then."""
+    """Mark completions judged inside this context as training samples, for scorers that add noise only in training."""
     global LEARNING
     LEARNING = True
     try:
@@ -382,7 +382,7 @@ def learning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmoved(scorer: Any) -> Iterator[None]:
-    """Restore a scorer's state afterwards: sample tables and validation must not change a run."""
+    """Restore a scorer's state on exit, so that sample tables and validation do not change a run."""
     before = copy.deepcopy(scorer.state_dict()) if isinstance(scorer, Scorer) else {}
     try:
         yield
@@ -403,7 +403,7 @@ def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> S
     """Return a column of the data.
 
     Raises:
-        MissingColumnError: it is missing.
+        MissingColumnError: the column is missing.
     """
     if name not in columns:
         found = ", ".join(columns) or "none"
@@ -416,7 +416,7 @@ def column(columns: Mapping[str, Sequence[Any]], name: str, scorer: Scorer) -> S
 
 
 def load_gold_reward(spec: str | GoldReward) -> GoldReward:
-    """Return a function ``(prompt, completion) -> number``, or the one at an import path.
+    """Return the function ``(prompt, completion) -> number`` given directly or by import path.
 
     Raises:
         SettingError: see `loading.load`.

@@ -1,4 +1,4 @@
-"""Judges by name, and a judge that reads critiques or a debate before it answers."""
+"""Load judges by name, and a judge that reads critiques or a debate before it answers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rlhf_lightning.tokenization import load_tokenizer
 
 
 def load_judge(spec: str | Judge, arguments: Mapping[str, Any] | None = None) -> Judge:
-    """Return the judge that ``spec`` names.
+    """Return the judge that ``spec`` describes.
 
     Args:
         spec: a judge; a model's folder, .gguf file or hub id (`LocalJudge`); the address of an OpenAI-compatible server
-            (`RemoteJudge`, which needs the argument ``model``); a class of this room; or the import path of a class,
-            such as ``my_judge.MyJudge``, whose objects answer a sequence of questions.
+            (`RemoteJudge`, which needs the argument ``model``); a class of this package; or the import path of a class
+            such as ``my_judge.MyJudge`` with instances that answer a sequence of questions.
         arguments: arguments of the class.
 
     Raises:
@@ -66,18 +66,18 @@ Two answers to the end of this conversation are compared.
 
 
 class CritiqueJudge:
-    """A judge that reads what a model writes about both answers before it answers: critiques, or a debate.
+    """Judge that first reads critiques of both answers, or a debate about them, written by a model.
 
-    Without rounds the writer names the faults of each answer (arXiv 2206.05802). With rounds it argues for (A) and for
-    (B) in each of them, and knows what was said before (debate, arXiv 1805.00899). It writes greedily. Where the
-    conversation leaves no room to write, the judge reads the answers alone.
+    Without rounds the writer lists the faults of each answer (arXiv 2206.05802). With rounds it argues for (A) and for
+    (B) in each round, and reads the earlier arguments (debate, arXiv 1805.00899). It decodes greedily. If the context
+    length leaves no room to write, the judge reads only the answers.
 
     Args:
-        judge: the judge, as `load_judge` takes it.
-        writer: what writes: a folder, .gguf file or hub id; or an object that continues prompts, see `judge.Writer`.
+        judge: the judge, as a spec for `load_judge`.
+        writer: the writer: a folder, .gguf file or hub id; or an object that continues prompts, see `judge.Writer`.
         judge_args: arguments of the judge's class.
         rounds: rounds of the debate; 0 for critiques.
-        max_new_tokens: longest critique or argument, tokens.
+        max_new_tokens: maximum length of a critique or argument, tokens.
         dtype: precision of the writer's weights.
     """
 
@@ -97,7 +97,7 @@ class CritiqueJudge:
         )
 
     def __call__(self, questions: Sequence[Question]) -> Sequence[JudgeAnswer]:
-        """Return the judge's answers to the questions with what the writer says about them."""
+        """Return the judge's answers to the questions, each with the writer's text about it."""
         said = self._debated(questions) if self.rounds else self._criticised(questions)
         return self.judge([self._with(one, text) for one, text in zip(questions, said, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Judges: the questions and answers of a comparison, the words around it, and a simulated judge of known quality."""
+"""Judges: questions and answers of a comparison, the fixed texts around them, and a simulated judge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_lightning.types import Message, Prompt
 
 
 class ConstitutionError(RlhfError, ValueError):
-    """An unusable constitution; the message says where it is wrong."""
+    """An unusable constitution; the message says where the fault is."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ Which of them stands first and how long they are does not count. Name the better
 
 @dataclass(frozen=True)
 class Wording:
-    """The fixed words around the principles, in the language of the constitution."""
+    """Fixed texts around the principles, in the language of the constitution."""
 
     human: str = "Human"  # name of the user in a transcript
     assistant: str = "Assistant"  # name of the assistant
@@ -59,14 +59,14 @@ class Wording:
     comparison: str = COMPARISON
     answer: str = "The better answer is ("  # beginning of the judge's answer; the letter comes next
     reasoning: str = "Let us weigh them step by step:"  # beginning of the judge's reasoning
-    # asks for the letter after reasoning, where the answer cannot be begun for the judge
+    # asks for the letter after reasoning, for judges whose answer cannot be prefilled
     conclusion: str = "Now name the better answer by its letter alone: (A) or (B)."
     # beginnings of critiques that refuse to criticise
     refusals: tuple[str, ...] = (
         "I'm sorry", "I am sorry", "Sorry", "I cannot", "I can't", "I can not", "I won't", "I will not", "I'm unable",
         "I am unable", "I'm not able", "I am not able", "As an AI", "As a language model", "Unfortunately, I",
     )  # fmt: skip
-    # beginnings of revisions that talk about themselves instead of answering
+    # beginnings of revisions that describe themselves instead of answering
     meta: tuple[str, ...] = (
         "Revision:", "Revised", "Rewritten", "Critique:", "Here is", "Here's", "Here are the", "Sure, here",
         "Certainly! Here", "The revised", "My revised", "My revision", "The rewritten", "I have revised",
@@ -87,11 +87,11 @@ class Question(NamedTuple):
     """Two completions in the order in which they are shown, and the question about them.
 
     Attributes:
-        prompt: what both answer.
+        prompt: the prompt of both completions.
         first: the completion shown as (A).
         second: the completion shown as (B).
         principle: the principle of the comparison.
-        messages: the question in words, as turns that end with the user's.
+        messages: the question as text, in turns that end with a user turn.
         wording: beginnings of answers and reasoning, and the speakers' names.
         reasons: whether the judge reasons before it answers.
     """
@@ -105,12 +105,12 @@ class Question(NamedTuple):
     reasons: bool = False
 
     def messages_with_answer(self, reasoning: str = "") -> list[Message]:
-        """Return the question with the answer begun, after the reasoning if there is any: the letter comes next."""
+        """Return the question with a prefilled answer (after the reasoning, if any), so that the letter comes next."""
         said = f"{self.wording.reasoning} {reasoning.strip()}\n\n" if reasoning.strip() else ""
         return [*self.messages, {"role": "assistant", "content": said + self.wording.answer}]
 
     def messages_with_reasoning(self) -> list[Message]:
-        """Return the question with the reasoning begun."""
+        """Return the question with the beginning of the reasoning prefilled."""
         return [*self.messages, {"role": "assistant", "content": self.wording.reasoning}]
 
 
@@ -118,11 +118,10 @@ class JudgeAnswer(NamedTuple):
     """A judge's answer to a question.
 
     Attributes:
-        first_logprob: l_A, log-probability of naming (A), summed over its spellings.
-        second_logprob: l_B, log-probability of naming (B). A judge that only names a letter uses 0 and minus infinity.
-        reasoning: the text before the answer.
-        failure: why there is no answer; empty if there is one. The log-probabilities are meaningless then.
-        bounded: whether one of the log-probabilities is only an upper bound.
+        first_logprob: l_A, log-probability of naming (A), summed over its spellings. second_logprob: l_B,
+        log-probability of naming (B). A judge that returns only a letter uses 0 and minus infinity. reasoning: the text
+        before the answer. failure: why there is no answer; empty if there is an answer. With a failure, ignore the
+        log-probabilities. bounded: whether one of the log-probabilities is only an upper bound.
     """
 
     first_logprob: float
@@ -138,16 +137,16 @@ class JudgeAnswer(NamedTuple):
 
 
 def no_answer(reason: str, reasoning: str = "") -> JudgeAnswer:
-    """Return the answer of a judge that gave none."""
+    """Return a missing answer with its reason."""
     return JudgeAnswer(-math.inf, -math.inf, reasoning, reason)
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that answers questions; no base class is needed.
+    """Interface of judges; no base class is needed.
 
     Attributes:
-        name: source of the labels, written with them.
+        name: source of the labels, stored with them.
     """
 
     name: str
@@ -158,41 +157,41 @@ class Judge(Protocol):
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt to be compared."""
+    """Two completions of a prompt to compare."""
 
     prompt: Prompt  # plain text or messages
     first: str | list[Message]  # a completion, plain text or messages
-    second: str | list[Message]  # the other
-    preference: float | None = None  # people's probability that the first is better; None if unknown
-    columns: dict[str, Any] = {}  # further columns of the row
+    second: str | list[Message]  # the other completion
+    preference: float | None = None  # probability that people prefer the first; None if unknown
+    columns: dict[str, Any] = {}  # other columns of the row
 
 
 class Written(NamedTuple):
-    """A text that a model wrote, and whether it ended by itself."""
+    """A text written by a model, and whether it ended with an end token."""
 
     text: str
     finished: bool
 
 
 class Writer(Protocol):
-    """Anything that continues prompts with text; no base class is needed.
+    """Interface of models that continue prompts with text; no base class is needed.
 
     Attributes:
-        name: source of the rows, written with them.
+        name: source of the rows, stored with them.
     """
 
     name: str
 
     def __call__(self, prompts: Sequence[Prompt], episodes: Sequence[int]) -> Sequence[Written | None]:
-        """Return a completion of each prompt, addressed by its episode; None if the prompt is too long."""
+        """Return a completion of each prompt, seeded by its episode number; None if the prompt is too long."""
         ...
 
 
 class SimulatedJudge:
-    """Names (A) with log-odds scale * (gold_reward(first) - gold_reward(second)) + position_bias + noise * normal.
+    """Judge with log-odds scale * (gold_reward(first) - gold_reward(second)) + position_bias + noise * normal for (A).
 
-    The normal number of a pair is fixed by (seed, prompt, the two completions, principle). With the order swapped the
-    judge makes the same mistake, and only the position bias changes sides.
+    The normal number of a pair is determined by (seed, prompt, the two completions, principle). In swapped order the
+    judge makes the same error; only the position bias changes sides.
 
     Args:
         gold_reward: ``(prompt, completion) -> number``, or its import path, such as
@@ -235,7 +234,7 @@ class SimulatedJudge:
         return JudgeAnswer(first, second)
 
     def _mistake(self, question: Question) -> float:
-        """Return a standard normal number that changes sign with the order."""
+        """Return a standard normal number that changes sign with the order of the completions."""
         if not self.noise:
             return 0.0
         sides = sorted((question.first, question.second))
@@ -249,7 +248,7 @@ def checked_answers(judge: Judge, questions: Sequence[Question]) -> list[JudgeAn
     """Return a judge's answers; a log-probability that is NaN counts as no answer.
 
     Raises:
-        ContractError: the judge gave another number of answers, or one whose log-probabilities are not numbers up to 0.
+        ContractError: the number of answers is wrong, or a log-probability is not a number of at most 0.
     """
     answers = list(judge(questions))
     if len(answers) != len(questions):
@@ -276,12 +275,12 @@ def first_paragraphs(text: str, wording: Wording) -> str:
 
 
 def as_turns(prompt: Prompt) -> list[Message]:
-    """Return a prompt as messages; plain text is a turn of the user."""
+    """Return a prompt as messages; plain text becomes a user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
 
 
 def as_text(messages: Sequence[Message], wording: Wording) -> str:
-    """Return a conversation as a transcript that ends with the assistant's open turn."""
+    """Return a conversation as a transcript that ends with the beginning of an assistant turn."""
     names = {"user": wording.human, "assistant": wording.assistant}
     said = [f"{names.get(turn['role'], wording.system)}: {turn['content']}" for turn in messages]
     if messages and messages[-1]["role"] != "assistant":

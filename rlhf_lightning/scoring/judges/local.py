@@ -1,4 +1,4 @@
-"""A language model on this machine as judge and as writer."""
+"""A local language model as judge and as writer."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from rlhf_lightning.tokenization import load_tokenizer
 from rlhf_lightning.types import Message, MicroBatchLimits, Prompt
 
 SPELLINGS = '{}| {}|({}| ({}|{})| {})|({})| ({})|{}.| {}.|{}:| {}:|"{}|*{}|**{}'.split("|")
-"""Ways to write a letter as one token; all that the tokenizer has count."""
+"""Ways to write a letter as one token; all spellings that the tokenizer has are summed."""
 
 SHARED_AT_LEAST = 16
-"""Shortest common prefix, tokens, that is worth its own forward pass."""
+"""Minimum length of a common prefix, tokens, for which a separate forward pass pays off."""
 
 
 def context_length(model: CausalLM) -> int | None:
-    """Return the model's context length in tokens; None if its configuration does not say."""
+    """Return the model's context length in tokens; None if its configuration does not state it."""
     found = getattr(model.model.config, "max_position_embeddings", None)
     return int(found) if found else None
 
 
 class LocalWriter:
-    """Answers, criticises and revises with a model on this machine, by addressed random numbers.
+    """Answer, criticise and revise with a local model, with random numbers seeded by episode.
 
     Args:
         model: a loaded model.
@@ -78,23 +78,23 @@ class LocalWriter:
 
 
 class LocalJudge:
-    """A language model on this machine that is asked for a letter; its probabilities are read, and nothing is sampled.
+    """Local language model that is asked for a letter; its probabilities are read, and nothing is sampled.
 
-    The answer is begun for the model ("The better answer is ("). The next-token probabilities of all spellings of A,
-    and of B, are summed. Only the last position of a question meets the LM head, and the common prefix of a batch (the
-    examples) is prefilled once. With reasoning the model first writes that, greedily. A model without a chat template
-    reads a transcript.
+    The answer is prefilled ("The better answer is ("). The next-token probabilities of all spellings of A, and of B,
+    are summed. The LM head is applied only to the last position of a question. The common prefix of a batch (the
+    examples) is prefilled once. With reasoning the model first writes the reasoning, by greedy decoding. A model
+    without a chat template reads a transcript.
 
     Args:
-        model: folder (whole weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
+        model: folder (full weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
         tokenizer: tokenizer of a loaded model; null loads the folder's own.
         dtype: precision of the weights, float32 or bfloat16.
-        chat_template: template to use instead of the tokenizer's own.
+        chat_template: template that replaces the tokenizer's own.
         template_args: variables of the chat template, such as enable_thinking.
-        max_tokens: cells of one forward pass, questions times the longest of them.
-        max_length: longer questions get no answer, tokens; null takes the model's context length.
-        reasoning_tokens: longest reasoning, tokens.
-        name: source of the labels; null takes the model's name.
+        max_tokens: maximum number of positions in a forward pass: questions times the longest question.
+        max_length: maximum length of a question, tokens; longer questions get no answer; null uses the context length.
+        reasoning_tokens: maximum length of the reasoning, tokens.
+        name: source of the labels; null uses the model's name.
 
     Raises:
         SettingError: a loaded model comes without its tokenizer.
@@ -131,7 +131,7 @@ class LocalJudge:
         self.thinker = LocalWriter(self.model, self.tokenizer, settings, 0, self.name)
 
     def weights_hash(self) -> str | None:
-        """Return the hash of the weights, to notice on resume that they have changed."""
+        """Return the hash of the weights, to detect on resuming that they have changed."""
         return None if self.folder is None else content_hash(self.folder)
 
     def __call__(self, questions: Sequence[Question]) -> list[JudgeAnswer]:
@@ -156,7 +156,7 @@ class LocalJudge:
         return turns if self.tokenizer.chat_template else as_text(turns, question.wording)
 
     def _reasoning(self, questions: Sequence[Question]) -> list[str]:
-        """Return the reasoning before each answer; empty for questions that ask for none."""
+        """Return the reasoning before each answer; empty for questions without reasoning."""
         said, asked = [""] * len(questions), [place for place, one in enumerate(questions) if one.reasons]
         if asked:
             begun = [self._read(questions[place], questions[place].messages_with_reasoning()) for place in asked]
@@ -175,12 +175,12 @@ class LocalJudge:
 def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
     """Return the logits of the token after each row, shape (rows, vocabulary).
 
-    The common prefix of all rows (a judge's examples) is prefilled once. The rest is padded on the left, so that one
-    position predicts for all rows.
+    The common prefix of all rows (a judge's examples) is prefilled once. The rest is padded on the left, so that the
+    last position predicts the next token of every row.
 
     Args:
         model: the model.
-        rows: token ids of each row, int64; none is empty.
+        rows: token ids of each row, int64; no row may be empty.
     """
     device = next(model.parameters()).device
     shared, cache = shared_length(rows), None
@@ -201,17 +201,17 @@ def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
 
 
 def shared_length(rows: Sequence[Tensor]) -> int:
-    """Return the length of the rows' common prefix, which leaves each row at least one token of its own."""
+    """Return the length of the rows' common prefix, leaving each row at least one token after it."""
     shortest = min(len(ids) for ids in rows) - 1
     grid = torch.stack([ids[:shortest] for ids in rows])
     return int((grid == grid[0]).all(0).long().cumprod(0).sum())
 
 
 def letter_ids(tokenizer: PreTrainedTokenizerBase, letter: str) -> Tensor:
-    """Return the ids of the tokens that spell a letter, alone or with a space, a bracket or a mark.
+    """Return the ids of the tokens that spell a letter, alone or with a space, a bracket or a punctuation mark.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the tokenizer has no such token.
     """
     unknown = tokenizer.unk_token_id
     spelt = (tokenizer(way.format(letter), add_special_tokens=False)["input_ids"] for way in SPELLINGS)

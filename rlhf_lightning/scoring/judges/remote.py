@@ -1,9 +1,9 @@
-"""A model behind an OpenAI-compatible server as judge and as writer.
+"""A model on an OpenAI-compatible server as judge and as writer.
 
 The server needs ``POST /v1/chat/completions`` with ``messages``, ``max_tokens``, ``temperature`` and ``seed``
 (``/v1/completions`` with ``prompt`` for plain text). Judging by probabilities also needs ``logprobs: true`` and
-``top_logprobs``, answered by ``choices[0].logprobs.content``: a list of ``{token, logprob, top_logprobs: [{token,
-logprob}]}``, as OpenAI, vLLM, SGLang and llama.cpp give it. Without them, ``read: text`` takes the written letter.
+``top_logprobs``. The response then has ``choices[0].logprobs.content``, a list of ``{token, logprob, top_logprobs:
+[{token, logprob}]}``, as with OpenAI, vLLM, SGLang and llama.cpp. Without them, use ``read: text`` to read the letter.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from rlhf_lightning.scoring.judges.judge import JudgeAnswer, Question, Written, 
 from rlhf_lightning.types import Message, Prompt
 
 LETTER = re.compile(r"""^[\s("'*\[]*([AB])[\s)"'*\].:,]*$""")
-"""A token, or a whole answer, that names a letter and nothing else."""
+"""A token, or a whole answer, that consists of a letter and punctuation."""
 
 PREFACE = re.compile(r"""^[\s("'*\[]*$""")
-"""A token that may stand before the letter."""
+"""A token that may precede the letter."""
 
 TIE = re.compile(r"""^[\s("'*\[]*tie[\s)"'*\].:,]*$""", re.IGNORECASE)
 
 ANSWER_TOKENS = 8
-"""Most tokens of an answer: brackets and marks before and after a letter."""
+"""Maximum number of tokens in an answer: a letter with brackets and marks around it."""
 
 
 class ChatServer:
-    """Requests to an OpenAI-compatible server.
+    """Send requests to an OpenAI-compatible server.
 
     Args:
         url: address without the route, such as ``http://host:8000``.
         model: name of the model on the server.
-        requests: requests in flight at a time.
+        requests: number of concurrent requests.
         timeout: time limit of one request, seconds.
-        retries: repetitions of a request after a lost connection, a timeout or a busy server.
-        wait: wait before the first repetition, seconds.
-        api_key: name of the environment variable that holds the server's key; null sends none.
+        retries: retries of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first retry, seconds.
+        api_key: name of the environment variable with the server's API key; null sends none.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class ChatServer:
         self.server = JSONServer(url.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key)
 
     def complete(self, prompt: Prompt, settings: SamplingSettings, seed: int, **further: Any) -> dict[str, Any]:
-        """Return the choice that answers a prompt.
+        """Return the server's first choice for a prompt.
 
         Raises:
-            ServerError: the server cannot be reached, refuses, or answers without a choice.
+            ServerError: the server cannot be reached, refuses, or returns no choice.
         """
         route, said = ("/v1/completions", "prompt") if isinstance(prompt, str) else ("/v1/chat/completions", "messages")
         body = {
@@ -80,15 +80,15 @@ class ChatServer:
 
 
 def text_of_choice(choice: dict[str, Any]) -> Any:
-    """Return the text of a chat's choice or of a plain one; null counts as empty."""
+    """Return the text of a chat choice or of a plain choice; null counts as empty."""
     return choice["text"] if "text" in choice else (choice["message"]["content"] or "")
 
 
 class RemoteWriter:
-    """Answers, criticises and revises with a model behind a server.
+    """Answer, criticise and revise with a model on a server.
 
-    The server uses its own random numbers, from a seed for each episode: rows are as reproducible as the server's
-    seeds.
+    The server uses its own random numbers, with a seed per episode, so results are as reproducible as the server's
+    seeded sampling.
 
     Args:
         server: the server.
@@ -110,25 +110,26 @@ class RemoteWriter:
 
 
 class RemoteJudge:
-    """A model behind an OpenAI-compatible server that is asked for a letter.
+    """Model on an OpenAI-compatible server that is asked for a letter.
 
-    The answer's tokens are read up to the letter; marks may stand before it. The most probable tokens there that spell
-    a letter are summed. A letter that is not among them gets the probability of the least probable of them, an upper
-    bound, and the answer is marked as bounded. An answer without a letter counts as missing.
+    The answer's tokens are read up to the letter, which marks may precede. At that position the probabilities of the
+    most probable tokens that spell a letter are summed. A letter that is not among these tokens gets the probability of
+    the least probable of them as an upper bound, and the answer is marked as bounded. An answer without a letter counts
+    as missing.
 
     Args:
         url: address without the route, such as ``http://host:8000``.
         model: name of the model on the server.
         read: ``logprobs``, or ``text`` for a server without them: the written letter counts 1, "tie" counts half.
-        begin: begin the answer for the model, as for a local judge: vLLM's and SGLang's ``continue_final_message``.
-        top_logprobs: number of most probable tokens asked for at each place; OpenAI allows 20.
-        reasoning_tokens: longest reasoning, tokens.
-        requests: requests in flight at a time.
+        begin: prefill the answer, as for a local judge, with ``continue_final_message`` of vLLM and SGLang.
+        top_logprobs: number of most probable tokens to request at each position; OpenAI allows 20.
+        reasoning_tokens: maximum length of the reasoning, tokens.
+        requests: number of concurrent requests.
         timeout: time limit of one request, seconds.
-        retries: repetitions of a request after a lost connection, a timeout or a busy server.
-        wait: wait before the first repetition, seconds.
-        api_key: name of the environment variable that holds the server's key; null sends none.
-        name: source of the labels; null takes the model's name.
+        retries: retries of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first retry, seconds.
+        api_key: name of the environment variable with the server's API key; null sends none.
+        name: source of the labels; null uses the model's name.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class RemoteJudge:
         """Answer the questions.
 
         Raises:
-            ServerError: the server cannot be reached, refuses, or gives no usable log-probabilities.
+            ServerError: the server cannot be reached, refuses, or returns no usable log-probabilities.
         """
         return list(each(self._answer, questions, self.server.requests))
 
@@ -171,14 +172,14 @@ class RemoteJudge:
 
     def _reasoning(self, question: Question) -> str:
         messages = question.messages_with_reasoning()
-        if not self.begin:  # the server lets no answer be begun: the question ends with the beginning instead
+        if not self.begin:  # the server cannot prefill the answer, so the question ends with its beginning
             last = question.messages[-1]
             content = f"{last['content']}\n\n{question.wording.reasoning}"
             messages = [*question.messages[:-1], {**last, "content": content}]
         return text_of_choice(self.server.complete(messages, self.thinking, 0, **self._continued())).strip()
 
     def _asked(self, question: Question, reasoning: str) -> tuple[list[Message], dict[str, Any]]:
-        """Return the turns that ask for the letter, and the arguments that make the server continue the last one."""
+        """Return the turns that ask for the letter, and the arguments that make the server continue the last turn."""
         if self.begin:
             return question.messages_with_answer(reasoning), self._continued()
         if not reasoning:
@@ -215,7 +216,7 @@ def letters_in(places: Sequence[tuple[str, float, Sequence[tuple[str, float]]]])
     """Return the log-probabilities of the letters from an answer's tokens.
 
     Args:
-        places: for each token its text, its log-probability, and the most probable tokens in its place with theirs.
+        places: for each token its text, its log-probability, and the most probable tokens at its position with theirs.
     """
     found: dict[str, list[float]] = {"A": [], "B": []}
     before = 0.0  # log-probability of the marks before the letter
@@ -239,7 +240,7 @@ def _summed(logprobs: list[float]) -> float:
 
 
 def verdict_in(text: str) -> JudgeAnswer:
-    """Return the verdict of an answer in words, read strictly: a letter or "tie" and nothing else."""
+    """Return the verdict of an answer in words; it must be a letter or "tie" and nothing else."""
     named = LETTER.match(text)
     if named:
         return JudgeAnswer(0.0, -math.inf) if named.group(1) == "A" else JudgeAnswer(-math.inf, 0.0)
