@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlhf_lightning.quiet import silence_log_messages
+
 if TYPE_CHECKING:
     from rlhf_lightning.data import *
     from rlhf_lightning.models.lora import LoraSettings as LoraSettings
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from rlhf_lightning.scoring import LearnedScorer as LearnedScorer
     from rlhf_lightning.scoring import Scorer as Scorer
     from rlhf_lightning.types import Loss as Loss
+
+silence_log_messages()  # before any library is imported: some of them log during their import
 
 _ROOMS = ("modules", "data")
 """Packages whose exported classes named ``*Module`` are all re-exported here."""

@@ -6,8 +6,6 @@ import sys
 import types
 from typing import Any
 
-from rlhf_lightning.quiet import silence_log_messages
-
 
 class _Deferred(types.ModuleType):
     """A placeholder in ``sys.modules`` that imports the package when one of its attributes is read."""
@@ -26,5 +24,4 @@ def defer_import(name: str) -> None:
         module.__spec__, module.__file__ = spec, spec.origin  # `find_spec` and `inspect` read these
 
 
-silence_log_messages()
 defer_import("bitsandbytes")  # peft always imports it, and it imports TorchInductor

@@ -52,7 +52,6 @@ from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_o
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import shard
-from rlhf_lightning.quiet import silence_log_messages
 from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
@@ -62,8 +61,6 @@ from rlhf_lightning.training.compatibility import check, refused_strategy, settl
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
-
-silence_log_messages()
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
 """Callbacks that read the weights in their ``setup``, so the weights must be loaded before it."""

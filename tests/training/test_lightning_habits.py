@@ -4,6 +4,8 @@ import copy
 import csv
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -503,6 +505,13 @@ def test_a_mean_over_validation_weighs_steps_by_their_rows(
 def test_advertisements_are_silent_in_scripts_too(text: str) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     assert not logger.filter(logging.LogRecord("x", logging.INFO, "f", 1, text, None, None))
+
+
+def test_the_import_of_a_module_prints_nothing() -> None:
+    """Some libraries log while they are imported: bitsandbytes misses kernels that training does not use."""
+    code = "import rlhf_lightning\nrlhf_lightning.DPOModule, rlhf_lightning.PreferenceDataModule"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 # -- before and without a Trainer --------------------------------------------------------------------------------------
