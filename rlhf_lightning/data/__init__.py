@@ -1,4 +1,4 @@
-"""DataModules: rows of text from anywhere in, optimizer steps of token ids out. Knows no models."""
+"""DataModules: read rows of text from many sources, and yield optimizer steps of token ids. Independent of models."""
 
 from rlhf_lightning.data.batching import BatchPlan, PlannedStep
 from rlhf_lightning.data.datamodule import AlignmentDataModule

@@ -1,4 +1,4 @@
-"""What a DataModule takes from the module and the Trainer it serves: tokenizer, kind of batch, columns, ranks."""
+"""Settings that a DataModule takes from its module and Trainer: tokenizer, batch type, columns, ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GIVERS = {
 
 
 class AttachedDataModule(L.LightningDataModule):
-    """Base of `AlignmentDataModule`; without a Trainer, tokenizer, batch type and columns are set by hand."""
+    """Base of `AlignmentDataModule`. Without a Trainer, set tokenizer, batch type and columns as attributes."""
 
     batch_types: ClassVar[tuple[type, ...]]
-    """Batches this DataModule can make; the first unless the module takes another."""
+    """Batch types that this DataModule can produce; the first is used unless the module requires another."""
 
     _tokenizer: PreTrainedTokenizerBase | None = None
     _batch_type: type | None = None
@@ -33,7 +33,7 @@ class AttachedDataModule(L.LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The module's tokenizer, or the one set by hand for use without a Trainer."""
+        """The module's tokenizer, or the tokenizer that was set for use without a Trainer."""
         if self._tokenizer is not None:
             return self._tokenizer
         if self.trainer is None:
@@ -48,23 +48,23 @@ class AttachedDataModule(L.LightningDataModule):
 
     @property
     def needs(self) -> DataNeeds:
-        """What the module asks for; the defaults without a Trainer."""
+        """The module's requirements; defaults without a Trainer."""
         module = None if self.trainer is None else self.trainer.lightning_module
         return module.data_needs if isinstance(module, TakesData) else DataNeeds()
 
     @property
     def batch_type(self) -> type:
-        """The batch of this DataModule's training steps: the one the module takes.
+        """The batch type of this DataModule's training steps, as the module requires.
 
         Raises:
-            SettingError: if the module takes a batch that this DataModule cannot give.
+            SettingError: the module requires a batch type that this DataModule cannot produce.
         """
         if self._batch_type is not None or self.trainer is None:
             return self._batch_type or self.batch_types[0]
         wanted = self.needs.batch_type or self.batch_types[0]
         if wanted in self.batch_types:
             return wanted
-        if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts may be answered, any completions scored
+        if self.trainer.state.fn == TrainerFn.PREDICTING:  # any prompts can be answered, and any completions scored
             return self.batch_types[0]
         given = " or ".join(kind.__name__ for kind in self.batch_types)
         raise SettingError(
@@ -82,9 +82,9 @@ class AttachedDataModule(L.LightningDataModule):
 
     @property
     def data_columns(self) -> tuple[str, ...]:
-        """Columns that the module asks for as numbers, or those set by hand for use without a Trainer.
+        """Numeric columns that the module asks for, or that were set for use without a Trainer.
 
-        They arrive in ``extras`` of each batch. To predict, none is needed.
+        They are passed on in ``extras`` of each batch. Prediction needs none.
         """
         if self._data_columns or self.trainer is None or self.trainer.state.fn == TrainerFn.PREDICTING:
             return self._data_columns
@@ -96,10 +96,10 @@ class AttachedDataModule(L.LightningDataModule):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This data-parallel rank, and how many there are."""
+        """This data-parallel rank, and the number of data-parallel ranks."""
         if self.trainer is None:
             return 0, 1
         given = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
-        if given:  # differs from the world size where a strategy splits the model too
+        if given:  # differs from the world size if a strategy also splits the model
             return given["rank"], given["num_replicas"]
         return self.trainer.global_rank, self.trainer.world_size

@@ -1,7 +1,7 @@
 """Audit a data set: rows that training would drop or truncate, duplicates, leaks, contradictions, damaged text.
 
-Rows are read once and not kept. What is kept of a row is a few 64-bit hashes, its lengths, and its number where
-something was found. Rows are numbered from 1 in the order of the source.
+Rows are read once and not stored. For each row the audit keeps a few 64-bit hashes, its lengths, and its number if
+something was found. Rows are numbered from 1 in source order.
 """
 
 from __future__ import annotations
@@ -72,20 +72,20 @@ Keys = tuple[int | None, int]
 
 
 class RowFacts(NamedTuple):
-    """What an audit keeps of one row.
+    """Facts about one row that the audit uses.
 
     Attributes:
-        checks: what was found in the row alone: keys of `CHECKS`, or the one of `canonical.REASONS` to drop it.
-        unused: columns and keys of turns that nothing reads.
+        checks: findings in the row alone: keys of `CHECKS`, or the key of `canonical.REASONS` to drop the row.
+        unused: columns and keys of turns that are not used.
         asked: hash of the normalised prompt; None for a whole text.
-        said: hash of each normalised completion; None where the row cannot be used.
-        ranks: rank of each completion, 0 is best; reversed where the second is more probably the better one.
+        said: hash of each normalised completion; None if the row cannot be used.
+        ranks: rank of each completion, 0 is best; reversed if the second is more probably the better one.
         target: as in `CanonicalRow`.
-        exact: hash of texts and labels as they are.
+        exact: hash of the unmodified texts and labels.
         loose: hash of normalised texts and ranks.
-        length: of the prompt and the longest completion, in tokens with a tokenizer, else in characters.
-        longer_wins: share of its pairs whose longer completion is the better one.
-        text: the normalised texts, where similar texts or n-grams are looked for.
+        length: length of the prompt plus the longest completion, in tokens with a tokenizer, else in characters.
+        longer_wins: share of its pairs in which the longer completion is the better one.
+        text: the normalised texts, if similar texts or n-grams are searched.
     """
 
     checks: tuple[str, ...]
@@ -102,7 +102,7 @@ class RowFacts(NamedTuple):
 
 
 SHORTCUT = 0.55
-"""Length is a shortcut if the whole interval of its accuracy is above this, or below 1 minus this."""
+"""Length is reported as a shortcut if the interval of its accuracy lies above this value, or below 1 - this value."""
 
 
 @dataclass
@@ -111,8 +111,8 @@ class Finding:
 
     Attributes:
         check: key of `CHECKS` or of `canonical.REASONS`.
-        rows: numbers of the rows; none where the finding is of all rows together.
-        first: for each of them, the earlier row that it repeats.
+        rows: numbers of the rows; empty if the finding concerns all rows together.
+        first: for each of these rows, the earlier row that it repeats.
     """
 
     check: str
@@ -130,7 +130,7 @@ class LengthShortcut:
     """How often the longer of two completions is the better one.
 
     Attributes:
-        accuracy: share of rows, a ranked list counting as the mean of its pairs; equal lengths are half right.
+        accuracy: share of rows; a ranked list counts as the mean of its pairs, equal lengths count as half right.
         low: lower end of the 95 % interval (Wilson).
         high: upper end.
         rows: rows with a preference.
@@ -147,13 +147,14 @@ class Audit:
 
     Args:
         kind: key of `formats.KINDS`.
-        columns: new name of each column to be renamed.
-        as_chat: whether plain text becomes a user's and an assistant's turn.
+        columns: mapping from names of columns to their new names.
+        as_chat: whether plain text becomes a user turn and an assistant turn.
         tokenizer: the policy's; None skips the checks that need tokens.
-        max_length: most tokens of prompt and completion; None for no bound.
-        max_prompt_length: most tokens of the prompt.
-        similar: Jaccard similarity from which rows are similar, see `defects.SimilarTexts`; None looks for none.
-        overlap: words of the runs that evaluation and training data should not share; None looks for none.
+        max_length: maximum tokens of prompt and completion; None for no limit.
+        max_prompt_length: maximum tokens of the prompt.
+        similar: minimum Jaccard similarity of similar rows, see `defects.SimilarTexts`; None skips this check.
+        overlap: length in words of the n-grams that evaluation and training data should not share; None skips this
+            check.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Audit:
         """Check rows.
 
         Yields:
-            for each row the normalised hashes of its prompt (None for a whole text) and of the whole row; None for a
+            For each row the normalised hashes of its prompt (None for a whole text) and of the whole row; None for a
             row that cannot be used.
         """
         rows = iter(rows)
@@ -191,7 +192,7 @@ class Audit:
             yield from map(self._take_in, facts)
 
     def _examine(self, rows: Sequence[Row | Unreadable]) -> list[RowFacts]:
-        """Look at each row by itself."""
+        """Check each row individually."""
         tokenizer = self.tokenizer
         outcomes = map(self._read, rows) if tokenizer is None else self.encoder.outcomes(tokenizer, rows)
         return list(map(self._facts, outcomes))
@@ -212,7 +213,7 @@ class Audit:
         keys = list(map(key_of, normal))
         labels = str((row.ranks, row.target, row.columns.get("labels") if self.kind == "process" else None))
         asked, *said = [sum(map(len, part)) for part in texts]
-        encoded = max(outcome.encoded, key=_length, default=None)  # of learned turns, the longest row
+        encoded = max(outcome.encoded, key=_length, default=None)  # for rows per learned turn, the longest
         if encoded is not None:
             asked, said = len(encoded.prompt), list(map(len, encoded.completions))
         return RowFacts(
@@ -249,7 +250,7 @@ class Audit:
         return facts.asked, facts.loose
 
     def compare(self, rows: Iterable[Row | Unreadable], train: Audit) -> None:
-        """Check rows, and look for each in the training data."""
+        """Check rows, and search for each of them in the training data."""
         self.train = train
         for keys in self.add(rows):
             if keys is None:
@@ -326,7 +327,7 @@ class Audit:
                     yield "prompt_crowds_out"
 
     def _check_similar(self, text: str, loose: int, repeats: bool) -> None:
-        """Look for a similar row before this one and in the training data, unless it is known to repeat one."""
+        """Search for similar rows, earlier and in the training data, unless the row is already a known duplicate."""
         train = self.train
         known = train is not None and loose in train.loose
         if train is not None and train.similar is not None and not known and train.similar.first_like(text):
@@ -341,7 +342,7 @@ class Audit:
             self.ngrams.add(text)
 
     def _check_duplicates(self, row: RowFacts) -> bool:
-        """Look for an earlier row that this one repeats; return whether there is one."""
+        """Search for an earlier row that this row repeats; return whether there is one."""
         if row.exact in self.exact:
             self._find("duplicate", self.exact[row.exact])
         elif row.loose in self.loose:
@@ -386,7 +387,7 @@ def _length(row: EncodedRow) -> int:
 
 
 def summary(audit: Audit, source: str) -> dict[str, Any]:
-    """Return all findings of an audit in plain values, with the numbers of all rows."""
+    """Return all findings of an audit as plain values, with the numbers of the rows."""
     shortcut = audit.length_shortcut()
     return {
         "source": source,

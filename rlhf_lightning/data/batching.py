@@ -1,10 +1,10 @@
-"""The rows of an epoch, of its optimizer steps, and of each rank's micro-batches.
+"""Plan the rows of an epoch, of its optimizer steps, and of each rank's micro-batches.
 
-`BatchPlan` is pure arithmetic on row lengths: every rank computes the same plan without communication. The rows of a
-step depend on (seed, epoch, batch_size) only. Within the step they are sorted by length, split into micro-batches with
-little padding, and distributed so that every rank gets the same number of micro-batches and about the same work. How a
-step is split never changes the rows that it averages over. One integer, the step, is the resume cursor for any number
-of ranks.
+`BatchPlan` depends only on row lengths and settings: every rank computes the same plan without communication. The rows
+of a step depend on (seed, epoch, batch_size) only. Within a step, rows are sorted by length, split into micro-batches
+with little padding, and distributed so that every rank gets the same number of micro-batches and about the same work.
+The split never changes the rows that a step averages over. To resume, a single integer (the step) suffices for any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class PlannedStep(NamedTuple):
     """One rank's share of an optimizer step.
 
     Attributes:
-        micro_batches: row indices of each micro-batch; as many on every rank. Empty only where the step has fewer rows
-            than ranks need micro-batches.
+        micro_batches: row indices of each micro-batch; every rank has the same number of micro-batches. A micro-batch
+            is empty only if the step has fewer rows than the ranks need micro-batches.
         rows: rows of the step over all ranks.
         tokens: supervised tokens of the step over all ranks.
     """
@@ -35,18 +35,19 @@ class PlannedStep(NamedTuple):
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Permute ``range(count)`` by (seed, epoch) only: the same on every machine and NumPy version."""
+    """Permute ``range(count)`` by (seed, epoch) only: the result is the same for all machines and NumPy versions."""
     key = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Choose rows to hold out, by seed, so that no prompt is on both sides.
+    """Choose rows to hold out, by seed, so that no prompt is in both training and held-out rows.
 
-    Return ``count`` rows in ascending order, or as close as whole prompts allow; ``groups`` numbers each row's prompt.
+    Return ``count`` rows in ascending order, or as close to it as whole prompts allow; ``groups`` numbers each row's
+    prompt.
 
     Raises:
-        SettingError: if no row would be left to train on.
+        SettingError: no row would be left to train on.
     """
     members: dict[int, list[int]] = {}
     for row, group in enumerate(np.asarray(groups).tolist()):
@@ -68,12 +69,12 @@ def held_out_rows(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float], seed: int, epoch: int) -> np.ndarray:
-    """Return the rows of an epoch: each as often as the weight of its source says, a fraction chosen anew each epoch.
+    """Return the rows of an epoch, each repeated by its source's weight; a fractional part is sampled anew each epoch.
 
-    ``sources`` is the number of each row's source, shape (rows,).
+    ``sources`` is the index of each row's source, shape (rows,).
 
     Raises:
-        SettingError: if no row is left.
+        SettingError: no row is left.
     """
     if all(weight == 1 for weight in weights):
         return rows
@@ -96,9 +97,9 @@ def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float
 def endless_rows(
     rows_of: Callable[[int], np.ndarray], start: int, stop: int, seed: int, shuffle: bool = True
 ) -> np.ndarray:
-    """Return the rows at ``start .. stop - 1`` of an endless sequence of passes, each with its own order.
+    """Return the rows at ``start .. stop - 1`` of an endless sequence of passes, each shuffled differently.
 
-    ``rows_of`` gives the rows of a pass by its number, as many in each.
+    ``rows_of`` returns the rows of a pass, given its number; every pass has the same number of rows.
     """
     size = len(rows_of(0))
     passes = []
@@ -113,21 +114,21 @@ class BatchPlan:
     """The optimizer steps of one epoch.
 
     Args:
-        lengths: cost of a row in tokens: for one sequence its length, for a pair twice the longer of its two, or prompt
-            and both completions where these share it.
+        lengths: cost of each row in tokens. For one sequence: its length. For a pair: twice the longer sequence, or
+            prompt plus both completions if packing shares the prompt.
         tokens: supervised tokens of each row.
         batch_size: rows of an optimizer step over all ranks.
-        limits: bounds of a micro-batch, see `micro_batches`.
+        limits: limits of a micro-batch, see `micro_batches`.
         ranks: number of data-parallel ranks.
         seed: seed of the order.
-        epoch: number of the epoch; each has an order of its own.
-        shuffle: whether rows are shuffled; otherwise steps take them as they come.
-        drop_last: whether a last step with fewer than ``batch_size`` rows is left out.
-        packed: whether the model reads rows laid end to end, see `models.layout.packed_layout`, so that none is padded.
+        epoch: number of the epoch; each epoch has its own order.
+        shuffle: whether rows are shuffled; otherwise steps take them in their given order.
+        drop_last: whether to drop a last step with fewer than ``batch_size`` rows.
+        packed: whether the model supports packed rows without padding, see `models.layout.packed_layout`.
 
     Raises:
-        SettingError: if a size is not positive.
-        DataError: if there is no row.
+        SettingError: a size is not positive.
+        DataError: there are no rows.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class BatchPlan:
 
 
 def _distributed(costs: list[int], ranks: int) -> list[list[int]]:
-    """Give every rank the same number of micro-batches: each round's costliest goes to the least loaded rank."""
+    """Assign micro-batches in rounds of one per rank: the costliest of a round goes to the least loaded rank."""
     falling = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks

@@ -1,4 +1,4 @@
-"""The canonical row that every form is read into, the reasons for refusing a row, and the count of rows."""
+"""The canonical row that all forms are converted to, the reasons to refuse a row, and counts of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant",
 }  # fmt: skip
-"""Accepted roles, and the role each is read as. Any other is refused: a role becomes part of the template's text."""
+"""Accepted roles, and the canonical role of each. Others are refused, because a role becomes part of the prompt."""
 
 REASONS = {
     "unreadable_line": "the line is not a JSON object in UTF-8, nor a row of its table",
@@ -70,7 +70,7 @@ REASONS = {
     "control_token_read": "a turn spells a control token on which the chat template acts",
     "nothing_supervised": "no supervised token is left after truncation",
 }
-"""What each reason for dropping a row means."""
+"""The meaning of each reason for dropping a row."""
 
 
 class RowRefused(RlhfError):
@@ -82,23 +82,24 @@ class RowRefused(RlhfError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason, REASONS.get(reason, reason))
-        self.args = (reason,)  # what unpickling makes the error from
+        self.args = (reason,)  # unpickling calls the constructor with these
 
 
 @dataclass(slots=True)
 class CanonicalRow:
-    """A row of any form.
+    """A row of any form, in canonical form.
 
     Attributes:
-        prompt: plain text or messages; None where the completion is the whole text.
-        completions: answers to the prompt, each plain text or messages; none for a prompt alone; of a completion that
-            was judged step by step its steps.
+        prompt: plain text or messages; None if the completion is the whole text.
+        completions: answers to the prompt, each plain text or messages; empty for a prompt without answers. For a
+            completion judged step by step: its steps.
         ranks: rank of each completion, 0 is best.
-        target: probability that the better ranked of two is better.
+        target: probability that the better ranked of two completions is better.
         margin: rated strength of the preference, 0 where unrated.
         weight: weight of the row.
-        columns: the columns that are not part of the form; and the labels of steps, None where one was not judged.
-        unused: keys of turns that nothing reads.
+        columns: the columns that are not part of the form. For judged steps also their ``labels``, None for a step
+            that was not judged.
+        unused: keys of turns that are not used.
     """
 
     prompt: Prompt | None
@@ -113,7 +114,7 @@ class CanonicalRow:
 
 @dataclass
 class Report:
-    """Counts of rows; ``read == kept + sum(dropped.values())`` always.
+    """Counts of rows; always ``read == kept + sum(dropped.values())``.
 
     Attributes:
         read: rows read.
@@ -121,12 +122,12 @@ class Report:
         dropped: rows dropped, by reason (see `REASONS`).
         truncated: kept rows whose ``prompt`` or ``completion`` lost tokens.
         tokens: supervised tokens of the kept rows.
-        escaped: kept rows whose text spells a control token, which is encoded as the characters it is made of.
-        merged: kept rows whose prompt and completion the tokenizer would encode otherwise together.
-        split: kept conversations that became a row for each learned turn, because the template rewrites earlier turns.
-        last_turn: kept rows with several learned turns where only the last turn is learned.
-        turns_cut: kept conversations with more than 256 learned turns, which end after these.
-        unused: kept rows with a column or a key of a turn that nothing reads, by its name.
+        escaped: kept rows whose text spells a control token, which is encoded as plain characters.
+        merged: kept rows whose prompt and completion the tokenizer would encode differently if joined.
+        split: kept conversations that became one row per learned turn, because the template rewrites earlier turns.
+        last_turn: kept rows with several learned turns of which only the last is used.
+        turns_cut: kept conversations with more than 256 learned turns; later turns are left out.
+        unused: kept rows with a column, or a key of a turn, that is not used; by its name.
     """
 
     read: int = 0
@@ -146,7 +147,7 @@ class Report:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def leave_unused(self, names: Iterable[str]) -> None:
-        """Count a kept row with columns or keys that nothing reads."""
+        """Count a kept row with columns or keys that are not used."""
         for name in names:
             self.unused[name] = self.unused.get(name, 0) + 1
 
@@ -194,5 +195,5 @@ class Report:
         return asdict(self)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take over the counts that `to_dict` gave."""
+        """Restore the counts that `to_dict` returned."""
         vars(self).update(asdict(Report(**values)))

@@ -21,13 +21,13 @@ from rlhf_lightning.types import (
 
 
 def demonstrations(store: RowStore, rows: Sequence[int]) -> DemonstrationBatch:
-    """Collate one completion for each prompt."""
+    """Collate rows with one completion per prompt."""
     sequences, _ = _sequences(store, rows)
     return DemonstrationBatch(sequences, store.column("weight", rows), store.extras(rows))
 
 
 def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
-    """Collate pairs: all chosen completions, then the rejected ones in the same order."""
+    """Collate pairs: all chosen completions, followed by the rejected ones in the same order."""
     found = [store.completions(row) for row in rows]
     stacked = [pair[0] for pair in found] + [pair[1] for pair in found]
     sequences = Sequences(
@@ -43,10 +43,10 @@ def pairs(store: RowStore, rows: Sequence[int]) -> PreferenceBatch:
 def unpaired(
     store: RowStore, rows: Sequence[int], partners: Mapping[int, int] | None = None, max_length: int | None = None
 ) -> UnpairedBatch:
-    """Collate one judged completion for each prompt.
+    """Collate rows with one judged completion per prompt.
 
-    With ``partners`` (for each row another one) a mismatched completion is put after each prompt, within
-    ``max_length``.
+    ``partners`` maps each row to another row. With it, each prompt also gets the mismatched completion of that row,
+    truncated to ``max_length``.
     """
     sequences, ranks = _sequences(store, rows)
     mismatched = None
@@ -62,7 +62,7 @@ def unpaired(
 
 
 def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
-    """Collate one completion for each prompt, and the labels of its steps that truncation has left."""
+    """Collate rows with one completion per prompt, and the labels of its steps that remain after truncation."""
     sequences, _ = _sequences(store, rows)
     labels = []
     for row, ends in zip(rows, sequences.supervised, strict=True):
@@ -72,14 +72,14 @@ def judged_steps(store: RowStore, rows: Sequence[int]) -> ProcessBatch:
 
 
 def groups(store: RowStore, rows: Sequence[int]) -> RankedBatch:
-    """Collate each prompt's completions one after the other, with their ranks."""
+    """Collate each prompt's completions consecutively, with their ranks."""
     sequences, ranks = _sequences(store, rows)
     target, margin, weight = (store.column(name, rows) for name in ("target", "margin", "weight"))
     return RankedBatch(sequences, torch.tensor(ranks, dtype=torch.int64), target, margin, weight, store.extras(rows))
 
 
 def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int = 1) -> PromptBatch:
-    """Collate prompts, each repeated ``samples`` times in a row.
+    """Collate prompts, each repeated ``samples`` times consecutively.
 
     ``episodes`` is the number of each prompt's first sample in the run, int64, shape (rows,).
     """
@@ -100,7 +100,7 @@ def prompts(store: RowStore, rows: Sequence[int], episodes: Tensor, samples: int
 
 
 def _sequences(store: RowStore, rows: Sequence[int]) -> tuple[Sequences, list[int]]:
-    """Return all completions of each row after its prompt, and their ranks."""
+    """Return the sequences of the rows, with all completions of each prompt, and the ranks of the completions."""
     found = [(parent, *one) for parent, row in enumerate(rows) for one in store.completions(row)]
     parents, completions, supervised, ranks = zip(*found, strict=True) if found else ((), (), (), ())
     return Sequences(tuple(store.prompt(row) for row in rows), completions, parents, supervised), list(ranks)

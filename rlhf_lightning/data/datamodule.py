@@ -1,4 +1,4 @@
-"""The base of the DataModules: arguments, held-out rows, the plan of every epoch, and the loaders."""
+"""The base class of the DataModules: arguments, held-out rows, the plan of every epoch, and the loaders."""
 
 from __future__ import annotations
 
@@ -40,53 +40,54 @@ from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
 from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
 MOST_WORKERS = 1024
-"""Most processes that collate ahead."""
+"""Maximum number of processes that collate ahead."""
 
 
 class AlignmentDataModule(AttachedDataModule, ABC):
-    """Base of the DataModules: rows of text in, one `types.Step` for each optimizer step out.
+    """Base of the DataModules: read rows of text, and yield one `types.Step` per optimizer step.
 
     Args:
         source: source of the rows: a Hub name, a file (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .txt, compressed or
-            not), a glob, a folder, a store of `rlhf annotate` (``feedback.db``, or ``feedback.db@1200`` for its first
-            1200 rows); or a list of those, each a path or a mapping with ``path`` and any of ``weight`` (how often its
-            rows are seen in an epoch), ``rows``, ``split`` (also a slice: ``train[:10%]``), ``name``, ``columns``,
-            ``labels`` and ``annotators`` (of a store: ``mean`` or ``reliability``; whose judgements count).
+            not), a glob, a folder, or a store of `rlhf annotate` (``feedback.db``, or ``feedback.db@1200`` for its
+            first 1200 rows). Several sources are given as a list. Each entry is a path, or a mapping with ``path`` and
+            any of ``weight`` (how often its rows are used in an epoch), ``rows``, ``split`` (also a slice:
+            ``train[:10%]``), ``name`` and ``columns``. For a store also ``labels`` (``mean`` or ``reliability``) and
+            ``annotators`` (whose judgements count).
         eval_source: source of the rows of validation and test, in the same forms.
         eval_rows: hold out this many rows of ``source`` instead, chosen by ``seed``; rows of one prompt stay together.
         rows: read only this many rows.
         columns: new names of columns, as {name in the data: name expected here}.
-        as_chat: make plain text a user's turn and an assistant's turn of the chat template.
-        rendered: plain text was written by a chat template, so that it may hold control tokens. Otherwise their
-            spellings are encoded as plain characters, as they always are in messages.
-        last_turn_only: learn only the last turn of the assistant in a conversation.
+        as_chat: make plain text a user turn and an assistant turn of the chat template.
+        rendered: plain text was written by a chat template and may contain control tokens. Otherwise their spellings
+            are encoded as plain characters, as they always are in messages.
+        last_turn_only: learn only the assistant's last turn of a conversation.
         batch_size: rows of an optimizer step, over all ranks.
-        micro_batch_size: most rows of one forward pass on one rank (of prompts, episodes); None for no bound.
-        max_tokens: most tokens of one forward pass on one rank, padding included where the module packs no rows; None
-            for no bound.
-        max_length: most tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
-        max_prompt_length: most tokens of the prompt; None leaves it to ``max_length``.
+        micro_batch_size: maximum rows of one forward pass on one rank (for prompts: episodes); None for no limit.
+        max_tokens: token budget of one forward pass on one rank, including padding if the module does not pack rows;
+            None for no limit.
+        max_length: maximum tokens of prompt and completion; longer rows are truncated, see `tokenization.truncate`.
+        max_prompt_length: maximum tokens of the prompt; None leaves the limit to ``max_length``.
         shuffle: shuffle the rows anew each epoch; otherwise they keep the order of the source.
-        drop_last: leave out a last step of fewer rows than ``batch_size``.
-        seed: seed of the order and of the rows held out; null takes ``seed_everything``'s, or 0 without one.
+        drop_last: drop a last step with fewer rows than ``batch_size``.
+        seed: seed of the order and of the held-out rows; null takes ``seed_everything``'s, or 0 without it.
         cache_dir: folder of the encoded rows; None takes $RLHF_CACHE or ~/.cache/rlhf_lightning.
         num_workers: processes that collate ahead; 0 is fastest unless sequences are very long.
         eval_batch_size: rows of a validation step over all ranks; None takes ``batch_size``.
-        streaming: read and encode rows while training, for data that does not fit; rows are drawn without end from the
-            sources, in proportion to their weights.
+        streaming: read and encode rows during training, for data that does not fit on disk or in memory; rows are
+            drawn endlessly from the sources, in proportion to their weights.
         steps_per_epoch: steps of an epoch of a stream, whose length is unknown; required with ``streaming``.
-        train_prefix: instruction put before every training prompt, in the system turn or before plain text. The rows of
-            ``eval_source``, which it requires, do not have it (inoculation prompting, arXiv 2510.04340).
+        train_prefix: instruction added to every training prompt, in the system turn or before plain text. It requires
+            ``eval_source``, whose rows do not get it (inoculation prompting, arXiv 2510.04340).
 
     Raises:
-        SettingError: if the arguments contradict each other.
+        SettingError: the arguments contradict each other.
     """
 
     completes: ClassVar[bool] = True
-    """Whether its rows have completions."""
+    """Whether the rows have completions."""
 
     judgements: ClassVar[RowKind] = "preference"
-    """What the judgements of a feedback store are read as."""
+    """The kind of rows that judgements of a feedback store become."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         super().__init__()
         for given in (source, eval_source):
             refuse_objects(given)
-        # Colliding names (seed) would be an error if both the module's and these went to the logger.
+        # A seed in the hyperparameters of both module and DataModule would be an error if both went to the logger.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.save_hyperparameters(logger=False)
         self.hparams["seed"] = seed
@@ -204,7 +205,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
 
     @property
     def limits(self) -> MicroBatchLimits:
-        """Bounds of a micro-batch."""
+        """Limits of a micro-batch."""
         return MicroBatchLimits(self.micro_batch_size, self.max_tokens)
 
     @abstractmethod
@@ -223,15 +224,15 @@ class AlignmentDataModule(AttachedDataModule, ABC):
 
     @abstractmethod
     def collator(self) -> Collate:
-        """Return the function that makes a batch of rows of a store."""
+        """Return the function that collates rows of a store into a batch."""
 
     def prepare_data(self) -> None:
-        """Encode and cache the rows. Runs on one process of each node, and assigns nothing."""
+        """Encode and cache the rows. Runs in one process per node, and sets no attributes."""
         for part in self.parts().values():
             part.store(self.tokenizer, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Map the encoded rows into memory, and print the counts of the data."""
+        """Memory-map the encoded rows, and print the counts of the data."""
         self._agree_on_snapshots()
         parts = self.parts()
         self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
@@ -254,7 +255,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             self._announce(parts)
 
     def _agree_on_snapshots(self) -> None:
-        """Take rank zero's row numbers of feedback stores: labels may have arrived between the starts of two ranks."""
+        """Use rank zero's row numbers of feedback stores: labels may arrive between the starts of two ranks."""
 
         def agreed(sources: tuple[Source, ...]) -> tuple[Source, ...]:
             paths = [source.path for source in sources]
@@ -280,7 +281,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             rank_zero_info(f"{len(self.held_out):,} of the rows kept are held out for evaluation.")
 
     def _chat_hint(self) -> str | None:
-        """Offer ``as_chat`` where the tokenizer has a chat template and the prompts are plain text."""
+        """Suggest ``as_chat`` if the tokenizer has a chat template but the prompts are plain text."""
         plain = len(self.store) and isinstance(self.store.record(0)["prompt"], str)
         if not plain or self.rendered or self.as_chat or not self.tokenizer.chat_template:
             return None
@@ -291,7 +292,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
 
     def _fingerprint(self) -> str:
         encoder = self._encoder(self.train_prefix)
-        # An environment may be repaired in the middle of a run, as a scorer may: it does not order the rows.
+        # An environment, like a scorer, may be fixed during a run; it does not determine the order of rows.
         encoder = replace(encoder, read=getattr(encoder.read, "rows_of", encoder.read))
         part = Part(self.sources, self.rows, encoder)
         weights = [source.weight for source in self.sources]
@@ -300,8 +301,8 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         return hash_of(part.fingerprint(self.tokenizer, content), order)
 
     def parts(self) -> dict[str, Part]:
-        """Return what is encoded before training, by name: ``train``, ``eval``, and what a subclass adds."""
-        self.batch_type  # noqa: B018 - a DataModule of the wrong kind should say so before it reads gigabytes
+        """Return the parts to encode before training, by name: ``train``, ``eval``, and those that a subclass adds."""
+        self.batch_type  # noqa: B018 - refuse a DataModule of the wrong kind before reading gigabytes
         fitting = self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING)
         parts = {}
         if not self.streaming and (fitting or not self.eval_sources):
@@ -313,7 +314,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
     # ---- loaders ----------------------------------------------------------------------------------------------------
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Rows of the store that are seen in an epoch: each as often as the weight of its source says."""
+        """Return the rows of the store for an epoch, each repeated by the weight of its source."""
         weights = [source.weight for source in self.sources]
         sources = self.store.arrays["source"][self.train_rows]
         return weighted_rows(self.train_rows, sources, weights, self.seed, epoch)
@@ -328,7 +329,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         )  # fmt: skip
 
     def train_dataloader(self) -> StepLoader:
-        """Steps of the training rows, in an order of its own each epoch.
+        """Return the loader of the training steps; each epoch has its own order.
 
         Raises:
             StateError: ``not-set-up``.
@@ -346,7 +347,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         return StepLoader(steps, length, self.fingerprint, self.num_workers)
 
     def planned_epoch(self, epoch: int) -> int:
-        """Return the epoch whose steps an epoch takes: its own, with ``overfit_batches`` always the first one's."""
+        """Return the epoch whose steps to use: the given one, or always the first with ``overfit_batches``."""
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", False)
         return 0 if overfits else epoch
 
@@ -355,7 +356,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         return PlannedSteps(self._plan(self.store, rows, epoch), self.store, rows, self.ranks[0], self.collator())
 
     def streamed_step(self, rows: list[EncodedRow], index: int) -> Step[Any]:
-        """Make this rank's share of the run's step ``index`` of its rows over all ranks, from a stream."""
+        """Build this rank's share of the run's step ``index`` from its rows over all ranks, for a stream."""
         store = RowStore.build(rows, Report())
         places = np.arange(len(store))
         plan = self._plan(store, places, shuffle=False, drop_last=False)
@@ -372,7 +373,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         return StepLoader(lambda _: steps, len(cuts), self.fingerprint)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Steps of the held-out rows, in their order; none without such rows."""
+        """Return the loader of the held-out rows, in order; an empty list if there are none."""
         if not len(self.held_out):
             if self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
                 raise SettingError(
@@ -380,30 +381,30 @@ class AlignmentDataModule(AttachedDataModule, ABC):
                     "there are no held-out rows to evaluate: give them with data.eval_source, or hold out some of the "
                     "source with data.eval_rows",
                 )
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # which is as it should be
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # as intended
             return []
         return self.evaluation_loader()
 
     def evaluation_loader(self) -> StepLoader:
-        """Yield the steps of the held-out rows, in their order."""
+        """Return the loader of the held-out rows, in order."""
         return self._in_order(self.eval_store, self.held_out, self.collator())
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
-        """The same steps as for validation."""
+        """Return the same loader as for validation."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> StepLoader:
-        """Held-out rows (else the training rows): their prompts for a policy, their completions for other modules."""
+        """Return a loader of the held-out rows (else the training rows): prompts for a policy, else completions."""
         store, rows = self._shown()
         if self.needs.predicts_prompts or RankedBatch not in self.batch_types:
-            if self.completes:  # several completions of a prompt would have it answered several times
+            if self.completes:  # answer a prompt with several completions only once
                 _, firsts = np.unique(store.arrays["group"][rows], return_index=True)
                 rows = rows[np.sort(firsts)]
             return self._prompts_in_order(store, rows)
         return self._in_order(store, rows, collation.groups)
 
     def _shown(self) -> tuple[RowStore, np.ndarray]:
-        """The held-out rows, else the training rows."""
+        """Return the held-out rows, else the training rows."""
         if len(self.held_out):
             return self.eval_store, self.held_out
         if not len(self.train_rows):
@@ -411,7 +412,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         return self.store, self.train_rows
 
     def examples(self, count: int) -> list[tuple[Prompt, dict[str, Any]]]:
-        """Return some prompts with their further columns: of the held-out rows, else of the training rows."""
+        """Return some prompts with their further columns, from the held-out rows, else from the training rows."""
         if self.streaming and not len(self.held_out):
             rows: Iterator[tuple[Prompt, dict[str, Any]]] = (
                 (row.text, dict(row.columns)) for row in self.stream.peek()

@@ -1,4 +1,4 @@
-"""What an audit looks for in texts and labels: damage, texts that read the same, preferences that contradict."""
+"""Defects that an audit looks for: damaged text, texts that read the same, and contradictory preferences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAMAGE = {
         "[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]",
     ),
 }
-"""Kinds of damage: what each means, and the pattern that finds it."""
+"""Kinds of damage: the meaning of each kind, and the pattern that finds it."""
 
 _LINES = str.maketrans("", "", "\t\n\r")
 _EACH = {name: re.compile(pattern) for name, (_, pattern) in DAMAGE.items()}
@@ -32,7 +32,7 @@ _EACH = {name: re.compile(pattern) for name, (_, pattern) in DAMAGE.items()}
 CONTROL_TOKENS = re.compile(
     r"<\|[a-zA-Z0-9_]{2,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?tool_call>"
 )
-"""Common spellings of control tokens, used without a tokenizer."""
+"""Common spellings of control tokens, for an audit without a tokenizer."""
 
 _SPEAKERS = re.compile(
     r"^[^\S\n]*(?:Human|Assistant|User|System|AI)[^\S\n]*:|^### (?:Instruction|Response)", re.MULTILINE
@@ -41,12 +41,12 @@ _SPEAKERS = re.compile(
 
 def damage_of(text: str) -> Iterator[str]:
     """Yield the kinds of damage in a text, keys of `DAMAGE`."""
-    if not (text.isascii() and text.translate(_LINES).isprintable()):  # most English texts are
+    if not (text.isascii() and text.translate(_LINES).isprintable()):  # fast path: true of most English texts
         yield from (name for name, pattern in _EACH.items() if pattern.search(text))
 
 
 def has_speaker(text: str) -> bool:
-    """Whether a text holds a speaker mark of transcripts, which inside a turn is often a second turn."""
+    """Return whether a text holds a speaker mark of transcripts; inside a turn, it often marks a second turn."""
     return (":" in text or "###" in text) and _SPEAKERS.search(text) is not None
 
 
@@ -58,21 +58,21 @@ def contents_of(part: str | list[Message] | None) -> list[str]:
 
 
 def key_of(texts: Iterable[str]) -> int:
-    """Hash texts in their order, 64 bits."""
+    """Hash a list of texts to 64 bits."""
     digest = hashlib.blake2b(digest_size=8)
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass"))
-        digest.update(b"\xff")  # in no UTF-8 text, so that no two lists are written alike
+        digest.update(b"\xff")  # never occurs in UTF-8, so that different lists give different input
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def normalised(text: str) -> str:
-    """Normalise case, spaces and Unicode form (NFKC), which a reader overlooks."""
+    """Normalise case, spaces and Unicode form (NFKC): differences that a reader overlooks."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def disorder_of(row: CanonicalRow) -> Iterator[str]:
-    """Yield what is out of order in the turns of a row, keys of `audit.CHECKS`."""
+    """Yield the problems with the order of a row's turns, keys of `audit.CHECKS`."""
     if row.prompt is None or isinstance(row.prompt, str):
         return
     turns = row.prompt
@@ -89,7 +89,7 @@ def disorder_of(row: CanonicalRow) -> Iterator[str]:
 
 
 def longer_wins(row: CanonicalRow, lengths: Sequence[int]) -> float | None:
-    """Return the share of a preference's pairs whose longer completion is the better one; None without any."""
+    """Return the share of a preference's pairs in which the longer completion is better; None without such pairs."""
     if row.target == 0.5:
         return None
     ranks = row.ranks[::-1] if row.target < 0.5 else row.ranks
@@ -103,18 +103,18 @@ def longer_wins(row: CanonicalRow, lengths: Sequence[int]) -> float | None:
 
 
 WHOLE_LISTS = 32
-"""Completions of a ranked list up to which all its pairs are compared; of longer ones those of neighbouring ranks."""
+"""Maximum completions of a ranked list to compare all pairs; in a longer list only neighbouring ranks are compared."""
 
 
 class Preferences:
-    """Preferences between completions as a directed graph, 32 bytes a pair."""
+    """Preferences between completions as a directed graph; takes 32 bytes per pair."""
 
     def __init__(self) -> None:
         self.prompts, self.better, self.worse, self.rows = array("q"), array("q"), array("q"), array("q")
 
     def add(self, row: int, prompt: int, completions: Sequence[int], ranks: Sequence[int]) -> None:
-        """Add a row's preferences: hashes of prompt and completions, and the rank of each completion, 0 for the
-        best.
+        """Add a row's preferences, given hashes of prompt and completions and the rank of each completion (0 is
+        best).
         """
         near = len(completions) > WHOLE_LISTS
         for one, rank in zip(completions, ranks, strict=True):
@@ -126,7 +126,7 @@ class Preferences:
                         column.append(value)
 
     def contradictions(self) -> tuple[list[int], list[int]]:
-        """Return rows with a pair that another row judges the other way round, and rows on a longer cycle."""
+        """Return rows with a pair that another row judges the opposite way, and rows on a longer preference cycle."""
         if not self.rows:
             return [], []
         prompts, better, worse, rows = (
@@ -144,20 +144,20 @@ class Preferences:
 
 
 HASHES, BANDS = 128, 16
-"""Numbers of a MinHash signature, and its bands: rows that agree in all numbers of a band are compared.
+"""Length of a MinHash signature, and its number of bands. Rows that agree in all numbers of a band are compared.
 
-With bands of 8, rows of Jaccard similarity 0.8 are compared with probability 0.95, of 0.9 with 0.9999.
+A band has 8 numbers. Rows of Jaccard similarity 0.8 are compared with probability 0.95, of 0.9 with 0.9999.
 """
 
 SHINGLE = 5
-"""Words of a shingle, whose sets are compared."""
+"""Words per shingle; MinHash compares sets of shingles."""
 
 
 class SimilarTexts:
-    """Finds texts that share most of their shingles with an earlier one, by MinHash (Broder, 1997); 0.7 KB a text.
+    """Finds texts that share most of their shingles with an earlier text, by MinHash (Broder, 1997); 0.7 KB per text.
 
     Args:
-        least: Jaccard similarity of two sets of shingles from which texts are similar, as their signatures estimate it
+        least: minimum Jaccard similarity of the shingle sets of similar texts, as estimated from their signatures
             (standard deviation 0.035 at 0.8).
     """
 
@@ -178,7 +178,7 @@ class SimilarTexts:
         return ((keys[:, None] * self.factors + self.shifts) >> np.uint64(32)).min(0).astype(np.uint32)
 
     def first_like(self, text: str) -> int | None:
-        """Return the number of the earliest text that is similar; None if none is."""
+        """Return the number of the earliest similar text, or None."""
         signature = self.signature(text)
         places = {self.bands[key] for key in self._keys(signature) if key in self.bands}
         for place in sorted(places):
@@ -187,7 +187,7 @@ class SimilarTexts:
         return None
 
     def add(self, text: str, number: int) -> None:
-        """Keep a text under its number."""
+        """Store a text under its number."""
         signature = self.signature(text)
         for key in self._keys(signature):
             self.bands.setdefault(key, len(self.signatures))
@@ -199,21 +199,21 @@ class SimilarTexts:
 
 
 class NGrams:
-    """The n-grams of words in texts, 8 bytes each.
+    """The word n-grams of texts, as hashes of 8 bytes each.
 
     Args:
-        n: words of an n-gram; 13 in the search for test questions of Brown et al. (2020).
+        n: words per n-gram; 13 in the search for test questions by Brown et al. (2020).
     """
 
     def __init__(self, n: int) -> None:
         self.n, self.kept, self.sorted = n, array("q"), np.empty(0, dtype=np.int64)
 
     def add(self, text: str) -> None:
-        """Keep the n-grams of a normalised text."""
+        """Store the n-grams of a normalised text."""
         self.kept.extend(self._keys(text))
 
     def share(self, text: str) -> float:
-        """Return the share of a text's n-grams that are kept; 0 for a text of fewer than n words."""
+        """Return the share of a text's n-grams that are stored; 0 for a text of fewer than n words."""
         keys = np.array(self._keys(text), dtype=np.int64)
         if len(self.kept):
             self.sorted = np.unique(np.concatenate([self.sorted, np.frombuffer(self.kept, dtype=np.int64)]))

@@ -1,4 +1,4 @@
-"""Rows of one file. A row that cannot be read is one `Unreadable`; a file that cannot be read is an error naming it."""
+"""Read the rows of a file. An unreadable row becomes an `Unreadable`; an unreadable file raises an error naming it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from rlhf_lightning.data.finding import COMPRESSED, FORMATS, format_of, refuse_d
 from rlhf_lightning.errors import DataError, reason_of
 
 WRAPPERS = ("data", "rows", "examples", "instances", "train")
-"""Names under which a .json file may hold its list of rows."""
+"""Keys under which a .json file may hold its list of rows."""
 
 
 TURN_COLUMNS = (
     "prompt", "messages", "conversations", "chosen", "rejected", "completion", "completions", "history", "tools",
 )  # fmt: skip
-"""Columns with nested objects, in which tables hold a null for every key that another row has."""
+"""Columns with nested objects, in which tables fill in a null for every key that occurs in another row."""
 
 LONGEST_ROW = 8 << 20
-"""Bytes of one row, unless ``max_row_bytes`` of its source allows more; encoding takes some 60 times as much memory."""
+"""Maximum bytes of a row, unless ``max_row_bytes`` of its source allows more; encoding needs some 60 times the memory.
+"""
 
 LARGEST_UNPACKED = 1 << 30
-"""Bytes that a compressed file may unpack to where its format is read whole."""
+"""Maximum decompressed size in bytes of a compressed file whose format is read as a whole."""
 
 MOST_PACKED = 1000
-"""How many times its own size a table may unpack to, beyond `LARGEST_UNPACKED`."""
+"""Maximum ratio of a table's decompressed size to its file size, if it decompresses to more than `LARGEST_UNPACKED`."""
 
 BATCH = 64
-"""Rows of a Parquet file that are unpacked at the same time."""
+"""Number of rows of a Parquet file that are decoded at a time."""
 
 
 class Unreadable:
-    """Stands for a line that holds no row.
+    """Stands for a line that holds no valid row.
 
     Args:
-        reason: why, a key of `canonical.REASONS`.
+        reason: key of `canonical.REASONS`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -62,15 +63,15 @@ class _DuplicateKey(Exception):
 
 
 def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
-    """Read the rows of one file: Parquet, Arrow, CSV or TSV with a header, JSON (a list of objects) or one JSON a line.
+    """Read the rows of a file: Parquet, Arrow, CSV or TSV with a header, JSON (a list of objects) or JSON lines.
 
-    The format is that of the suffix, else what the file begins with. A ``.txt`` file is one row with the column
-    ``text`` for each paragraph (texts between empty lines). Bytes that are not UTF-8 make a row of JSON unreadable; in
-    the other formats they stay in the row as half surrogates, for which it is refused when its text is read.
+    The suffix determines the format, or else the file's first bytes. In a ``.txt`` file each paragraph (text between
+    empty lines) is a row with the column ``text``. Bytes that are not UTF-8 make a JSON row unreadable. In the other
+    formats they become lone surrogates, and the row is refused when its text is read.
 
     Args:
         file: the file, possibly compressed.
-        longest: most bytes of a row; a longer one is an `Unreadable`, and of CSV an error.
+        longest: maximum bytes of a row; a longer row is an `Unreadable`, but an error in CSV.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -129,7 +130,7 @@ def _format_of_content(file: Path, stream: io.BufferedReader) -> str:
 
 
 def _whole(file: Path, stream: io.BufferedReader) -> bytes:
-    """Read a file whole; a compressed one may be a bomb, so what it unpacks to has a bound."""
+    """Read a whole file. A compressed file may be a decompression bomb, so its decompressed size is limited."""
     if isinstance(stream.raw, io.FileIO):
         return stream.read()
     content = io.BytesIO()
@@ -145,7 +146,7 @@ def _whole(file: Path, stream: io.BufferedReader) -> bytes:
 
 
 def _lines(stream: io.BufferedReader, longest: int) -> Iterator[bytes | None]:
-    """Yield the lines that are not blank; None in place of a longer one, which is not kept in memory."""
+    """Yield the lines that are not blank; None for a line that is too long, which is skipped without storing it."""
     while line := stream.readline(longest + 2):
         if len(line) > longest and len(line.rstrip(b"\r\n")) > longest:
             while line and not line.endswith(b"\n"):
@@ -156,7 +157,7 @@ def _lines(stream: io.BufferedReader, longest: int) -> Iterator[bytes | None]:
 
 
 def _size(value: Any) -> int:
-    """Return about how many bytes a value has as JSON."""
+    """Return the approximate number of bytes of a value as JSON."""
     if isinstance(value, dict):
         return sum(len(key) + _size(one) for key, one in value.items())
     return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
@@ -183,7 +184,7 @@ def _jsonl(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawR
 
 
 def _pretty_printed(file: Path, content: bytes) -> list[RawRow] | None:
-    """Return rows that are written over several lines; None if the content is not of that kind."""
+    """Return rows of JSON that spans several lines; None if the content is not of that kind."""
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeError:
@@ -213,7 +214,7 @@ def _txt(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow
 
 
 def parse_line(line: bytes) -> RawRow:
-    """The JSON object of a line, or why there is none; ``NaN`` and ``Infinity``, which Python writes, are numbers."""
+    """Return the JSON object of a line, or why it is unreadable; Python's ``NaN`` and ``Infinity`` are accepted."""
     try:
         row = _loads(line.removeprefix(b"\xef\xbb\xbf"))
     except _DuplicateKey:
@@ -229,7 +230,7 @@ def _loads(content: bytes) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
-    if len(made) < len(pairs):  # it is not known which of the two is meant
+    if len(made) < len(pairs):  # it is ambiguous which value is meant
         raise _DuplicateKey
     return made
 
@@ -268,7 +269,7 @@ def _parquet(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[Ra
         source = _seekable(file, stream)
         schema = pyarrow.parquet.ParquetFile(source).schema
         columns = [schema.column(place) for place in range(len(schema))]
-        # A text that is repeated stands once in the file. Read so, it takes no more memory either.
+        # The file stores repeated texts once. Read as dictionaries, they take no more memory either.
         texts = [column.path for column in columns if column.logical_type.type == "STRING"]
         source.seek(0)
         return pyarrow.parquet.ParquetFile(source, read_dictionary=texts).iter_batches(BATCH)
@@ -321,7 +322,7 @@ def _rows_of_batch(batch: Any, longest: int, size: int) -> Iterator[RawRow]:
         try:
             yield from batch.to_pylist()
             return
-        except (ValueError, OverflowError):  # some value has no Python form: which row's, is found one by one
+        except (ValueError, OverflowError):  # a value has no Python form; the loop below finds its row
             pass
     for place in range(len(batch)):
         one = batch.slice(place, 1)
@@ -332,7 +333,7 @@ def _rows_of_batch(batch: Any, longest: int, size: int) -> Iterator[RawRow]:
 
 
 def _unpacked_bytes(array: Any) -> int:
-    """Return the bytes of a column's values, where a table may hold a repeated text once."""
+    """Return the bytes of a column's values, counting a repeated text each time although a table may store it once."""
     import pyarrow
     import pyarrow.compute
 
@@ -349,7 +350,7 @@ def _unpacked_bytes(array: Any) -> int:
 
 
 def without_filled_nulls(row: RawRow) -> RawRow:
-    """Drop the nulls in nested objects of turns, which a table fills in for keys that another row has."""
+    """Drop the nulls that a table fills into nested objects of turns for keys of other rows."""
 
     def dropped(value: Any) -> Any:
         if isinstance(value, dict):

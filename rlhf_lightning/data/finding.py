@@ -11,34 +11,34 @@ from rlhf_lightning.errors import DataError, MissingError, SettingError
 from rlhf_lightning.loading import nearest
 
 COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
-"""Suffixes of compressed files, and the bytes such a file begins with."""
+"""Suffixes of compressed files, and the magic bytes at the beginning of such a file."""
 
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
     ".txt": "txt", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
-"""The format of a file by its suffix, in small letters and before that of a compression."""
+"""The format of a file by its suffix, in lower case and without a compression suffix."""
 
 
 SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
     "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation", "heldout": "validation",
 }  # fmt: skip
-"""Words in the name of a file, and the split that they name."""
+"""Words in file names, and the split that each names."""
 
 
 DOCUMENTS = re.compile(
     r"(licen[cs]e|copying|notice|readme|changelog|authors|citation|requirements|dataset_infos?|state)\b", re.IGNORECASE
 )
-"""Names of files that accompany data."""
+"""Names of files that accompany data and hold no rows."""
 
 
 SLICE = re.compile(r"([^\[\]+]+)(?:\[(-?[0-9]+%?)?:(-?[0-9]+%?)?\])?\Z")
 
 
 def format_of(file: Path) -> str | None:
-    """Return the format of a file by its name, a value of `FORMATS`; None if the name does not say."""
+    """Return the format of a file by its name, a value of `FORMATS`; None if the suffix is unknown."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in (*COMPRESSED, ".zstd"):
         suffixes.pop()
@@ -46,7 +46,7 @@ def format_of(file: Path) -> str | None:
 
 
 def refuse_device(file: Path) -> None:
-    """Refuse a pipe or a device, which may never end.
+    """Refuse a pipe or a device, because reading it may never end.
 
     Raises:
         DataError: ``not-a-file``.
@@ -56,13 +56,14 @@ def refuse_device(file: Path) -> None:
 
 
 def files_of(given: str, split: str = "train") -> list[Path] | None:
-    """Return the files that a source names, in order; None if it is a Hub name or a folder written by ``save_to_disk``.
+    """Return the files of a source, in order; None for a Hub name or a folder written by ``save_to_disk``.
 
-    Of a folder these are the files of the split, by the words in their names. Licences and the like are left out.
+    For a folder these are the files of the split, found by the words in their names. Licences and similar files are
+    left out.
 
     Raises:
-        MissingError: if it looks like a file or a glob and there is none.
-        DataError: if a folder or a glob mixes formats or splits.
+        MissingError: the name looks like a file or a glob, but no file exists.
+        DataError: a folder or a glob mixes formats or splits.
     """
     path = Path(given).expanduser()
     if "://" in given:
@@ -127,7 +128,7 @@ def _split_in_name(file: Path) -> str | None:
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
-    """Return a folder's files of one format and split: its own, else those of data/ or of a folder for each split."""
+    """Return a folder's files of one format and split; look in the folder, in data/ and in one folder per split."""
     places = [folder, folder / "data", *(one for one in sorted(folder.iterdir()) if one.name.lower() in SPLIT_WORDS)]
     files: list[Path] = []
     for place in places:
@@ -164,10 +165,10 @@ def _is_data(file: Path) -> bool:
 
 
 def bounds_of(split: str, count: int) -> tuple[int, int]:
-    """Return the first row of a split's slice and the one after its last, such as of ``train[10%:20%]``.
+    """Return the first row of a split's slice and the row after its last, as in ``train[10%:20%]``.
 
     Raises:
-        SettingError: the split is not written like that.
+        SettingError: the split or its slice is malformed.
     """
     found = SLICE.match(split)
     if found is None:

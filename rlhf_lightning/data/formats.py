@@ -1,17 +1,22 @@
-"""Rows of every supported form, read into one canonical row, or refused with a reason.
+"""Convert rows of every supported form to canonical rows, or refuse them with a reason.
 
 Demonstrations: ``messages`` or ``conversations``; ``prompt`` + ``completion``; ``instruction`` (+ ``input``) +
-``output``; ``input`` + ``output``; ``text`` alone. Preferences: ``prompt`` (or ``conversations``, or ``instruction`` +
-``input``) + ``chosen`` + ``rejected``; ``chosen`` + ``rejected`` whose prompt is what both begin with (turns in common,
-or a transcript of "Human:" and "Assistant:" turns); ``prompt`` + ``completions`` best first, or with ``ranks``;
-``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2 for the better one, 0 or "tie") or ``labels`` (a
-list of such votes). Judged alone: a demonstration with ``label``, or a preference, whose two completions become two
-rows. Judged step by step: ``prompt`` + ``completions``, the steps of one completion, + ``labels``. Prompts: ``prompt``,
-or what the other forms have before the completion. Text may be plain or messages everywhere.
+``output``; ``input`` + ``output``; ``text`` alone.
 
-``system``, ``history`` (earlier turns) and ``tools`` (or ``functions``) go into the prompt of any form. ``preference``
-(probability that chosen is the better one), ``margin`` (rated strength) and ``weight`` (weight of the row) are optional
-numbers. All other columns are handed on.
+Preferences: ``prompt`` (or ``conversations``, or ``instruction`` + ``input``) + ``chosen`` + ``rejected``; ``chosen`` +
+``rejected`` that begin with the same prompt (common turns, or a transcript of "Human:" and "Assistant:" turns);
+``prompt`` + ``completions``, best first or with ``ranks``; ``prompt`` + ``completion_1`` + ``completion_2`` + ``label``
+(1 or 2 for the better one, 0 or "tie") or ``labels`` (a list of such votes).
+
+Completions judged individually: a demonstration with ``label``, or a preference, whose two completions become two rows.
+
+Completions judged step by step: ``prompt`` + ``completions`` (the steps of one completion) + ``labels``.
+
+Prompts: ``prompt``, or the part of the other forms before the completion. Text may be plain or messages everywhere.
+
+``system``, ``history`` (earlier turns) and ``tools`` (or ``functions``) are added to the prompt of any form.
+``preference`` (probability that chosen is better), ``margin`` (rated strength) and ``weight`` (weight of the row) are
+optional numbers. All other columns are passed on.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ from rlhf_lightning.types import Message, Prompt
 LABELS = ("preference", "margin", "weight")
 
 MOST_COMPLETIONS = 256
-"""Completions of a ranked list: every two of them can become a pair."""
+"""Maximum completions of a ranked list, because every two of them can become a pair."""
 
 Form = tuple[str, ...]
 DEMONSTRATION_FORMS: tuple[Form, ...] = (
@@ -78,11 +83,11 @@ OTHER_NAMES = {
     "completions": ("responses", "answers"),
     "label": ("is_good", "thumbs_up"),
 }
-"""Names that other data sets have for a column."""
+"""Names that other data sets use for a column."""
 
 
 def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
-    """Return the first of the forms whose columns the row has; those of a table's other rows are all null."""
+    """Return the first form whose columns the row has, preferably with a value: tables fill in nulls."""
     found = [form for form in forms if all(column in row for column in form)]
     if not found:
         raise RowRefused("missing_columns")
@@ -90,7 +95,7 @@ def form_of(row: Row, forms: tuple[Form, ...]) -> Form:
 
 
 def check_columns(found: Iterable[str], forms: tuple[Form, ...], where: str) -> None:
-    """Raise if no form's columns are among those found, naming them and the nearest match."""
+    """Raise an error if the columns match no form; it names the columns and similar accepted names."""
     found = list(dict.fromkeys(found))
     matched = next((form for form in forms if set(form) <= set(found)), None)
     asked = next((name for name in OTHER_NAMES["prompt"] if name in found), None)
@@ -99,7 +104,7 @@ def check_columns(found: Iterable[str], forms: tuple[Form, ...], where: str) -> 
 
 
 def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataError:
-    """Return the error of columns that hold no form, with the nearest right names."""
+    """Return the error for columns that match no form, with similar accepted names."""
     missing = {column for form in forms for column in form} - set(found)
     near = {}
     for name in found:
@@ -123,13 +128,13 @@ def no_form(found: Sequence[str], forms: tuple[Form, ...], where: str) -> DataEr
 
 
 def _with_lists(row: Row, forms: tuple[Form, ...]) -> tuple[Row, Form]:
-    """Find the row's form, and read its columns that hold messages as JSON text, where all of them do."""
+    """Find the row's form, and parse message columns that hold JSON text, if all of them do."""
     if "conversations" in row and row.get("messages") is None and row.get("chosen") is None:
         row = {**row, "messages": row["conversations"]}
     names = ("prompt", "completion", "chosen", "rejected")
     texts = {name: row[name] for name in names if row.get(name) is not None}
     spelt = [name for name, value in texts.items() if spells_turns(value)]
-    if len(spelt) > 1 and len(spelt) == len(texts):  # a text alone may be somebody's words
+    if len(spelt) > 1 and len(spelt) == len(texts):  # a single such column may be ordinary text
         row = {**row, **{name: from_json(texts[name], "json_text") for name in spelt}}
     form = form_of(row, forms)
     if "messages" in form and isinstance(row["messages"], str):
@@ -138,7 +143,7 @@ def _with_lists(row: Row, forms: tuple[Form, ...]) -> tuple[Row, Form]:
 
 
 def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
-    """A prompt and the completion to imitate."""
+    """Read a prompt and the completion to imitate."""
     row, form = _with_lists(row, DEMONSTRATION_FORMS)
     used = {*form, *LABELS, "conversations"}
     prompt: Prompt | None
@@ -160,12 +165,12 @@ def demonstration(row: Row, as_chat: bool = False) -> CanonicalRow:
 
 
 def preference_with_ties(row: Row, as_chat: bool = False) -> CanonicalRow:
-    """A preference, or a ranked list that is all ties, for objectives that learn from those too."""
+    """Read a preference or a ranked list, also if all its ranks are tied, for objectives that learn from ties."""
     return preference(row, as_chat, keep_tied=True)
 
 
 def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> CanonicalRow:
-    """A prompt and two or more completions with their ranks."""
+    """Read a prompt and two or more completions with their ranks."""
     row, form = _with_lists(row, PREFERENCE_FORMS)
     used = {*form, *LABELS, *context_of(row)}
     if "completion_1" in form:
@@ -196,7 +201,7 @@ def preference(row: Row, as_chat: bool = False, keep_tied: bool = False) -> Cano
 
 
 def unpaired(row: Row, as_chat: bool = False) -> CanonicalRow:
-    """A prompt and completions that are good (rank 0) or bad (rank 1): one with its label, or a pair's two."""
+    """Read a prompt with good (rank 0) or bad (rank 1) completions: one with its label, or the two of a pair."""
     row, form = _with_lists(row, UNPAIRED_FORMS)
     if "label" not in form:
         return preference(row, as_chat)
@@ -216,7 +221,7 @@ def _judgement(value: Any) -> bool:
 
 
 def process(row: Row, as_chat: bool = False) -> CanonicalRow:
-    """A prompt and the steps of one completion, each with its label: right or wrong, or the probability of right."""
+    """Read a prompt and the steps of one completion; each label is right, wrong, or the probability of being right."""
     form = form_of(row, PROCESS_FORMS)
     steps, labels = row["completions"], row["labels"]
     if not isinstance(steps, list | tuple) or not steps:
@@ -239,7 +244,7 @@ def _step_label(value: Any) -> float | None:
 
 
 def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
-    """A prompt alone; further columns are handed on to the scorer."""
+    """Read a prompt alone; further columns are passed on to the scorer."""
     row, form = _with_lists(row, PROMPT_FORMS)
     used = {*form, "conversations", *context_of(row)}
     if form == ("messages",):
@@ -256,7 +261,7 @@ def prompt(row: Row, as_chat: bool = False) -> CanonicalRow:
         found = prompt_of(row[form[0]])
     found, _ = one_style(found, [], as_chat)
     found = in_context(row, found)
-    # A scorer is called with the prompts and the completions sampled for them, and with the columns by their names.
+    # A scorer is called with ``prompts`` and the sampled ``completions``, and with the columns as keyword arguments.
     return CanonicalRow(found, columns=_others(row, used | {"prompts", "completions"}))
 
 
@@ -264,11 +269,11 @@ Reader = Callable[[Row, bool], CanonicalRow]
 
 
 class Kind(NamedTuple):
-    """Rows of one kind.
+    """A kind of rows.
 
     Attributes:
-        read: reads a row of any form of that kind.
-        forms: the forms it reads.
+        read: function that reads a row of any form of this kind.
+        forms: the forms that it reads.
     """
 
     read: Reader
@@ -282,14 +287,14 @@ KINDS = {
     "sft": Kind(demonstration, DEMONSTRATION_FORMS),
     "prompt": Kind(prompt, PROMPT_FORMS),
 }
-"""Kinds by the name of their DataModule, those whose forms ask for more columns first."""
+"""Kinds by the name of their DataModule; kinds whose forms need more columns come first."""
 
 
 def kind_of(columns: Iterable[str], where: str) -> str:
-    """Return the name of the first kind with a form that the columns hold.
+    """Return the name of the first kind with a form that the columns match.
 
     Raises:
-        DataError: they hold no form, with the nearest right names.
+        DataError: the columns match no form; the error names similar accepted names.
     """
     found = list(dict.fromkeys(columns))
     for name, kind in KINDS.items():
@@ -301,10 +306,10 @@ def kind_of(columns: Iterable[str], where: str) -> str:
 def read_row(
     row: Row | Unreadable, read: Reader, as_chat: bool = False, columns: Mapping[str, str] | None = None
 ) -> CanonicalRow:
-    """Read one row with a reader, its columns renamed by ``columns``.
+    """Read one row with a reader, after renaming its columns by ``columns``.
 
     Raises:
-        RowRefused: it cannot be used.
+        RowRefused: the row cannot be used.
     """
     if isinstance(row, Unreadable):
         raise RowRefused(row.reason)
@@ -353,7 +358,7 @@ def _instruction(row: Row) -> str:
 
 
 def _voted(row: Row, name: str) -> Row:
-    """Votes on two completions as a pair, the one with more votes chosen; a tie is half a vote for each."""
+    """Convert votes on two completions to a pair; the one with more votes is chosen, a tie counts half for each."""
     votes = row[name] if name == "labels" else [row[name]]
     known = {"1": 1.0, "2": 0.0, "0": 0.5, "tie": 0.5}
     if (

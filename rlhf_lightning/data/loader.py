@@ -1,8 +1,8 @@
-"""The loader: yields the planned steps of an epoch, and resumes at the next step.
+"""The loader: yield the planned steps of an epoch, and resume at the next step.
 
-It is not a `torch.utils.data.DataLoader`, so that Lightning cannot inject a sampler: the plan has already distributed
-the rows over the ranks. Lightning calls ``set_epoch`` of its ``sampler``. Its ``state_dict`` of three values resumes on
-any number of ranks.
+It is not a `torch.utils.data.DataLoader`, so that Lightning cannot inject a sampler: the plan already distributes the
+rows over the ranks. Lightning calls ``set_epoch`` of the loader's ``sampler``. The ``state_dict`` has three values and
+resumes on any number of ranks.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class PlannedSteps:
     Args:
         plan: the plan, over positions in ``rows``.
         store: the encoded rows.
-        rows: row of the store at each position.
+        rows: index into the store for each position.
         rank: this rank.
-        collate: makes a batch of rows of the store.
+        collate: function that collates rows of the store into a batch.
     """
 
     def __init__(self, plan: BatchPlan, store: RowStore, rows: np.ndarray, rank: int, collate: Collate) -> None:
@@ -48,9 +48,9 @@ class PlannedSteps:
 
 
 class PromptSteps:
-    """Steps of prompts, one micro-batch each unless there are candidates.
+    """Steps of prompts, with one micro-batch each unless there are candidate rounds.
 
-    Prompts go to the ranks in turn, and all samples of a prompt to one rank.
+    Prompts are dealt to the ranks in turn; all samples of a prompt belong to one rank.
 
     Args:
         store: the encoded rows.
@@ -58,10 +58,10 @@ class PromptSteps:
         first: number of the first step's first episode.
         rank: this rank.
         ranks: number of ranks.
-        samples: samples of each prompt.
-        rounds: equal parts that a step is split into, one micro-batch each; all but the first are candidates.
-        limits: bounds of each forward pass over what is sampled.
-        choose: returns the rows of a step when it is made, given its index and count of rows; None keeps ``rows``.
+        samples: samples per prompt.
+        rounds: number of equal parts of a step, one micro-batch each; parts after the first are candidates.
+        limits: limits of each forward pass over the sampled completions.
+        choose: returns the rows of a step when it is built, given its index and number of rows; None keeps ``rows``.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class EpochSteps(Protocol):
     """The steps of one epoch of one rank."""
 
     def __len__(self) -> int:
-        """Steps of the epoch."""
+        """Return the number of steps of the epoch."""
 
     def __getitem__(self, index: int) -> Step[Any]:
-        """The step ``index``."""
+        """Return the step ``index``."""
 
 
 class EpochSampler:
@@ -114,7 +114,7 @@ class EpochSampler:
         self.position = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
+        """Set the epoch; the Trainer calls this at the start of each epoch."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
@@ -123,13 +123,14 @@ class StepLoader:
     """Yields one `types.Step` for each optimizer step.
 
     Args:
-        steps: returns the steps of an epoch.
-        length: steps of every epoch.
-        fingerprint: hash of everything that decides the order of rows; a state with another hash is refused.
+        steps: function that returns the steps of an epoch.
+        length: number of steps of every epoch.
+        fingerprint: hash of everything that determines the order of rows; a state with another hash is refused.
         num_workers: processes that build steps ahead; 0 builds them on demand.
 
     Attributes:
-        multi_turn: the environment of each batch of prompts, put in here because it is not for other processes.
+        multi_turn: environment to add to each batch of prompts; added here, because worker processes should not have
+            it.
     """
 
     def __init__(self, steps: Callable[[int], EpochSteps], length: int, fingerprint: str, num_workers: int = 0) -> None:
@@ -139,7 +140,7 @@ class StepLoader:
         self.fingerprint = fingerprint
         self.num_workers = num_workers
         self.sampler = EpochSampler()
-        self.batch_sampler = None  # Lightning looks here first for what shuffles
+        self.batch_sampler = None  # Lightning first checks this attribute for a sampler
         self._resumed = False
 
     def __len__(self) -> int:
@@ -152,11 +153,11 @@ class StepLoader:
         self._resumed = False
         sampler.position = start
         for index, step in enumerate(self.steps_from(sampler.epoch, start), start):
-            sampler.position = index + 1  # counted when yielded: workers build ahead
+            sampler.position = index + 1  # set when yielded, because workers build ahead
             yield step if self.multi_turn is None else conversing_step(step, self.multi_turn)
 
     def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
-        """Yield the steps of an epoch, the first of them numbered ``start``."""
+        """Yield the steps of an epoch, beginning with step ``start``."""
         steps = self.steps(epoch)
         if self.num_workers == 0:
             return (steps[index] for index in range(start, self.length))
@@ -167,14 +168,14 @@ class StepLoader:
         return iter(loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the epoch and the number of its steps that were yielded."""
+        """Return the position: the epoch, the number of its steps that were yielded, and the fingerprint."""
         return {"epoch": self.sampler.epoch, "step": self.sampler.position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
 
         Raises:
-            StateError: if the state belongs to other data or another order.
+            StateError: the state belongs to other data or another order.
         """
         if state["fingerprint"] != self.fingerprint:
             raise StateError(
@@ -188,7 +189,7 @@ class StepLoader:
 
 
 def conversing_step(step: Step[PromptBatch], multi_turn: MultiTurn) -> Step[PromptBatch]:
-    """Return a step whose prompts begin conversations."""
+    """Return a step whose prompts begin conversations with the environment."""
     return step._replace(micro_batches=tuple(one._replace(multi_turn=multi_turn) for one in step.micro_batches))
 
 

@@ -1,4 +1,4 @@
-"""DataModules of demonstrations, preferences, judged completions and judged steps."""
+"""DataModules for demonstrations, preferences, judged completions and judged steps."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class SFTDataModule(AlignmentDataModule):
     """Demonstrations: ``messages`` or ``conversations``, ``prompt`` + ``completion``, ``input`` + ``output``,
     ``instruction`` (+ ``input``) + ``output``, or ``text`` alone (every token after the first is learned).
 
-    In a conversation every turn of the assistant is learned, with its end token. Where the chat template rewrites
-    earlier turns, each learned turn becomes a row with its own prompt.
+    In a conversation every assistant turn is learned, with its end token. If the chat template rewrites earlier turns,
+    each learned turn becomes a row with its own prompt.
 
     Args:
-        source: where the demonstrations come from; see `AlignmentDataModule` for this and all other arguments.
+        source: source of the demonstrations; see `AlignmentDataModule` for this and all other arguments.
     """
 
     batch_types = (DemonstrationBatch,)
@@ -46,15 +46,15 @@ class PreferenceDataModule(AlignmentDataModule):
     a transcript of Human and Assistant), or ``prompt`` + ``completions`` best first (+ ``ranks``, equal ones are ties).
 
     Two completions with a verdict are read too: ``prompt`` + ``completion_1`` + ``completion_2`` + ``label`` (1 or 2, 0
-    or "tie" for neither), or ``labels``, the votes of several. The better one is chosen, and the mean vote is its
-    ``preference``: 0.5 for a tie.
+    or "tie" for neither), or ``labels``, a list of votes. The better completion becomes chosen, and the mean vote
+    becomes ``preference``: 0.5 for a tie.
 
-    ``preference`` is the probability that chosen is the better one, ``margin`` its rated strength. A module that takes
-    pairs gets every pair of different rank of a ranked list; one that takes ranked groups gets a pair as a group of
+    ``preference`` is the probability that chosen is better, ``margin`` its rated strength. A module that takes pairs
+    gets every pair of a ranked list with different ranks. A module that takes ranked groups gets a pair as a group of
     two.
 
     Args:
-        source: where the preferences come from; see `AlignmentDataModule` for this and all other arguments.
+        source: source of the preferences; see `AlignmentDataModule` for this and all other arguments.
     """
 
     batch_types = (PreferenceBatch, RankedBatch)
@@ -67,19 +67,20 @@ class PreferenceDataModule(AlignmentDataModule):
         return self.encoder_of(read, formats.PREFERENCE_FORMS, pairwise=self.batch_type is PreferenceBatch)
 
     def collator(self) -> Collate:
-        """Pairs, or groups of ranked completions."""
+        """Return the function that collates pairs, or groups of ranked completions."""
         return collation.pairs if self.batch_type is PreferenceBatch else collation.groups
 
 
 class UnpairedDataModule(AlignmentDataModule):
-    """Rows judged alone: ``prompt`` + ``completion`` + ``label`` or ``messages`` + ``label``, the label true or 1 for a
-    good completion, false, 0 or -1 for a bad one. A preference (``chosen`` + ``rejected``) becomes two rows.
+    """Completions judged individually: ``prompt`` + ``completion`` + ``label`` or ``messages`` + ``label``. The label
+    is true or 1 for a good completion, false, 0 or -1 for a bad one. A preference (``chosen`` + ``rejected``) becomes
+    two rows.
 
-    Where the module asks for it (KTO), every prompt also gets a mismatched completion of another row. The assignment
-    depends only on the data and the seed, and the completion never answers the same prompt.
+    If the module asks for it (KTO), every prompt also gets a mismatched completion of another row. The assignment
+    depends only on the data and the seed, and the completion always belongs to another prompt.
 
     Args:
-        source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
+        source: source of the rows; see `AlignmentDataModule` for this and all other arguments.
     """
 
     batch_types = (UnpairedBatch,)
@@ -92,7 +93,7 @@ class UnpairedDataModule(AlignmentDataModule):
         return self.encoder_of(formats.unpaired, formats.UNPAIRED_FORMS, apart=True)
 
     def setup(self, stage: str) -> None:
-        """Map the encoded rows into memory, and assign mismatched completions separately for held-out rows."""
+        """Memory-map the encoded rows, and assign mismatched completions, separately for held-out rows."""
         super().setup(stage)
         self.partners: dict[int, dict[int, int]] = {}
         if self.needs.mismatched and not self.streaming:
@@ -108,19 +109,19 @@ class UnpairedDataModule(AlignmentDataModule):
         if not self.needs.mismatched:
             return collation.unpaired(store, rows)
         partners = self.partners.get(id(store))
-        if partners is None:  # a step of a stream knows no other rows than its own
+        if partners is None:  # a step of a stream can only use its own rows
             partners = mismatched_rows(store.arrays["group"], np.arange(len(store)), self.seed)
         return collation.unpaired(store, rows, partners, self.max_length)
 
 
 def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int, int]:
-    """Return for each row a row of another prompt, whose completion is put after its prompt.
+    """Return for each row a row of another prompt, which provides the mismatched completion.
 
-    Rows form a shuffled ring; each looks back along it to the first row of another prompt. ``groups`` numbers each
-    stored row's prompt.
+    Rows form a shuffled ring. Each row takes the nearest earlier row in the ring that has another prompt. ``groups``
+    numbers each stored row's prompt.
 
     Raises:
-        DataError: all rows have one prompt.
+        DataError: all rows have the same prompt.
     """
     ring = rows[shuffled(len(rows), seed, 0)]
     prompts = groups[ring]
@@ -141,14 +142,14 @@ def mismatched_rows(groups: np.ndarray, rows: np.ndarray, seed: int) -> dict[int
 
 class ProcessDataModule(AlignmentDataModule):
     """Stepwise judgements: ``prompt`` + ``completions`` (the steps of one completion, in order) + ``labels`` (for each
-    step true or false, the probability that it is right, or null where it was not judged).
+    step true or false, the probability that it is right, or null if it was not judged).
 
-    Each step is encoded by itself, followed by the module's ``step_separator`` (the last one by the end token), and
-    judged at its last token. The token counts (``progress/tokens``, the mean of the loss) count judged steps. Steps
-    lost by truncation are not in the loss.
+    Each step is encoded separately, followed by the module's ``step_separator`` (the last one by the end token), and
+    judged at its last token. Token counts (``progress/tokens``, the mean of the loss) count judged steps. Steps lost by
+    truncation do not enter the loss.
 
     Args:
-        source: where the rows come from; see `AlignmentDataModule` for this and all other arguments.
+        source: source of the rows; see `AlignmentDataModule` for this and all other arguments.
     """
 
     batch_types = (ProcessBatch,)
@@ -163,5 +164,5 @@ class ProcessDataModule(AlignmentDataModule):
         return collation.judged_steps
 
     def predict_dataloader(self) -> StepLoader:
-        """Held-out rows, else the training rows, with their completions."""
+        """Return a loader of the held-out rows, else the training rows, with their completions."""
         return self._in_order(*self._shown(), self.collator())

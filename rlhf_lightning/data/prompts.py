@@ -1,4 +1,4 @@
-"""Prompts to answer, for on-policy training."""
+"""Prompts for on-policy training."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from rlhf_lightning.types import DemonstrationBatch, Environment, PromptBatch, S
 
 
 class PromptDataModule(AlignmentDataModule):
-    """Prompts: ``prompt``, or what demonstrations and preferences have before the completion. Further columns
+    """Prompts: ``prompt``, or the part of demonstrations and preferences before the completion. Further columns
     (``answer`` ...) go to the scorer.
 
-    One step is one rollout of ``batch_size`` episodes, which are ``batch_size / samples_per_prompt`` prompts. Prompts
-    come from one shuffled pass after the other, so that every rollout is full. Episodes are numbered through the whole
-    run, alike for any number of ranks. A subclass that overrides ``choose_rows`` decides
-    which prompts a rollout answers.
+    One step is one rollout of ``batch_size`` episodes, that is of ``batch_size / samples_per_prompt`` prompts. Prompts
+    come from consecutive shuffled passes over the data, so that every rollout is full. Episode numbers count through
+    the whole run and do not depend on the number of ranks. A subclass may override ``choose_rows`` to decide which
+    prompts a rollout answers.
 
     Args:
         source: source of the prompts; see `AlignmentDataModule` for this and all other arguments. ``batch_size``
             counts episodes; prompts have at most ``max_prompt_length`` (else ``max_length``) tokens.
         rollouts: rollouts of an epoch; None takes one pass over the prompts.
-        samples_per_prompt: completions to sample for each prompt (the size of a group).
+        samples_per_prompt: completions to sample per prompt (the group size).
         candidate_rounds: sets of prompts for each rollout; a module that drops groups (DAPO's dynamic sampling) takes
-            further sets until its rollout is full, others use the first.
+            further sets until its rollout is full, other modules use the first set.
         pretraining_source: demonstrations or plain ``text`` to mix into the updates, if the module has a coefficient
             for it (PPO-ptx); in the same forms as ``source``.
-        pretraining_batch_size: its rows for each rollout, over all ranks; None takes ``batch_size``.
+        pretraining_batch_size: pretraining rows per rollout, over all ranks; None takes ``batch_size``.
         environment: replies to the policy's turns, by class_path and init_args; null makes one completion the whole
             episode. See `types.Environment`.
-        max_turns: most turns of the policy in an episode; the environment rewards the last one, and it is not replied
-            to.
-        max_episode_tokens: most tokens of an episode after its first prompt, replies included; a reply that leaves no
-            room for another turn ends the episode. null for no bound.
+        max_turns: maximum turns of the policy in an episode; the last one gets a reward but no reply.
+        max_episode_tokens: maximum tokens of an episode after its first prompt, including replies; a reply that leaves
+            no room for another turn ends the episode. null for no limit.
     """
 
     batch_types = (PromptBatch,)
@@ -109,7 +108,7 @@ class PromptDataModule(AlignmentDataModule):
         return _numbered
 
     def parts(self) -> dict[str, Part]:
-        """The prompts, and the pretraining text as ``pretraining``."""
+        """Return the prompts, and the pretraining text as ``pretraining``."""
         parts = super().parts()
         if self.pretraining_sources:
             made = self.encoder_of(formats.demonstration, formats.DEMONSTRATION_FORMS, turnwise=True)
@@ -118,20 +117,20 @@ class PromptDataModule(AlignmentDataModule):
         return parts
 
     def choose_rows(self, rollout: int, count: int) -> np.ndarray | None:
-        """Return the rows whose prompts a rollout answers; None takes them in turn. The override point of curricula.
+        """Return the rows whose prompts a rollout answers; None takes them in order. Override this for a curriculum.
 
-        Called when the rollout begins, after ``on_rollout_end`` of the one before. The choice must be the same on all
-        ranks. A function of ``seed``, ``rollout`` and what ``state_dict`` saves resumes bit for bit.
+        Called when the rollout begins, after ``on_rollout_end`` of the previous rollout. The choice must be the same on
+        all ranks. A choice that depends only on ``seed``, ``rollout`` and the saved ``state_dict`` resumes bit for bit.
 
         Args:
             rollout: number of the rollout in the run.
-            count: rows to choose, over all ranks; with ``candidate_rounds`` the rows of all rounds.
+            count: number of rows to choose, over all ranks; with ``candidate_rounds`` for all rounds.
 
         Returns:
             Row numbers among ``train_rows``, int64, shape (count,); a row may be chosen more than once.
 
         Raises:
-            ContractError: an override returned another number of rows, or rows that are not in ``train_rows``.
+            ContractError: an override returned another number of rows, or rows outside ``train_rows``.
         """
         return None
 
@@ -175,7 +174,7 @@ class PromptDataModule(AlignmentDataModule):
         """Return this rank's share of a later rollout's prompts; None after the last epoch.
 
         Args:
-            epoch: the epoch of now.
+            epoch: the current epoch.
             index: number of the rollout, counted from the start of that epoch.
 
         Raises:
@@ -215,7 +214,7 @@ class PromptDataModule(AlignmentDataModule):
         return self._with_pretraining(prompts, first)
 
     def streamed_step(self, rows: list[EncodedRow], index: int) -> Step[PromptBatch]:
-        """Make one rollout's prompts of rows of a stream, with their share of the pretraining text."""
+        """Build one rollout's prompts from rows of a stream, with their share of the pretraining text."""
         store = RowStore.build(rows, Report())
         first = index * self.batch_size
         whole = [np.arange(len(store))]
@@ -241,22 +240,22 @@ class PromptDataModule(AlignmentDataModule):
 
 
 class FirstPrompt:
-    """Reads prompts as `formats.prompt`, and has an environment make the first prompt of each row's episode.
+    """Reads prompts like `formats.prompt`, then lets an environment create the first prompt of each row's episode.
 
-    ``rows_of`` is the reader that gives the same rows in the same order.
+    ``rows_of`` is a reader that gives the same rows in the same order.
     """
 
     rows_of = staticmethod(formats.prompt)
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
-        self.__name__ = f"opened by {fingerprint_of(environment)}"  # the cache of rows tells readers by it
+        self.__name__ = f"opened by {fingerprint_of(environment)}"  # part of the key of the row cache
 
     def __call__(self, row: Row, as_chat: bool = False) -> CanonicalRow:
         """Read a row.
 
         Raises:
-            ContractError: ``not-a-prompt``: the environment returned something else than text or messages.
+            ContractError: ``not-a-prompt``: the environment returned something other than text or messages.
         """
         canonical = formats.prompt(row, as_chat)
         made = self.environment.reset({**canonical.columns, "prompt": canonical.prompt})
@@ -280,14 +279,14 @@ def _is_prompt(made: Any) -> bool:
 
 
 class MixedSteps:
-    """Steps of prompts with demonstrations, which come from one shuffled pass after the other.
+    """Steps of prompts combined with demonstrations, which come from consecutive shuffled passes.
 
     Args:
         prompts: the steps of prompts.
         store: the demonstrations.
-        size: demonstrations of a step over all ranks.
+        size: demonstrations per step over all ranks.
         first: number of the first step in the run.
-        seed: seed of their order.
+        seed: seed of the order of demonstrations.
         rank: this rank.
         ranks: number of ranks.
     """

@@ -1,9 +1,9 @@
 """Encoded rows as a few flat arrays: written once, cached by content, and memory-mapped by every rank.
 
 Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions. Sequence ``s`` owns the
-ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, row by row. Nothing is padded. A folder
-holds one ``.npy`` file for each array and the `Report`. It is written under a temporary name and then renamed, so it is
-complete or absent.
+ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, row by row. There is no padding. A
+folder holds one ``.npy`` file per array, and the `Report`. It is written under a temporary name and then renamed, so it
+is complete or absent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RowStore:
         longest = np.maximum.reduceat(answers, prompts) if len(prompts) else np.zeros(0, np.int64)
         self.prompt_lengths = sizes[prompts]
         self.row_lengths = self.prompt_lengths + longest
-        """Tokens of each row's prompt and longest completion."""
+        """Tokens of each row's prompt plus its longest completion."""
         self.has_completions = counts > 0
         self.lengths = np.maximum(counts, 1) * (self.prompt_lengths + longest)
         self.shared_lengths = self.prompt_lengths + (np.add.reduceat(answers, prompts) if len(prompts) else 0)
@@ -73,7 +73,7 @@ class RowStore:
 
     @classmethod
     def build(cls, rows: Iterable[EncodedRow], report: Report) -> RowStore:
-        """Collect encoded rows."""
+        """Build a store from encoded rows."""
         ids, supervised, records = array("i"), bytearray(), bytearray()
         values: dict[str, list[Any]] = {name: [] for name in ("ranks", "slots", *OF_A_ROW)}
         values |= {"bounds": [0], "record_bounds": [0], "first": [0]}
@@ -97,7 +97,7 @@ class RowStore:
         return cls(arrays, report, slots)
 
     def save(self, folder: Path) -> None:
-        """Write the arrays to ``folder`` atomically; a complete folder that exists already is kept."""
+        """Write the arrays to ``folder`` atomically; an existing complete folder is kept."""
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
         try:
@@ -117,16 +117,16 @@ class RowStore:
 
     @classmethod
     def load(cls, folder: Path) -> RowStore | None:
-        """Map a folder into memory; None if it is missing or damaged."""
+        """Memory-map a folder; None if it is missing or damaged."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             arrays = {}
             for name, kind in ARRAYS.items():
-                size = meta["sizes"][name]  # an empty file cannot be mapped
+                size = meta["sizes"][name]  # an empty file cannot be memory-mapped
                 array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
                 if array.shape != (size,) or array.dtype != kind:
                     return None
-                arrays[name] = np.asarray(array)  # the same memory; each slice of a memmap is slow to make
+                arrays[name] = np.asarray(array)  # shares the memory; slicing a memmap is slow
             return cls(arrays, Report(**meta["report"]), meta["slots"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -158,7 +158,7 @@ class RowStore:
         return {name: chosen[:, place].contiguous() for place, name in enumerate(self.slots)}
 
     def record(self, row: int) -> dict[str, Any]:
-        """Return ``prompt`` and ``columns`` of a row as in the data."""
+        """Return ``prompt`` and ``columns`` of a row, as in the data."""
         start, stop = self.arrays["record_bounds"][row : row + 2]
         return json.loads(self.arrays["records"][start:stop].tobytes().decode("utf-8"))
 
@@ -166,7 +166,7 @@ class RowStore:
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 FORMAT = 4
-"""Increased whenever the same rows and settings are encoded differently, so that old caches are not read."""
+"""Increment this whenever the encoding of the same rows and settings changes, so that old caches are not used."""
 
 
 class Part(NamedTuple):
@@ -175,7 +175,7 @@ class Part(NamedTuple):
     Attributes:
         sources: the sources of the rows.
         rows: number of rows to read; None reads all.
-        encoder: reads and encodes them.
+        encoder: reads and encodes the rows.
     """
 
     sources: tuple[Source, ...]
@@ -188,7 +188,7 @@ class Part(NamedTuple):
     def fingerprint(
         self, tokenizer: PreTrainedTokenizerBase, content: Callable[[Source], str] = source_fingerprint
     ) -> str:
-        """Hash everything that decides the encoded rows."""
+        """Hash everything that determines the encoded rows."""
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
         settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, encoder.rendered, *limits]
@@ -204,7 +204,7 @@ class Part(NamedTuple):
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase, report: Report) -> Iterator[EncodedRow]:
-        """Read and encode the rows, counting in ``report``."""
+        """Read and encode the rows, and count them in ``report``."""
         for number, source in enumerate(self.sources):
             encoder = self.encoder if source.columns is None else replace(self.encoder, columns=source.columns)
             left = None if self.rows is None else max(self.rows - report.read, 0)
@@ -213,10 +213,10 @@ class Part(NamedTuple):
                 yield row
 
     def store(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None) -> RowStore:
-        """Return the encoded rows from the cache, or encode them and cache them.
+        """Return the encoded rows from the cache, or encode and cache them.
 
         Raises:
-            DataError: if no row can be used.
+            DataError: no row can be used.
         """
         folder = cache_folder(cache_dir) / "rows" / self.fingerprint(tokenizer)
         store = RowStore.load(folder)

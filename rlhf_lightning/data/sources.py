@@ -1,11 +1,11 @@
-"""Where rows come from: the Hub, files, folders written by ``save_to_disk``, reasoning-gym, and weighted mixtures.
+"""Read rows from the Hub, files, folders written by ``save_to_disk``, reasoning-gym, and weighted mixtures of these.
 
-A source is written as a string (a Hub name, a file, a glob or a folder), or as a mapping with ``path`` and any of
-``weight``, ``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels``, ``annotators`` and
-``max_row_bytes``, or as a list of either.
+A source is a string (a Hub name, a file, a glob or a folder), or a mapping with ``path`` and any of ``weight``,
+``rows``, ``split``, ``name`` (configuration on the Hub), ``columns``, ``labels``, ``annotators`` and ``max_row_bytes``.
+Several sources are a list of these.
 
-``feedback.db`` is a store of judgements, and ``feedback.db@1200`` what it held at row 1200. The former becomes the
-latter when it is first read, so that what comes in later changes nothing for a run.
+``feedback.db`` is a store of judgements, and ``feedback.db@1200`` its snapshot at row 1200. A store without a row
+number is pinned to its current row when it is first read, so that later judgements do not change a run.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Source:
 
     Attributes:
         path: Hub name, file, glob, or folder written by ``save_to_disk``.
-        weight: how often each of its rows is seen in one epoch: 1 once, 2 twice, 0.5 a fresh half of them each epoch.
-        rows: read only the first so many rows.
+        weight: how often each row is used in one epoch: 1 once, 2 twice, 0.5 a new random half each epoch.
+        rows: read only the first ``rows`` rows.
         split: split of a Hub name or of a folder, with or without a slice: ``test``, ``train[:10%]``, ``train[100:]``.
         name: configuration of a Hub name.
-        columns: new name of each of its columns to be renamed, in place of the DataModule's ``columns``.
-        labels: of a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
-        annotators: of a feedback store: whose judgements count, everybody's by default. Training on some people and
-            evaluating on others tells whether what was learned is more than their taste.
-        max_row_bytes: most bytes of a row of a file; longer rows are dropped and counted.
-        kind: of a feedback store: what its judgements are read as; the DataModule says.
+        columns: new names of columns, instead of the DataModule's ``columns``.
+        labels: for a feedback store: how several judgements of a pair become its label, ``mean`` or ``reliability``.
+        annotators: for a feedback store: whose judgements count; all by default. Training on some people and evaluating
+            on others tests whether the model learned more than the taste of these people.
+        max_row_bytes: maximum bytes of a row of a file; longer rows are dropped and counted.
+        kind: for a feedback store: the kind of rows that its judgements become; the DataModule sets it.
     """
 
     path: str
@@ -68,10 +68,10 @@ class Source:
 
 
 def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ...]:
-    """Read the argument ``source`` of a DataModule; judgements of a feedback store are read as ``kind``.
+    """Parse the argument ``source`` of a DataModule; judgements of a feedback store become rows of ``kind``.
 
     Raises:
-        SettingError: if it is neither a path, nor a mapping with known keys, nor a list of those.
+        SettingError: the source is neither a path, nor a mapping with known keys, nor a list of these.
     """
     items = source if isinstance(source, list | tuple) else [source]
     if not items:
@@ -81,7 +81,7 @@ def parse_sources(source: Any, kind: RowKind = "preference") -> tuple[Source, ..
 
 
 def refuse_objects(source: Any) -> None:
-    """Refuse objects that hold rows in another form, with the form to give.
+    """Refuse objects that hold rows in an unsupported form, and name the form to use instead.
 
     Raises:
         SettingError: ``invalid-source``.
@@ -101,13 +101,14 @@ def refuse_objects(source: Any) -> None:
 
 
 def as_file(source: Any, cache: Path) -> Any:
-    """Write a ``datasets.Dataset`` or a list of rows to a file of the cache, and return its path; else ``source``.
+    """Write a ``datasets.Dataset`` or a list of rows to a cache file and return its path; else return ``source``.
 
-    The file is named after its content, so that caches, ranks and resumed runs find the same rows. The rows of
+    The file is named by its content, so that caches, ranks and resumed runs find the same rows. The rows of
     ``reasoning_gym:TASK`` are generated, see `environments.games.reasoning_rows`.
 
     Raises:
-        SettingError: ``not-json``: a row holds more than JSON has; ``loader-as-source``: it is a DataLoader.
+        SettingError: ``not-json``: a row has values that JSON does not support; ``loader-as-source``: the source is a
+            DataLoader.
     """
     if type(source).__module__.startswith("torch.utils.data"):
         raise SettingError(
@@ -137,11 +138,11 @@ def as_file(source: Any, cache: Path) -> Any:
 
 
 def at_snapshot(source: Any) -> Any:
-    """The argument ``source`` with the row number of now on every feedback store that has none.
+    """Return ``source`` with the current row number appended to every feedback store that has none.
 
     Raises:
-        FileNotFoundError: there is no such store.
-        ValueError: the file is not a feedback store.
+        MissingError: there is no such store.
+        DataError: the file is not a feedback store.
     """
     if isinstance(source, list | tuple):
         return [at_snapshot(item) for item in source]
@@ -192,7 +193,7 @@ def _one(item: Any) -> Source:
 
 def load_hub(source: Source, streaming: bool = False) -> Any:
     """Load the `datasets` object of a Hub name or of a folder written by ``save_to_disk``."""
-    import datasets  # a second to import: not needed for files
+    import datasets  # takes a second to import, and files do not need it
 
     if Path(source.path).expanduser().is_dir():
         data = datasets.load_from_disk(str(Path(source.path).expanduser()))
@@ -214,7 +215,7 @@ def load_hub(source: Source, streaming: bool = False) -> Any:
 
 
 def source_fingerprint(source: Source) -> str:
-    """Hash of what a source holds: the bytes of its files, or the fingerprint of its dataset."""
+    """Hash the content of a source: the bytes of its files, or the fingerprint of its dataset."""
     digest = hashlib.blake2b(digest_size=16)
     if is_store(source.path):
         file, upto = split_name(source.path)
@@ -238,19 +239,19 @@ def source_fingerprint(source: Source) -> str:
 
 @lru_cache(maxsize=4096)
 def _content_hash(file: Path, size: int, changed: int) -> bytes:
-    """Hash of a file's bytes, read once for each size and time of change."""
+    """Hash a file's bytes; cached by size and modification time."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").digest()
 
 
 def source_stamp(source: Source) -> str:
-    """Names and sizes of what a source holds: for streams, which are too large to be hashed whole."""
+    """Return names and sizes of a source's files, to identify streams that are too large to hash."""
     sizes = [(file.name, file.stat().st_size) for file in files_of(source.path, source.split) or []]
     return json.dumps([source.path, source.split, source.name, sizes])
 
 
 def read_rows(source: Source) -> Iterator[RawRow]:
-    """Rows of a source in order; `files.Unreadable` for a line that holds none, so that every line is counted."""
+    """Yield rows of a source in order; an invalid line becomes a `files.Unreadable`, so that every line is counted."""
     rows: Iterator[RawRow]
     if is_store(source.path):
         rows = _judged_rows(source)
@@ -280,7 +281,7 @@ def _judged_rows(source: Source) -> Iterator[RawRow]:
 
 
 def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
-    """Fingerprint of the judgements in each feedback store, by its name with the row number."""
+    """Return the fingerprint of the judgements in each feedback store, by its name with the row number."""
     found = {}
     for source in sources:
         if is_store(source.path):
@@ -291,12 +292,12 @@ def snapshots_of(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def usable_rows(path: str, read: Callable[[Any], T], lack: str = "nothing to compare") -> list[T]:
-    """Read each row of a file with a function; rows that it refuses are counted and reported.
+    """Read each row of a file with a function; count and report the rows that it refuses.
 
     Args:
         path: file, folder or feedback store.
-        read: turns a row into what the caller needs, or raises `RowRefused`.
-        lack: what a file without a usable row has, for the message.
+        read: converts a row to the caller's form, or raises `RowRefused`.
+        lack: description, for the message, of a file without a usable row.
 
     Raises:
         MissingError: the file does not exist.

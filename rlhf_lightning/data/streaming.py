@@ -1,8 +1,9 @@
-"""Streaming for data that does not fit on disk or in memory: an endless, shuffled stream of rows that resumes exactly.
+"""Stream data that does not fit on disk or in memory: an endless, shuffled stream of rows that resumes exactly.
 
 Every pass has its own order of files (or of shards of a Hub dataset), and rows are shuffled in blocks. The position of
-the stream is a few integers: for each source the pass, the shard and the row at which the current block began, and the
-number of rows taken from the block. Resuming reads the block again and skips the rows taken.
+the stream is a few integers. For each source they are the pass, the shard and the row at which the current block began.
+In addition, the number of rows taken from the block is stored. On resume, the block is read again and the rows taken
+are skipped.
 
 Every rank reads the whole stream and keeps its share of each step. So ranks need no communication, and steps are the
 same for any number of ranks.
@@ -46,7 +47,7 @@ class ShardedSource:
         if self.files is None:
             self.dataset = load_hub(source, streaming=True)
         self.shards: int = self.dataset.num_shards if self.files is None else len(self.files)
-        self.cursor = [0, 0, 0]  # pass, place in the order of shards, rows read of that shard
+        self.cursor = [0, 0, 0]  # pass, index in the order of shards, rows read from that shard
         self._rows: Iterator[RawRow] | None = None
         self._found = True
 
@@ -58,7 +59,7 @@ class ShardedSource:
         """Return the next row.
 
         Raises:
-            DataError: if a whole pass has none.
+            DataError: a whole pass has no row.
         """
         while True:
             if self._rows is None:
@@ -89,15 +90,15 @@ class ShardedSource:
 
 
 class RowStream:
-    """Encoded rows of weighted sources, in blocks that are shuffled.
+    """Encoded rows of weighted sources, in shuffled blocks.
 
     Args:
         tokenizer: the module's tokenizer.
         encoder: reads and encodes rows.
-        sources: where the rows come from; drawn from in proportion to their weights.
-        seed: seed of every order.
+        sources: sources of the rows, drawn from in proportion to their weights.
+        seed: seed of all orders.
         shuffle: whether shards and blocks are shuffled.
-        block: rows of a block.
+        block: rows per block.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class RowStream:
         self._begin = self._cursor()
 
     def peek(self) -> list[EncodedRow]:
-        """Some first rows, encoded, without moving the stream.
+        """Return some encoded rows from the start of each source, without moving the stream.
 
         Raises:
-            ValueError: if the columns fit no form, or none of the rows can be used.
+            DataError: the columns match no form, or none of the rows can be used.
         """
         rows = []
         for encoder, source in zip(self.encoders, self.sources, strict=True):
@@ -193,14 +194,14 @@ class RowStream:
 
 
 class StreamLoader(StepLoader):
-    """A `StepLoader` over a stream: an epoch is a number of steps, and the next one continues where it ended.
+    """A `StepLoader` over a stream: an epoch is a number of steps, and the next epoch continues where it ended.
 
     Args:
         stream: the rows.
         rows: rows of a step over all ranks.
-        build: makes this rank's share of a step from its rows and its number in the run.
+        build: builds this rank's share of a step from the step's rows and its number in the run.
         length: steps of an epoch.
-        fingerprint: hash of what decides the order of rows.
+        fingerprint: hash of everything that determines the order of rows.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class StreamLoader(StepLoader):
         self.stream, self.rows, self.build = stream, rows, build
 
     def steps_from(self, epoch: int, start: int) -> Iterator[Step[Any]]:
-        """Build each step from the next rows of the stream, whose position is step ``start`` of the epoch."""
+        """Build the steps of an epoch from ``start`` on; the stream must already be at that step."""
         for index in range(start, self.length):
             yield self.build(self.stream.take(self.rows), epoch * self.length + index)
 

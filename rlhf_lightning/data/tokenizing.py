@@ -1,4 +1,4 @@
-"""Canonical rows to token ids: rendering, encoding in bulk, truncation, and what is dropped on the way."""
+"""Convert canonical rows to token ids: rendering, bulk encoding, truncation, and dropping of unusable rows."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class EncodedRow:
     Attributes:
         prompt: ids of the prompt, at least one.
         completions: ids of each completion.
-        supervised: for each completion a flag for each token: may a loss look at it?
+        supervised: for each token of each completion, whether it enters the loss.
         ranks, target, margin, weight: as in `CanonicalRow`.
-        text: the prompt as the data gave it; what its ids say where there was none.
+        text: the prompt as given by the data; without a prompt, the decoded text of its ids.
         columns: further columns.
-        group: a number that rows of the same prompt share.
-        source: index of the source it came from.
-        slots: numbers that the objective asks for, by the names of their columns.
+        group: number of the prompt; rows of the same prompt share it.
+        source: index of the row's source.
+        slots: numbers that the objective asks for, by column name.
     """
 
     prompt: list[int]
@@ -75,19 +75,19 @@ class EncodedRow:
 
 
 class Outcome(NamedTuple):
-    """What became of one row.
+    """Result of encoding one row.
 
     Attributes:
-        row: as it was read; None if it is dropped.
-        encoded: the rows it was made; none if it is dropped.
-        reason: why it is dropped, a key of `canonical.REASONS`; None if it is kept.
+        row: the canonical row; None if it is dropped.
+        encoded: the encoded rows; empty if the row is dropped.
+        reason: why the row is dropped, a key of `canonical.REASONS`; None if it is kept.
         truncated: which of ``prompt`` and ``completion`` lost tokens.
-        escaped: whether a text of it spells a control token.
-        merged: whether prompt and completion would be encoded otherwise together.
+        escaped: whether one of its texts spells a control token.
+        merged: whether the tokenizer would encode prompt and completion differently if joined.
         split: whether each learned turn became a row.
-        last_turn: whether of several learned turns only the last is learned.
+        last_turn: whether only the last of several learnable turns is learned.
         turns_cut: whether learned turns beyond the first 256 are left out.
-        unused: columns and keys of turns that nothing reads.
+        unused: columns and keys of turns that are not used.
     """
 
     row: CanonicalRow | None = None
@@ -103,7 +103,7 @@ class Outcome(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """One prompt with its completions, rendered: a row, or a learned turn of one."""
+    """One prompt with its completions, rendered: a whole row, or one learned turn of a row."""
 
     texts: list[Rendered]
     context: Prompt | None
@@ -115,21 +115,21 @@ class Encoder:
     """Encodes rows of one kind.
 
     Args:
-        read: reads a row of any form of that kind.
-        forms: the forms it reads, for the message when columns are missing.
-        columns: new name of each column to be renamed.
-        max_length: most tokens of prompt and completion.
-        max_prompt_length: most tokens of the prompt.
-        as_chat: whether plain text becomes a user's and an assistant's turn.
+        read: function that reads a row of any form of that kind.
+        forms: the forms that it reads, for the message about missing columns.
+        columns: mapping from names of columns to their new names.
+        max_length: maximum tokens of prompt and completion.
+        max_prompt_length: maximum tokens of the prompt.
+        as_chat: whether plain text becomes a user turn and an assistant turn.
         pairwise: whether a list of completions becomes all its pairs of different rank.
-        apart: whether each completion becomes a row of its own.
-        separator: what stands between two steps, where the completions of a row are the steps of one.
-        rendered: whether plain text was written by a chat template, so that control tokens in it are such.
-        slots: columns that the objective asks for as numbers, by their new names.
-        turnwise: whether a conversation may become a row for each learned turn.
-        last_turn_only: whether only the last turn of the assistant is learned.
-        hands_on: whether further columns are read by somebody (a scorer).
-        prefix: instruction to put before each prompt: a system turn, or a paragraph before plain text.
+        apart: whether each completion becomes a separate row.
+        separator: text between two steps, if the completions of a row are the steps of one completion.
+        rendered: whether plain text was written by a chat template, so that control tokens in it are real.
+        slots: numeric columns that the objective asks for, by their new names.
+        turnwise: whether a conversation may become one row per learned turn.
+        last_turn_only: whether only the assistant's last turn is learned.
+        hands_on: whether further columns are used later (by a scorer).
+        prefix: instruction to add to each prompt, in the system turn or as a paragraph before plain text.
     """
 
     read: Reader
@@ -151,10 +151,11 @@ class Encoder:
     def rows(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report, where: str
     ) -> Iterator[EncodedRow]:
-        """Encode rows one after the other, counting in ``report``.
+        """Encode rows in order, and count them in ``report``.
 
         Raises:
-            ValueError: if the first rows have no form's columns, or the tokenizer lacks a chat template for messages.
+            DataError: the first rows match no form.
+            ChatTemplateError: the tokenizer lacks a chat template for messages.
         """
         rows = iter(rows)
         first = list(islice(rows, PEEK))
@@ -168,10 +169,10 @@ class Encoder:
             chunk = list(islice(rows, CHUNK))
 
     def check_names(self, names: list[str], where: str) -> None:
-        """Check the names of columns, before they are renamed.
+        """Check the column names, before they are renamed.
 
         Raises:
-            DataError: they hold none of the forms, or one that is to be renamed is not among them.
+            DataError: they match no form, or a column that is to be renamed or that the objective needs is missing.
         """
         missing = [name for name in self.columns if name not in names]
         if missing:
@@ -195,7 +196,7 @@ class Encoder:
     def counted(
         self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable], report: Report
     ) -> list[Outcome]:
-        """Encode some rows at once, counting in ``report``; one outcome for each."""
+        """Encode some rows at once, and count them in ``report``; return one outcome per row."""
         outcomes = self.outcomes(tokenizer, rows)
         for outcome in outcomes:
             report.read += 1
@@ -213,7 +214,7 @@ class Encoder:
         return outcomes
 
     def outcomes(self, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row | Unreadable]) -> list[Outcome]:
-        """Encode some rows at once; one outcome for each."""
+        """Encode some rows at once; return one outcome per row."""
         with settled(tokenizer):
             return self._outcomes(tokenizer, rows)
 
@@ -274,7 +275,7 @@ class Encoder:
                 one, cut = self._encoded(tokenizer, row, case, encoded, slots)
                 made += _apart(one) if self.apart else _pairs(one) if self.pairwise else [one]
                 cuts |= cut
-            except RowRefused as error:  # of several turns some may have been cut off
+            except RowRefused as error:  # truncation may remove some of several turns
                 refusal = error
         if not made:
             return Outcome(reason=refusal.code if refusal is not None else "no_learned_turn")
@@ -293,14 +294,14 @@ class Encoder:
         )
 
     def unused_of(self, row: CanonicalRow) -> tuple[str, ...]:
-        """Name the columns and the keys of turns that nothing reads."""
+        """Return descriptions of the columns and the keys of turns that are not used."""
         used = {*self.slots, *(("labels",) if self.separator is not None else ())}
         left = [] if self.hands_on else [name for name, value in row.columns.items() if value is not None]
         columns = [f"column {name!r}" for name in left if name not in used]
         return (*columns, *(f"key {name!r} of turns" for name in row.unused))
 
     def _numbers(self, row: CanonicalRow) -> dict[str, float]:
-        """Return what the row's slots hold."""
+        """Return the values of the row's slots."""
         found = {}
         for name in self.slots:
             try:
@@ -319,7 +320,7 @@ class Encoder:
         parts: list[Encoded],
         slots: Mapping[str, float],
     ) -> tuple[EncodedRow, set[str]]:
-        if row.prompt is None:  # a whole text: its first token has no position before it that could predict it
+        if row.prompt is None:  # a whole text: no earlier position could predict its first token
             whole = parts[0]
             prompt, answers = whole.ids[:1], [whole._replace(ids=whole.ids[1:], supervised=whole.supervised[1:])]
             text: Prompt = tokenizer.decode(prompt, skip_special_tokens=True)
@@ -349,13 +350,13 @@ class Encoder:
 
 
 def encoder_for(kind: str, **settings: Any) -> Encoder:
-    """Return what encodes rows of a kind, a key of `formats.KINDS`, a row for each row of the data."""
+    """Return an encoder for rows of a kind, a key of `formats.KINDS`, without splitting rows into pairs."""
     separator = "\n" if kind == "process" else None
     return Encoder(*KINDS[kind], separator=separator, turnwise=kind == "sft", hands_on=kind == "prompt", **settings)
 
 
 def instructed(row: CanonicalRow, prefix: str | None) -> CanonicalRow:
-    """Return a row whose prompt begins with an instruction: in the system turn, or before plain text."""
+    """Add an instruction to the beginning of a row's prompt: in the system turn, or before plain text."""
     if prefix is None:
         return row
     if row.prompt is None:
@@ -369,7 +370,7 @@ def instructed(row: CanonicalRow, prefix: str | None) -> CanonicalRow:
 
 
 def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:
-    """One completion of its steps, with a flag on the last token of each step that was judged."""
+    """Join steps into one completion; True marks the last token of each judged step."""
     if not all(step.ids for step in steps):
         raise RowRefused("empty_completion")
     ids, ends = joined_steps(steps)
@@ -378,7 +379,7 @@ def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:
 
 
 def _apart(row: EncodedRow) -> list[EncodedRow]:
-    """Each completion as a row of its own."""
+    """Return each completion as a separate row."""
     parts = zip(row.completions, row.supervised, row.ranks, strict=True)
     return [replace(row, completions=[ids], supervised=[flags], ranks=[rank]) for ids, flags, rank in parts]
 
@@ -403,7 +404,7 @@ def _pairs(row: EncodedRow) -> list[EncodedRow]:
 
 
 def no_rows(report: Report, where: str) -> DataError:
-    """Return the error of a source without usable rows."""
+    """Return the error for a source without usable rows."""
     if report.read == 0:
         return DataError("no-rows", f"{where} is empty: it holds no row")
     return DataError("no-usable-rows", f"no usable row: {report.describe(where)}")

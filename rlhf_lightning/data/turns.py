@@ -1,4 +1,4 @@
-"""Values of a row to texts and turns, and the prompt that two completions share."""
+"""Convert values of a row to texts and turns, and find the prompt that two completions share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_lightning.tokenization.facts import THOUGHT_KEYS
 from rlhf_lightning.types import Message, Prompt
 
 FLAGS = ("weight", "train", "trainable", "loss_mask", "loss")
-"""Keys of a turn that say how much it counts in the loss."""
+"""Keys of a turn that set its weight in the loss."""
 
 TURN_KEYS = {
     "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools", *THOUGHT_KEYS,
@@ -22,32 +22,32 @@ TURN_KEYS = {
 """Keys of a turn that are read."""
 
 MEDIA = frozenset(["image", "images", "video", "videos", "audio", "audios"])
-"""Columns, keys of turns, and types of the parts of a content, that hold no text."""
+"""Names of columns, turn keys and content-part types that hold media instead of text."""
 
 TEXTS = ("text", "input_text", "output_text")
 THOUGHTS = ("thinking", "reasoning")
-"""Types of the parts of a content that are read."""
+"""Types of content parts that are read as thoughts; `TEXTS` are read as text."""
 
 LARGEST = 1e6
-"""Largest weight, and largest margin either way: beyond it a loss in single precision has no finite value."""
+"""Maximum weight, and maximum absolute margin: with larger values a loss in fp32 is not finite."""
 
 _JSON_TURNS = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 
 
 def text_of(value: Any, reason: str) -> str:
-    """Return a text that is not blank; anything else is refused for that reason."""
+    """Return a text that is not blank; refuse any other value with ``reason``."""
     if not isinstance(value, str) or not value.strip():
         raise RowRefused(reason)
     return value
 
 
 def spells_turns(value: Any) -> bool:
-    """Tell whether a text is a list of messages written as JSON, or as Python would print it."""
+    """Return whether a text looks like a list of messages in JSON or in Python's notation."""
     return isinstance(value, str) and _JSON_TURNS.match(value) is not None
 
 
 def from_json(value: str, reason: str) -> Any:
-    """Parse JSON text; what is not valid is refused for that reason."""
+    """Parse JSON text; refuse invalid text with ``reason``."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -55,14 +55,14 @@ def from_json(value: str, reason: str) -> Any:
 
 
 def messages_of(value: Any) -> list[Message]:
-    """Read a list of messages, in the roles of `ROLES`; no turn is empty."""
+    """Read a list of messages, and map their roles by `ROLES`; empty turns are refused."""
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple) or not value:
         raise RowRefused("malformed_messages")
     turns = [made for turn in value if (made := _message(turn)) is not None]
     tools, *later = [tools_of(turn.get("tools")) for turn in value]
-    if any(later):  # they would hold from that turn on
+    if any(later):  # such tools would only hold from that turn on
         raise RowRefused("bad_tool_call")
     if turns and tools:
         turns[0]["tools"] = tools
@@ -102,7 +102,7 @@ def _message(turn: Any) -> Message | None:
 
 
 def _text_of_parts(content: Any) -> tuple[str | None, str]:
-    """Return the text of a content, and the thought in it; a content may be a list of parts."""
+    """Return the text and the thought of a content, which may be a list of parts."""
     if content is None or isinstance(content, str):
         return content, ""
     if not isinstance(content, list | tuple):
@@ -162,14 +162,14 @@ def _weight_of(turn: Mapping[str, Any], role: str) -> float:
 
 
 def tools_of(value: Any) -> list[Any]:
-    """Read the descriptions of tools: a list of objects, or JSON text."""
+    """Read tool descriptions: a list of objects, or JSON text."""
     if isinstance(value, str):
         value = from_json(value, "bad_tool_call") if value.strip() else []
     if value is None:
         return []
     if not isinstance(value, list | tuple) or is_too_deep(value):
         raise RowRefused("bad_tool_call")
-    found = [_without_nulls(one) for one in value]  # tables fill in nulls where another row's tool has a key
+    found = [_without_nulls(one) for one in value]  # tables fill in nulls for keys of other rows' tools
     functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in found]
     if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions):
         raise RowRefused("bad_tool_call")
@@ -202,7 +202,7 @@ def history_of(value: Any) -> list[Message]:
 
 
 def unused_keys(values: Iterable[Any]) -> Iterator[str]:
-    """Yield the keys of turns that nothing reads, from the columns of a row."""
+    """Yield the keys of turns that are not used, from the columns of a row."""
     for value in values:
         if isinstance(value, SCALARS):
             continue
@@ -214,14 +214,14 @@ def unused_keys(values: Iterable[Any]) -> Iterator[str]:
 
 
 def with_user(turns: list[Message]) -> list[Message]:
-    """Return the turns if a user's is among them."""
+    """Return the turns; refuse them if there is no user turn."""
     if not any(turn["role"] == "user" for turn in turns):
         raise RowRefused("no_user_turn")
     return turns
 
 
 def prompt_of(value: Any) -> Prompt:
-    """Read a prompt: text, or turns with a user's among them."""
+    """Read a prompt: text, or turns that include a user turn."""
     if not isinstance(value, str) and isinstance(value, list | tuple | Mapping) and value:
         return with_user(messages_of(value))
     if spells_turns(value):
@@ -230,7 +230,7 @@ def prompt_of(value: Any) -> Prompt:
 
 
 def completion_of(value: Any) -> str | list[Message]:
-    """Read a completion: text, or turns up to the assistant's last."""
+    """Read a completion: text, or turns up to the assistant's last turn."""
     if not isinstance(value, str) and isinstance(value, list | tuple | Mapping) and value:
         turns = messages_of(value)
         while turns and turns[-1]["role"] != "assistant":
@@ -239,7 +239,7 @@ def completion_of(value: Any) -> str | list[Message]:
             raise RowRefused("no_assistant_turn")
         if all(turn.get("weight", 1) == 0 for turn in turns if turn["role"] == "assistant"):
             raise RowRefused("no_learned_turn")
-        if "tools" in turns[0]:  # they belong before the prompt
+        if "tools" in turns[0]:  # tools belong to the prompt
             raise RowRefused("bad_tool_call")
         return turns
     if spells_turns(value):
@@ -248,7 +248,7 @@ def completion_of(value: Any) -> str | list[Message]:
 
 
 def parted(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Split into the turns before the first of the assistant, and the rest up to its last."""
+    """Split turns into those before the assistant's first turn, and the rest up to the assistant's last turn."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         raise RowRefused("no_assistant_turn")
@@ -258,7 +258,9 @@ def parted(turns: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def one_style(prompt: Prompt, completions: list[Any], as_chat: bool) -> tuple[Prompt, list[Any]]:
-    """Make the prompt messages if a completion is, or if asked to; completions of messages begin with the assistant."""
+    """Convert the prompt to messages if a completion is messages, or if asked to; such completions must start with the
+    assistant.
+    """
     turned = [c for c in completions if isinstance(c, list)]
     if isinstance(prompt, str) and (as_chat or turned):
         prompt = [{"role": "user", "content": prompt}]
@@ -268,13 +270,13 @@ def one_style(prompt: Prompt, completions: list[Any], as_chat: bool) -> tuple[Pr
 
 
 def context_of(row: Row) -> set[str]:
-    """Return which of the columns ``system``, ``history`` and ``tools`` a row has."""
+    """Return which of the columns ``system``, ``history``, ``tools`` and ``functions`` a row has."""
     systems = {"system"} if not isinstance(row.get("system", 0), int | float) else set()
     return systems | {name for name in ("history", "tools", "functions") if name in row}
 
 
 def in_context(row: Row, prompt: Prompt) -> Prompt:
-    """Put a row's ``system``, ``history`` and ``tools`` (or ``functions``) into its prompt, which becomes messages."""
+    """Add a row's ``system``, ``history`` and ``tools`` (or ``functions``) to its prompt, which becomes messages."""
     context = context_of(row)
     if not context:
         return prompt
@@ -302,14 +304,14 @@ def in_context(row: Row, prompt: Prompt) -> Prompt:
 
 
 def pair_of(row: Row, explicit: bool) -> tuple[Prompt, list[Any]]:
-    """Read the prompt of a pair, and its two completions, chosen first.
+    """Read the prompt of a pair and its two completions, chosen first.
 
     Args:
-        row: has ``chosen`` and ``rejected``, and ``prompt`` if it is explicit.
-        explicit: whether the prompt has a column of its own; otherwise it is what both sides begin with.
+        row: has ``chosen`` and ``rejected``, and ``prompt`` if ``explicit``.
+        explicit: whether the prompt has its own column; otherwise it is the common beginning of both sides.
 
     Raises:
-        RowRefused: if the two sides do not answer one prompt.
+        RowRefused: the two sides do not answer the same prompt.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list | Mapping) and isinstance(rejected, list | Mapping):
@@ -338,7 +340,7 @@ def _common_turns(chosen: list[Message], rejected: list[Message]) -> tuple[list[
 
 
 def _agreed(given: Any, shared: list[Message]) -> list[Message]:
-    """Return the turns that both sides begin with, or those of the prompt's column if it has more before them."""
+    """Return the turns that both sides begin with, or those of the prompt column if it has earlier turns too."""
     if not given:
         return shared
     if isinstance(given, str):
@@ -369,7 +371,7 @@ _INLINE = re.compile(r"\b(Human|Assistant) ?:")
 
 
 def _transcripts(chosen: str, rejected: str) -> tuple[Prompt, list[Any]]:
-    """Read the turns of two whole transcripts that share all but their last turn."""
+    """Read the turns of two transcripts that differ only in their last turn."""
     both = []
     for text in (chosen, rejected):
         head, *rest = _MARKER.split("\n\n" + text.lstrip())

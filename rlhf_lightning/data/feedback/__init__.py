@@ -1,1 +1,1 @@
-"""Feedback store: its file format, its records, and the training rows made of them."""
+"""Feedback store: its file format, its records, and training rows from its judgements."""

@@ -1,9 +1,10 @@
-"""Records of Argilla and Label Studio: read into items with judgements, and written from a store.
+"""Import records of Argilla and Label Studio as items with judgements, and export a store in their formats.
 
-Argilla's records are those of ``dataset.records.to_json`` (version 2): ``fields``, and ``responses`` by question.
-Label Studio's are its JSON export: ``data``, and ``annotations`` with a ``result`` each. A record becomes an item: one
-field is the prompt, two or more are completions. Read are choices between two completions, choices of the best of
-several, rankings, and ties; a skipped, discarded or cancelled answer is a judgement without opinion.
+Argilla records are the output of ``dataset.records.to_json`` (version 2): ``fields``, and ``responses`` by question.
+Label Studio records are its JSON export: ``data``, and ``annotations`` with a ``result`` each. A record becomes an
+item: one field is the prompt, two or more are completions. Supported answers are choices between two completions,
+choices of the best of several, rankings, and ties. A skipped, discarded or cancelled answer is a judgement without
+opinion.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from rlhf_lightning.types import Prompt
 Tool = Literal["argilla", "label-studio"]
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "input", "messages", "conversation", "context", "chat")
-"""Names by which the prompt's field is found."""
+"""Field names that are recognised as the prompt."""
 
 NUMBERED = re.compile(r"(.{1,100}?)[-_ ]?(\d{1,9}|[a-hA-H])")
-"""Name of a completion's field: ``completion_1``, ``response-2``, ``answerA``."""
+"""Name of a completion field: ``completion_1``, ``response-2``, ``answerA``."""
 
 TIES = {"tie", "equal", "same", "both", "draw", "both_good", "no_preference"}
 BOTH_BAD = {"both_bad", "neither", "none", "bad"}
@@ -45,7 +46,7 @@ SIDES = {"left": 0, "right": 1, "first": 0, "second": 1}
 
 
 class Imported(NamedTuple):
-    """An item, and the answers of annotators by name; completions are numbered as in the item."""
+    """An item, and answers by annotator name; completions are numbered as in the item."""
 
     item: Item
     answers: list[tuple[str, Answer]]
@@ -58,12 +59,12 @@ def read_record(
 
     Args:
         record: an Argilla record, or a Label Studio task.
-        tool: which of them wrote it.
-        prompt: name of the prompt's field; None finds it by `PROMPT_FIELDS`.
-        completions: names of the completions' fields; none finds numbered fields of one name.
+        tool: the tool that wrote it.
+        prompt: name of the prompt field; None searches `PROMPT_FIELDS`.
+        completions: names of the completion fields; if empty, numbered fields of one name are used.
 
     Raises:
-        DataError: it has no such fields, or an answer cannot be read.
+        DataError: the record lacks such fields, or an answer cannot be read.
     """
     part = "fields" if tool == "argilla" else "data"
     fields = record.get(part) if isinstance(record, Mapping) else None
@@ -98,7 +99,7 @@ def read_record(
 
 
 def numbered(fields: Mapping[str, Any]) -> list[str]:
-    """Return the numbered fields of the name that has most of them, in the order of their numbers."""
+    """Return the largest set of numbered fields with the same name, in numerical order."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name in fields:
         if match := NUMBERED.fullmatch(name):
@@ -120,7 +121,7 @@ def _of_argilla(record: Mapping[str, Any], names: Sequence[str]) -> Iterator[tup
             skipped = one.get("status") == "discarded" or record.get("status") == "discarded"
             answer = Answer("skip") if skipped else _answer(one.get("value"), names)
             if answer is not None and user not in seen and one.get("status") != "draft":
-                seen.add(user)  # further questions are not about the preference
+                seen.add(user)  # a user's further answers do not concern the preference
                 yield user, answer
 
 
@@ -144,7 +145,7 @@ def _of_label_studio(record: Mapping[str, Any], names: Sequence[str]) -> Iterato
 
 
 def _plain(value: Any) -> Any:
-    """Return the choice in a Label Studio value: of a pair, of choices, or of a ranker."""
+    """Return the choice in a Label Studio value: of a pairwise, a choices or a ranker tag."""
     if not isinstance(value, Mapping):
         return None
     if "selected" in value:
@@ -156,7 +157,7 @@ def _plain(value: Any) -> Any:
 
 
 def _answer(value: Any, names: Sequence[str]) -> Answer | None:
-    """Read a choice or a ranking; None if it is something else, such as the answer to another question."""
+    """Read a choice or a ranking; None for other values, such as the answer to another question."""
     if isinstance(value, str):
         key = value.strip().lower().replace(" ", "_")
         if value in names or key in SIDES and len(names) == 2:
@@ -179,7 +180,7 @@ def _answer(value: Any, names: Sequence[str]) -> Answer | None:
 
 
 def _name(user: Any) -> str:
-    """Return an annotator's name: letters, digits and ``_.@-`` alone."""
+    """Return an annotator name with only letters, digits and ``_.@-``."""
     text = re.sub(r"[^A-Za-z0-9_.@-]", "-", str("unknown" if user is None else user))[:64].strip("_.@-")
     return text or "unknown"
 
@@ -194,7 +195,7 @@ def _unreadable(value: Any) -> DataError:
 def records_of(connection: sqlite3.Connection, tool: Tool, upto: int, annotators: Sequence[str] | None = None) -> list[
     dict[str, Any]
 ]:  # fmt: skip
-    """Return the items of a store with the judgements that stood at row ``upto``, without hidden repeats."""
+    """Return the items of a store with the judgements that stood at row ``upto``, excluding hidden repeats."""
     judged: dict[int, list[StoredJudgement]] = {}
     for one in judgements_of(connection, upto):
         if not one.repeat and (annotators is None or one.annotator in annotators):
@@ -212,7 +213,7 @@ def _fields(item: Item) -> dict[str, Any]:
 
 
 def _choice(one: StoredJudgement, names: Sequence[str]) -> Any:
-    """Return a judgement as a name, a ranking, ``tie`` or ``both_bad``."""
+    """Return a judgement as a completion name, a ranking, ``tie`` or ``both_bad``."""
     if one.ranks is None:
         return one.verdict
     if len(names) == 2:
@@ -234,7 +235,7 @@ def _argilla_record(item: Item, judged: Sequence[StoredJudgement]) -> dict[str, 
 
 def _label_studio_task(item: Item, judged: Sequence[StoredJudgement]) -> dict[str, Any]:
     names = _names(item)
-    fields = {**_fields(item), "prompt": _as_one_text(item.prompt)}  # its templates show texts
+    fields = {**_fields(item), "prompt": _as_one_text(item.prompt)}  # Label Studio's templates show plain text
     annotations = []
     for one in judged:
         choice = _choice(one, names)

@@ -28,7 +28,7 @@ from rlhf_lightning.errors import DataError, MissingError
 SUFFIX = ".db"
 
 MARK = 0x524C4846  # "RLHF"
-"""Application id in the file header; tells a feedback store from other SQLite databases."""
+"""Application id in the file header; it distinguishes a feedback store from other SQLite databases."""
 
 VERSION = 2
 
@@ -102,7 +102,7 @@ IMMUTABLE = "".join(
     for table in ("store", "items", "candidates", "judgements")
     for verb in ("UPDATE", "DELETE")
 )
-"""Triggers that keep judgements from being changed, by this package or in a database shell."""
+"""Triggers that prevent changes to judgements, by this package or in a database shell."""
 
 STANDING = (
     "SELECT j.id, j.annotator, a.item, a.repeat, a.shown, j.verdict, j.ranks, j.strength, j.reasons, j.flags, "
@@ -110,10 +110,10 @@ STANDING = (
     "FROM judgements j JOIN assignments a ON a.id = j.assignment WHERE j.undoes IS NULL AND j.id <= :upto AND "
     "NOT EXISTS (SELECT 1 FROM judgements u WHERE u.undoes = j.id AND u.id <= :upto) ORDER BY j.id"
 )
-"""Judgements that were not withdrawn by row ``upto``."""
+"""Query of judgements that were not withdrawn by row ``upto``."""
 
 NO_LIMIT = 2**62
-"""A row number that no store reaches."""
+"""A row number larger than any store has."""
 
 
 # ---- connections -----------------------------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ NO_LIMIT = 2**62
 def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
     """Open a store for writing; create it if the file does not exist.
 
-    Write-ahead logging lets training read while people label. With ``synchronous`` FULL a commit returns when the log
-    is on disk, so a confirmed judgement survives a killed process and a power failure. A new store draws a secret salt
-    unless one is given.
+    Write-ahead logging lets training read while people label. With ``synchronous`` FULL, a commit returns when the log
+    is on disk, so a confirmed judgement survives a killed process and a power failure. A new store gets a random secret
+    salt unless one is given.
 
     Raises:
         DataError: the file is not a feedback store, or cannot be written safely.
@@ -169,7 +169,7 @@ def open_for_writing(path: Path, salt: str | None = None) -> sqlite3.Connection:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a store read-only and see its present rows, also after others are added.
+    """Open a store read-only with a consistent view: rows that are added later stay invisible.
 
     Raises:
         MissingError: the file does not exist.
@@ -202,7 +202,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def is_store(name: str) -> bool:
-    """Whether a data source is named like a feedback store: ``feedback.db`` or ``feedback.db@1200``."""
+    """Return whether a data source is named like a feedback store: ``feedback.db`` or ``feedback.db@1200``."""
     return split_name(name)[0].suffix == SUFFIX
 
 
@@ -251,7 +251,7 @@ def judgements_of(connection: sqlite3.Connection, upto: int = NO_LIMIT) -> list[
     """Return the judgements that stood at row ``upto``, in the order in which they were made.
 
     Raises:
-        DataError: one of them is damaged.
+        DataError: a judgement is damaged.
     """
     return [_judgement(row) for row in connection.execute(STANDING, {"upto": upto})]
 
@@ -279,7 +279,7 @@ def identity_of(connection: sqlite3.Connection) -> tuple[str, str]:
     """Return the id and the salt of a store.
 
     Raises:
-        DataError: the store has none.
+        DataError: the store does not have exactly one of each.
     """
     rows = connection.execute("SELECT id, salt FROM store").fetchall()
     if len(rows) != 1 or not all(isinstance(value, str) for value in rows[0]):

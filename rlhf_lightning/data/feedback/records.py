@@ -17,13 +17,13 @@ STRENGTHS = 4
 """Levels of preference strength."""
 
 STRENGTH_WORDS = {1: "barely better", 2: "slightly better", 3: "clearly better", 4: "much better"}
-"""What the page calls them."""
+"""Names of the strength levels on the annotation page."""
 
 LONGEST_TEXT = 100_000
 """Maximum characters of an edited completion."""
 
 LONGEST_SECONDS = 1_000_000
-"""Maximum time of a judgement, seconds."""
+"""Maximum duration of a judgement, seconds."""
 
 MOST_CANDIDATES = 9
 """Maximum completions of an item: each has a digit key on the page."""
@@ -34,11 +34,11 @@ class JudgementRefused(RlhfError, ValueError):
 
 
 class Conflict(RlhfError, ValueError):
-    """A second judgement of an assignment that has been judged already."""
+    """A second judgement of an assignment that has already been judged."""
 
 
 class NotAsked(RlhfError, ValueError):
-    """A judgement of an assignment that this annotator was never given, as from a page of another store."""
+    """A judgement of an assignment that this annotator was never given, such as from a page of another store."""
 
 
 def text_of(completion: str | list[Message]) -> str:
@@ -106,10 +106,10 @@ class Answer:
     Attributes:
         verdict: ``ranking`` (by ``ranks``), ``tie``, ``both_bad`` (all are bad) or ``skip`` (no opinion).
         ranks: rank of each completion as shown; 0 is best, equal ranks are ties.
-        strength: how much better the chosen one of two is, 1 to `STRENGTHS`; None if not rated.
+        strength: how much better the preferred of two completions is, 1 to `STRENGTHS`; None if not rated.
         reasons: reasons for the choice.
         flags: problems of the item.
-        edited: a completion rewritten as it should have been; None without one.
+        edited: a corrected completion written by the annotator, or None.
         edited_place: index of the edited completion, as shown.
         seconds: time spent, seconds.
     """
@@ -200,7 +200,7 @@ class StoredJudgement:
 
     @property
     def picked_left(self) -> bool | None:
-        """Whether the left one of two completions was chosen; None for ties and longer lists."""
+        """Whether the annotator chose the left of two completions; None for ties and longer lists."""
         if self.ranks is None or len(self.shown) != 2:
             return None
         return self.ranks[self.shown[0]] < self.ranks[self.shown[1]]

@@ -1,4 +1,4 @@
-"""Training rows from judgements: preferences, single completions, demonstrations, prompts; and annotators' votes.
+"""Make training rows from judgements (preferences, single completions, demonstrations, prompts), and tables of votes.
 
 Hidden repeats and skipped items give no labels.
 """
@@ -26,7 +26,8 @@ Reliabilities = Mapping[str, float] | None
 
 ELSEWHERE = ("ranks", "prompts", "system", "history", "tools", "functions")
 TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, *MEDIA, *ELSEWHERE}
-"""Columns that a form or a label uses. A prompt's own ones would pass for judgements, so rows leave them out."""
+"""Columns used by a form or a label. Rows leave out a prompt's own columns of these names: they could pass for labels.
+"""
 
 
 def rows_of(
@@ -42,7 +43,7 @@ def rows_of(
 
     Args:
         connection: connection to the store.
-        kind: kind of rows; ``judgement`` gives each judgement as it was made.
+        kind: kind of rows; ``judgement`` returns each judgement unchanged.
         upto: number of the last row of judgements.
         labels: how several judgements of an item become one label: ``mean``, or ``reliability`` (weighted by the
             annotators' estimated reliability).
@@ -92,10 +93,10 @@ def prompts(connection: sqlite3.Connection, judgements: list[StoredJudgement]) -
 
 
 def preferences(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """A pair with its share of votes and mean rated margin, or each ranking of a longer list.
+    """Yield a pair with its share of votes and mean rated margin, or each ranking of a longer list.
 
-    A tie, and ``both_bad``, is half a vote for each side. Several rankings of one list share its weight, so that the
-    loss is their mean.
+    A tie or ``both_bad`` counts as half a vote for each side. Several rankings of one list share its weight, so that
+    the loss is their mean.
     """
     if len(item.candidates) > 2:
         yield from _rankings(item, judgements, known)
@@ -112,7 +113,7 @@ def preferences(item: Item, judgements: list[StoredJudgement], known: Reliabilit
 
 
 def _share(judgements: list[StoredJudgement], known: Reliabilities) -> float:
-    """Probability that the first of two is better."""
+    """Return the probability that the first of two completions is better."""
     votes = [_vote(one.ranks, 0, 1) for one in judgements]
     if known is None:
         return sum(votes) / len(votes)
@@ -124,12 +125,15 @@ def _share(judgements: list[StoredJudgement], known: Reliabilities) -> float:
 
 
 def _vote(ranks: Sequence[int] | None, a: int, b: int) -> float:
-    """1 if completion a ranks above b, 0 if below, 0.5 for a tie or no ranks."""
+    """Return 1 if completion a ranks above b, 0 if below, 0.5 for a tie or no ranks."""
     return 0.5 if ranks is None else 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b]))
 
 
 def _margin(judgements: list[StoredJudgement]) -> float:
-    """Mean rated strength towards the first of two, in [-1, 1]: the lowest level is 0, as in Llama 2 (2307.09288)."""
+    """Return the mean rated strength towards the first of two, in [-1, 1].
+
+    The lowest level counts as 0, as in Llama 2 (2307.09288).
+    """
     rated = [
         ((one.strength or 1) - 1) / (STRENGTHS - 1) * (2 * _vote(one.ranks, 0, 1) - 1) for one in judgements
     ]  # fmt: skip
@@ -154,9 +158,9 @@ def _rankings(item: Item, judgements: list[StoredJudgement], known: Reliabilitie
 
 
 def single_completions(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """Each completion as good or bad: the best of a ranking counts 1, the worst 0, ``both_bad`` 0, a tie 0.5.
+    """Yield each completion as good or bad: the best of a ranking scores 1, the worst 0, ``both_bad`` 0, a tie 0.5.
 
-    The mean decides. A mean of 0.5 gives no row, and the weight grows with the distance from it.
+    The mean score decides. A mean of 0.5 gives no row, and the row's weight grows with the distance from 0.5.
     """
     weights = _weights(judgements, known)
     for place, candidate in enumerate(item.candidates):
@@ -179,7 +183,7 @@ def _goodness(judgement: StoredJudgement, place: int) -> float:
 
 
 def demonstrations(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """Completions as annotators rewrote them."""
+    """Yield completions as rewritten by annotators."""
     for one in judgements:
         if one.edited is not None:
             plain = isinstance(item.prompt, str)
@@ -190,7 +194,7 @@ def demonstrations(item: Item, judgements: list[StoredJudgement], known: Reliabi
 
 
 def raw(item: Item, judgements: list[StoredJudgement], known: Reliabilities = None) -> Iterable[Row]:
-    """Each judgement as it was made."""
+    """Yield each judgement unchanged."""
     for one in judgements:
         yield {**vars(one), "prompt": item.prompt, "completions": [vars(candidate) for candidate in item.candidates]}
 
@@ -216,7 +220,7 @@ PairVotes = dict[tuple[int, int, int], dict[str, float]]
 
 
 def pair_votes(judgements: Iterable[StoredJudgement]) -> PairVotes:
-    """Each annotator's vote on every two completions of an item: 1 for the first, 0 for the second, 0.5 for neither."""
+    """Return each annotator's vote on every two completions of an item: 1 for the first, 0 for the second, else 0.5."""
     votes: PairVotes = {}
     for one in judgements:
         if one.repeat or one.verdict == "skip":
@@ -234,7 +238,7 @@ def vote_table(votes: PairVotes) -> tuple[list[str], torch.Tensor]:
 
 
 def reliabilities(judgements: Iterable[StoredJudgement]) -> dict[str, float]:
-    """Probability that each annotator's choice is right, by `annotator_reliability` on all pairs of completions."""
+    """Estimate the probability that each annotator's choice is right, by `annotator_reliability` on all pairs."""
     names, table = vote_table(pair_votes(judgements))
     if not names:
         return {}
