@@ -125,7 +125,7 @@ class Report:
         escaped: kept rows whose text spells a control token, which is encoded as plain characters.
         merged: kept rows whose prompt and completion the tokenizer would encode differently if joined.
         split: kept conversations that became one row per learned turn, because the template rewrites earlier turns.
-        last_turn: kept rows with several learned turns of which only the last is used.
+        last_turn: kept rows with several learned turns, if only the last is used.
         turns_cut: kept conversations with more than 256 learned turns; later turns are left out.
         unused: kept rows with a column, or a key of a turn, that is not used; by its name.
     """

@@ -287,7 +287,7 @@ def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
 def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes: Any) -> Any:
     """Load whole weights, or an adapter merged into its backbone; on a quantised backbone it stays unmerged.
 
-    Merging is done in fp32 whatever the requested precision: rounding would lose a small update.
+    Merging is always done in fp32, for any requested precision: rounding would lose a small update.
     """
     if not is_adapter(name):
         return load_hf_model(name, kind, settings, **config_changes)
