@@ -1,7 +1,7 @@
-"""Episodes of several turns: what an engine asks of an environment, and what is kept of the answers.
+"""Multi-turn episodes: requests to an environment, and transcripts of the episodes.
 
-An engine samples a turn, hands it to `Turns.replies`, and reads the tokens of the reply before it samples the next
-turn. The policy's tokens are never encoded again: a reply is rendered and encoded by itself.
+An engine samples a turn, passes it to `Turns.replies`, and prefills the tokens of the reply before it samples the next
+turn. The policy's tokens are never encoded again: each reply is rendered and encoded alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_lightning.types import Environment, Episode, Message, MultiTurn, Promp
 
 
 class Transcript(NamedTuple):
-    """A whole episode.
+    """A complete episode.
 
     Attributes:
         messages: the turns after the first prompt.
@@ -28,9 +28,9 @@ class Transcript(NamedTuple):
         ends: index of the last token of each turn of the policy.
         rewards: the environment's reward of each turn of the policy.
         learned: bool, True on the policy's tokens, shape (tokens,).
-        finished: whether the environment ended the episode after a whole turn; False where a limit did.
+        finished: whether the environment ended the episode after a complete turn; False if a limit ended it.
         failed: whether the environment failed, so that the episode cannot be judged.
-        feedback: what the environment said about turns in words, one line each; None without.
+        feedback: the environment's feedback on turns, one line each; None if there is none.
     """
 
     messages: tuple[Message, ...]
@@ -48,7 +48,7 @@ class Transcript(NamedTuple):
         return math.nan if self.failed else math.fsum(self.rewards)
 
     def asked(self, prompt: Prompt) -> Prompt:
-        """Return what the policy's last turn answers: the first prompt and the turns between."""
+        """Return the context of the policy's last turn: the first prompt and the turns between."""
         between = self.messages[:-1]
         if isinstance(prompt, str):
             return prompt + "".join(str(turn["content"]) for turn in between)
@@ -57,7 +57,7 @@ class Transcript(NamedTuple):
     def token_rewards(self) -> Tensor:
         """Return the rewards on the last tokens of their turns, and minus their sum on the last learned token.
 
-        Added to a score that holds the sum and lies on the last learned token, they move each reward to its turn.
+        A score on the last learned token already includes the sum. Adding these values moves each reward to its turn.
         """
         rewards = torch.zeros(len(self.learned), dtype=torch.float64)
         rewards[list(self.ends)] = torch.tensor(self.rewards, dtype=torch.float64)
@@ -66,7 +66,7 @@ class Transcript(NamedTuple):
 
 
 class _Open:
-    """An episode while it is sampled."""
+    """An episode during sampling."""
 
     def __init__(self, prompt: Prompt, row: Mapping[str, Any], number: int) -> None:
         self.row, self.number, self.is_text = row, number, isinstance(prompt, str)
@@ -81,7 +81,7 @@ class _Open:
         self.finished = self.failed = False
 
     def say(self, ids: Sequence[int], text: str) -> None:
-        """Add a turn of the policy."""
+        """Append a turn of the policy."""
         self.starts.append(len(self.ids))
         self.ids += ids
         self.learned += [True] * len(ids)
@@ -89,13 +89,13 @@ class _Open:
         self.messages.append({"role": "assistant", "content": text})
 
     def hear(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
-        """Add a reply."""
+        """Append a reply of the environment."""
         self.ids += ids
         self.learned += [False] * len(ids)
         self.messages += messages
 
     def transcript(self) -> Transcript:
-        """Return the whole episode."""
+        """Return the complete episode."""
         places = tuple(self.starts), tuple(self.ends), tuple(self.rewards)
         learned = torch.tensor(self.learned, dtype=torch.bool)
         said = "\n".join(self.feedback) or None
@@ -108,8 +108,8 @@ class Turns:
     Args:
         rules: the environment, and the limits of an episode.
         tokenizer: the policy's tokenizer.
-        prompts: first prompt of each episode, as the data gave it.
-        columns: further columns of the data, each a list with one value per episode.
+        prompts: first prompt of each episode, in the form of the data.
+        columns: other columns of the data, each a list with one value per episode.
         numbers: number of each episode in the run.
     """
 
@@ -133,23 +133,23 @@ class Turns:
         return self._open[row].ids
 
     def room(self, row: int, most: int) -> int:
-        """Return the most tokens that an episode's next turn may have, at most ``most``."""
+        """Return the maximum length of an episode's next turn in tokens, at most ``most``."""
         budget = self.rules.max_tokens
         return most if budget is None else min(most, budget - len(self._open[row].ids))
 
     def replies(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[bool]:
-        """Hand turns that were sampled to the environment; return which episodes go on.
+        """Pass sampled turns to the environment; return which episodes continue.
 
-        An episode ends with the environment's ``done``, after ``max_turns`` turns, with a turn that has not ended,
-        or where the reply leaves no room for another turn. The tokens of the other replies are then part of `ids`.
+        An episode ends if the environment returns ``done``, after ``max_turns`` turns, if a turn has no end token, or
+        if the reply leaves no room for another turn. Otherwise the tokens of the reply are appended to `ids`.
 
         Args:
             rows: the episodes.
-            turns: tokens of the policy's turn in each.
+            turns: tokens of the policy's turn in each episode.
             ended: whether the turn has an end token or a stop string.
 
         Raises:
-            ContractError: the environment returned something else than a `Reply` for each episode.
+            ContractError: the environment did not return a `Reply` for each episode.
         """
         asked = []
         for row, ids, whole in zip(rows, turns, ended, strict=True):
@@ -210,23 +210,23 @@ class Turns:
         return messages, ids
 
     def transcripts(self) -> tuple[Transcript, ...]:
-        """Return the episodes after their end."""
+        """Return the finished episodes."""
         return tuple(one.transcript() for one in self._open)
 
 
 def turns_of(batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Return the conversations that a batch begins; None where one completion is the whole episode."""
+    """Return the conversations of a batch; None if each episode is a single completion."""
     if batch.multi_turn is None:
         return None
     return Turns(batch.multi_turn, tokenizer, batch.texts, batch.columns, batch.episodes.tolist())
 
 
 def replies_of(environment: Environment, episodes: Sequence[Episode], name: str) -> list[Reply | None]:
-    """Ask an environment for its replies to a batch of episodes, at once if it has ``reply_all``.
+    """Return an environment's replies to a batch of episodes, from one call if it has ``reply_all``.
 
     Raises:
-        ContractError: ``bad-reply``: it returned something else than a `Reply` for each, or one with a fault;
-            ``environment-exits``: it called sys.exit, which must not end a run as a success.
+        ContractError: ``bad-reply``: it did not return a valid `Reply` for each episode; ``environment-exits``: it
+            called sys.exit, which must not end a run as a success.
     """
     reply_all = getattr(environment, "reply_all", None)
     try:

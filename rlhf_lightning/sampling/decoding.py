@@ -1,4 +1,4 @@
-"""Incremental decoding with continuous batching: prompts enter the slots of a running batch, see `slot_cache`."""
+"""Incremental decoding with continuous batching and a KV cache; `slot_cache` holds the cache of a running batch."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from rlhf_lightning.models.scalar_head import trunk
 from rlhf_lightning.sampling.slot_cache import Kept, SlotLayer, SlotStates, TokenRows
 
 ROOM = 256
-"""Free columns of the first allocation; a batch that outgrows them doubles."""
+"""Free columns of the first allocation; a batch that needs more columns doubles the buffer."""
 
 FULL_ENOUGH = 0.75
-"""Share of active rows below which refilling or shrinking the batch pays: each costs about one step."""
+"""Share of active rows below which refilling or shrinking the batch pays off: each costs about one step."""
 
 
 class Mixture(NamedTuple):
-    """A second model that contributes to every token's distribution.
+    """A second model that contributes to the distribution of every token.
 
     Attributes:
         other: context manager that yields the second model for one forward pass; it may be the first model in another
             state (adapters off).
-        mix: maps the logits of both models to those to sample from; all have shape (rows, vocabulary).
+        mix: combines the logits of both models into those to sample from; all have shape (rows, vocabulary).
     """
 
     other: Callable[[], AbstractContextManager[CausalLM]]
@@ -45,11 +45,11 @@ class Mixture(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Prefilled prompts, before anything is drawn after them.
+    """Prefilled prompts, before any token is sampled.
 
     Attributes:
         logits: logits after each prompt, shape (prompts, vocabulary).
-        cache: keys and values of the prompts, padded on the left, or what else the model keeps of them.
+        cache: keys and values of the prompts, padded on the left, or another kind of cache of the model.
         other: the same prompts prefilled by the second model of a mixture.
     """
 
@@ -58,26 +58,26 @@ class Prefix(NamedTuple):
     other: Prefix | None = None
 
     def select(self, row: int) -> Prefix:
-        """Return one prompt alone; the others are dropped."""
+        """Return a single prompt; the others are dropped."""
         index = torch.tensor([row], device=self.logits.device)
         self.cache.reorder_cache(index)
         return Prefix(self.logits[index], self.cache, None if self.other is None else self.other.select(row))
 
 
 def takes_positions(model: CausalLM) -> bool:
-    """Whether a model is told the positions of its tokens; else it may count them from its cache."""
+    """Whether the model takes the positions of its tokens; otherwise it may count them from its cache."""
     return takes(trunk(model.model), "position_ids")
 
 
 REFILLED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
-"""Kinds of cached layers whose slots can be refilled."""
+"""Cache layer classes with slots that can be refilled."""
 
 
 def default_decoding(model: CausalLM, checked: bool = False) -> Decoding:
-    """Return how a model decodes, or with ``checked`` the way to try first.
+    """Return the decoding method of a model, or with ``checked`` the first method to try.
 
-    Positions that a model counts itself belong to rows that started together. Windows and states of slots are tried
-    where a check follows.
+    A model that counts positions itself needs rows that start together. Sliding windows and recurrent states in slots
+    are tried only if a check follows.
     """
     layers = DynamicCache(config=model.model.config).layers
     kinds = REFILLED if checked else REFILLED[:1]
@@ -87,26 +87,26 @@ def default_decoding(model: CausalLM, checked: bool = False) -> Decoding:
 
 
 def whole_cache(config: Any) -> DynamicCache:
-    """Return a cache whose layers keep all columns: rows of a batch have their windows at different places."""
+    """Return a cache with layers that keep all columns, since the sliding windows of a batch's rows differ."""
     cache = DynamicCache(config=config)
     cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
     return cache
 
 
 class Decoder:
-    """A model with a KV cache that decodes rows of tokens step by step.
+    """Model with a KV cache that decodes rows of tokens step by step.
 
     Args:
         model: the model.
-        slots: most rows at a time.
-        room: expected columns beyond the prompts.
+        slots: maximum number of rows at the same time.
+        room: expected number of columns beyond the prompts.
     """
 
     def __init__(self, model: CausalLM, slots: int, room: int) -> None:
         self.model, self.config = model, model.model.config
         self.decoding: Decoding = model.decoding or default_decoding(model)
         self.cache: Any = None
-        self.columns = 0  # cached so far, if the decoder does not refill
+        self.columns = 0  # number of cached columns, if the decoder does not refill
         self.slots, self.room = slots, min(room, ROOM)
 
     @property
@@ -116,19 +116,19 @@ class Decoder:
 
     @property
     def equal_lengths(self) -> bool:
-        """Whether prompts that are read together must have the same length."""
+        """Whether prompts that are prefilled together must have the same length."""
         return self.decoding in ("equal", "uncached")
 
     @property
     def width(self) -> int:
-        """Columns that have been read."""
+        """Number of columns read so far."""
         if self.refills:
             layers = [] if self.cache is None else self.cache.layers
             return next((layer.get_seq_length() for layer in layers if isinstance(layer, SlotLayer)), 0)
         return self.columns
 
     def prefill(self, prompts: Sequence[Tensor], kept: Sequence[Kept] = ()) -> Prefix:
-        """Forward prompts, each an int64 tensor of its tokens; with ``kept`` only their tokens beyond those."""
+        """Prefill prompts, each an int64 tensor of token ids; with ``kept``, only the tokens after the cached ones."""
         if kept:
             return self._read_on(prompts, kept)
         if self.refills and self.model.reads_trees and len(prompts) > 1:
@@ -149,13 +149,14 @@ class Decoder:
         return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
 
     def _read_packed(self, prompts: Sequence[Tensor], groups: Sequence[tuple[int, list[int]]], width: int) -> Prefix:
-        """Forward prompts in one row without padding, each common beginning once, see `prefix_trees`; the longest
-        has ``width`` tokens.
+        """Prefill prompts in one row without padding, each common prefix once (see `prefix_trees`).
+
+        ``width`` is the length of the longest prompt.
         """
         pieces: list[Tensor] = []
         positions: list[Tensor] = []
         trees: list[list[int]] = []
-        cells = torch.zeros(len(prompts), width, dtype=torch.long)  # of each prompt's tokens, padded on the left
+        cells = torch.zeros(len(prompts), width, dtype=torch.long)  # cell of each prompt's tokens, padded on the left
         start = 0
         for shared, rows in groups:
             pieces += [prompts[rows[0]][:shared], *(prompts[row][shared:] for row in rows)]
@@ -185,7 +186,7 @@ class Decoder:
         return Prefix(logits, cache)
 
     def _read_on(self, prompts: Sequence[Tensor], kept: Sequence[Kept]) -> Prefix:
-        """Forward the last tokens of rows whose first ones are cached; all rows read as many, some of them again."""
+        """Prefill the last tokens of rows with cached prefixes; all rows read equally many, some of them again."""
         device = next(self.model.parameters()).device
         width = max(len(ids) - known.tokens for ids, known in zip(prompts, kept, strict=True))
         counts = [max(len(ids) - width, 0) for ids in prompts]
@@ -209,7 +210,7 @@ class Decoder:
         return Prefix(self.model(step), cache)
 
     def _read_together(self, input_ids: Tensor, mask: Tensor) -> Prefix:
-        """Read prompts that start together; the model makes the cache itself, if it keeps one."""
+        """Prefill prompts that start together; the model creates the cache itself, if it has one."""
         self.columns = input_ids.shape[1]
         if self.decoding == "uncached":
             return Prefix(self.model(DecodingStep(input_ids)), TokenRows(input_ids))
@@ -219,11 +220,11 @@ class Decoder:
         return Prefix(self.model(DecodingStep(input_ids, mask, self._positions(mask), cache)), cache)
 
     def _positions(self, mask: Tensor) -> Tensor | None:
-        """Return positions of padded prompts, where the model takes any."""
+        """Return the positions of padded prompts; None if the model takes no positions."""
         return (mask.cumsum(-1) - 1).clamp_min(0) if takes_positions(self.model) else None
 
     def enter(self, prefix: Prefix, rows: Tensor, slots: Tensor) -> None:
-        """Put prefilled prompts into slots, all slots from the first if the decoder does not refill.
+        """Put prefilled prompts into slots; without refilling, into all slots in order.
 
         Args:
             prefix: the prompts; consumed if the decoder does not refill.
@@ -256,7 +257,7 @@ class Decoder:
 
         Args:
             tokens: int64, shape (rows,).
-            lengths: tokens of each row including this one, int64, shape (rows,).
+            lengths: number of tokens of each row including this token, int64, shape (rows,).
         """
         width = self.width + 1 if self.width else int(lengths.max())
         self.columns += 1
@@ -266,7 +267,7 @@ class Decoder:
         if self.equal_lengths:
             return self.model(DecodingStep(tokens.unsqueeze(-1), cache=self.cache))
         mask: Tensor | None = None
-        # A model of full attention takes a mask as its layers do, and makes none of its own.
+        # A model with full attention takes the mask in the form of its layers, and creates no mask itself.
         whole = self.refills and self.model.reads_trees
         if not whole or (lengths != width).any():
             seen = np.arange(width) >= width - lengths[:, None]
@@ -276,9 +277,9 @@ class Decoder:
         return self.model(DecodingStep(tokens.unsqueeze(-1), mask, positions, self.cache))
 
     def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
-        """Return the keys and values of rows that leave their slots; none if the decoder cannot read on after them.
+        """Return the keys and values of rows that leave their slots; empty if the decoder cannot continue from them.
 
-        ``counts`` are the tokens that have been read of each.
+        ``counts`` are the numbers of tokens read so far in each row.
         """
         if not self.refills or any(isinstance(layer, SlotStates) for layer in self.cache.layers):
             return []
@@ -288,7 +289,7 @@ class Decoder:
         ]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone; they move to the first slots in their order."""
+        """Keep only these rows; they move to the first slots in their order."""
         if not self.refills:
             self.cache.reorder_cache(rows)
         else:
@@ -296,14 +297,14 @@ class Decoder:
                 layer.keep(rows)
 
     def trim(self, width: int) -> None:
-        """Keep the last ``width`` columns alone, if the decoder refills."""
+        """Keep only the last ``width`` columns, if the decoder refills."""
         if self.refills and self.cache is not None:
             for layer in self.cache.layers:
                 layer.trim(width)
 
 
 class MixedDecoder(Decoder):
-    """Two models that decode the same tokens, each with its own cache; their logits are mixed."""
+    """Decoder of a mixture: two models decode the same tokens with their own caches, and their logits are mixed."""
 
     def __init__(self, model: CausalLM, slots: int, room: int, mixture: Mixture) -> None:
         super().__init__(model, slots, room)
@@ -330,7 +331,7 @@ class MixedDecoder(Decoder):
             return self.mixture.mix(own, self.other.step(tokens, lengths))
 
     def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
-        return []  # both models read a conversation anew
+        return []  # both models prefill the whole conversation again
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
@@ -352,5 +353,5 @@ def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None
 
 
 def idle_pass(model: CausalLM, mixture: Mixture | None) -> None:
-    """Forward one token to stay in step with ranks that are still decoding with sharded weights."""
+    """Run a forward pass of one token to stay in step with ranks that still decode with sharded weights."""
     make_decoder(model, 1, 1, mixture).prefill([torch.zeros(1, dtype=torch.long)])

@@ -1,4 +1,4 @@
-"""How a model decodes, checked on a small copy: sampled log-probabilities against its own forward without a cache."""
+"""Choose a model's decoding method by comparing sampled log-probabilities on a small copy with uncached forwards."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TOLD: dict[Decoding, str] = {
 
 
 ENDS = tuple(range(5, 20))
-"""Ids that end completions of the check: so many that rows end at different times."""
+"""Ids that end completions in the check; there are many, so that rows end at different times."""
 
 
 def settle_decoding(model: CausalLM, sample: Callable[..., Completions]) -> None:
-    """Set how a model decodes to the first way that agrees with its own forward; a line says what is slower.
+    """Set a model's decoding to the first method that agrees with its own forward pass; log if it is a slower one.
 
     ``sample`` is `SamplingEngine.sample` of the engine that decodes.
 
     Raises:
-        ModelError: no way agrees.
+        ModelError: no method agrees.
     """
     if model.decoding is not None or not model.self_check:
         return
@@ -53,11 +53,11 @@ def settle_decoding(model: CausalLM, sample: Callable[..., Completions]) -> None
 
 
 def _examined(model: CausalLM, first: Decoding, sample: Callable[..., Completions]) -> tuple[Decoding | None, str]:
-    """Return the first way to decode that agrees on a small copy, None if none does, and what to tell the user."""
+    """Return the first decoding method that agrees on a small copy (None if none does), and a message for the user."""
     name = type(unwrapped(model.model)).__name__
     hf, unusable = working_copy(unwrapped(model.model))
     if unusable is not None:
-        return default_decoding(model), ""  # the check at loading has said so
+        return default_decoding(model), ""  # the check at loading has reported it
     small = CausalLM(hf).eval()
     small.pads_rows, small.logits_path, small.reads_trees = model.pads_rows, model.logits_path, model.reads_trees
     ways: tuple[Decoding, ...] = get_args(Decoding)
@@ -73,9 +73,10 @@ def _examined(model: CausalLM, first: Decoding, sample: Callable[..., Completion
 
 
 def _gap(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Completions]) -> float:
-    """Return how far log-probabilities of sampled tokens are from the model's own forward, nats; at least, if wrong.
+    """Return the largest difference between sampled log-probabilities and the model's own forward pass, nats.
 
-    ``known`` holds its own log-probabilities of completions seen before; any batch samples the same.
+    The check stops at the first run with a too large difference. ``known`` caches the model's own log-probabilities,
+    since every batch samples the same completions.
     """
     prompts = [EXAMPLES.prompts[parent] for parent in (0, 1, 1, 2, 1)]
     runs: list[tuple[list[Any], int | None]] = [(prompts, None), (prompts, 2), (prompts[:1], None)]
@@ -91,6 +92,6 @@ def _gap(small: CausalLM, known: dict[bytes, Tensor], sample: Callable[..., Comp
                 largest = max(largest, float((logprobs - known[key]).abs().nan_to_num(torch.inf).max()))
             if largest > CLOSE:
                 break
-    except Exception:  # a way that a class was not made for fails in many ways
+    except Exception:  # an unsupported decoding method fails in many ways
         return float("inf")
     return largest

@@ -1,7 +1,8 @@
-"""Draw tokens with random numbers by address: the number for (seed, episode, position) is a function of the three.
+"""Sample tokens with counter-based random numbers: a number is a function of (seed, episode, position).
 
-Episodes therefore do not depend on the number of ranks, batch size, order of slots or point of resumption. The
-generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64 arithmetic.
+Therefore episodes do not depend on the number of ranks, the batch size, the order of slots or the point of resuming.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64
+arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
     k0, k1 = key
     for _ in range(10):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # The products wrap around in int64, but their bits are right: masking after the shift gives the high word.
+        # The products overflow in int64, but their bits are right: masking after the shift gives the high word.
         high0, low0 = (product0 >> 32) & LOW, product0 & LOW
         high1, low1 = (product1 >> 32) & LOW, product1 & LOW
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -41,23 +42,23 @@ def uniform(seed: int, episodes: Tensor, positions: Tensor) -> Tensor:
     zeros = torch.zeros_like(positions)
     counter = (episodes & LOW, (episodes >> 32) & LOW, positions & LOW, zeros)
     high, low, _, _ = philox(counter, (seed & LOW, (seed >> 32) & LOW))
-    bits = (high >> 6) * 2**26 + (low >> 6)  # 52 bits: with 53 the half below would round up to 1
+    bits = (high >> 6) * 2**26 + (low >> 6)  # 52 bits: with 53, adding 0.5 could round up to 1
     return (bits.double() + 0.5) / 2**52
 
 
 AHEAD = 64
-"""Tokens of a completion whose random numbers are made at a time, at most."""
+"""Maximum number of tokens of a completion for which random numbers are generated at once."""
 
 
 def draw(
     logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the token drawn for each row, its log-probability at the temperature, and the distribution's entropy.
+    """Return the token sampled for each row, its log-probability at the temperature, and the distribution's entropy.
 
     Args:
         logits: fp32 or wider, shape (rows, vocabulary).
         numbers: uniform in (0, 1), see `uniform`, shape (rows,); unused at temperature 0.
-        temperature: logits are divided by it; 0 takes the most probable token.
+        temperature: divisor of the logits; 0 takes the most probable token.
         top_p: nucleus size; 1 keeps all.
         top_k: number of most probable tokens to keep; 0 keeps all.
     """
@@ -71,17 +72,17 @@ def draw(
 
 
 BLOCK = 256
-"""Tokens whose probabilities are summed before the inverse CDF is looked up among them."""
+"""Number of tokens with a common sum of probabilities in the two-level inverse CDF."""
 
 
 BLOCKED = 8192
-"""Words of a vocabulary from which on that is faster than one sum over all."""
+"""Vocabulary size from which the two-level sum is faster than one sum over all tokens."""
 
 
 def inverse_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """Return the token of each row at which the cumulative probability reaches a share of the total, int64.
+    """Return for each row the token at which the cumulative probability reaches a share of the total, int64.
 
-    The cumulative sum runs in double precision; of a large vocabulary over blocks of tokens, then within one block.
+    Cumulative sums use double precision. For a large vocabulary they run over blocks of tokens, then within one block.
 
     Args:
         probabilities: shape (rows, vocabulary); they need not sum to 1.
@@ -99,7 +100,7 @@ def inverse_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
     wanted = (numbers * cumulative[:, -1]).unsqueeze(-1)
     block = _first_at_least(cumulative, wanted)
     within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    # A block ends with its last token of positive probability, however its sum was rounded.
+    # Limit the share to the block's own sum, so that rounding cannot select a token of probability 0 at its end.
     wanted = (wanted - (cumulative - sums).gather(-1, block)).minimum(within[:, -1:])
     return (block * BLOCK + _first_at_least(within, wanted)).squeeze(-1).clamp_max(vocabulary - 1)
 
@@ -109,7 +110,7 @@ def _first_at_least(cumulative: Tensor, wanted: Tensor) -> Tensor:
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
-    """Return the entropy in nats of distributions of shape (rows, vocabulary); a probability of 0 adds nothing."""
+    """Return the entropy in nats of distributions of shape (rows, vocabulary); a probability of 0 adds 0."""
     return torch.special.entr(probabilities).sum(-1)
 
 

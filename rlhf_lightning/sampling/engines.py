@@ -1,4 +1,4 @@
-"""What every engine takes and gives: settings, requests, completions, and the base class `SamplingEngine`."""
+"""Interface of sampling engines: settings, requests, completions, and the base class `SamplingEngine`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from rlhf_lightning.types import Prompt, Sequences
 
 @dataclass
 class SamplingSettings:
-    """How completions are drawn. The model's own generation config is never consulted.
+    """Sampling settings. The model's own generation config is ignored.
 
     Args:
-        max_new_tokens: longest completion, tokens; with an environment the longest turn.
-        temperature: logits are divided by it; 0 takes the most probable token.
+        max_new_tokens: maximum length of a completion, tokens; with an environment, of a turn.
+        temperature: divisor of the logits; 0 takes the most probable token.
         top_p: nucleus size in (0, 1]. Training needs 1: truncated log-probabilities are not the policy's.
         top_k: number of most probable tokens to keep; 0 keeps all.
-        batch_size: slots, the completions decoded at a time; a waiting prompt replaces a finished completion. null
-            takes all at once.
+        batch_size: number of slots, the completions decoded at the same time; a waiting prompt replaces a finished
+            completion. null decodes all at once.
     """
 
     max_new_tokens: int = 64
@@ -64,7 +64,7 @@ class SamplingSettings:
 
     @property
     def distribution(self) -> tuple[float, float, int]:
-        """What makes a distribution of logits: ``temperature``, ``top_p`` and ``top_k``."""
+        """Settings that determine the sampling distribution: ``temperature``, ``top_p`` and ``top_k``."""
         return self.temperature, self.top_p, self.top_k
 
 
@@ -72,14 +72,14 @@ class Completions(NamedTuple):
     """Sampled completions, in the order of the prompts.
 
     Attributes:
-        ids: token ids of each completion, including the end token if it was reached, or the token that completes a
-            stop string; int64.
+        ids: token ids of each completion, int64, including the end token (or the token that completes a stop string)
+            if it was reached.
         logprobs: log-probability of each sampled token at the temperature; fp32 or wider.
-        finished: bool, True where an end token or a stop string was reached, shape (rows,); with an environment where
-            it ended the episode.
+        finished: bool, True if an end token or a stop string was reached, shape (rows,); with an environment, True if
+            the environment ended the episode.
         entropies: entropy of the distribution of each token, nats; None if the engine does not report it.
-        texts: text of each completion without the end token, and up to the stop string; of an episode that of the
-            policy's last turn; empty until `decoded`.
+        texts: text of each completion without the end token, and up to the stop string; for an episode, the text of the
+            policy's last turn; empty until `decoded` is called.
         learned: bool, one mask per completion: False on tokens that an environment wrote between the policy's turns,
             where log-probabilities and entropies are 0; None if the policy wrote all tokens.
         transcripts: the turns of each episode; empty without an environment.
@@ -102,13 +102,13 @@ class Completions(NamedTuple):
         )
 
     def asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return what each text answers: the prompt, and with an environment the turns before the last one."""
+        """Return the context of each text: the prompt, and with an environment also the turns before the last one."""
         if not self.transcripts:
             return list(prompts)
         return [one.asked(prompt) for one, prompt in zip(self.transcripts, prompts, strict=True)]
 
     def cut(self, ends: Ends) -> Completions:
-        """Return the completions up to their first stop strings, the token that completes one included."""
+        """Return the completions cut after the token that completes their first stop string."""
         counts = [ends.stop(ids.tolist()) for ids in self.ids] if ends.strings else []
         if all(count is None for count in counts):
             return self
@@ -127,9 +127,9 @@ class Completions(NamedTuple):
 
 
 class SamplingRequest(NamedTuple):
-    """Arguments of `SamplingEngine.sample`, which describes them.
+    """Arguments of `SamplingEngine.sample`, see there.
 
-    ``starts`` are the positions of the first tokens to draw in their episodes, int64, shape (rows,); None for 0.
+    ``starts`` are the positions in their episodes of the first tokens to sample, int64, shape (rows,); None for 0.
     """
 
     prompts: Sequence[Tensor]
@@ -144,30 +144,30 @@ class SamplingRequest(NamedTuple):
 
     @property
     def first_positions(self) -> Tensor:
-        """Position of the first token to draw in each episode, int64, shape (rows,)."""
+        """Position of the first token to sample in each episode, int64, shape (rows,)."""
         return torch.zeros_like(self.episodes) if self.starts is None else self.starts.to(self.episodes)
 
 
 class SamplingEngine(ABC):
-    """What draws completions from a policy; a subclass defines `complete`.
+    """Base of engines that sample completions from a policy; a subclass defines `complete`.
 
-    An engine may use other kernels, another process or other machines. ``exact`` and ``reports_logprobs`` say what that
-    means for learning from its samples.
+    An engine may use other kernels, another process or other machines. ``exact`` and ``reports_logprobs`` state the
+    consequences for learning from its samples.
     """
 
     exact: bool = True
-    """Whether log-probabilities are those of the trainer's forward up to rounding. Learning from samples of an engine
-    that is not exact takes importance correction."""
+    """Whether log-probabilities equal those of the trainer's forward pass up to rounding. Otherwise, learning from the
+    samples needs importance correction."""
 
     reports_logprobs: bool = True
-    """Whether log-probabilities are the ones that the engine drew with; importance correction needs them."""
+    """Whether the engine reports the log-probabilities that it sampled with; importance correction needs them."""
 
     sync_error: float | None = None
-    """Mean difference to the trainer's log-probabilities at the last hand-over of weights; None without hand-over."""
+    """Mean difference to the trainer's log-probabilities at the last weight transfer; None without a transfer."""
 
     keeps_turns: bool = False
-    """Whether `complete` itself continues after the replies of ``request.turns``. Otherwise it is called once for each
-    turn, with the whole conversation as prompt and ``request.first_positions`` to draw random numbers from."""
+    """Whether `complete` itself continues after the replies of ``request.turns``. Otherwise it is called once per turn,
+    with the whole conversation as the prompt, and ``request.first_positions`` to seed the random numbers."""
 
     def sample(
         self,
@@ -185,13 +185,13 @@ class SamplingEngine(ABC):
 
         Args:
             model: the policy; switched to eval mode while sampling.
-            prompts: token ids of each prompt, int64; none is empty.
+            prompts: token ids of each prompt, int64; no prompt may be empty.
             episodes: number of each episode, int64, shape (rows,).
             settings: temperature, length limit.
             seed: seed of the run.
-            end_ids: tokens that end a completion; `tokenization.Ends` has stop strings too.
+            end_ids: tokens that end a completion; `tokenization.Ends` also has stop strings.
             on_progress: called with the number of completions that have just finished; a `SlotEngine` calls it after
-                each forward pass. Where it raises, sampling ends.
+                each forward pass. If it raises, sampling ends.
             mixture: a second model to sample from together with the first; None samples from the first alone.
             turns: conversations with an environment, one per prompt; None samples one completion each.
 
@@ -220,12 +220,12 @@ class SamplingEngine(ABC):
 
     @abstractmethod
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        """Draw the completions of a request to `sample`."""
+        """Sample the completions of a request to `sample`."""
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
-        """Begin a request with the model's weights of now; what is returned waits for its completions.
+        """Begin a request with the model's current weights; return a function that waits for its completions.
 
-        An engine of this process draws them at once. One that samples elsewhere returns while it does.
+        An engine in this process samples at once. An engine that samples elsewhere returns immediately.
         """
         drawn = self.complete(model, request)
         return lambda: drawn
@@ -233,17 +233,17 @@ class SamplingEngine(ABC):
     def prepare(  # noqa: B027 - most engines need nothing
         self, init_from: str, settings: LoadSettings, lora: LoraSettings | None, versions: int
     ) -> None:
-        """Take what the policy of a training run is loaded from, before its first rollout.
+        """Receive, before the first rollout of a training run, how the policy is loaded.
 
         Args:
-            init_from: its folder or hub id.
-            settings: precision and more.
+            init_from: folder or hub id of the policy.
+            settings: load settings, such as the precision.
             lora: the adapter; None if all weights are trained.
-            versions: versions of the weights whose episodes may be in flight at a time.
+            versions: number of versions of the weights whose episodes may be in flight at the same time.
         """
 
     def require_one_model(self, model: CausalLM, request: SamplingRequest, whole: bool = True) -> None:
-        """Refuse what the `SlotEngine` alone samples from: a mixture of models and, with ``whole``, sharded weights.
+        """Refuse requests that only the `SlotEngine` supports: mixtures and, with ``whole``, sharded weights.
 
         Raises:
             SettingError: ``mixture-needs-slots`` or ``sharded-needs-slots``.
@@ -260,7 +260,7 @@ class SamplingEngine(ABC):
             )
 
     def _turn_by_turn(self, model: CausalLM, request: SamplingRequest, turns: Turns) -> Completions:
-        """Draw one turn of all open episodes after the other; each call reads the conversations from their start."""
+        """Sample one turn of all open episodes per call; each call reads the conversations from the beginning."""
         count = len(request.prompts)
         rows, logprobs = list(range(count)), [torch.zeros(0)] * count
         while rows:
@@ -286,14 +286,14 @@ class SamplingEngine(ABC):
                 request.on_progress(going.count(False))
             rows = [row for row, more in zip(rows, going, strict=True) if more]
         ids = tuple(torch.tensor(turns.ids(row), dtype=torch.long) for row in range(count))
-        return Completions(ids, tuple(logprobs), torch.zeros(count, dtype=torch.bool))  # the transcripts tell
+        return Completions(ids, tuple(logprobs), torch.zeros(count, dtype=torch.bool))  # `sample` sets finished
 
 
 @torch.no_grad()
 def _check_first_row(model: CausalLM, request: SamplingRequest, drawn: Completions) -> None:
-    """Warn where log-probabilities of the first completion that a model samples are not those of its forward."""
+    """Warn if log-probabilities of a model's first sampled completion differ from those of its forward pass."""
     if is_sharded(model):
-        return  # other ranks may have no row to forward
+        return  # other ranks may have no row to run
     layout = padded_layout(select(drawn.after(request.prompts), [0])).to(next(model.parameters()).device)
     with inference_mode_of(model):
         expected = model(layout, request.settings.temperature or 1.0).logprobs[0].cpu()
@@ -306,10 +306,10 @@ def _check_first_row(model: CausalLM, request: SamplingRequest, drawn: Completio
 
 
 def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Spread prompts over at most ``count`` workers: the longest go first, each to the worker with the fewest tokens.
+    """Distribute prompts over at most ``count`` workers: longest first, each to the worker with the fewest tokens.
 
     Returns:
-        The prompts of each worker, in their order.
+        The prompt indices of each worker, sorted.
     """
     parts: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
     loads = [0] * len(parts)

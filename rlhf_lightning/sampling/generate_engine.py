@@ -1,4 +1,4 @@
-"""Sampling with transformers' own decoding: ``generate``, which draws the same episodes, and continuous batching."""
+"""Sample with transformers: ``generate``, which samples the same episodes, and continuous batching."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rlhf_lightning.tokenization import Ends
 
 
 class GenerateEngine(SamplingEngine):
-    """Samples with ``generate``, batch after batch, each as long as its longest completion.
+    """Sample with ``generate``, batch after batch; each batch takes as long as its longest completion.
 
-    A logits processor draws each token at its address, so the episodes are those of `SlotEngine`. Use it for models
-    whose family overrides ``generate``, and for comparisons.
+    A logits processor samples each token with its seeded random number, so the episodes are those of `SlotEngine`. Use
+    it for models that override ``generate``, and for comparisons.
     """
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
@@ -52,15 +52,15 @@ class GenerateEngine(SamplingEngine):
 
 
 BLOCK, BATCH_TOKENS = 32, 2048
-"""Tokens of a block of the paged KV cache, and of a forward pass of continuous batching."""
+"""Tokens per block of the paged KV cache, and tokens per forward pass of continuous batching."""
 
 
 class ContinuousBatchingEngine(SamplingEngine):
-    """Samples with transformers' continuous batching: a paged KV cache, and CUDA graphs on a GPU.
+    """Sample with transformers' continuous batching: a paged KV cache, and CUDA graphs on a GPU.
 
-    It runs on the policy itself, so that no weights are handed over. Its attention kernels are others than the
-    trainer's, and its random numbers are torch's: learning from its samples takes a sampler correction, and episodes
-    depend on the other episodes of their rollout.
+    It runs on the policy itself, so no weights are transferred. Its attention kernels differ from the trainer's, so
+    learning from its samples needs a sampler correction. Its random numbers are torch's, so episodes depend on the
+    other episodes of their rollout.
     """
 
     exact = False
@@ -75,7 +75,7 @@ class ContinuousBatchingEngine(SamplingEngine):
             pad_token_id=end_ids[0], temperature=settings.temperature or 1.0, top_p=settings.top_p,
             top_k=settings.top_k,
         )  # fmt: skip
-        # Without bounds its cache would take most of the memory that is free.
+        # Without a limit, the cache would take most of the free memory.
         blocks = sum(-(-(len(prompt) + settings.max_new_tokens) // BLOCK) for prompt in prompts)
         batching = ContinuousBatchingConfig(
             return_logprobs=True, block_size=BLOCK, num_blocks=blocks + len(prompts), max_batch_tokens=BATCH_TOKENS
@@ -101,7 +101,7 @@ class ContinuousBatchingEngine(SamplingEngine):
 
 
 class _Drawer(LogitsProcessor):
-    """Draws each row's token at its address and leaves ``generate`` no other choice."""
+    """Sample each row's token with its seeded random number, and leave ``generate`` no other choice."""
 
     def __init__(self, settings: SamplingSettings, seed: int, episodes: Tensor, starts: Tensor) -> None:
         self.settings, self.seed, self.episodes, self.starts = settings, seed, episodes, starts
@@ -116,11 +116,11 @@ class _Drawer(LogitsProcessor):
 
 
 class _TextEnds(StoppingCriteria):
-    """Stops rows whose completions have a stop string.
+    """Stop rows whose completions contain a stop string.
 
     Args:
         ends: the stop strings.
-        width: tokens of the prompts.
+        width: number of prompt tokens.
     """
 
     def __init__(self, ends: Ends, width: int) -> None:
@@ -155,7 +155,7 @@ def _generate(
 
 @contextmanager
 def _own_generation_config(model: Any) -> Iterator[None]:
-    """Replace the model's generation config for a while: ``generate`` would take top_p and others from it."""
+    """Replace the model's generation config temporarily, since ``generate`` would read top_p and others from it."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = model.generation_config
     model.generation_config = GenerationConfig()

@@ -1,7 +1,7 @@
-"""Hand the trainer's weights over to servers, and probe what they answer with afterwards.
+"""Transfer the trainer's weights to servers, and probe the servers' log-probabilities afterwards.
 
-Adapters go through vLLM's LoRA routes, one name on the server for each version. Full weights go through a folder that
-the server loads again. Both sides see the folder under the same path.
+Adapters are loaded through vLLM's LoRA routes, with a new name on the server for each version. Full weights are written
+to a folder from which the server reloads. Trainer and server access the folder under the same path.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite,
 WEIGHTS = "model.safetensors"
 
 Place = tuple[int, int]
-"""Number of a fixed sequence, and a token after it."""
+"""Index of a probe sequence, and the id of a token after it."""
 
 
 class AdapterHandOver:
-    """Registers each version of an adapter under a name of its own; the oldest is unloaded.
+    """Register each version of an adapter under a new name, and unload the oldest version.
 
     Args:
-        folder: folder that trainer and servers see under the same path.
-        versions: versions that stay registered; episodes of earlier ones may still be in flight.
+        folder: folder that trainer and servers access under the same path.
+        versions: number of versions kept registered; episodes of earlier versions may still be in flight.
     """
 
     def __init__(self, folder: Path, versions: int = 1) -> None:
@@ -47,9 +47,9 @@ class AdapterHandOver:
         self.count = 0
 
     def hand_over(self, model: CausalLM, adapter: str, servers: Sequence[JSONServer]) -> tuple[str, bool]:
-        """Return the servers' name of an adapter in its current state, and whether it is new to them.
+        """Return the servers' name of an adapter in its current state, and whether it was newly registered.
 
-        Every rank of a sharded policy must call this; the first one writes and registers.
+        Every rank of a sharded policy must call this; the first rank writes and registers.
         """
         weights = whole_weights(model.model) if is_sharded(model) else adapter_weights(model.model, adapter)
         sharded = is_sharded(model)
@@ -85,7 +85,7 @@ class AdapterHandOver:
             self._load(server, adapter, new)
         if old is not None:
             for server in servers:
-                with refusals_ignored():  # a server that was started again never knew it
+                with refusals_ignored():  # a restarted server does not know it
                     server.post("/v1/unload_lora_adapter", {"lora_name": old})
             shutil.rmtree(self.folder / old, ignore_errors=True)
 
@@ -95,9 +95,9 @@ class AdapterHandOver:
         server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
 
     def register_again(self, server: JSONServer) -> None:
-        """Register the adapters on a server that was started again.
+        """Register the adapters on a server that was restarted.
 
-        Another thread may have done so a moment before: a server that knows a name already refuses it.
+        Another thread may have done so just before; a server refuses a name that it already knows.
         """
         for adapter, held in self.loaded.items():
             for _, name in held:
@@ -117,13 +117,13 @@ def refusals_ignored() -> Iterator[None]:
 
 
 class FolderHandOver:
-    """Writes all weights into the folder that the servers were started from, and has the servers load them again.
+    """Write all weights into the folder that the servers were started from, and make the servers reload them.
 
-    The head has a tensor of its own there even where the policy ties it to the embeddings: a server may keep a packed
-    copy of a tied head, which loading again need not replace.
+    The LM head is written as a separate tensor even if the policy ties it to the embeddings. A server may keep a packed
+    copy of a tied head that reloading does not replace.
 
     Args:
-        folder: folder of `write_server_folder`, seen by trainer and servers under the same path.
+        folder: folder of `write_server_folder`, accessed by trainer and servers under the same path.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,12 +131,12 @@ class FolderHandOver:
         self.digest = ""
 
     def hand_over(self, model: CausalLM, servers: Sequence[JSONServer]) -> bool:
-        """Bring the servers to the model's weights; return whether they had others.
+        """Transfer the model's weights to the servers; return whether the servers had other weights.
 
-        Every rank must call this; the first one writes. Nothing may be sampling on the servers meanwhile.
+        Every rank must call this; the first rank writes. The servers must not be sampling meanwhile.
 
         Raises:
-            SettingError: the folder is not one for servers.
+            SettingError: the folder was not written for servers.
         """
         if not (self.folder / "config.json").is_file():
             raise SettingError(
@@ -165,8 +165,9 @@ class FolderHandOver:
 
 
 def write_server_folder(model: Any, tokenizer: Any, folder: str | Path) -> Path:
-    """Write a transformers model and its tokenizer as a server should load them for `FolderHandOver`: one file,
-    with a head of its own.
+    """Write a transformers model and its tokenizer for servers that use `FolderHandOver`.
+
+    The weights are in one file, with an untied LM head.
     """
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def write_server_folder(model: Any, tokenizer: Any, folder: str | Path) -> Path:
 
 
 def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights on the CPU, each in memory of its own."""
+    """Return weights on the CPU, each with its own memory."""
     seen: set[int] = set()
     found = {}
     for name, weight in weights.items():
@@ -191,22 +192,22 @@ def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Probe:
-    """Compares a server's next-token log-probabilities after fixed sequences with the trainer's.
+    """Compare a server's next-token log-probabilities after fixed sequences with the trainer's.
 
-    Besides the mean difference it compares with the trainer's numbers before the update: a server that kept the weights
-    before gives those, also where an update moves them by less than the bound. It asks for sampled tokens and not for
-    ``prompt_logprobs``: with an adapter those end vLLM's worker on a CPU.
+    The probe checks the mean difference. It also compares with the trainer's values before the update: a server that
+    kept the old weights returns these values, even if the update changed them by less than the bound. The probe
+    requests sampled tokens instead of ``prompt_logprobs``, which crash vLLM's CPU worker with an adapter.
 
     Args:
-        bound: largest mean difference, nats per token.
+        bound: largest allowed mean difference, nats per token.
         sequences: number of sequences.
-        length: tokens of each.
-        top: most probable next tokens that are compared.
+        length: tokens per sequence.
+        top: number of most probable next tokens to compare.
     """
 
     def __init__(self, bound: float, sequences: int = 8, length: int = 24, top: int = 20) -> None:
         self.bound, self.count, self.length, self.top = bound, sequences, length, top
-        self.before: dict[str, dict[Place, float]] = {}  # server's address -> the trainer's numbers before
+        self.before: dict[str, dict[Place, float]] = {}  # server's address -> the trainer's values before the update
 
     def sequences(self, tokens: int) -> Tensor:
         """Return the sequences for a vocabulary of this many tokens, int64, shape (sequences, length)."""
@@ -215,10 +216,10 @@ class Probe:
         return (uniform(0, rows, places) * tokens).long().clamp_max(tokens - 1)
 
     def ask(self, server: JSONServer, name: str, sequences: Tensor, tokens: int) -> dict[Place, float]:
-        """Return a server's log-probabilities of the tokens that are most probable after each sequence.
+        """Return a server's log-probabilities of the most probable tokens after each sequence.
 
         Raises:
-            ServerError: the server does not report them for all sequences, or for ids of ``tokens`` and above.
+            ServerError: log-probabilities are missing for a sequence, or an id is not below ``tokens``.
         """
         body = {
             "model": name, "prompt": sequences.tolist(), "max_tokens": 1, "temperature": 1.0, "seed": 0, "top_p": 1.0,
@@ -276,10 +277,10 @@ class Probe:
 
 
 def _nearer_to(found: Tensor, before: Tensor, now: Tensor) -> bool:
-    """Return whether numbers are those before an update, for certain.
+    """Return whether values are significantly closer to those before an update than to those after it.
 
-    They are projected on the line from before to now; the rest is noise. The update must have moved the numbers by far
-    more than the noise.
+    The values are projected on the line from before to now; the residual is noise. The update must have moved the
+    values by much more than the noise.
     """
     moved, off = now - before, found - before
     length = float(moved.norm())

@@ -1,4 +1,4 @@
-"""Client of servers that speak JSON over HTTP: retries, a hard time limit, a size limit, and no key in any message."""
+"""Client for JSON over HTTP: retries, a hard time limit, a size limit, and no API key in any message."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ LONGEST_WAIT = 60.0
 """Longest wait between two attempts, seconds."""
 
 LONGEST_QUOTE = 500
-"""Most characters of a server's words in an error message."""
+"""Maximum length of a server's text in an error message, characters."""
 
 LARGEST_ANSWER = 2**24
-"""Most bytes of an answer. Parsed JSON takes up to 30 times its size."""
+"""Maximum size of a response in bytes. Parsed JSON takes up to 30 times its size in memory."""
 
 NO_VARIABLE = "is not the name of an environment variable that is set; put the key into one and give its name"
 IN_AN_ADDRESS = (
@@ -49,20 +49,20 @@ U = TypeVar("U")
 
 
 class ServerError(RlhfError, RuntimeError):
-    """The server cannot be reached, refuses a request, or gives an unusable answer."""
+    """The server cannot be reached, refuses a request, or returns an unusable response."""
 
 
 class JSONServer:
-    """Posts JSON and reads JSON; repeats requests that may succeed later.
+    """Post JSON, read JSON, and retry requests that may succeed later.
 
-    The key is read from the environment, never appears in a message, and is sent to this address alone: redirects are
-    refused.
+    The API key is read from the environment, never appears in a message, and is sent only to this address: redirects
+    are refused.
 
     Args:
         url: address without a route.
-        timeout: time limit of one request, from its first byte to the last byte of the answer, seconds.
-        retries: repetitions of a request.
-        wait: wait before the first repetition, seconds; doubles up to a minute.
+        timeout: time limit of one request, from its first byte to the last byte of the response, seconds.
+        retries: number of retries of a request.
+        wait: wait before the first retry, seconds; doubles up to a minute.
         api_key: name of the environment variable with the key; None sends none.
 
     Raises:
@@ -92,10 +92,10 @@ class JSONServer:
         self._opener = urllib.request.build_opener(_NoRedirect(), _BoundedHTTP(), _BoundedHTTPS())
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
-        """Return the server's answer; an answer that is not JSON is returned as text.
+        """Return the server's response; a response that is not JSON is returned as text.
 
         Raises:
-            ServerError: the server refuses, cannot be reached in all attempts, or sends too large an answer.
+            ServerError: the server refuses, cannot be reached in all attempts, or sends a too large response.
         """
         sent, cause = json.dumps(body, default=str).encode(), ""
         for attempt in range(self.retries + 1):
@@ -121,7 +121,7 @@ class JSONServer:
         )
 
     def _exchange(self, route: str, sent: bytes) -> tuple[int, str]:
-        """Return the status and text of an answer, 200 for every success; raise TimeoutError at the time limit."""
+        """Return status and text of a response, 200 for every success; raise TimeoutError at the time limit."""
         with _TimeLimit(self.timeout) as limit:
             request = _Request(self.url + route, sent, self.headers)
             request.limit = limit
@@ -146,12 +146,12 @@ class JSONServer:
                         f"{request.full_url} sent more than {LARGEST_ANSWER >> 20} MiB in answer to one request; "
                         "ask for less at a time, or repair the server",
                     )
-            if request.limit.expired or response.length:  # read1 takes a closed connection for the end
+            if request.limit.expired or response.length:  # read1 treats a closed connection as the end
                 raise http.client.IncompleteRead(b"", response.length)
         return b"".join(parts).decode(errors="replace")
 
     def shown(self, said: Any) -> str:
-        """Return a server's words for an error message: one printable line, shortened, without the key."""
+        """Return a server's text for an error message: one printable line, shortened, without the key."""
         text = said if isinstance(said, str) else json.dumps(said)
         text = " ".join(text[: 8 * LONGEST_QUOTE].split())
         return printable(redacted(text, self._key) if self._key else text)[:LONGEST_QUOTE]
@@ -170,23 +170,23 @@ def each(function: Callable[[T], U], items: Iterable[T], requests: int) -> Itera
 
 
 def request_seed(seed: int, episode: int, start: int = 0) -> int:
-    """Return the seed that a server is given for an episode, in [0, 2^31); ``start`` differs between its turns."""
+    """Return the seed sent to a server for an episode, in [0, 2^31); ``start`` differs between the episode's turns."""
     address = f"{seed}/{episode}/{start}" if start else f"{seed}/{episode}"
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
 
 
 def named_id(token: str) -> int:
-    """Return the id in a token's name ``token_id:17``; the text of a token is refused, digits included."""
+    """Return the id in a token's name such as ``token_id:17``; a token's text is refused, even digits."""
     if (found := re.fullmatch("token_id:([0-9]{1,9})", token)) is None:
         raise ValueError("a token without its id")
     return int(found[1])
 
 
 def finite(value: Any) -> float:
-    """Return a number of a server's answer.
+    """Return a number from a server's response.
 
     Raises:
-        ValueError: it is not a finite JSON number; the message does not repeat it.
+        ValueError: the value is not a finite JSON number; the message does not repeat it.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"a {type(value).__name__} where a number belongs")
@@ -203,7 +203,7 @@ def finite(value: Any) -> float:
 
 
 class _TimeLimit:
-    """Shuts a request's connection down when its time is up, however slowly its headers and body trickle in."""
+    """Shut down a request's connection at the time limit, even if headers and body arrive slowly."""
 
     def __init__(self, seconds: float) -> None:
         self.expired = False
@@ -221,7 +221,7 @@ class _TimeLimit:
             self._socket.close()
 
     def watch(self, connection: socket.socket) -> None:
-        self._socket = connection.dup()  # TLS takes the original's descriptor away
+        self._socket = connection.dup()  # TLS takes over the original's file descriptor
         if self.expired:
             self._expire()
 
@@ -247,7 +247,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _TLSConnection(http.client.HTTPSConnection, _Connection):
-    """Watched before the handshake: `HTTPSConnection.connect` calls `_Connection.connect` first."""
+    """HTTPS connection with a time limit from before the handshake: ``connect`` calls `_Connection.connect` first."""
 
 
 class _BoundedHTTP(urllib.request.HTTPHandler):
@@ -265,7 +265,7 @@ class _BoundedHTTPS(urllib.request.HTTPSHandler):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would carry the key to another address."""
+    """Refuse redirects, which would send the key to another address."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -276,16 +276,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})|\\x([0-9a-fA-F]{2})")
 TOKEN = re.compile(r"[\w.*+/=%~:@•…-]+")
 MASKED = re.compile(r"\*\*|•|…|\w\.\.+\w")
-"""A word that a server shortened itself, such as ``sk-proj-****abcd``."""
+"""A word that the server already masked, such as ``sk-proj-****abcd``."""
 
 FRAGMENT = 5
-"""Shortest part of a key that is masked, bytes of the key."""
+"""Minimum length of a part of a key that is masked, in bytes of the key."""
 
 
 def redacted(text: str, key: str) -> str:
-    """Return a text with ``***`` for each word that holds a part of a key.
+    """Return a text with ``***`` in place of each word that contains a part of a key.
 
-    Parts are found as they are, reversed, in hexadecimal, base64 or base32, within HTML, URL or JSON escapes, in any
+    Parts are found in plain form, reversed, in hexadecimal, base64 or base32, within HTML, URL or JSON escapes, in any
     case, and with other characters between their letters.
     """
     for _ in range(2):
@@ -332,7 +332,7 @@ def key_in(variable: str) -> str:
 
 
 def names_variable(text: str) -> bool:
-    """Return whether a text is the name of an environment variable that is set, or looks like a name and not a key."""
+    """Return whether a text is the name of a set environment variable, or looks like a name and not like a key."""
     return text in os.environ or re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", text) is not None
 
 

@@ -1,7 +1,7 @@
-"""Continuous batching for completions that are asked for while others are decoded: what a server samples with.
+"""Continuous batching for requests that arrive during decoding; servers sample with it.
 
-Each completion has its own sampling settings, seed and end tokens. It equals the one that `SlotEngine` draws for the
-same prompt, seed, episode and settings, up to rounding.
+Each completion has its own sampling settings, seed and end tokens. Up to rounding it equals the completion that
+`SlotEngine` samples for the same prompt, seed, episode and settings.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 MAX_TOKENS = 8192
-"""Cells of a forward pass that reads prompts."""
+"""Maximum number of positions in a forward pass over prompts."""
 
 
 class Token(NamedTuple):
-    """A token with its log-probability and the most probable tokens in its place, best first."""
+    """A token with its log-probability and the most probable tokens at its position, best first."""
 
     id: int
     logprob: float
@@ -40,13 +40,13 @@ class Token(NamedTuple):
 
 
 class LiveCompletion(ABC):
-    """A completion to be drawn. The sampling thread calls `take` for each token, then `end` or `fail` once.
+    """A requested completion. The sampling thread calls `take` for each token, then `end` or `fail` once.
 
     Args:
         prompt: token ids, int64, shape (tokens,).
         settings: sampling settings; ``batch_size`` has no effect.
         seed: seed of its random numbers.
-        episode: number of the completion; completions of one seed differ by it.
+        episode: number of the completion; completions with the same seed differ by it.
         end_ids: tokens that end it.
         top: number of most probable tokens to report with each token.
     """
@@ -57,27 +57,27 @@ class LiveCompletion(ABC):
         self.prompt, self.settings, self.seed, self.episode = prompt, settings, seed, episode
         self.end_ids, self.top = frozenset(end_ids), top
         self.cancelled = False
-        """Set by anybody to drop the completion; nothing is called after that."""
+        """Set it from any thread to drop the completion; no method is called after that."""
 
     @abstractmethod
     def take(self, token: Token) -> bool:
-        """Take the next token; return True to stop here."""
+        """Receive the next token; return True to stop here."""
 
     @abstractmethod
     def end(self, reason: str) -> None:
-        """Take the end: ``stop`` by an end token or by `take`, or ``length``."""
+        """Receive the end with its reason: ``stop`` (by an end token or by `take`), or ``length``."""
 
     @abstractmethod
     def fail(self, error: Exception) -> None:
-        """Take the failure that ended the completion."""
+        """Receive the error that ended the completion."""
 
 
 class PromptScores(NamedTuple):
-    """What a model says of the tokens of a prompt after the first.
+    """Scores that a model gives to the tokens of a prompt after the first.
 
     Attributes:
         tokens: each token with its log-probability and the most probable tokens.
-        ranks: place of each token among all by probability, from 1.
+        ranks: rank of each token among all tokens by probability, from 1.
     """
 
     tokens: list[Token]
@@ -85,12 +85,12 @@ class PromptScores(NamedTuple):
 
 
 class UnscoredPrompt(NamedTuple):
-    """A prompt whose tokens are to be scored.
+    """A prompt with tokens to score.
 
     Attributes:
         ids: int64, shape (tokens,).
         top: number of most probable tokens to report.
-        scores: gets the scores.
+        scores: future that receives the scores.
     """
 
     ids: Tensor
@@ -101,7 +101,7 @@ class UnscoredPrompt(NamedTuple):
 @dataclass(eq=False)
 class _Row:
     completion: LiveCompletion
-    length: int  # tokens of prompt and completion so far
+    length: int  # number of tokens of prompt and completion so far
     last: int = 0
     drawn: int = 0
     numbers: list[float] = field(default_factory=list)
@@ -117,11 +117,11 @@ class _Row:
 
 
 class LiveBatch:
-    """Draws completions and scores prompts on one thread, all that are asked for at a time in one batch.
+    """Sample completions and score prompts on one thread, with all current requests in one batch.
 
     Args:
         model: the policy.
-        slots: completions decoded at a time; further ones wait.
+        slots: completions decoded at the same time; further requests wait.
     """
 
     def __init__(self, model: CausalLM, slots: int) -> None:
@@ -139,11 +139,11 @@ class LiveBatch:
 
     @property
     def active(self) -> list[int]:
-        """Slots with a completion in them."""
+        """Slots that hold a completion."""
         return [index for index, row in enumerate(self.rows) if row is not None]
 
     def submit(self, completions: Sequence[LiveCompletion] = (), prompts: Sequence[UnscoredPrompt] = ()) -> None:
-        """Ask for completions and for scores of prompts, from any thread."""
+        """Request completions and scores of prompts, from any thread."""
         with self.changed:
             if self.closed:
                 raise StateError("server-stopped", "the server is stopping")
@@ -152,13 +152,13 @@ class LiveBatch:
             self.changed.notify()
 
     def close(self) -> None:
-        """End `run`; what is not complete then fails."""
+        """End `run`; unfinished requests fail."""
         with self.changed:
             self.closed = True
             self.changed.notify()
 
     def run(self) -> None:
-        """Work until `close` is called. A failure ends the completions in the batch, and those after them go on."""
+        """Process requests until `close` is called. An error ends the completions in the batch; later ones continue."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.unscored or self.rows)
@@ -169,7 +169,7 @@ class LiveBatch:
                     self._score()
                     self._admit()
                     self._step()
-            except Exception as error:  # out of memory, or a fault of the model's code
+            except Exception as error:  # out of memory, or an error in the model's code
                 self._fail(error)
         self._fail(
             StateError("server-stopped", "the server stopped before the completion was complete"), everything=True
@@ -190,7 +190,7 @@ class LiveBatch:
     # ---- completions ------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Let waiting completions enter the free slots, and draw their first tokens."""
+        """Move waiting completions into the free slots, and sample their first tokens."""
         self.rows = [None if row is None or row.completion.cancelled else row for row in self.rows]
         if not self.active and self.rows:
             self._reset()
@@ -215,7 +215,7 @@ class LiveBatch:
         self._record(free, logits)
 
     def _next(self, most: int) -> list[LiveCompletion]:
-        """Take completions off the queue that are prefilled together."""
+        """Return queued completions that can be prefilled together."""
         taken: list[LiveCompletion] = []
         with self.changed:
             left: deque[LiveCompletion] = deque()
@@ -235,7 +235,7 @@ class LiveBatch:
         return taken
 
     def _step(self) -> None:
-        """Draw the next token of each completion."""
+        """Sample the next token of each completion."""
         active = self.active
         if not active:
             self._reset()
@@ -244,13 +244,13 @@ class LiveBatch:
             self.decoder.keep(torch.tensor(active, device=self.device))
             self.rows = [self.rows[index] for index in active]
         self.decoder.trim(max(row.length for row in self.rows if row is not None) - 1)
-        # An empty slot decodes token 0 at position 0 until it is taken.
+        # An empty slot decodes token 0 at position 0 until a completion enters it.
         tokens = torch.tensor([row.last if row else 0 for row in self.rows], device=self.device)
         lengths = np.array([row.length if row else 1 for row in self.rows])
         self._record(range(len(self.rows)), self.decoder.step(tokens, lengths))
 
     def _record(self, slots: Sequence[int], logits: Tensor) -> None:
-        """Draw a token for each slot, and free the slots whose completions end."""
+        """Sample a token for each slot, and free the slots of completions that end."""
         groups: dict[tuple[float, float, int], list[int]] = {}
         for place, slot in enumerate(slots):
             if (row := self.rows[slot]) is not None:
@@ -261,7 +261,7 @@ class LiveBatch:
                 self._give(slot, token)
 
     def _drawn(self, slots: Sequence[int], logits: Tensor) -> list[Token]:
-        """Draw tokens for completions with the same settings."""
+        """Sample tokens for completions with the same settings."""
         rows = [row for slot in slots if (row := self.rows[slot]) is not None]
         settings = rows[0].completion.settings
         numbers = torch.tensor([row.number() for row in rows], dtype=torch.float64, device=self.device)
@@ -291,7 +291,7 @@ class LiveBatch:
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def _score(self) -> None:
-        """Score waiting prompts, as many as a forward pass takes."""
+        """Score waiting prompts, as many as fit into a forward pass."""
         taken: list[UnscoredPrompt] = []
         with self.changed:
             while self.unscored and (

@@ -1,7 +1,8 @@
-"""Sampling from an OpenAI-compatible server, for policies too large for the training machine.
+"""Sample from an OpenAI-compatible server, for policies too large for the training machine.
 
-The server's kernels and precision differ, and so do its log-probabilities: learning from its samples takes importance
-correction. Trained weights are handed over in a shared folder, and a probe compares log-probabilities afterwards.
+The server's kernels and precision differ, so its log-probabilities differ too, and learning from its samples needs
+importance correction. Trained weights are transferred in a shared folder; a probe compares log-probabilities
+afterwards.
 """
 
 from __future__ import annotations
@@ -33,32 +34,33 @@ from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 LEAVING = threading.Lock()
-"""Held while a silent server is left out: several requests find out at the same time."""
+"""Held while an unresponsive server is removed, since several requests detect it at the same time."""
 
 
 class RemoteEngine(SamplingEngine):
-    """Draws completions from servers; each episode has its own request and seed.
+    """Sample completions from servers; each episode has its own request and seed.
 
-    Token ids go out and come back, with the log-probability of each, as vLLM serves them; ``rlhf serve-vllm`` starts it
-    with the settings that this needs. The server uses its own random numbers: episodes differ from those of
-    `SlotEngine` and are only as reproducible as its seeds.
+    Requests contain token ids, and responses contain token ids with their log-probabilities, as in vLLM; ``rlhf
+    serve-vllm`` starts it with the required settings. The server uses its own random numbers, so episodes differ from
+    those of `SlotEngine` and are only as reproducible as the server's seeded sampling.
 
     Args:
         url: address of the server without the route, such as ``http://host:8000``, or a list of addresses. Prompts are
-            spread over several servers by length; a server that gives no answer is left out from then on.
+            distributed over several servers by length; a server that does not respond is removed for the rest of the
+            run.
         model: the server's name of the policy's backbone, or of the policy itself if it has no adapter.
-        shared_folder: folder that trainer and servers see under the same path. A changed adapter is handed over in it;
-            for a policy without adapter it is the folder that the servers were started from.
-        sync_bound: largest mean difference between the servers' and the trainer's log-probabilities of fixed sequences
-            after a hand-over, nats per token; null does not probe.
-        tokenizer: folder or hub id of the tokenizer, for a server of text alone (``transformers serve``). The policy
-            itself scores its completions, which leaves nothing to correct by: use them for evaluation, not for
-            learning.
-        requests: requests in flight at a time.
+        shared_folder: folder that trainer and servers access under the same path. A changed adapter is transferred in
+            it; for a policy without adapter it is the folder that the servers were started from.
+        sync_bound: largest allowed mean difference between the servers' and the trainer's log-probabilities of fixed
+            sequences after a weight transfer, nats per token; null does not probe.
+        tokenizer: folder or hub id of the tokenizer, for a server that only handles text (``transformers serve``). The
+            policy itself then computes the log-probabilities, so no correction is possible: use such a server for
+            evaluation, not for learning.
+        requests: number of concurrent requests.
         timeout: time limit of one request, seconds.
-        retries: repetitions of a request after a lost connection, a timeout or a busy server.
-        wait: wait before the first repetition, seconds; doubles up to a minute.
-        api_key: name of the environment variable that holds the server's key; null sends none.
+        retries: retries of a request after a lost connection, a timeout or a busy server.
+        wait: wait before the first retry, seconds; doubles up to a minute.
+        api_key: name of the environment variable with the server's API key; null sends none.
     """
 
     exact = False
@@ -95,7 +97,7 @@ class RemoteEngine(SamplingEngine):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer for a server of text alone; loaded on first use."""
+        """The tokenizer for a server that only handles text; loaded on first use."""
         if self._tokenizer is None and self.tokenizer_name is not None:
             with reading(self.tokenizer_name, "tokenizer"):
                 self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
@@ -109,7 +111,7 @@ class RemoteEngine(SamplingEngine):
         return drawn._replace(logprobs=scored(model, request.prompts, drawn.ids, request.settings.temperature or 1.0))
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
-        """Hand the weights over now, and let the servers sample while the caller trains."""
+        """Transfer the weights now, and let the servers sample while the caller trains."""
         if not self.reports_logprobs:
             return super().start(model, request)
         name, tokens = self._model_name(model, request), model.model.get_input_embeddings().weight.shape[0]
@@ -145,9 +147,9 @@ class RemoteEngine(SamplingEngine):
         return Completions(tuple(ids for ids, _ in drawn), tuple(logprobs for _, logprobs in drawn), finished)
 
     def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
-        """Return a server's answer and the server; another one is asked where the first is silent.
+        """Return a server's response and the server; if the server does not respond, ask another one.
 
-        A server that does not know the adapter has been started again: it is told of the adapters once more.
+        A server that does not know the adapter has been restarted, so the adapters are registered again.
         """
         told = False
         while True:
@@ -177,7 +179,7 @@ class RemoteEngine(SamplingEngine):
             )
 
     def _model_name(self, model: CausalLM, request: SamplingRequest) -> str:
-        """Return the policy's name on the servers, after handing over weights that have changed."""
+        """Return the policy's name on the servers, after transferring weights that have changed."""
         self.require_one_model(model, request, whole=False)
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
@@ -207,14 +209,14 @@ class RemoteEngine(SamplingEngine):
                 "the policy trains all its weights, and shared_folder is null: set it to the folder that the server "
                 "was started from (rlhf serve-vllm MODEL --folder FOLDER), or train an adapter (lora)",
             )
-        for future in self._in_flight:  # episodes keep the version that they began with
+        for future in self._in_flight:  # episodes in flight keep the weights that they started with
             future.exception()
         if self.weights.hand_over(model, self.servers):
             self._check_sync(model, self.model)
         return self.model
 
     def _check_sync(self, model: CausalLM, name: str) -> None:
-        """Probe every server after a hand-over."""
+        """Probe every server after a weight transfer."""
         if self.probe is None or not self.reports_logprobs:
             return
         tokens, errors = model.model.get_input_embeddings().weight.shape[0], []
@@ -238,7 +240,7 @@ class RemoteEngine(SamplingEngine):
         if self.tokenizer is not None:
             config = _generation_config(settings, end_ids)
             return body | {"prompt": _text_of(self.tokenizer, prompt), "generation_config": json.dumps(config)}
-        # All are stated, since a server takes those left out from the model's generation config.
+        # All settings are sent, since a server takes missing settings from the model's generation config.
         body |= {"top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
         further = {"logprobs": 1, "stop_token_ids": list(end_ids), "ignore_eos": True, "skip_special_tokens": False}
         if end_ids.strings:
@@ -250,7 +252,7 @@ class RemoteEngine(SamplingEngine):
     def _completion(
         self, server: JSONServer, answer: Any, settings: SamplingSettings, end_ids: Ends, tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Return ids (below ``tokens``) and log-probabilities that an answer holds; of text the latter are empty."""
+        """Return ids (below ``tokens``) and log-probabilities of a response; for text the latter are empty."""
         try:
             choice = answer["choices"][0]
             if self.tokenizer is not None:
@@ -302,7 +304,7 @@ def scored(
 
 
 def _generation_config(settings: SamplingSettings, end_ids: Ends) -> dict[str, Any]:
-    """Return settings for ``transformers serve``, which otherwise follows the model's own generation config."""
+    """Return settings for ``transformers serve``, which otherwise uses the model's own generation config."""
     config = {"do_sample": settings.temperature > 0, "eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
     if settings.temperature > 0:
         config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
@@ -320,7 +322,7 @@ def _read_ids(choice: Mapping[str, Any]) -> list[int]:
 
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
-    """Return the text of a prompt; refuse a prompt whose text is encoded to other tokens."""
+    """Return the text of a prompt; refuse a prompt if encoding its text gives other tokens."""
     text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if tokenizer(text)["input_ids"] != prompt.tolist():
         raise DataError(
@@ -332,7 +334,7 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
 
 
 def _read_text(tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Ends) -> Tensor:
-    """Return the tokens of a completion that came as text; add an end token if it ended by itself."""
+    """Return the tokens of a completion received as text; add an end token if it ended by itself."""
     if not isinstance(choice["text"], str):
         raise ValueError("the text is missing")
     ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]

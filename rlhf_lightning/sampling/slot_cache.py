@@ -1,7 +1,7 @@
 """KV cache of a running batch: keys, values and states of its slots, written in place.
 
-All rows share their columns and end at the same one. A new prompt is placed so that its last token stands in the last
-column. One step then writes one column for every row, and the batch is never wider than its longest row.
+All rows share the same columns and end at the same column. A new prompt is placed so that its last token is in the last
+column. One step then writes one column for all rows, and the batch is never wider than its longest row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in a preallocated buffer; columns ``start`` to ``stop`` are in use.
 
     Args:
-        slots: rows of the buffer, shape (slots, heads, columns, head size).
-        room: free columns of the first allocation.
+        slots: number of rows of the buffer, which has shape (slots, heads, columns, head size).
+        room: number of free columns of the first allocation.
     """
 
     def __init__(self, slots: int, room: int) -> None:
@@ -46,7 +46,7 @@ class SlotLayer(CacheLayerMixin):
         return self.keys[: self.rows, :, self.start : stop], self.values[: self.rows, :, self.start : stop]
 
     def enter(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Put rows into slots so that their last column is the last in use.
+        """Put rows into slots so that their last column is the last column in use.
 
         Keys and values have shape (entering, heads, width, head size); short rows are padded on the left.
         """
@@ -59,7 +59,7 @@ class SlotLayer(CacheLayerMixin):
         self.rows = max(self.rows, int(slots.max()) + 1)
 
     def reserve(self, width: int, ahead: int) -> None:
-        """Have at least ``width`` columns in use and ``ahead`` free ones behind: move them, or double the buffer."""
+        """Ensure at least ``width`` columns in use and ``ahead`` free columns after them: move or grow the buffer."""
         used, capacity = self.stop - self.start, self.keys.shape[-2]
         width = max(width, used)
         lead = width - used
@@ -69,13 +69,13 @@ class SlotLayer(CacheLayerMixin):
         if lead <= self.start and self.stop + ahead <= capacity:
             self.start -= lead
             return
-        # Moving within the buffer must leave a share of it free, or columns would move at every step.
+        # Moving within the buffer must leave a share of it free; otherwise columns would move at every step.
         columns = capacity if width + ahead <= 0.75 * capacity else max(2 * capacity, width + ahead)
         self.keys, self.values = (self._moved(buffer, lead, columns) for buffer in (self.keys, self.values))
         self.start, self.stop = 0, width
 
     def _moved(self, buffer: Tensor, lead: int, columns: int) -> Tensor:
-        """Return a buffer of ``columns`` columns that holds those in use behind ``lead`` others."""
+        """Return a buffer of ``columns`` columns with the used columns moved behind ``lead`` others."""
         used = buffer[: self.rows, :, self.start : self.stop]
         if columns == buffer.shape[-2]:
             used = used.clone()
@@ -90,14 +90,14 @@ class SlotLayer(CacheLayerMixin):
         return self.keys[slot, :, columns].clone(), self.values[slot, :, columns].clone()
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone; they move to the first slots in their order."""
+        """Keep only these rows; they move to the first slots in their order."""
         columns = slice(self.start, self.stop)
         for buffer in (self.keys, self.values):
             buffer[: len(rows), :, columns] = buffer[rows, :, columns]
         self.rows = len(rows)
 
     def trim(self, width: int) -> None:
-        """Keep the last ``width`` columns alone."""
+        """Keep only the last ``width`` columns."""
         self.start = max(self.start, self.stop - width)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -117,7 +117,7 @@ class SlotStates(LinearAttentionLayer):
     """Convolution and recurrent states of one layer, a row for each slot."""
 
     def enter(self, read: LinearAttentionLayer, rows: Tensor, slots: Tensor) -> None:
-        """Put the states of some rows into slots."""
+        """Put the states of selected rows into slots."""
         count = int(slots.max()) + 1
         for kind in ("conv_states", "recurrent_states"):
             own = getattr(self, kind)
@@ -134,18 +134,18 @@ class SlotStates(LinearAttentionLayer):
         self.conv_kernel_size, self.device, self.dtype = {**read.conv_kernel_size}, read.device, read.dtype
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone; they move to the first slots in their order."""
+        """Keep only these rows; they move to the first slots in their order."""
         self.reorder_cache(rows)
 
     def trim(self, width: int) -> None:
-        """Do nothing: states have no columns."""
+        """Do nothing, since states have no columns."""
 
 
 class Kept(NamedTuple):
     """Keys and values of the first tokens of a row that has left its slot.
 
     Attributes:
-        tokens: number of the tokens.
+        tokens: number of tokens.
         layers: keys and values of each layer, each of shape (heads, count, head size).
     """
 
@@ -154,7 +154,7 @@ class Kept(NamedTuple):
 
 
 class TokenRows:
-    """The tokens of each row so far, shape (rows, width): what a model reads again that keeps nothing."""
+    """Tokens of each row so far, shape (rows, width): the cache of a model that reads all tokens again at each step."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids

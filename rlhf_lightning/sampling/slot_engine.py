@@ -1,4 +1,4 @@
-"""The engine of rollouts, evaluation, best-of-n, chat and generate: decodes in slots, in this process."""
+"""Default engine of rollouts, evaluation, best-of-n, chat and generate: decodes in slots, in this process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rlhf_lightning.sampling.slot_cache import Kept
 
 
 class SlotEngine(SamplingEngine):
-    """Decodes in slots: waiting prompts replace finished completions, and equal prompts are prefilled once.
+    """Decode in slots: waiting prompts replace finished completions, and equal prompts are prefilled once.
 
-    The token at position t of episode e is the inverse CDF of the next-token distribution at the random number
-    addressed by (seed, e, t). Episodes therefore do not depend on the slots, their order or the ranks.
+    The token at position t of episode e is the inverse CDF of the next-token distribution at a random number seeded by
+    (seed, e, t). Therefore episodes do not depend on the slots, their order or the ranks.
 
-    With an environment, an episode whose turn has ended leaves its slot with its keys and values. Once a quarter of the
-    slots is free, the environment is asked for all replies together; the episodes enter again, ahead of waiting
-    prompts, and read only their replies.
+    With an environment, an episode leaves its slot when its turn ends, and its keys and values are kept. When a quarter
+    of the slots is free, the environment is asked for all replies together. The episodes then enter slots again, before
+    waiting prompts, and only their replies are prefilled.
     """
 
     keeps_turns = True
@@ -55,7 +55,7 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> Sampli
     """Return the engine that ``spec`` describes.
 
     Args:
-        spec: what `loading.load` takes: an engine, a name such as ``GenerateEngine``, an import path, or
+        spec: a spec for `loading.load`: an engine, a name such as ``GenerateEngine``, an import path, or
             ``{"class_path": ..., "init_args": {...}}``; None for a `SlotEngine`.
 
     Raises:
@@ -67,9 +67,10 @@ def load_engine(spec: SamplingEngine | Mapping[str, Any] | str | None) -> Sampli
 
 
 class _Run:
-    """Prompts on their way through the slots of a batch.
+    """State of a request while its prompts pass through the slots of a batch.
 
-    Bookkeeping is in NumPy, which dispatches nothing; each step transfers one tensor from the device, the drawn tokens.
+    Bookkeeping uses NumPy, which launches no kernels. Each step transfers one tensor from the device: the sampled
+    tokens.
     """
 
     def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
@@ -86,7 +87,7 @@ class _Run:
         first: dict[bytes, int] = {}
         for row, key in enumerate(self.keys):
             first.setdefault(key, row)
-        # Similar lengths go together, equal prompts one after another.
+        # Prompts of similar length are batched together, and equal prompts are consecutive.
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), first[self.keys[row]], row))
         self.waiting = deque(order)
         self.own = request.mixture is None  # whether entropies are those of the model's own distribution
@@ -94,35 +95,35 @@ class _Run:
         self.decoder = make_decoder(model, self.slots, settings.max_new_tokens, request.mixture)
         longest = max(map(len, prompts), default=0) + settings.max_new_tokens
         if longest > (rope_switch(text_config(model.model)) or longest):
-            self.decoder.decoding = "uncached"  # what is cached would have to be rotated anew
-        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts that further slots wait for
+            self.decoder.decoding = "uncached"  # cached keys would need another rotary embedding
+        self.held: dict[bytes, tuple[Prefix, int]] = {}  # prefilled prompts needed by further slots
         self._free_all_slots()
         self.begun = np.zeros(len(prompts), dtype=np.int64)  # tokens of each episode before its current turn
         most = settings.max_new_tokens
         rooms = [most if self.turns is None else self.turns.room(row, most) for row in range(len(prompts))]
-        self.limits = np.array(rooms, dtype=np.int64)  # tokens of each episode at which its current turn is cut
+        self.limits = np.array(rooms, dtype=np.int64)  # token count of each episode at which its current turn is cut
         self.kept: dict[int, Kept] = {}  # keys and values of episodes that wait for a reply
         self.silent: list[int] = []  # episodes that wait for a reply
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
-        self.unwritten: list[_Unwritten] = []  # tokens that are not in these grids yet
-        # Random numbers are made for several tokens at a time, because that takes some hundred small operations.
+        self.unwritten: list[_Unwritten] = []  # tokens not yet written into these tensors
+        # Random numbers are generated for several tokens at once, since this takes hundreds of small operations.
         self.ahead = min(settings.max_new_tokens, AHEAD)
         columns = self.ahead * (settings.max_new_tokens // self.ahead + 1)
         self.numbers = torch.zeros(len(prompts), columns, dtype=torch.float64, device=self.device)
-        # A finished row keeps decoding until its slot is taken, at a position within the model's range.
+        # A finished row keeps decoding until its slot is reused, at a position within the model's range.
         self.longest = np.array([len(prompt) + settings.max_new_tokens for prompt in prompts], dtype=np.int64)
         self.counts = np.zeros(len(prompts), dtype=np.int64)
         self.ended = np.zeros(len(prompts), dtype=bool)
 
     def _free_all_slots(self, slots: int | None = None) -> None:
         slots = min(self.slots, len(self.waiting)) if slots is None else slots
-        self.owners = np.zeros(slots, dtype=np.int64)  # completion in each slot
+        self.owners = np.zeros(slots, dtype=np.int64)  # index of the completion in each slot
         self.active = np.zeros(slots, dtype=bool)
-        self.drawn = np.zeros(slots, dtype=np.int64)  # completion tokens so far
-        self.lengths = np.zeros(slots, dtype=np.int64)  # prompt and completion tokens
-        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # last drawn token
+        self.drawn = np.zeros(slots, dtype=np.int64)  # number of completion tokens so far
+        self.lengths = np.zeros(slots, dtype=np.int64)  # number of prompt and completion tokens
+        self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # last sampled token
 
     def finish(self, before_pass: Callable[[], None]) -> Completions:
         """Decode until every prompt has its completion; call ``before_pass`` before each forward pass."""
@@ -148,7 +149,7 @@ class _Run:
         return Completions(ids, logprobs, torch.from_numpy(self.ended), entropies if self.own else None)
 
     def _fill(self, before_pass: Callable[[], None]) -> None:
-        """Let waiting prompts enter the free slots, and draw their first tokens."""
+        """Move waiting prompts into the free slots, and sample their first tokens."""
         if not self.decoder.refills:
             self._free_all_slots()
         free = np.flatnonzero(~self.active).tolist()[: len(self.waiting)]
@@ -182,12 +183,12 @@ class _Run:
         self.lengths[slots] = [len(self.prompts[row]) for row in rows]
         self.drawn[slots] = begun = self.begun[rows]
         self.active[slots] = True
-        if (late := begun % self.ahead > 0).any():  # numbers come in blocks, and this one has begun
+        if (late := begun % self.ahead > 0).any():  # random numbers come in blocks; this position is inside a block
             self._draw_numbers(self.owners[slots][late], (begun - begun % self.ahead)[late])
         self._record(slots, logits)
 
     def _hear(self) -> None:
-        """Ask for the replies that episodes wait for, all at once; those that go on wait to enter first."""
+        """Request all pending replies at once; episodes that continue are queued before waiting prompts."""
         assert self.turns is not None
         self._write()
         rows, self.silent = sorted(self.silent), []
@@ -203,12 +204,12 @@ class _Run:
             self._go_on(row, self.turns.ids(row))
         entering = sorted(open_rows, key=lambda row: len(self.prompts[row]))
         later = [*self.waiting]
-        if self.decoder.equal_lengths:  # which are read together
+        if self.decoder.equal_lengths:  # prompts that are prefilled together need equal lengths
             entering, later = sorted([*entering, *later], key=lambda row: len(self.prompts[row])), []
         self.waiting = deque([*entering, *later])
 
     def _go_on(self, row: int, ids: Sequence[int]) -> None:
-        """Note the reply to an episode's turn, which has ``ids`` after its first prompt now."""
+        """Continue an episode after a reply; ``ids`` are now all its tokens after the first prompt."""
         assert self.turns is not None
         count, begun = int(self.counts[row]), len(ids)
         room = self.turns.room(row, self.settings.max_new_tokens)
@@ -222,18 +223,18 @@ class _Run:
         self.longest[row] = len(self.prompts[row]) + room
 
     def _widen(self, width: int) -> None:
-        """Have at least ``width`` columns for the tokens of an episode."""
+        """Widen the tensors to at least ``width`` columns for the tokens of an episode."""
         missing = width - self.tokens.shape[1]
         if missing <= 0:
             return
-        missing = max(missing, self.tokens.shape[1])  # doubles, so that few replies cost a copy
+        missing = max(missing, self.tokens.shape[1])  # doubles, so that copies are rare
         widened = (torch.nn.functional.pad(grid, (0, missing)) for grid in (self.tokens, self.scores, self.entropies))
         self.tokens, self.scores, self.entropies = widened
         columns = self.ahead * (self.tokens.shape[1] // self.ahead + 1)
         self.numbers = torch.nn.functional.pad(self.numbers, (0, columns - self.numbers.shape[1]))
 
     def _drop_prefixes(self, row: int) -> None:
-        """Drop the prefilled prompts, except one that still waits to enter further slots."""
+        """Drop the prefilled prompts, except a prompt that still has to enter further slots."""
         key = self.keys[row]
         split = self.decoder.refills and bool(self.waiting) and self.keys[self.waiting[0]] == key
         prefix, place = self.held[key]
@@ -242,7 +243,7 @@ class _Run:
             self.held[key] = (prefix if len(prefix.logits) == 1 else prefix.select(place), 0)
 
     def _shrink(self) -> None:
-        """Drop the slots of finished completions when no prompt waits for them."""
+        """Remove the slots of finished completions if no prompt waits for them."""
         kept = np.flatnonzero(self.active)
         there = torch.from_numpy(kept).to(self.device)
         self.decoder.keep(there)
@@ -252,13 +253,13 @@ class _Run:
     def _trim(self) -> None:
         """Make the batch as wide as its longest row.
 
-        If all prompts started together the width stays, and with it the last bits of the numbers.
+        If all prompts started together the width is kept, so that results stay bit-identical.
         """
         if self.slots < len(self.prompts):
             self.decoder.trim(int((self.lengths - 1)[self.active].max(initial=0)))
 
     def _record(self, slots: np.ndarray, logits: Tensor) -> None:
-        """Draw the next token of each slot, and note which completions it ends."""
+        """Sample the next token of each slot, and record which completions it ends."""
         owners, drawn, active = self.owners[slots], self.drawn[slots], self.active[slots]
         due = active & (drawn % self.ahead == 0)
         if due.any():
@@ -297,7 +298,7 @@ class _Run:
         return found
 
     def _write(self) -> None:
-        """Write drawn tokens into the grids."""
+        """Write sampled tokens into the result tensors."""
         if not self.unwritten:
             return
         owners, drawn, active = (
@@ -313,7 +314,7 @@ class _Run:
             grid.view(-1)[places] = values[kept].to(grid.dtype)
 
     def _draw_numbers(self, rows: np.ndarray, places: np.ndarray) -> None:
-        """Draw the random numbers of the next tokens of some completions."""
+        """Generate the random numbers of the next tokens of some completions."""
         owners, starts = (torch.from_numpy(part).to(self.device).unsqueeze(-1) for part in (rows, places))
         positions = starts + torch.arange(self.ahead, device=self.device)
         episodes = self.episodes[owners].expand_as(positions)
@@ -321,7 +322,7 @@ class _Run:
 
 
 class _Unwritten(NamedTuple):
-    """What a pass drew: of each slot its completion, the token's place in it, and whether it counts."""
+    """Samples of one pass: for each slot its completion, the token's position in it, and whether it counts."""
 
     owners: np.ndarray
     places: np.ndarray

@@ -1,7 +1,7 @@
-"""Sampling in worker processes of this machine: the slots' own episodes, while the trainer trains.
+"""Sample in worker processes of this machine, which draw the same episodes as `SlotEngine`, while the trainer trains.
 
-A worker loads the policy once and then gets weights and prompts as files, job by job. What it draws is a function of
-the job alone, so a job whose worker was killed is given to a new worker and has the same result.
+A worker loads the policy once, and then gets weights and prompts as files for each job. Its result depends only on the
+job. If a worker is killed, a new worker gets the job and returns the same result.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 
 ATTEMPTS = 3
-"""Workers that a job is given to before its failure is the job's."""
+"""Maximum number of workers that try a job before the job fails."""
 
 
 class WorkerEngine(SamplingEngine):
-    """Samples with the `SlotEngine` in worker processes; with ``model.lag`` they sample while the trainer trains.
+    """Sample with the `SlotEngine` in worker processes; with ``model.lag`` they sample while the trainer trains.
 
-    Episodes are those of the `SlotEngine`. Their last bits depend on the number of workers and of their threads, which
-    is the trainer's unless ``threads`` says otherwise: keep both to resume a run bit for bit.
+    Episodes are those of the `SlotEngine`. Their last bits depend on the number of workers and of threads per worker
+    (by default the trainer's number): keep both to resume a run bit for bit.
 
     Args:
-        workers: processes; prompts are spread over them by length.
-        threads: threads of each worker; null takes the trainer's number.
-        device: where the workers sample, such as ``cuda:1``; null takes the trainer's device.
+        workers: number of processes; prompts are distributed over them by length.
+        threads: threads of each worker; null uses the trainer's number.
+        device: device of the workers, such as ``cuda:1``; null uses the trainer's device.
     """
 
     def __init__(self, workers: int = 1, threads: int | None = None, device: str | None = None) -> None:
@@ -87,7 +87,7 @@ class WorkerEngine(SamplingEngine):
         return result
 
     def _job(self, model: CausalLM, request: SamplingRequest) -> dict[str, Any]:
-        """Start workers where there are none, and write the trained weights down for a job."""
+        """Start workers if there are none, and write the trained weights for a job."""
         if self._loading is None:
             raise StateError("worker-not-prepared", "WorkerEngine serves training runs: for commands use SlotEngine")
         parameter = next(model.parameters())
@@ -113,7 +113,7 @@ class WorkerEngine(SamplingEngine):
 
 
 class _Worker:
-    """A process, started when a job comes and started anew when it has died."""
+    """Worker process, started when a job arrives and restarted after it has died."""
 
     def __init__(self, folder: Path, loading: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class _Worker:
         self.lock = threading.Lock()
 
     def submit(self, job: Mapping[str, Any], request: SamplingRequest, rows: Sequence[int]) -> Callable[[], Any]:
-        """Queue a job for some prompts of a request; what is returned waits for its tensors."""
+        """Queue a job for some prompts of a request; return a function that waits for its tensors."""
         self.jobs += 1
         given, result = self.folder / f"job-{self.jobs}.safetensors", self.folder / f"result-{self.jobs}.safetensors"
         prompts = [request.prompts[row].cpu() for row in rows]
@@ -162,11 +162,11 @@ class _Worker:
         )
         answer = self._exchange(self.loading)
         if answer is not None and answer != {"done": True}:
-            self.process.stdin.close()  # type: ignore[union-attr]  # it ends
+            self.process.stdin.close()  # type: ignore[union-attr]  # ends the process
             raise _failure(answer)
 
     def _exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the worker's answer; None if it has died."""
+        """Return the worker's response; None if the worker has died."""
         process = self.process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -202,9 +202,9 @@ def _assembled(
 
 
 def serve() -> None:
-    """Load the policy that the first line names, then sample job after job until the input ends."""
+    """Load the policy described in the first line, then sample job after job until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not be read as a response
     model: CausalLM | None = None
     for line in sys.stdin:
         message = json.loads(line)
