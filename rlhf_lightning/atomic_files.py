@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import SettingError
+
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; if the block succeeds, sync the file and rename it to ``path``."""
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -20,6 +24,23 @@ def complete_file(path: Path) -> Iterator[Path]:
         move_into_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to rename a file over a folder, a pipe or a device, such as ``/dev/null`` or ``/dev/stdout``.
+
+    Raises:
+        SettingError: ``not-a-file``.
+    """
+    try:
+        special = str(path.absolute().parent) == "/dev" or not stat.S_ISREG(os.stat(path).st_mode)
+        reason = "it is a folder, a pipe or a device"
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        special, reason = True, getattr(error, "strerror", "") or str(error)
+    if special:
+        raise SettingError("not-a-file", f"cannot write to {str(path)[:200]!r} ({reason}); name a file")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lightning.atomic_files import write_lines
+from rlhf_lightning.atomic_files import refuse_special, write_lines
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import MissingError, SettingError, check_range
 
@@ -175,7 +175,8 @@ def generate(
 
 
 def refuse_overwriting(source: str, out: str) -> None:
-    """Refuse to overwrite the input file."""
+    """Refuse to overwrite the input file, and what is not a file."""
+    refuse_special(Path(out))
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
 
