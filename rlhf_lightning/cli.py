@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from rlhf_lightning import working_directory
-from rlhf_lightning.errors import TerminatedError, failure_sentence, printable
+from rlhf_lightning.errors import SettingError, TerminatedError, failure_sentence, printable
 
 
 class Command(NamedTuple):
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A failure is printed as one sentence; RLHF_DEBUG=1 in the environment shows the traceback instead. The status is 130
     after Ctrl-C, 75 if a run was stopped and can be resumed, and 128 + n after another signal n.
     """
-    tolerate_encodings()
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Set before importing the libraries that read these variables: the data here is often private.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -160,6 +160,7 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
             if found is not None:
                 print(found.text, file=sys.stderr if found.status else sys.stdout, flush=True)
                 return int(found.status)
+        refuse_odd_ranks()
         module = importlib.import_module(command.module)
         return int(module.main(arguments if name in TRAINING_COMMANDS else arguments[1:]) or 0)
     except KeyboardInterrupt:
@@ -185,6 +186,21 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
         return _fail(sentence, USAGE_ERROR if getattr(error, "code", "") in COMMAND_LINE_CODES else FAILURE)
+
+
+def refuse_odd_ranks() -> None:
+    """Refuse a launcher's environment variables that are not numbers: Lightning reads some of them when imported.
+
+    Raises:
+        SettingError: ``odd-rank``.
+    """
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+        if not (os.environ.get(name) or "0").isdecimal():
+            raise SettingError(
+                "odd-rank",
+                f"the environment variable {name} is {os.environ[name]!r}, which is not a number; unset it, or let "
+                "torchrun or srun set it",
+            )
 
 
 @contextlib.contextmanager
@@ -216,8 +232,11 @@ def terminable(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def tolerate_encodings() -> None:
-    """Write characters that the terminal's encoding lacks as escapes, so that they end no command."""
+def prepare_streams() -> None:
+    """Open closed streams on the null device; write characters that the terminal's encoding lacks as escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # as after `>&-`, or in a service
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or not a stream of this kind
             stream.reconfigure(errors=errors)  # type: ignore[union-attr]

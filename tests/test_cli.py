@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+from conftest import refused
 
 from rlhf_lightning import cli
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.cli import Command, main
 from rlhf_lightning.errors import failure_sentence
 
@@ -124,6 +127,41 @@ def test_characters_that_the_terminal_lacks_end_no_command(encoding, command, mo
         screen.flush()
     assert "\\ud800" in screens["stdout"].buffer.getvalue().decode(encoding)
     assert "beta is" in screens["stderr"].buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_ends_no_command(name, command, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+
+    def uses(argv):
+        print(sys.stdin.isatty(), sys.stdout.isatty(), sys.stderr.isatty())
+        print("heard", file=sys.stderr)
+
+    assert command(uses) == 0
+    getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_rank_that_is_not_a_number_is_named(name, command, monkeypatch, capsys):
+    monkeypatch.setenv(name, "two")
+    assert command(print) == 1
+    assert f"the environment variable {name} is 'two'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long", "NUL", "link to a pipe"])
+def test_no_file_is_renamed_over_what_is_not_a_file(kind, tmp_path):
+    place = tmp_path / "out"
+    make = {"pipe": os.mkfifo, "folder": os.mkdir}
+    if kind in make:
+        make[kind](place)
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        place.symlink_to("pipe")
+    before = place.lstat() if place.exists() else None
+    place = {"device": Path("/dev/fresh"), "long": tmp_path / ("o" * 300), "NUL": tmp_path / "a\0b"}.get(kind, place)
+    with refused("not-a-file"):
+        write_text(place, "x")
+    assert before is None or place.lstat() == before
 
 
 def test_out_of_memory_names_what_to_lower():
