@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "quiet": set(),
     "compat": {"errors"},
     "types": {"errors"},
-    "atomic_files": set(),
+    "atomic_files": {"errors"},
     "working_directory": set(),
     "workers": {"errors", "working_directory"},
     "loading": {"errors", "working_directory"},
