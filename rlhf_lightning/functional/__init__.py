@@ -1,6 +1,6 @@
-"""The arithmetic of alignment as pure functions: tensors in, tensors out.
+"""The mathematics of alignment as pure functions of tensors.
 
 Each function names its equation and paper, takes plain tensors and settings, holds no state and knows no model, module
-or Trainer. Losses come back unreduced, one value per pair, group, row or token: reducing them belongs to the caller,
-who alone knows the counts of the whole optimizer step.
+or Trainer. Losses are returned unreduced, one value per pair, group, row or token. The caller reduces them, because
+only the caller knows the counts of the whole optimizer step.
 """

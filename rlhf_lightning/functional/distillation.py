@@ -1,8 +1,8 @@
-"""Distillation of a teacher into a student on the same ids: divergences of full distributions, and sampled advantages.
+"""Distil a teacher into a student on the same ids: divergences of full distributions, and sampled advantages.
 
-Logits are (..., vocabulary) and already shifted; a value comes back per token, shape (...), for the caller to mask and
-reduce. Both models must share a tokenizer. The caller detaches the teacher's tensors. ``temperature`` is that of both
-softmaxes.
+Logits have shape (..., vocabulary) and are already shifted. Functions return one value per token, shape (...), which
+the caller masks and reduces. Both models must share a tokenizer. The caller detaches the teacher's tensors.
+``temperature`` applies to both softmaxes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rlhf_lightning.functional.logprobs import at_least_float32, kl_k1, require_
 
 
 def common_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut both logits to the smaller vocabulary: the larger one is padded to a rounder size."""
+    """Truncate both logits to the smaller vocabulary; models of one tokenizer may pad their vocabulary differently."""
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return student_logits[..., :size], teacher_logits[..., :size]
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""KL(teacher || student) of each token in nats: mass-covering, the student must cover the teacher."""
+    r"""Return KL(teacher || student) of each token in nats: mass-covering, the student must cover the teacher."""
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
     return _kl(teacher, student)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""KL(student || teacher) of each token in nats: mode-seeking, the student avoids unlikely tokens."""
+    r"""Return KL(student || teacher) of each token in nats: mode-seeking, the student avoids unlikely tokens."""
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
     return _kl(student, teacher)
 
@@ -40,11 +40,11 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def generalized_jsd(
     student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0
 ) -> Tensor:
-    r"""GKD's generalized Jensen-Shannon divergence of each token (Agarwal et al., arXiv 2306.13649, Eq. 1).
+    r"""Return GKD's generalized Jensen-Shannon divergence of each token (Agarwal et al., arXiv 2306.13649, Eq. 1).
 
-    beta KL(P || M) + (1 - beta) KL(Q || M), P the teacher, Q the student, M = beta P + (1 - beta) Q, formed in log
-    space. Symmetric at beta 0.5. It tends to 0 at both ends of beta, where by convention the KL that it is
-    proportional to takes its place: beta 0 gives `forward_kl`, beta 1 `reverse_kl`.
+    It is beta KL(P || M) + (1 - beta) KL(Q || M) with P the teacher, Q the student and M = beta P + (1 - beta) Q,
+    computed in log space. It is symmetric at beta 0.5. At both ends of beta the divergence tends to 0 and is
+    proportional to a KL. By convention this KL is returned there: `forward_kl` for beta 0, `reverse_kl` for beta 1.
 
     Raises:
         SettingError: beta is outside [0, 1].
@@ -68,17 +68,18 @@ def _log_softmaxes(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL of log-probabilities p from q over the last dimension."""
+    """Return KL(p || q) over the last dimension, given log-probabilities."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def top_k_and_rest(
     student_logits: Tensor, teacher_logits: Tensor, k: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the student's k likeliest ids, and of all other ids together; each (..., k + 1).
+    """Return log-probabilities of the student's k likeliest ids and of all other ids combined; each (..., k + 1).
 
-    They are logits of both distributions over fewer classes, so every divergence of them is a lower bound of the whole
-    distributions' (data-processing inequality). With k of the vocabulary's size or more, nothing is cut.
+    They define both distributions over fewer classes, so every divergence between them is a lower bound of the
+    divergence of the full distributions (data-processing inequality). If k is at least the vocabulary size, nothing is
+    reduced.
     """
     student, teacher = _log_softmaxes(student_logits, teacher_logits, temperature)
     if k >= student.shape[-1]:
@@ -94,17 +95,17 @@ def top_k_and_rest(
 
 
 def distillation_advantages(teacher_logprobs: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""Advantage of each token the student sampled, log teacher - log student, without gradient; 0 under the mask.
+    r"""Return the advantage of each sampled token, log teacher - log student, without gradient; 0 under the mask.
 
-    With a policy-gradient loss this is on-policy distillation: the reverse KL by the k1 estimator, token by token. All
-    have shape (rows, length).
+    With a policy-gradient loss this is on-policy distillation: the reverse KL by the k1 estimator for each token. All
+    tensors have shape (rows, length).
     """
     require_shape("rows length", teacher_logprobs=teacher_logprobs, logprobs=logprobs, mask=completion_mask)
     return torch.where(completion_mask, kl_k1(teacher_logprobs, logprobs).detach(), 0.0)
 
 
 def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """1 on each token where student and teacher have the same most likely id, else 0; shape (...)."""
+    """Return 1 for each token where student and teacher have the same most likely id, else 0; shape (...)."""
     require_shape("...", student_logits=student_logits, teacher_logits=teacher_logits)
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
 
@@ -112,7 +113,7 @@ def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Logits of an LM head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
+    """Return logits of an LM head, softcap * tanh(scale * (hidden W^T + bias) / softcap), in float32 or wider.
 
     The arguments are those of `logprobs.chunked_logprobs`.
     """
@@ -125,15 +126,15 @@ def chunked_over_tokens(
 ) -> dict[str, Tensor]:
     """Call a function on one chunk of tokens at a time; return its values by name, each of shape (tokens,).
 
-    With gradient, only a chunk's inputs are kept and the chunk is recomputed in the backward pass, so neither pass
-    holds more than one chunk of intermediate values. The function should compute values without gradient last:
-    recomputation stops as soon as it has all that the gradient needs.
+    With gradient, only the inputs are stored, and each chunk is recomputed in the backward pass. So neither pass holds
+    more than one chunk of intermediate values. The function should compute values without gradient last, because
+    recomputation stops once it has everything that the gradient needs.
 
     Args:
         function: called with a chunk of each tensor; returns values per token by name, each of shape (chunk,). Weights
-            in its closure get their gradients too. It must draw no random numbers.
+            in its closure get gradients too. It must draw no random numbers.
         tensors: each of shape (tokens, ...).
-        chunk_tokens: tokens of a chunk.
+        chunk_tokens: number of tokens per chunk.
     """
     parts = []
     for chunk in zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True):

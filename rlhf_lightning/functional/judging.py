@@ -1,8 +1,9 @@
-"""From verdicts of judges and people to preference labels, and how far the judges and people agree.
+"""Convert verdicts of judges and people to preference labels, and measure their agreement.
 
 A judge sees two completions as options A and B and names one (Constitutional AI, arXiv 2212.08073). Tensors have shape
-(comparisons,) unless said otherwise. ``probability`` is the judge's that the first option wins where the completion
-comes first, ``swapped_probability`` that the first option wins where the completion comes second.
+(comparisons,) unless stated otherwise. ``probability`` is the judge's probability that the first option wins when the
+completion is shown first. ``swapped_probability`` is the probability that the first option wins when the completion is
+shown second.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 
 def option_logprobs(variant_logprobs: Tensor) -> Tensor:
-    """Log-probability of an option that may be written in several ways ("A", " A", "(A)"): their logsumexp.
+    """Return the log-probability of an option with several spellings ("A", " A", "(A)"): their logsumexp.
 
     Args:
-        variant_logprobs: shape (comparisons, variants); minus infinity where a variant does not apply.
+        variant_logprobs: shape (comparisons, variants); minus infinity for a variant that does not apply.
     """
     return at_least_float32(variant_logprobs).logsumexp(-1)
 
@@ -29,37 +30,37 @@ def option_logprobs(variant_logprobs: Tensor) -> Tensor:
 def preference_probability(
     first_logprobs: Tensor, second_logprobs: Tensor, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    r"""Probability that the judge prefers the first option, sigmoid(l_A - l_B), clamped to [low, high].
+    r"""Return the probability that the judge prefers the first option, sigmoid(l_A - l_B), clamped to [low, high].
 
-    The two options are normalised, since a judge gives some probability to other tokens.
+    The two options are normalised, because a judge gives some probability to other tokens.
 
     Args:
-        low: least probability; 0.4 for labels read after a chain of thought, which saturate, else 0.
-        high: largest probability; 0.6 after a chain of thought, else 1.
+        low: minimum probability; 0.4 for labels after a chain of thought, which saturate, else 0.
+        high: maximum probability; 0.6 after a chain of thought, else 1.
     """
     require_shape("comparisons", first_logprobs=first_logprobs, second_logprobs=second_logprobs)
     return torch.sigmoid(at_least_float32(first_logprobs) - at_least_float32(second_logprobs)).clamp(low, high)
 
 
 def debiased_probability(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    r"""Preference for a completion averaged over both orders, (p + 1 - p_swapped) / 2; exactly 1/2 for equal p."""
+    r"""Average the preference for a completion over both orders, (p + 1 - p_swapped) / 2; exactly 1/2 for equal p."""
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return (probability - swapped_probability) / 2 + 0.5
 
 
 def debiased_probability_from_logits(logit: Tensor, swapped_logit: Tensor) -> Tensor:
-    r"""Preference for a completion with the log-odds averaged over both orders, sigmoid((z - z_swapped) / 2).
+    r"""Average the log-odds of a completion over both orders and return sigmoid((z - z_swapped) / 2).
 
     Args:
-        logit: z = l_A - l_B where the completion comes first.
-        swapped_logit: the same where it comes second.
+        logit: z = l_A - l_B with the completion shown first.
+        swapped_logit: l_A - l_B with the completion shown second.
     """
     require_shape("comparisons", logit=logit, swapped_logit=swapped_logit)
     return torch.sigmoid((at_least_float32(logit) - at_least_float32(swapped_logit)) / 2)
 
 
 def verdict(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    """1 where both orders prefer the completion, 0 where neither does, 0.5 (a tie) where they disagree.
+    """Return 1 if both orders prefer the completion, 0 if neither does, 0.5 (a tie) if they disagree.
 
     The judge's consistency is the share of comparisons that are not ties.
     """
@@ -68,13 +69,13 @@ def verdict(probability: Tensor, swapped_probability: Tensor) -> Tensor:
 
 
 def position_bias(probability: Tensor, swapped_probability: Tensor) -> Tensor:
-    """Mean preference for the option that comes first, minus a half; 0 for a judge that ignores order."""
+    """Return the mean preference for the option shown first, minus a half; 0 for a judge that ignores order."""
     require_shape("comparisons", probability=probability, swapped_probability=swapped_probability)
     return (probability + swapped_probability).mean() / 2 - 0.5
 
 
 def label_entropy(probability: Tensor) -> Tensor:
-    r"""Entropy of a soft label in nats, -p log p - (1 - p) log(1 - p): log 2 for p = 1/2, 0 for a certain label."""
+    r"""Return the entropy of a soft label, -p log p - (1 - p) log(1 - p) nats: log 2 for p = 1/2, 0 if certain."""
     require_shape("comparisons", probability=probability)
     p = at_least_float32(probability)
     entropy: Tensor = torch.special.entr(p) + torch.special.entr(1 - p)
@@ -85,7 +86,7 @@ def label_entropy(probability: Tensor) -> Tensor:
 
 
 def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
-    """1 where a judge prefers what people prefer, 0 where it prefers the other, 0.5 where either has a tie.
+    """Return 1 where a judge prefers the same completion as people, 0 where it prefers the other, 0.5 for any tie.
 
     Both are probabilities that the first completion is better; 0.5 is a tie.
     """
@@ -94,19 +95,19 @@ def agreement(preference: Tensor, human_preference: Tensor) -> Tensor:
 
 
 def krippendorff_alpha(values: Tensor, metric: Literal["nominal", "ordinal", "interval"] = "nominal") -> Tensor:
-    r"""Agreement of any number of annotators, 1 - D_o / D_e (Krippendorff 2011, Computing Alpha-Reliability).
+    r"""Measure the agreement of annotators, 1 - D_o / D_e (Krippendorff 2011, Computing Alpha-Reliability).
 
-    D_o is the mean squared distance within units, D_e that of all values regardless of unit: 1 is perfect agreement, 0
-    is chance, below 0 is systematic disagreement. In a unit with m values each ordered pair counts 1 / (m - 1); a unit
-    with fewer than two values is left out.
+    D_o is the mean squared distance of values within units, D_e that of all values regardless of unit. 1 is perfect
+    agreement, 0 is chance, below 0 is systematic disagreement. In a unit with m values each ordered pair counts
+    1 / (m - 1). Units with fewer than two values are left out.
 
     Args:
-        values: value of each annotator (rows) for each unit, NaN where there is none, shape (annotators, units).
+        values: value of each annotator (rows) for each unit, NaN if missing, shape (annotators, units).
         metric: distance of two values. ``nominal``: 0 or 1; ``interval``: their difference; ``ordinal``: the number of
             values between them, with both ends counted half.
 
     Returns:
-        A scalar in float64; NaN where no unit has two values, or all values are equal.
+        A scalar in float64; NaN if no unit has two values, or all values are equal.
     """
     require_shape("annotators units", values=values)
     known = ~values.isnan()
@@ -129,19 +130,21 @@ def krippendorff_alpha(values: Tensor, metric: Literal["nominal", "ordinal", "in
 
 
 def annotator_reliability(votes: Tensor, iterations: int = 200, prior: float = 2.0) -> tuple[Tensor, Tensor]:
-    r"""Probability that each annotator is right, and that the first of each pair is better (Dawid and Skene 1979).
+    r"""Estimate each annotator's accuracy, and which side of each pair is better (Dawid and Skene 1979).
 
-    One rate for each annotator, since sides are shown at random: P(vote right) = r_a. Expectation-maximisation from the
-    mean vote: z_i = sigmoid(\sum_a (2 v_{ai} - 1) log(r_a / (1 - r_a))), r_a = the mean agreement of a's votes with z.
-    An annotator who agrees with no other ends near 1/2 and has no weight; below 1/2 votes count the other way round.
+    There is one rate per annotator, because sides are shown at random: P(vote right) = r_a. Expectation-maximisation
+    starts from the mean vote: z_i = sigmoid(\sum_a (2 v_{ai} - 1) log(r_a / (1 - r_a))), r_a = the mean agreement of
+    a's votes with z. An annotator who agrees with no other ends near 1/2 and has no weight. Below 1/2 votes count in
+    the opposite direction.
 
     Args:
-        votes: 1 for the first, 0 for the second, 0.5 for a tie, NaN where there is none, shape (annotators, pairs).
+        votes: 1 for the first, 0 for the second, 0.5 for a tie, NaN if missing, shape (annotators, pairs).
         iterations: steps of expectation-maximisation.
-        prior: pseudo-votes of each annotator, three quarters of them right, which regularise rates of few votes.
+        prior: pseudo-votes per annotator, three quarters of them right; they regularise the rates of annotators with
+            few votes.
 
     Returns:
-        r, shape (annotators,), and z, shape (pairs,); float64.
+        r, shape (annotators,), and z, the probability that the first is better, shape (pairs,); float64.
     """
     require_shape("annotators pairs", votes=votes)
     known = (~votes.isnan()).double()

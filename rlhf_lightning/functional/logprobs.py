@@ -21,20 +21,20 @@ from rlhf_lightning.errors import DataError, SettingError
 KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to plus or minus this before `exp`: e^20 = 4.9e8 is still exact enough in float32."""
+"""Log-ratios are clamped to plus or minus this value before `exp`: e^20 = 4.9e8 is accurate enough in float32."""
 
 KEPT_LOGITS = 2**24
-"""`chunked_logprobs` keeps its logits for the backward pass up to this many elements (64 MiB in float32)."""
+"""Maximum number of logits that `chunked_logprobs` stores for the backward pass (64 MiB in float32)."""
 
 
 CHUNK_LOGITS = 2**26
-"""Largest number of elements of a chunk of logits (256 MiB in float32), for any vocabulary."""
+"""Maximum number of logits of a chunk (256 MiB in float32), for any vocabulary."""
 
 
 def chunk_size(chunk_tokens: int, vocabulary: int) -> int:
-    """Return the tokens of a chunk of logits: ``chunk_tokens``, fewer for `CHUNK_LOGITS` elements, at least one.
+    """Return the number of tokens of a chunk of logits: ``chunk_tokens``, or fewer to stay within `CHUNK_LOGITS`.
 
-    For 1,024 tokens the memory of a chunk stops growing at a vocabulary of 65,536.
+    The result is at least 1. With 1,024 tokens, a chunk's memory stops growing at a vocabulary of 65,536.
     """
     return max(min(chunk_tokens, CHUNK_LOGITS // vocabulary), 1)
 
@@ -43,7 +43,7 @@ def require_shape(shape: str, **tensors: Tensor | None) -> None:
     """Require that all given tensors share one shape, written like ``"rows length"``; ``"..."`` allows any rank.
 
     Raises:
-        DataError: naming each tensor with the shape it has.
+        DataError: the shapes differ; the error names each tensor with its shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     dimensions = shape.split()
@@ -60,7 +60,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) -> Tensor:
-    """Sum of ``x`` where ``mask``, bool of the same shape, is True; 0 where no element is.
+    """Sum ``x`` where ``mask``, bool of the same shape, is True; 0 if the mask is False everywhere.
 
     Masked elements may be NaN. ``dim`` None sums over all dimensions.
     """
@@ -69,20 +69,20 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = -1) 
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True, sum(mask * x) / max(sum(mask), 1); arguments as for `masked_sum`."""
+    """Average ``x`` where ``mask`` is True, sum(mask * x) / max(sum(mask), 1); arguments as for `masked_sum`."""
     return masked_sum(x, mask, dim) / mask.sum(dim).clamp(min=1)
 
 
 def masked_whiten(
     x: Tensor, mask: Tensor, shift_mean: bool = True, mean: Tensor | None = None, var: Tensor | None = None
 ) -> Tensor:
-    r"""Give the unmasked elements unit variance, and zero mean: (x - mean) / \sqrt{var + 1e-8}, 0 under the mask.
+    r"""Scale unmasked elements to unit variance and zero mean: (x - mean) / \sqrt{var + 1e-8}; 0 under the mask.
 
     The variance is the biased one (Huang et al. 2024, arXiv 2403.17031).
 
     Args:
         shift_mean: False adds the mean back, as for rewards, whose sign has a meaning.
-        mean: mean to use instead of this tensor's, a scalar, so that whitening can span ranks.
+        mean: mean to use instead of this tensor's, a scalar, so that whitening can include other ranks.
         var: biased variance to use instead of this tensor's, a scalar.
     """
     x = at_least_float32(x)
@@ -93,12 +93,12 @@ def masked_whiten(
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Log-probability of each id, z_{id} - logsumexp(z) with z = logits / temperature, in float32 or wider.
+    r"""Return the log-probability of each id, z_{id} - logsumexp(z) with z = logits / temperature, in fp32 or wider.
 
     Args:
-        logits: shape (..., vocabulary); row t scores ``ids[..., t]``, so the caller has shifted already.
+        logits: shape (..., vocabulary); row t scores ``ids[..., t]``, so the caller must shift them first.
         ids: int64, shape (...).
-        temperature: softmax temperature, the one that the ids were sampled at.
+        temperature: softmax temperature, the same as in sampling the ids.
 
     Raises:
         RlhfError: the leading shapes differ, or the temperature is not positive.
@@ -111,12 +111,12 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
 def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
     r"""Return E \sum_e f_e P_e of one layer of E experts (Switch Transformer, 2101.03961, Eq. 4 to 6).
 
-    f_e is the mean number of times that a token chooses expert e, without gradient; P_e the mean of its probability.
-    Balanced routing gives ``top_k``, the least that uniform probabilities allow.
+    f_e is the mean number of times that a token chooses expert e, without gradient. P_e is the mean probability of
+    expert e. Balanced routing gives ``top_k``, the minimum for uniform probabilities.
 
     Args:
-        logits: of the router, shape (tokens, experts).
-        top_k: experts that a token chooses.
+        logits: router logits, shape (tokens, experts).
+        top_k: number of experts that a token chooses.
         mask: bool, tokens that count, shape (tokens,); None for all.
     """
     probabilities = logits.float().softmax(-1)
@@ -128,7 +128,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) 
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Entropy of the next-token distribution in nats, logsumexp(z) - \sum_v softmax(z)_v z_v.
+    r"""Return the entropy of the next-token distribution in nats, logsumexp(z) - \sum_v softmax(z)_v z_v.
 
     z = logits / temperature, in float32 or wider.
 
@@ -155,16 +155,16 @@ def _require_positive(temperature: float) -> None:
 
 
 def nash_md_logits(policy_logits: Tensor, reference_logits: Tensor, mixture: float = 0.5) -> Tensor:
-    r"""Logits of Nash-MD's opponent, the geometric mixture policy^{1 - c} reference^c (Munos et al., arXiv 2312.00886).
+    r"""Return logits of Nash-MD's opponent, the geometric mixture policy^{1-c} reference^c (arXiv 2312.00886).
 
-    ``mixture`` is c, the share of the reference.
+    Munos et al.; ``mixture`` is c, the share of the reference.
     """
     require_shape("...", policy_logits=policy_logits, reference_logits=reference_logits)
     return torch.lerp(at_least_float32(policy_logits), at_least_float32(reference_logits), mixture)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - e^x) of log-probabilities x without cancellation (Maechler 2012); x is clamped below 0."""
+    """Return log(1 - e^x) for log-probabilities x without cancellation (Maechler 2012); x is clamped below 0."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = x > -math.log(2)
     # The inner `where` keeps the unused branch away from its pole, where its gradient would be NaN.
@@ -172,7 +172,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token KL estimate k1 = log policy - log reference, see `kl_estimate`; both have the same shape."""
+    """Estimate the KL per token by k1 = log policy - log reference, see `kl_estimate`; both have the same shape."""
     require_shape("...", logprobs=logprobs, reference_logprobs=reference_logprobs)
     return at_least_float32(logprobs) - at_least_float32(reference_logprobs)
 
@@ -180,17 +180,17 @@ def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def kl_estimate(
     logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator, clamp: float | None = MAX_LOG_RATIO
 ) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats, after Schulman (2020), "Approximating KL divergence".
+    """Estimate KL(policy || reference) per token in nats, after Schulman (2020), "Approximating KL divergence".
 
     With d = log policy - log reference:
 
     - k1 = d: unbiased, signed. As a loss its expected gradient is 0; use it in a reward.
-    - k2 = d^2 / 2: biased, never negative. As a loss its gradient is the reverse KL's.
+    - k2 = d^2 / 2: biased, never negative. As a loss its gradient is that of the reverse KL.
     - k3 = e^(-d) - 1 + d: unbiased, never negative (GRPO, arXiv 2402.03300, Eq. 4). As a loss its gradient is that of
       KL(reference || policy).
 
-    The tokens must be samples of the policy. d is clamped to plus or minus ``clamp``, where it has no gradient; None
-    does not clamp.
+    The tokens must be samples of the policy. d is clamped to plus or minus ``clamp``; clamped values have no gradient.
+    None does not clamp.
     """
     d = kl_k1(logprobs, reference_logprobs)
     if clamp is not None:
@@ -211,12 +211,12 @@ def chunked_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""`token_logprobs` of an LM head that never holds more than one chunk of logits.
+    r"""Return `token_logprobs` of an LM head without ever holding more than one chunk of logits.
 
     z = softcap * tanh(scale * (hidden W^T + bias) / softcap) / temperature, and the log-probability is
     z_{target} - logsumexp(z). Neither pass holds (tokens, vocabulary) elements, unless that is at most `KEPT_LOGITS`
-    and the head trains. A frozen head stores d logprob / d hidden, one row of width d per token, and recomputes nothing
-    in the backward pass. A trainable head recomputes each chunk.
+    and the head is trainable. With a frozen head, the forward stores d logprob / d hidden, one row of width d per
+    token, and the backward pass recomputes nothing. With a trainable head, the backward pass recomputes each chunk.
 
     Args:
         hidden: last hidden states at the positions that predict ``targets``, shape (tokens, d).
@@ -225,16 +225,16 @@ def chunked_logprobs(
         bias: bias of the head, shape (vocabulary,).
         temperature: softmax temperature; applied last.
         with_entropy: also return the entropy of each distribution, with gradient.
-        chunk_tokens: largest number of tokens per chunk, see `chunk_size`.
+        chunk_tokens: maximum number of tokens per chunk, see `chunk_size`.
         softcap: bound of the logits (Gemma 2); None for no bound.
         scale: factor on the logits (Cohere, Granite); applied first.
 
     Returns:
-        Log-probabilities in float32 or wider, shape (tokens,), and the entropies alike or None.
+        Log-probabilities in float32 or wider, shape (tokens,), and entropies of the same shape and type, or None.
     """
     require_shape("tokens", hidden_without_width=hidden[:, 0], targets=targets)
     _require_positive(temperature)
-    if torch.is_autocast_enabled(hidden.device.type):  # cast here: inside the Function autocast ends with the forward
+    if torch.is_autocast_enabled(hidden.device.type):  # cast here: the Function's backward runs without autocast
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.type(dtype), weight.type(dtype), None if bias is None else bias.type(dtype)
     size = chunk_size(chunk_tokens, len(weight))
@@ -245,7 +245,7 @@ def chunked_logprobs(
 
 
 class _Head(NamedTuple):
-    """Settings of `chunked_logprobs`, and the logits they lead to."""
+    """Settings of `chunked_logprobs`, and the logits that they produce."""
 
     temperature: float
     softcap: float | None
@@ -258,25 +258,25 @@ class _Head(NamedTuple):
         return (slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens))
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = at_least_float32(F.linear(hidden, weight, bias))  # a chunk is large: from here on in place
+        logits = at_least_float32(F.linear(hidden, weight, bias))  # a chunk is large: later operations are in place
         if self.softcap is None:
             return logits.mul_(self.scale / self.temperature)
         return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of `logits` with respect to hidden W^T + bias, elementwise."""
+        """Return the elementwise derivative of `logits` with respect to hidden W^T + bias."""
         linear = self.scale / self.temperature
         return linear if self.softcap is None else linear * (1 - (logits * self.temperature / self.softcap) ** 2)
 
 
 def _logprob_slope(log_softmax: Tensor, targets: Tensor) -> Tensor:
-    """Derivative of log softmax(z)_{target} with respect to z: onehot(target) - p."""
+    """Return the derivative of log softmax(z)_{target} with respect to z: onehot(target) - p."""
     slope = log_softmax.exp().neg_()
     return slope.scatter_add_(-1, targets.unsqueeze(-1), slope.new_ones(len(targets), 1))
 
 
 def _entropy_slope(log_softmax: Tensor) -> Tensor:
-    """Derivative of the entropy H with respect to z: -p (log p + H)."""
+    """Return the derivative of the entropy H with respect to z: -p (log p + H)."""
     p = log_softmax.exp()
     p_log_p = p * log_softmax
     return p.mul_(p_log_p.sum(-1, keepdim=True)).sub_(p_log_p)
@@ -285,7 +285,7 @@ def _entropy_slope(log_softmax: Tensor) -> Tensor:
 def _store_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, into: list[Tensor | None]
 ) -> Tensor:
-    """Fill those of one chunk's log-probabilities, entropies and directions that are not None; return the logits."""
+    """Fill one chunk's log-probabilities, entropies and directions, except those that are None; return the logits."""
     logprobs, entropy, logprob_directions, entropy_directions = into
     logits = head.logits(hidden, weight, bias)
     log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
@@ -346,7 +346,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _through_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, chunk by chunk; weight and bias add up in float32 or wider."""
+    """Return gradients of hidden, weight and bias, chunk by chunk; weight and bias accumulate in float32 or wider."""
     hidden, weight, bias, targets, kept = ctx.saved_tensors
     inputs = (hidden, weight, bias)
     grads = [

@@ -1,9 +1,9 @@
-"""Losses on scores of reward models: comparisons, rankings, and steps of reasoning.
+"""Losses on reward-model scores: comparisons, rankings, and reasoning steps.
 
-A loss comes back per pair, group or step, in nats. r are the scores, r_c of chosen and r_r of rejected completions.
+Losses are returned per pair, group or step, in nats. r are scores: r_c of chosen and r_r of rejected completions.
 Tensors of pairs have shape (pairs,). ``scores``, ``group`` and ``ranks`` have shape (completions,): ``group`` is the
 index of each completion's group, int64 from 0 without gaps, and ``ranks`` its rank in the group: 0 is best, equal ranks
-are ties. ``target`` is p, the probability that chosen, or the better ranked, is the better one; 1 for a plain label.
+are ties. ``target`` is p, the probability that the chosen (or better ranked) completion is better; 1 for a plain label.
 ``margin`` is the rated strength of the preference, 0 where unrated. For rankings both have shape (groups,).
 ``centering`` is the weight of `centering_penalty`.
 """
@@ -25,15 +25,16 @@ from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 def bradley_terry_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor | None = None, margin: Tensor | None = None
 ) -> Tensor:
-    r"""Negative log-likelihood of a comparison in nats, -log sigmoid(r_c - r_r), with optional soft label and margin.
+    r"""Return the negative log-likelihood of a comparison, -log sigmoid(r_c - r_r), with soft label and margin.
 
     -p log sigmoid(delta - mu) - (1 - p) log sigmoid(-delta - mu), delta = r_c - r_r. p = 1 and mu = 0 is Eq. 1 of
-    InstructGPT (arXiv 2203.02155) for two completions, mu > 0 is Eq. 2 of Llama 2 (arXiv 2307.09288). Exchanging the
-    completions, and p with 1 - p, changes nothing. Equal scores give log 2 without a margin.
+    InstructGPT (arXiv 2203.02155) for two completions, mu > 0 is Eq. 2 of Llama 2 (arXiv 2307.09288). The loss is
+    symmetric: it does not change if the completions are swapped and p becomes 1 - p. Without a margin, equal scores
+    give log 2.
 
     Args:
         target: p; None means 1.
-        margin: mu, gap of scores that a rated preference must exceed; None means 0. Evaluate without.
+        margin: mu, gap of scores that a rated preference must exceed; None means 0. Use no margin in evaluation.
     """
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores, target=target, margin=margin)
     delta = at_least_float32(chosen_scores) - at_least_float32(rejected_scores)
@@ -44,7 +45,7 @@ def bradley_terry_loss(
 
 
 def centering_penalty(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Penalty (r_c + r_r)^2, which fixes the free constant of the scores (Eisenstein et al., arXiv 2312.09244)."""
+    """Return the penalty (r_c + r_r)^2, which fixes the constant of scores (Eisenstein et al., arXiv 2312.09244)."""
     require_shape("pairs", chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     return (at_least_float32(chosen_scores) + at_least_float32(rejected_scores)) ** 2
 
@@ -53,10 +54,10 @@ def thurstone_loss(
     chosen_mean: Tensor, rejected_mean: Tensor, chosen_log_variance: Tensor, rejected_log_variance: Tensor,
     target: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    r"""Negative log-likelihood of a comparison of normal scores (Thurstone 1927, A law of comparative judgment).
+    r"""Return the negative log-likelihood of comparing normal scores (Thurstone 1927, Law of comparative judgment).
 
-    -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), with means m and log-variances v:
-    independent errors, case III. v and z are held within 20. Equal means give log 2. No target means p = 1.
+    -p log Phi(z) - (1 - p) log Phi(-z), z = (m_c - m_r) / sqrt(e^{v_c} + e^{v_r}), with means m and log-variances v.
+    Errors are independent (case III). v and z are clamped to [-20, 20]. Equal means give log 2. No target means p = 1.
     """
     require_shape("pairs", chosen_mean=chosen_mean, rejected_mean=rejected_mean, target=target)
     variances = [at_least_float32(one).clamp(-20, 20).exp() for one in (chosen_log_variance, rejected_log_variance)]
@@ -68,10 +69,10 @@ def thurstone_loss(
 
 
 def cost_sign_loss(costs: Tensor, safe: Tensor) -> Tensor:
-    r"""Binary cross-entropy of a cost's sign in nats: -p log sigmoid(-c) - (1 - p) log sigmoid(c).
+    r"""Return the binary cross-entropy of a cost's sign in nats: -p log sigmoid(-c) - (1 - p) log sigmoid(c).
 
-    A safe completion (p = 1) costs less than 0, a harmful one (p = 0) more (Dai et al., arXiv 2310.12773, Eq. 6, second
-    term). A cost of 0 gives log 2.
+    A safe completion (p = 1) should have a cost below 0, a harmful one (p = 0) a cost above 0 (Dai et al., arXiv
+    2310.12773, Eq. 6, second term). A cost of 0 gives log 2.
     """
     require_shape("completions", costs=costs, safe=safe)
     costs = at_least_float32(costs)
@@ -79,12 +80,12 @@ def cost_sign_loss(costs: Tensor, safe: Tensor) -> Tensor:
 
 
 def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor, tie_share: float) -> Tensor:
-    r"""Negative log-likelihood in nats of a comparison that may end in a tie (Davidson 1970, JASA 65, 317).
+    r"""Return the negative log-likelihood in nats of a comparison that may be a tie (Davidson 1970, JASA 65, 317).
 
-    P(chosen) : P(rejected) : P(tie) = e^{delta / 2} : e^{-delta / 2} : nu, delta = r_c - r_r. Equal scores tie with
-    probability nu / (2 + nu), which is ``tie_share``; as it goes to 0 this becomes `bradley_terry_loss` of the untied
-    pairs. A target of 1 or 0 is a win and 0.5 a tie. A target between them is a mean of verdicts: the likelier side
-    wins |2 p - 1| of them, and the rest are ties.
+    P(chosen) : P(rejected) : P(tie) = e^{delta / 2} : e^{-delta / 2} : nu, delta = r_c - r_r. ``tie_share`` is the
+    probability of a tie for equal scores, nu / (2 + nu). As it goes to 0, the loss becomes `bradley_terry_loss` of the
+    untied pairs. A target of 1 or 0 is a win and 0.5 a tie. Other targets are means of verdicts: the likelier side wins
+    a share |2 p - 1| of them, and the rest are ties.
 
     Raises:
         SettingError: tie_share is outside (0, 1).
@@ -104,7 +105,7 @@ def davidson_loss(chosen_scores: Tensor, rejected_scores: Tensor, target: Tensor
 
 
 def untied_pairs(group: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of one group with different ranks, as indices (better, worse), each of shape (pairs,)."""
+    """Return all pairs within a group that differ in rank, as indices (better, worse), each of shape (pairs,)."""
     require_shape("completions", group=group, ranks=ranks)
     better, worse = (_same_group(group) & (ranks.unsqueeze(1) < ranks.unsqueeze(0))).nonzero(as_tuple=True)
     return better, worse
@@ -113,7 +114,7 @@ def untied_pairs(group: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 def ranked_pairs_loss(
     scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, margin: Tensor, centering: float = 0.0
 ) -> Tensor:
-    r"""Bradley-Terry loss averaged over the untied pairs of each group, so that every prompt has the same weight.
+    r"""Average the Bradley-Terry loss over the untied pairs of each group, so that every prompt has the same weight.
 
     1 / \binom{K}{2} \sum_{i beats j} -log sigmoid(r_i - r_j) (InstructGPT, arXiv 2203.02155, Eq. 1), plus
     ``centering`` * mean (r_i + r_j)^2; shape (groups,). A group without an untied pair gives exactly 0 and no gradient.
@@ -130,7 +131,7 @@ def ranked_pairs_loss(
 def ranked_davidson_loss(
     scores: Tensor, group: Tensor, ranks: Tensor, target: Tensor, tie_share: float, centering: float = 0.0
 ) -> Tensor:
-    """`davidson_loss` averaged over all pairs of each group, with equal ranks as ties, shape (groups,)."""
+    """Average `davidson_loss` over all pairs of each group, with equal ranks as ties, shape (groups,)."""
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     tied = (_same_group(group) & (ranks.unsqueeze(1) == ranks.unsqueeze(0))).triu(1).nonzero(as_tuple=True)
     better, worse = (torch.cat(sides) for sides in zip(untied_pairs(group, ranks), tied, strict=True))
@@ -142,10 +143,11 @@ def ranked_davidson_loss(
 
 
 def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
-    r"""Negative log-likelihood of a ranking in nats: each completion is picked ahead of all that rank below it.
+    r"""Return the negative log-likelihood of a ranking in nats: each completion is picked before all lower-ranked ones.
 
-    \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959). Tied completions do not compete:
-    a group of ties gives exactly 0. A group of two gives `bradley_terry_loss`. Shape (groups,).
+    \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959), shape (groups,). Tied completions
+    do not compete: a group in which all completions are tied gives exactly 0. A group of two gives
+    `bradley_terry_loss`.
     """
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     scores = at_least_float32(scores)
@@ -161,7 +163,7 @@ def _same_group(group: Tensor) -> Tensor:
 
 
 def mean_by_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Mean of each group's values, of pairs or completions, shape (groups,); 0 for a group without a value."""
+    """Return the mean of each group's values, of pairs or completions, shape (groups,); 0 for an empty group."""
     counts = torch.bincount(group, minlength=groups)
     return values.new_zeros(groups).index_add(0, group, values) / counts.clamp(min=1)
 
@@ -171,10 +173,10 @@ def mean_by_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 
 def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    r"""Cross-entropy of each step's label in nats, -y log sigmoid(s) - (1 - y) log sigmoid(-s), shape (steps,).
+    r"""Return the cross-entropy of each step's label in nats, -y log sigmoid(s) - (1 - y) log sigmoid(-s).
 
-    Lightman et al. (arXiv 2305.20050, Section 2.6). The minimiser is the label's log-odds, log(y / (1 - y)). A score of
-    0 costs log 2 for any label.
+    Shape (steps,). Lightman et al. (arXiv 2305.20050, Section 2.6). The minimiser is the label's log-odds,
+    log(y / (1 - y)). A score of 0 costs log 2 for any label.
     """
     require_shape("steps", scores=scores, labels=labels)
     scores = at_least_float32(scores)
@@ -182,11 +184,11 @@ def step_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def first_errors(right: Tensor, row: Tensor, position: Tensor, rows: int) -> Tensor:
-    """Position of each completion's first wrong step, int64, shape (rows,); -1 where every step is right.
+    """Return the position of each completion's first wrong step, int64, shape (rows,); -1 if every step is right.
 
     Args:
         right: bool, shape (steps,).
-        position: number of each step within its completion, int64, shape (steps,).
+        position: index of each step within its completion, int64, shape (steps,).
     """
     require_shape("steps", right=right, row=row, position=position)
     none = torch.iinfo(torch.int64).max
@@ -199,16 +201,16 @@ def aggregated_steps(log_probs: Tensor, row: Tensor, rows: int, how: str) -> Ten
     """Aggregate the log-probabilities that steps are right into one number per completion, shape (rows,).
 
     Args:
-        log_probs: log-probability that each step is right, completion by completion in order, shape (steps,); each
+        log_probs: log-probability that each step is right, ordered by completion and step, shape (steps,); each
             completion must have a step.
-        how: "min" (the least), "product" (the sum of logs) or "last".
+        how: "min" (the minimum), "product" (the sum of logs) or "last".
 
     Raises:
-        SettingError: there is no such aggregate.
+        SettingError: the aggregate is unknown.
     """
     require_shape("steps", log_probs=log_probs, row=row)
     if how == "min":
-        return log_probs.new_zeros(rows).scatter_reduce(0, row, log_probs, "amin")  # no log-probability is above 0
+        return log_probs.new_zeros(rows).scatter_reduce(0, row, log_probs, "amin")  # log-probabilities are at most 0
     if how == "product":
         return log_probs.new_zeros(rows).index_add(0, row, log_probs)
     if how != "last":

@@ -1,4 +1,4 @@
-"""Selection: which of several samples to keep, to pair, or to ask people about.
+"""Select samples: to keep, to pair, or to ask people about.
 
 NaN marks a sample that is missing or could not be scored.
 """
@@ -14,23 +14,23 @@ from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 
 def best_of_n(scores: Tensor) -> Tensor:
-    """Index of the best-scored sample, the first among equals; a missing sample is chosen only if all are missing."""
+    """Return the index of the best-scored sample, the first of equals; a missing one only if all are missing."""
     return torch.where(scores.isnan(), -torch.inf, scores).argmax(-1)
 
 
 def soft_best_of_n(scores: Tensor, temperature: float) -> Tensor:
-    """Probability of drawing each sample in soft best-of-n, softmax(scores / temperature); missing samples get 0.
+    """Return the probability of each sample in soft best-of-n, softmax(scores / temperature); missing samples get 0.
 
-    Towards temperature 0 it is best-of-n, towards infinity a uniform draw.
+    As the temperature goes to 0 this becomes best-of-n, as it goes to infinity a uniform draw.
     """
     return (torch.where(scores.isnan(), -torch.inf, at_least_float32(scores)) / temperature).softmax(-1)
 
 
 def weighted_best_of_n(answers: Tensor, weights: Tensor) -> Tensor:
-    """Index of a sample whose answer gathers the most weight; equal weights are a majority vote (self-consistency).
+    """Return the index of a sample of the heaviest answer; equal weights give a majority vote (self-consistency).
 
     Args:
-        answers: id of each sample's final answer, int64, negative where none was found, shape (..., samples).
+        answers: id of each sample's final answer, int64, negative if none was found, shape (..., samples).
         weights: non-negative, such as sigmoid or exp of a score; NaN counts as 0. Shape (..., samples).
 
     Returns:
@@ -47,11 +47,11 @@ def weighted_best_of_n(answers: Tensor, weights: Tensor) -> Tensor:
 
 
 def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the best- and of the worst-scored sample of each group; groups of equal scores are left out.
+    """Return the indices of the best- and worst-scored sample of each group; groups of equal scores are left out.
 
     Args:
-        scores: shape (episodes,); a sample with NaN is neither.
-        group: index of the prompt each episode answers, int64 from 0, shape (episodes,).
+        scores: shape (episodes,); a sample with NaN is never selected.
+        group: index of each episode's prompt, int64 from 0, shape (episodes,).
 
     Returns:
         Chosen and rejected episodes, each of shape (pairs,), in the order of their groups.
@@ -66,12 +66,12 @@ def best_and_worst(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- active learning: how informative the label of a comparison is ---------------------------------------------------
-# Scores are (members, completions): of one prompt's completions, by each reward model of an ensemble. A list of more
-# than two completions is all of its pairs, and its value is their mean.
+# ``scores`` has shape (members, completions): scores of one prompt's completions by each reward model of an ensemble.
+# For more than two completions, the value is the mean over all pairs.
 
 
 def preference_probabilities(scores: Tensor) -> Tensor:
-    """Probability that the first of two completions is preferred, sigmoid(r_a - r_b), shape (members, pairs a < b)."""
+    """Return the probability that the first of two is preferred, sigmoid(r_a - r_b), shape (members, pairs a < b)."""
     require_shape("members completions", scores=scores)
     scores = at_least_float32(scores)
     first, second = torch.triu_indices(scores.shape[1], scores.shape[1], 1, device=scores.device)
@@ -79,15 +79,15 @@ def preference_probabilities(scores: Tensor) -> Tensor:
 
 
 def uncertainty(scores: Tensor) -> Tensor:
-    """Uncertainty of the ensemble's mean probability, 1 - |2 p - 1|, a scalar: 1 for p = 1/2, 0 for a certain p.
+    """Return the uncertainty of the ensemble's mean probability, 1 - |2 p - 1|: 1 for p = 1/2, 0 for a certain p.
 
-    Uncertainty sampling of Lewis and Gale (1994, arXiv cmp-lg/9407020), for two classes.
+    A scalar. Uncertainty sampling of Lewis and Gale (1994, arXiv cmp-lg/9407020), for two classes.
     """
     return (1 - (2 * preference_probabilities(scores).mean(0) - 1).abs()).mean()
 
 
 def disagreement(scores: Tensor) -> Tensor:
-    """Variance of the preference probability over the members, a scalar in [0, 1/4].
+    """Return the variance of the preference probability over the members, a scalar in [0, 1/4].
 
     Query by committee; its use for reward models is Christiano et al. (2017, arXiv 1706.03741), Section 2.2.4.
     """
@@ -95,11 +95,11 @@ def disagreement(scores: Tensor) -> Tensor:
 
 
 def farthest_first(features: Tensor, known: Tensor) -> Tensor:
-    """Order in which each point is the farthest from all earlier and known points; ties go to the first.
+    """Order points so that each is the farthest from all earlier and known points; ties go to the first point.
 
-    The greedy cover of Gonzalez (1985), which Sener and Savarese (2018, arXiv 1708.00489) use as a core-set. Without
-    known points, the point nearest to the mean comes first. Computes (points + known) * points distances. Given rows of
-    one size, returns indices of the points, int64.
+    The greedy cover of Gonzalez (1985), used by Sener and Savarese (2018, arXiv 1708.00489) as a core-set. Without
+    known points, the point nearest to the mean comes first. Computes (points + known) * points distances.
+    ``features`` has shape (points, size), ``known`` (known, size). Returns indices of the points, int64.
     """
     require_shape("points size", features=features)
     require_shape("known size", known=known)

@@ -1,6 +1,6 @@
-"""Statistics of evaluation: calibration, win rates, best-of-n curves, over-optimisation fits and benchmark scores.
+"""Evaluation statistics: calibration, win rates, best-of-n curves, over-optimisation fits and benchmark scores.
 
-``delta`` is the score of the chosen completion minus the score of the rejected one, shape (pairs,); its sigmoid is the
+``delta`` is the score of the chosen minus the score of the rejected completion, shape (pairs,). Its sigmoid is the
 probability that the reward model gives to the label. A verdict is 1 for a win, 0.5 for a tie and 0 for a loss.
 """
 
@@ -16,10 +16,10 @@ from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
 
 
 def calibration_error(delta: Tensor, bins: int = 10) -> Tensor:
-    r"""Expected calibration error, \sum_b n_b / n |mean confidence - accuracy| (Guo et al., arXiv 1706.04599).
+    r"""Return the expected calibration error, \sum_b n_b / n |mean confidence - accuracy| (arXiv 1706.04599).
 
-    Confidence is max(p, 1 - p), p = sigmoid(delta), in equal bins on [0.5, 1]; a comparison is right where p > 0.5.
-    Bins of p itself would be wrong: chosen is always the label.
+    Guo et al. Confidence is max(p, 1 - p), p = sigmoid(delta), in equal bins on [0.5, 1]. A comparison is right if
+    p > 0.5. Bins of p itself would be wrong, because the label is always chosen.
     """
     require_shape("pairs", delta=delta)
     delta = at_least_float32(delta)
@@ -30,13 +30,13 @@ def calibration_error(delta: Tensor, bins: int = 10) -> Tensor:
 
 
 def brier_score(delta: Tensor) -> Tensor:
-    """Squared distance of each probability from its label, (1 - sigmoid(delta))^2; average it over pairs."""
+    """Return the squared distance of each probability from its label, (1 - sigmoid(delta))^2; average it over pairs."""
     require_shape("pairs", delta=delta)
     return torch.sigmoid(-at_least_float32(delta)) ** 2
 
 
 def log_loss(delta: Tensor) -> Tensor:
-    """Negative log-likelihood of each label in nats, -log sigmoid(delta); average it over pairs."""
+    """Return the negative log-likelihood of each label in nats, -log sigmoid(delta); average it over pairs."""
     require_shape("pairs", delta=delta)
     return -F.logsigmoid(at_least_float32(delta))
 
@@ -45,19 +45,19 @@ def log_loss(delta: Tensor) -> Tensor:
 
 
 def win_rate(verdicts: Tensor) -> Tensor:
-    """Share of wins, with a tie as half a win; ``verdicts`` have shape (prompts,)."""
+    """Return the share of wins, a tie counting as half a win; ``verdicts`` have shape (prompts,)."""
     require_shape("prompts", verdicts=verdicts)
     return at_least_float32(verdicts).mean()
 
 
 def wilson_interval(rate: Tensor | float, count: Tensor | int, z: float = 1.959963984540054) -> tuple[Tensor, Tensor]:
-    r"""Wilson's score interval of a rate, [centre - half, centre + half] (Wilson 1927).
+    r"""Return Wilson's score interval of a rate, [centre - half, centre + half] (Wilson 1927).
 
     centre = (w + z^2 / 2n) / (1 + z^2 / n), half = z / (1 + z^2 / n) \sqrt{w (1 - w) / n + z^2 / 4 n^2}.
 
     Args:
         rate: w, in [0, 1], any shape.
-        count: n, independent prompts behind the rate.
+        count: n, number of independent prompts behind the rate.
         z: normal quantile; the default gives 95 %.
 
     Returns:
@@ -73,16 +73,16 @@ def wilson_interval(rate: Tensor | float, count: Tensor | int, z: float = 1.9599
 def bootstrap_interval(
     values: Tensor, draws: int = 10_000, seed: int = 0, clusters: Tensor | None = None, level: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Percentile bootstrap interval of a mean, resampling prompts (Efron 1979); the same seed gives the same interval.
+    """Return the percentile bootstrap interval of a mean, resampling prompts (Efron 1979); deterministic by seed.
 
     To compare two systems, pass the differences of their values on the same prompts.
 
     Args:
         values: shape (rows,).
-        draws: resamples.
-        seed: of the resampling.
+        draws: number of resamples.
+        seed: seed of the resampling.
         clusters: index of each row's prompt, int64 from 0, shape (rows,): rows of one prompt are not independent, so
-            they are drawn together. None where each row has its own prompt.
+            they are drawn together. None if each row has its own prompt.
         level: coverage.
 
     Returns:
@@ -104,9 +104,10 @@ def bootstrap_interval(
 
 
 def length_terms(length_difference: Tensor) -> Tensor:
-    r"""Length covariate of AlpacaEval 2, tanh(difference / its deviation over prompts) (arXiv 2404.04475).
+    r"""Return the length covariate of AlpacaEval 2, tanh(difference / its standard deviation) (arXiv 2404.04475).
 
-    ``length_difference`` is the length of the judged completion minus the baseline's, shape (prompts,).
+    ``length_difference`` is the length of the judged completion minus the baseline's, shape (prompts,). The standard
+    deviation is over prompts.
     """
     require_shape("prompts", length_difference=length_difference)
     difference = length_difference.double()
@@ -114,20 +115,20 @@ def length_terms(length_difference: Tensor) -> Tensor:
 
 
 def length_controlled_win_rate(verdicts: Tensor, length_difference: Tensor) -> Tensor:
-    """Win rate that the judge would give at equal lengths, sigmoid(theta) of `length_controlled_fit`, float64."""
+    """Return the judge's win rate at equal lengths, sigmoid(theta) of `length_controlled_fit`, float64."""
     return torch.sigmoid(length_controlled_fit(verdicts, length_difference)[0])
 
 
 def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    r"""Preference and length bias of a judge, the smallest form of AlpacaEval 2's regression (arXiv 2404.04475).
+    r"""Fit a judge's preference and length bias, the smallest form of AlpacaEval 2's regression (arXiv 2404.04475).
 
-    verdict ~ sigmoid(theta + phi `length_terms`), fitted by Newton's method, without their term for each prompt's
-    difficulty.
+    verdict ~ sigmoid(theta + phi `length_terms`), fitted by Newton's method. AlpacaEval's term for each prompt's
+    difficulty is left out.
 
     Args:
         verdicts: verdicts or probabilities, shape (prompts,).
         length_difference: length of the judged completion minus the baseline's, shape (prompts,).
-        ridge: squared penalty on both coefficients, in pseudo-prompts, so that a clean sweep stays finite.
+        ridge: squared penalty on both coefficients, in pseudo-prompts, so that the fit of a clean sweep stays finite.
 
     Returns:
         theta and phi, scalars in float64.
@@ -141,7 +142,7 @@ def length_controlled_fit(verdicts: Tensor, length_difference: Tensor, ridge: fl
 
 
 def logistic_fit(design: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
-    """Coefficients of the logistic regression targets ~ sigmoid(design w), by Newton's method, float64.
+    """Fit the coefficients of the logistic regression targets ~ sigmoid(design w) by Newton's method, float64.
 
     Args:
         design: covariates, shape (rows, covariates).
@@ -161,20 +162,20 @@ def logistic_fit(design: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
 
 
 def best_of_n_kl(n: Tensor | int) -> Tensor:
-    r"""KL in nats of the best-of-n policy from the one it samples, log n - (n - 1) / n (Stiennon et al., 2009.01325).
+    r"""Return KL(best-of-n || sampling policy) in nats, log n - (n - 1) / n (Stiennon et al., arXiv 2009.01325).
 
-    Exact where scores never tie, otherwise an upper bound (Beirami et al., arXiv 2401.01879). n = 1 gives 0.
+    Exact if scores never tie, otherwise an upper bound (Beirami et al., arXiv 2401.01879). n = 1 gives 0.
     """
     samples = torch.as_tensor(n, dtype=torch.float64)
     return samples.log() - (samples - 1) / samples
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
-    r"""Unbiased expected gold score of the proxy's best of n, for n = 1 .. N, from N samples.
+    r"""Estimate without bias the expected gold score of the proxy's best of n, for n = 1 .. N, from N samples.
 
     \sum_i C(i - 1, n - 1) / C(N, n) gold_{(i)}, samples sorted ascending by proxy (Nakano et al., arXiv 2112.09332,
     App. I): the mean over all subsets of size n. Samples with equal proxy scores are equally likely to be chosen. All
-    have shape (..., samples); entry n - 1 of the result, in float64, belongs to n.
+    tensors have shape (..., samples). Entry n - 1 of the result, in float64, is for n.
     """
     require_shape("...", proxy=proxy, gold=gold)
     total = proxy.shape[-1]
@@ -188,11 +189,13 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
 
 
 def pass_at_k(samples: Tensor | int, correct: Tensor, k: Tensor | int) -> Tensor:
-    r"""Unbiased probability that one of k samples is right, 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374).
+    r"""Estimate the probability that one of k samples is right, 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374).
+
+    Chen et al.; the estimate is unbiased.
 
     Args:
         samples: n, samples per problem.
-        correct: c, right ones among them, shape (problems,).
+        correct: c, number of right samples, shape (problems,).
         k: at most n.
 
     Returns:
@@ -203,7 +206,7 @@ def pass_at_k(samples: Tensor | int, correct: Tensor, k: Tensor | int) -> Tensor
 
 
 def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
-    """Log of the binomial coefficient C(n, k) by lgamma; minus infinity where k > n."""
+    """Return the log of the binomial coefficient C(n, k) by lgamma; minus infinity if k > n."""
     inside = k <= n
     left = torch.where(inside, n - k, 0)
     return torch.where(inside, (n + 1).lgamma() - (k + 1).lgamma() - (left + 1).lgamma(), -torch.inf)
@@ -211,40 +214,40 @@ def _log_binomial(n: Tensor, k: Tensor) -> Tensor:
 
 # --- over-optimisation -----------------------------------------------------------------------------------------------
 # Gao et al. (arXiv 2210.10760): gold score as a function of d = \sqrt{KL in nats}. alpha is the initial slope under
-# best-of-n and the score at d = 1 under RL, beta the over-optimisation. Fits take two or more distinct distances above
-# 0, and gold scores minus their value at distance 0, both of shape (points,).
+# best-of-n and the score at d = 1 under RL, beta the over-optimisation. Fits need at least two distinct distances above
+# 0, and gold scores relative to the score at distance 0; both have shape (points,).
 
 
 def best_of_n_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under best-of-n, R(d) = d (alpha - beta d)."""
+    r"""Return the gold score under best-of-n, R(d) = d (alpha - beta d)."""
     return distance * (alpha - beta * distance)
 
 
 def best_of_n_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""Distance and gold score at the peak of `best_of_n_overoptimization`, alpha / (2 beta) and alpha^2 / (4 beta)."""
+    r"""Return distance alpha / (2 beta) and gold score alpha^2 / (4 beta) at the `best_of_n_overoptimization` peak."""
     alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
     return alpha / (2 * beta), alpha**2 / (4 * beta)
 
 
 def rl_overoptimization(distance: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    r"""Gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0."""
+    r"""Return the gold score under reinforcement learning, R(d) = d (alpha - beta log d), R(0) = 0."""
     return alpha * distance - beta * torch.xlogy(distance, distance)
 
 
 def rl_peak(alpha: Tensor | float, beta: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""Distance d* = e^{alpha / beta - 1} and gold score beta d* at the peak of `rl_overoptimization`."""
+    r"""Return distance d* = e^{alpha / beta - 1} and gold score beta d* at the peak of `rl_overoptimization`."""
     alpha, beta = torch.as_tensor(alpha, dtype=torch.float64), torch.as_tensor(beta, dtype=torch.float64)
     distance = torch.exp(alpha / beta - 1)
     return distance, beta * distance
 
 
 def best_of_n_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares alpha and beta of `best_of_n_overoptimization`."""
+    """Fit alpha and beta of `best_of_n_overoptimization` by least squares."""
     return _linear_fit(distance, -(distance**2), gold)
 
 
 def rl_overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares alpha and beta of `rl_overoptimization`."""
+    """Fit alpha and beta of `rl_overoptimization` by least squares."""
     return _linear_fit(distance, -torch.xlogy(distance, distance), gold)
 
 

@@ -1,9 +1,9 @@
-"""Losses of policy gradients: probability ratios, surrogate objectives, sampler corrections and aggregations.
+"""Policy-gradient losses: probability ratios, surrogate objectives, sampler corrections and aggregations.
 
-Token tensors are (rows, length), right-padded: ``logprobs`` and ``old_logprobs`` are the policy's, now (with gradient)
-and at the rollout's start; ``behaviour_logprobs`` are the sampling engine's; ``advantages`` A are 0 under the mask.
-``completion_mask``, and ``learned`` for the tokens that are learned from, are bool. A loss comes back per token and is
-minimised. At ratio 1 every surrogate here has the gradient of -A log policy.
+Token tensors have shape (rows, length), right-padded. ``logprobs`` (with gradient) and ``old_logprobs`` are the
+policy's log-probabilities, now and at the rollout's start. ``behaviour_logprobs`` are the sampling engine's.
+``advantages`` A are 0 under the mask. ``completion_mask`` and ``learned`` (tokens that enter the loss) are bool. Losses
+are returned per token and are minimised. At ratio 1 every surrogate here has the gradient of -A log policy.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_me
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Probability ratio of each token, policy / old policy; the log-ratio is clamped to +-20 before `exp`."""
+    """Return the ratio of each token, policy / old policy; the log-ratio is clamped to +-20 before `exp`."""
     return kl_k1(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""Probability ratio of each whole completion, e^{\sum_t log-ratio}, clamped to e^{+-20}, shape (rows,)."""
+    r"""Return the ratio of each whole completion, e^{\sum_t log-ratio}, clamped to e^{+-20}, shape (rows,)."""
     log_ratio = masked_sum(kl_k1(logprobs, old_logprobs), completion_mask)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def geometric_sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    r"""GSPO's ratio of each completion, the geometric mean of its token ratios, shape (rows,) (arXiv 2507.18071)."""
+    r"""Return GSPO's ratio of each completion, the geometric mean of token ratios, shape (rows,) (arXiv 2507.18071)."""
     log_ratio = masked_mean(kl_k1(logprobs, old_logprobs), completion_mask, dim=-1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -52,8 +52,9 @@ def geometric_sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_
 def over_sequence(ratio: Tensor, logprobs: Tensor, completion_mask: Tensor) -> Tensor:
     r"""Give each token its completion's ratio with the token's own gradient, sg(ratio) e^{lp - sg(lp)}; 1 if masked.
 
-    GSPO-token of Zheng et al. (arXiv 2507.18071, Eq. 14). With one advantage per completion, a token mean per row of
-    `geometric_sequence_ratio`, and a token sum per row of `sequence_ratio`, have the gradient of the ratio itself.
+    GSPO-token of Zheng et al. (arXiv 2507.18071, Eq. 14). With one advantage per completion, this has the gradient of
+    the ratio itself for a token mean per row of `geometric_sequence_ratio`, and for a token sum per row of
+    `sequence_ratio`.
 
     Args:
         ratio: ratio of each completion, shape (rows,).
@@ -66,8 +67,8 @@ def policy_ratio(name: RatioName, logprobs: Tensor, old_logprobs: Tensor, comple
     """Return the named ratio on each token, with gradient, shape (rows, length).
 
     Args:
-        name: "token" (PPO), "sequence" (GSPO's geometric mean), "sequence_product" (the whole completion's, RLOO), or
-            "none": 1 with the gradient of log policy, for samples of the current policy.
+        name: "token" (PPO), "sequence" (GSPO's geometric mean), "sequence_product" (of the whole completion, RLOO), or
+            "none" (value 1 with the gradient of log policy, for samples of the current policy).
     """
     if name in ("token", "none"):
         return token_ratio(logprobs, old_logprobs if name == "token" else logprobs.detach())
@@ -86,14 +87,14 @@ def clipped_surrogate_loss(
     clip_high: float | None = None,
     ratio_cap: float | None = None,
 ) -> Tensor:
-    r"""PPO's pessimistic surrogate, max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), for any kind of ratio.
+    r"""Return PPO's clipped surrogate, max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), for any kind of ratio.
 
     Eq. 7 of Schulman et al. (arXiv 1707.06347). At ratio 1 the value is -A and its gradient the policy gradient.
 
     Args:
-        clip: how far the ratio may fall, and rise unless ``clip_high`` says otherwise.
+        clip: maximum decrease of the ratio, and maximum increase unless ``clip_high`` is set.
         dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al., arXiv 1912.09729).
-        clip_high: how far the ratio may rise (DAPO, arXiv 2503.14476).
+        clip_high: maximum increase of the ratio (DAPO, arXiv 2503.14476).
         ratio_cap: delta > 1 + clip_high caps the unclipped ratio too (INTELLECT-2, arXiv 2505.07291); None for no cap.
     """
     require_shape("...", ratio=ratio, advantages=advantages)
@@ -115,8 +116,9 @@ def clip_fractions(
 ) -> dict[str, Tensor]:
     """Mark with 1 the tokens whose gradient `clipped_surrogate_loss`, with the same arguments, sets to 0.
 
-    "clip_fraction_low" is A < 0 below 1 - clip, "clip_fraction_high" A > 0 above 1 + clip_high, and "clip_fraction"
-    also counts A < 0 above ``dual_clip`` or ``ratio_cap``. Means over tokens are the clip fractions.
+    "clip_fraction_low" marks A < 0 with ratio below 1 - clip, "clip_fraction_high" A > 0 with ratio above
+    1 + clip_high. "clip_fraction" also marks A < 0 with ratio above ``dual_clip`` or ``ratio_cap``. The clip fractions
+    are means over tokens.
     """
     ratio = ratio.detach()
     low = (ratio < 1 - clip) & (advantages < 0)
@@ -130,10 +132,11 @@ def clip_fractions(
 def soft_gate_loss(
     ratio: Tensor, advantages: Tensor, temperature: float = 1.0, temperature_negative: float = 1.05
 ) -> Tensor:
-    r"""SAPO's smooth gate in place of a clip, -(4 / tau) sigmoid(tau (ratio - 1)) A (arXiv 2511.20347).
+    r"""Return SAPO's loss with a smooth gate instead of a clip, -(4 / tau) sigmoid(tau (ratio - 1)) A.
 
-    At ratio 1 the value is -2 A / tau and the gradient the policy gradient; it fades as the ratio moves away. tau is
-    ``temperature`` where A > 0 and ``temperature_negative`` elsewhere; a larger one fades faster.
+    arXiv 2511.20347. At ratio 1 the value is -2 A / tau and the gradient is the policy gradient; the gradient fades as
+    the ratio moves away from 1. tau is ``temperature`` where A > 0 and ``temperature_negative`` elsewhere; a larger tau
+    fades faster.
     """
     require_shape("...", ratio=ratio, advantages=advantages)
     tau = torch.where(advantages > 0, temperature, temperature_negative).type_as(ratio)
@@ -141,7 +144,7 @@ def soft_gate_loss(
 
 
 def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Williams's policy gradient as a loss per token, -A * logprob; for samples of the current policy."""
+    """Return Williams's policy gradient as a loss per token, -A * logprob; for samples of the current policy."""
     require_shape("rows length", logprobs=logprobs, advantages=advantages)
     return -advantages * at_least_float32(logprobs)
 
@@ -149,13 +152,14 @@ def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
 def cispo_loss(
     ratio: Tensor, logprobs: Tensor, advantages: Tensor, high: float | None = 5.0, low: float | None = None
 ) -> Tensor:
-    r"""CISPO: REINFORCE weighted by a bounded ratio, -sg(clip(ratio, low, high)) A logprob (MiniMax, arXiv 2506.13585).
+    r"""Return CISPO's loss, REINFORCE weighted by a bounded ratio: -sg(clip(ratio, low, high)) A logprob.
 
-    Unlike a clip, the bounds leave every token its gradient. At ratio 1 the gradient is the clipped surrogate's.
+    MiniMax, arXiv 2506.13585. Unlike a clip, the bounds leave every token its gradient. At ratio 1 the gradient is that
+    of the clipped surrogate.
 
     Args:
-        high: largest weight; 5 in ScaleRL (arXiv 2510.13786); None for no bound.
-        low: smallest weight, as in verl and NeMo-RL; None for no bound.
+        high: maximum weight; 5 in ScaleRL (arXiv 2510.13786); None for no bound.
+        low: minimum weight, as in verl and NeMo-RL; None for no bound.
     """
     weight = ratio.detach()
     if high is not None or low is not None:
@@ -165,8 +169,8 @@ def cispo_loss(
 
 # --- sampler corrections ---------------------------------------------------------------------------------------------
 # A sampled token has three log-probabilities: behaviour (the sampling engine's), old (the trainer's forward pass at the
-# rollout's start) and the policy's now. A correction multiplies the loss by a weight of delta = old - behaviour,
-# without gradient. The ratio of the policy gradient is of now and old, and does not change.
+# rollout's start) and the current policy's. A correction multiplies the loss by a weight without gradient, a function
+# of delta = old - behaviour. The ratio of the policy gradient compares current and old, and does not change.
 
 
 def sampler_weights(
@@ -180,15 +184,15 @@ def sampler_weights(
     r"""Return the sampler correction's weight of each token, shape (rows, length).
 
     - token_truncate: e^{delta_t} clipped to [low, high]; truncated importance sampling (Ionides 2008).
-    - token_mask: e^{delta_t} where low <= e^{delta_t} <= high, else 0; IcePop.
-    - sequence_truncate: e^{\sum_t delta_t} clipped to [low, high], one weight for a completion.
-    - sequence_mask: e^{\sum_t delta_t} where it is within [low, high], else 0.
-    - geometric_mask: 1 where low <= e^{mean_t delta_t} <= high, else 0; it rejects whole completions.
-    - bypass: 1; the trainer takes the behaviour log-probabilities as the old ones.
+    - token_mask: e^{delta_t} if low <= e^{delta_t} <= high, else 0; IcePop.
+    - sequence_truncate: e^{\sum_t delta_t} clipped to [low, high], one weight per completion.
+    - sequence_mask: e^{\sum_t delta_t} if within [low, high], else 0.
+    - geometric_mask: 1 if low <= e^{mean_t delta_t} <= high, else 0; it rejects whole completions.
+    - bypass: 1; the trainer uses the behaviour log-probabilities as the old ones.
 
     Args:
-        high: largest weight, or largest ratio that is kept.
-        low: smallest weight, or smallest ratio that is kept; None takes 0.5 for the token and geometric masks, and no
+        high: maximum weight, or maximum ratio that is kept.
+        low: minimum weight, or minimum ratio that is kept; None takes 0.5 for the token and geometric masks, and no
             bound for the others.
     """
     if correction == "bypass":
@@ -209,14 +213,14 @@ def sampler_weights(
 def effective_share(mean: Tensor, variance: Tensor) -> Tensor:
     r"""Return the effective sample size of weights as a share of their number, (\sum w)^2 / (n \sum w^2), in [0, 1].
 
-    Given are the mean of the weights and their biased variance.
+    The arguments are the mean of the weights and their biased variance.
     """
     square = mean.square()
     return torch.where(square > 0, square / (square + variance).clamp_min(1e-30), 0.0)
 
 
 def normalised_weights(weights: Tensor, completion_mask: Tensor, batch_mean: Tensor | None = None) -> Tensor:
-    """Divide weights by their mean over the tokens of the batch, so that a correction keeps the step size (verl).
+    """Divide weights by their mean over the batch's tokens, so that a correction keeps the step size (verl).
 
     Args:
         weights: shape (rows, length).
@@ -229,9 +233,10 @@ def normalised_weights(weights: Tensor, completion_mask: Tensor, batch_mean: Ten
 def off_policy_weights(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor, threshold: float
 ) -> Tensor:
-    """Return 0 where A < 0 and the completion's mean of old - now exceeds ``threshold``, else 1 (DeepSeek-V3.2).
+    """Return 0 if A < 0 and the completion's mean of old - current logprob exceeds ``threshold``, else 1.
 
-    Bad completions that have become much less likely than they were, in nats per token, are no longer learned from.
+    DeepSeek-V3.2. Completions with negative advantage are dropped from the loss once they have become much less likely
+    than at the rollout, measured in nats per token.
     """
     moved = masked_mean(kl_k1(old_logprobs, logprobs.detach()), completion_mask, dim=-1).unsqueeze(-1)
     return ((advantages >= 0) | (moved <= threshold)).type_as(old_logprobs)
@@ -239,23 +244,23 @@ def off_policy_weights(
 
 # --- aggregations ----------------------------------------------------------------------------------------------------
 # An aggregation is a weight for each token and a divisor. The loss of an optimizer step is the weighted sum over all
-# micro-batches and ranks, divided by the sum of their divisors, so how a batch is cut changes neither value nor
-# gradient. In the equations m is ``learned`` and l the loss of a token. A row without learned tokens counts in
-# `constant_length` alone.
+# micro-batches and ranks, divided by the sum of their divisors. So the split of a batch changes neither value nor
+# gradient. In the equations m is ``learned`` and l the loss of a token. A row without learned tokens counts only in
+# `constant_length`.
 
 
 def token_mean(learned: Tensor) -> Aggregation:
-    r"""Every token has the same weight: \sum m l / \sum m (PPO; DAPO, arXiv 2503.14476)."""
+    r"""Give every token the same weight: \sum m l / \sum m (PPO; DAPO, arXiv 2503.14476)."""
     return Aggregation(learned.float(), learned.sum())
 
 
 def sequence_mean_token_mean(learned: Tensor) -> Aggregation:
-    r"""Every completion has the same weight: the mean over rows of each row's token mean (GRPO, arXiv 2402.03300)."""
+    r"""Give every completion the same weight: the mean over rows of each row's token mean (GRPO, arXiv 2402.03300)."""
     return Aggregation(learned / learned.sum(-1, keepdim=True).clamp_min(1), learned.any(-1).sum())
 
 
 def sequence_mean_token_sum(learned: Tensor) -> Aggregation:
-    r"""The mean over rows of each row's token sum: the policy gradient of completions (RLOO, arXiv 2402.14740)."""
+    r"""Average each row's token sum over rows: the policy gradient of completions (RLOO, arXiv 2402.14740)."""
     return Aggregation(learned.float(), learned.any(-1).sum())
 
 
@@ -265,7 +270,7 @@ def constant_length(learned: Tensor, max_length: int) -> Aggregation:
 
 
 def aggregate(name: AggregationName, learned: Tensor, max_length: int) -> Aggregation:
-    """Return the named aggregation; ``max_length`` is the constant per row of "constant"."""
+    """Return the named aggregation; ``max_length`` is the constant per row for "constant"."""
     if name == "constant":
         return constant_length(learned, max_length)
     choices = {
