@@ -41,8 +41,8 @@ def rewards_after_end(
 ) -> tuple[Tensor, Tensor]:
     """Return `token_rewards` in the layout of Huang et al. (arXiv 2403.17031): the score follows the end token.
 
-    The score has an extra slot, the state after the end token. This state has a value, so it
-    enters advantages and the value loss. No action is taken there, so it does not enter the policy loss.
+    The score has an extra slot, the state after the end token. This state has a value, so it enters advantages
+    and the value loss. No action is taken there, so it does not enter the policy loss.
 
     Returns:
         Rewards, and the mask of states with a value; both of shape (episodes, length + 1).
@@ -156,7 +156,7 @@ def adapted_kl_coef(
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Estimate how far updates moved the policy since the rollout, 1/2 (logprobs - old_logprobs)^2 per token, in nats."""
+    """Estimate how far updates moved the policy in a rollout, 1/2 (logprobs - old_logprobs)^2 per token in nats."""
     return kl_k1(logprobs, old_logprobs).square() / 2
 
 
