@@ -133,6 +133,7 @@ def headline(kind: str, outcome: "Outcome") -> str:
     notes = [f"{kind} data"]
     notes += [f"{len(outcome.encoded)} rows, one for each learned turn"] if outcome.split else []
     notes += ["only the last turn is learned"] if outcome.last_turn else []
+    notes += ["turns before the first user turn are context"] if outcome.assistant_first else []
     notes += ["turns after 256 learned ones are left out"] if outcome.turns_cut else []
     notes += ["text that spells control tokens is plain text"] if outcome.escaped else []
     notes += ["prompt and completion would be tokenized otherwise together"] if outcome.merged else []

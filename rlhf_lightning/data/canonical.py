@@ -37,6 +37,8 @@ REASONS = {
     "bad_tool_call": "a tool call or the description of a tool is not {name, arguments}, or not valid JSON, or tools "
     "are described in two ways, or in a later turn than the first",
     "tools_without_messages": "tools are described, but the prompt is plain text; use messages, or set as_chat",
+    "bad_template_args": "chat_template_kwargs is not an object of variables of the chat template; tools have a column "
+    "of their own, and documents are a list of objects",
     "bad_turn_weight": "weight, train, trainable, loss_mask or loss of a turn is not true, false or a number from 0 "
     "up; in preferences, and in answers that the prompt begins, it is true or false",
     "trained_turn": "a turn that is not the assistant's is marked as trained, which is not supported",
@@ -65,6 +67,7 @@ REASONS = {
     "thought_left_out": "the chat template leaves out the thought of a learned turn",
     "thought_closed": "the generation prompt closes the thought that a turn has; see enable_thinking in template_args",
     "tools_left_out": "the chat template leaves out the descriptions of tools",
+    "documents_left_out": "the chat template leaves out documents; rename their column if the prompt needs none",
     "tool_calls_left_out": "the chat template leaves out tool calls",
     "prompt_not_continued": "the chat template renders the answer so that it does not continue its prompt",
     "control_token_read": "a turn spells a control token on which the chat template acts",
@@ -100,6 +103,7 @@ class CanonicalRow:
         columns: the columns that are not part of the form. For judged steps also their ``labels``, None for a step
             that was not judged.
         unused: keys of turns that are not used.
+        rendered_with: columns that the chat template reads.
     """
 
     prompt: Prompt | None
@@ -110,6 +114,7 @@ class CanonicalRow:
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    rendered_with: tuple[str, ...] = ()
 
 
 @dataclass
@@ -127,6 +132,7 @@ class Report:
         split: kept conversations that became one row per learned turn, because the template rewrites earlier turns.
         last_turn: kept rows with several learned turns, if only the last is used.
         turns_cut: kept conversations with more than 256 learned turns; later turns are left out.
+        assistant_first: kept rows that begin with the assistant; turns before the first user turn are context.
         unused: kept rows with a column, or a key of a turn, that is not used; by its name.
     """
 
@@ -140,6 +146,7 @@ class Report:
     split: int = 0
     last_turn: int = 0
     turns_cut: int = 0
+    assistant_first: int = 0
     unused: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
@@ -164,7 +171,7 @@ class Report:
         """The counts as ``data/...`` metrics."""
         counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
         rare = {"escaped": self.escaped, "boundary_mismatch": self.merged, "split": self.split}
-        rare |= {"last_turn": self.last_turn, "turns_cut": self.turns_cut}
+        rare |= {name: vars(self)[name] for name in ("last_turn", "turns_cut", "assistant_first")}
         counts |= {name: count for name, count in rare.items() if count}
         counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
@@ -184,6 +191,7 @@ class Report:
             (self.split, "became a row for each learned turn, because the chat template rewrites earlier turns"),
             (self.last_turn, "have several assistant turns; only the last turn is learned"),
             (self.turns_cut, "have more than 256 learned turns; the later turns are left out"),
+            (self.assistant_first, "begin with the assistant, whose turns before the first user turn are context"),
         ):
             text += f"; {count:,} {meaning}" if count else ""
         if self.unused:

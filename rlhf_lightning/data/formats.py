@@ -16,7 +16,8 @@ Prompts: ``prompt``, or the part of the other forms before the completion. Text 
 
 ``system``, ``history`` (earlier turns) and ``tools`` (or ``functions``) are added to the prompt of any form.
 ``preference`` (probability that chosen is better), ``margin`` (rated strength) and ``weight`` (weight of the row) are
-optional numbers. All other columns are passed on.
+optional numbers. With messages, ``chat_template_kwargs`` and ``documents`` are variables of the row's chat template.
+All other columns are passed on.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from rlhf_lightning.data.turns import (
     parted,
     prompt_of,
     spells_turns,
+    template_args_in,
     text_of,
     unused_keys,
     with_user,
@@ -49,6 +51,9 @@ from rlhf_lightning.data.turns import (
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.loading import is_too_deep
 from rlhf_lightning.types import Message, Prompt
+
+TEMPLATE_COLUMNS = ("chat_template_kwargs", "documents")
+"""Columns with variables of the chat template."""
 
 LABELS = ("preference", "margin", "weight")
 
@@ -321,6 +326,7 @@ def read_row(
     if not MEDIA.isdisjoint(row) and any(row.get(name) for name in MEDIA):
         raise RowRefused("media")
     canonical = read(row, as_chat)
+    _add_template_args(canonical)
     canonical.unused = tuple(dict.fromkeys(unused_keys(row.values())))
     try:
         parts = [canonical.prompt, *canonical.completions]
@@ -331,6 +337,16 @@ def read_row(
     except (UnicodeError, ValueError, TypeError):
         raise RowRefused("broken_text") from None
     return canonical
+
+
+def _add_template_args(row: CanonicalRow) -> None:
+    """Put the columns ``chat_template_kwargs`` and ``documents`` into messages, as variables of the chat template."""
+    if not row.prompt or isinstance(row.prompt, str):  # no template is applied
+        return
+    if args := template_args_in(*(row.columns.get(name) for name in TEMPLATE_COLUMNS)):
+        first, *others = row.prompt
+        row.prompt = [{**first, "template_args": {**first.get("template_args", {}), **args}}, *others]
+    row.rendered_with = TEMPLATE_COLUMNS if "documents" in args else TEMPLATE_COLUMNS[:1]
 
 
 def _others(row: Row, used: set[str]) -> dict[str, Any]:

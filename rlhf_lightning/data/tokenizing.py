@@ -87,6 +87,7 @@ class Outcome(NamedTuple):
         split: whether each learned turn became a row.
         last_turn: whether only the last of several learnable turns is learned.
         turns_cut: whether learned turns beyond the first 256 are left out.
+        assistant_first: whether its conversation begins with the assistant.
         unused: columns and keys of turns that are not used.
     """
 
@@ -99,6 +100,7 @@ class Outcome(NamedTuple):
     split: bool = False
     last_turn: bool = False
     turns_cut: bool = False
+    assistant_first: bool = False
     unused: tuple[str, ...] = ()
 
 
@@ -204,7 +206,7 @@ class Encoder:
                 report.drop(outcome.reason)
                 continue
             report.kept += 1
-            for name in ("escaped", "merged", "split", "last_turn", "turns_cut"):
+            for name in ("escaped", "merged", "split", "last_turn", "turns_cut", "assistant_first"):
                 if getattr(outcome, name):
                     setattr(report, name, getattr(report, name) + 1)
             report.leave_unused(outcome.unused)
@@ -290,12 +292,13 @@ class Encoder:
             split=len(cases) > 1,
             last_turn=any(text.last_turn for case in cases for text in case.texts),
             turns_cut=any(text.turns_cut for case in cases for text in case.texts),
+            assistant_first=bool(row.completions) and _begins_with_assistant(row.prompt),
             unused=self.unused_of(row),
         )
 
     def unused_of(self, row: CanonicalRow) -> tuple[str, ...]:
         """Return descriptions of the columns and the keys of turns that are not used."""
-        used = {*self.slots, *(("labels",) if self.separator is not None else ())}
+        used = {*self.slots, *(("labels",) if self.separator is not None else ()), *row.rendered_with}
         left = [] if self.hands_on else [name for name, value in row.columns.items() if value is not None]
         columns = [f"column {name!r}" for name in left if name not in used]
         return (*columns, *(f"key {name!r} of turns" for name in row.unused))
@@ -367,6 +370,11 @@ def instructed(row: CanonicalRow, prefix: str | None) -> CanonicalRow:
     if first["role"] != "system":
         return replace(row, prompt=[{"role": "system", "content": prefix}, *row.prompt])
     return replace(row, prompt=[{**first, "content": f"{prefix}\n\n{first['content']}"}, *others])
+
+
+def _begins_with_assistant(prompt: Prompt | None) -> bool:
+    roles = [] if prompt is None or isinstance(prompt, str) else [turn["role"] for turn in prompt]
+    return "assistant" in roles[: roles.index("user") if "user" in roles else 0]
 
 
 def _judged(steps: list[Encoded], labels: list[float | None]) -> Encoded:

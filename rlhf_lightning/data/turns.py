@@ -10,14 +10,15 @@ from typing import Any
 from rlhf_lightning.data.canonical import ROLES, Row, RowRefused
 from rlhf_lightning.loading import SCALARS, is_too_deep
 from rlhf_lightning.tokenization.facts import THOUGHT_KEYS
+from rlhf_lightning.tokenization.templates import CALL_ARGS
 from rlhf_lightning.types import Message, Prompt
 
 FLAGS = ("weight", "train", "trainable", "loss_mask", "loss")
 """Keys of a turn that set its weight in the loss."""
 
 TURN_KEYS = {
-    "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools", *THOUGHT_KEYS,
-    *FLAGS,
+    "role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id", "tools",
+    "template_args", *THOUGHT_KEYS, *FLAGS,
 }  # fmt: skip
 """Keys of a turn that are read."""
 
@@ -66,6 +67,8 @@ def messages_of(value: Any) -> list[Message]:
         raise RowRefused("bad_tool_call")
     if turns and tools:
         turns[0]["tools"] = tools
+    if turns and (args := template_args_in(value[0].get("template_args"))):
+        turns[0]["template_args"] = args
     return turns
 
 
@@ -182,6 +185,29 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+def template_args_in(given: Any, documents: Any = None) -> dict[str, Any]:
+    """Read a row's variables of the chat template, an object or JSON text, and documents, which are a list of objects.
+
+    Documents of any other form belong to no template, and are not read.
+    """
+    if isinstance(given, str):
+        given = from_json(given, "bad_template_args") if given.strip() else None
+    if not isinstance(given, Mapping | None) or is_too_deep(given):
+        raise RowRefused("bad_template_args")
+    args: dict[str, Any] = _without_nulls(given or {})
+    if _are_documents(documents):
+        found = _without_nulls(documents)
+        if args.setdefault("documents", found) != found:
+            raise RowRefused("bad_template_args")
+    if not _are_documents(args.get("documents", [{}])) or not {str(name) for name in args}.isdisjoint(CALL_ARGS):
+        raise RowRefused("bad_template_args")
+    return args
+
+
+def _are_documents(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
+
+
 def history_of(value: Any) -> list[Message]:
     """Read earlier turns: messages, or pairs of a question and an answer; as a list, or JSON text."""
     if isinstance(value, str):
@@ -248,10 +274,12 @@ def completion_of(value: Any) -> str | list[Message]:
 
 
 def parted(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Split turns into those before the assistant's first turn, and the rest up to the assistant's last turn."""
+    """Split turns before the first assistant turn that answers a user, and after the last assistant turn."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         raise RowRefused("no_assistant_turn")
+    asked = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    answers = [i for i in answers if i > asked] or answers
     if all(turns[i].get("weight", 1) == 0 for i in answers):
         raise RowRefused("no_learned_turn")
     return with_user(turns[: answers[0]]), turns[answers[0] : answers[-1] + 1]

@@ -187,6 +187,7 @@ class Turns:
     def _encoded(self, one: _Open, reply: Reply) -> tuple[list[Message], list[int]]:
         """Return a reply as messages and as tokens."""
         messages: list[Message] = [*reply.messages] or [{"role": "user", "content": reply.text or ""}]
+        turn = {**one.messages[-1], "template_args": one.messages[0].get("template_args")}
         if reply.ids is not None:
             ids = [int(index) for index in reply.ids]
             if ids and not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
@@ -198,7 +199,7 @@ class Turns:
             ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], reply.text or "")
         else:
             ended = one.ids[-1] in tokenization.end_token_ids(self.tokenizer)
-            ids = tokenization.encode_reply(self.tokenizer, one.messages[-1], messages, ended)
+            ids = tokenization.encode_reply(self.tokenizer, turn, messages, ended)
         if ids and max(ids) >= len(self.tokenizer):
             known = len(self.tokenizer)
             raise ContractError("bad-reply", f"{self.name} replied with token id {max(ids)}; the tokenizer has {known}")

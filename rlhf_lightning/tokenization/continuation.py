@@ -62,18 +62,21 @@ class RenderedConversation:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
         self.tokenizer, self.facts, self.turns = tokenizer, facts_of(tokenizer), turns
         self.tools = next((turn["tools"] for turn in turns if turn.get("tools")), None)
+        self.args = next((turn["template_args"] for turn in turns if turn.get("template_args")), {})
         self.real = [self.facts.for_template(turn) for turn in turns]
         self.safe = [self.facts.guarded_values(turn, turn["role"] == "assistant") for turn in self.real]
         self.safe_tools = self.facts.guarded_values(self.tools, False)
-        self.is_safe = self.safe == self.real and self.safe_tools == self.tools
-        self._check_tools()
+        self.safe_args = self.facts.guarded_values(self.args, False)
+        self.is_safe = (self.safe, self.safe_tools, self.safe_args) == (self.real, self.tools, self.args)
+        self.written_turns = {} if self.args else self.facts.written_turns
+        self._check_context()
 
     def text(self, stop: int, generation: bool = False, open_turn: bool = False) -> str:
         """Render the first ``stop`` turns."""
-        written = apply_template(self.tokenizer, self.real[:stop], generation, open_turn, self.tools)
+        written = apply_template(self.tokenizer, self.real[:stop], generation, open_turn, self.tools, self.args)
         if self.is_safe:
             return written
-        text = apply_template(self.tokenizer, self.safe[:stop], generation, open_turn, self.safe_tools)
+        text = apply_template(self.tokenizer, self.safe[:stop], generation, open_turn, self.safe_tools, self.safe_args)
         if self.facts.restored(text) != written:
             raise TurnsRefused(
                 "control-token-read",
@@ -179,7 +182,10 @@ class RenderedConversation:
 
     def _check_turns(self, text: str, stop: int) -> None:
         text, written = self.facts.restored(text), self._written(stop)
+        first = next((place for place, turn in enumerate(self.turns) if turn["role"] == "user"), 0)
         for place, turn in enumerate(self.turns[:stop]):
+            if turn["role"] == "assistant" and place < first and written and place not in written:
+                raise _left_out("assistant")
             if turn["role"] not in ("user", "system", "developer"):
                 continue
             if turn["content"].strip() not in text or (written and place not in written):
@@ -214,17 +220,17 @@ class RenderedConversation:
         Empty if the template refuses test turns with these roles.
         """
         roles = tuple(turn["role"] for turn in self.turns[:stop])
-        if roles not in self.facts.written_turns:
+        if roles not in self.written_turns:
             marked = [{"role": role, "content": f"\ue003{number}\ue003"} for number, role in enumerate(roles)]
             written = ""
             with suppress(TurnsRefused):  # turns with test contents may not form a valid conversation
                 given = [self.facts.for_template(turn) for turn in marked]
-                written = apply_template(self.tokenizer, given, False, tools=self.tools)
-            self.facts.written_turns[roles] = tuple(map(int, re.findall("\ue003([0-9]+)\ue003", written)))
-        return self.facts.written_turns[roles]
+                written = apply_template(self.tokenizer, given, False, tools=self.tools, variables=self.args)
+            self.written_turns[roles] = tuple(map(int, re.findall("\ue003([0-9]+)\ue003", written)))
+        return self.written_turns[roles]
 
-    def _check_tools(self) -> None:
-        """Check that the template writes tool calls and tool results, by rendering the turns with marks in them."""
+    def _check_context(self) -> None:
+        """Check that the template writes tool calls, tool results and documents, by rendering them with marks."""
         turns: list[Message] = []
         marks: list[tuple[str, str]] = []
 
@@ -241,11 +247,20 @@ class RenderedConversation:
                 both = zip(calls, functions, strict=True)
                 turn = {**turn, "tool_calls": [{**call, "function": function} for call, function in both]}
             turns.append(turn)
-        written = apply_template(self.tokenizer, turns, False, tools=self.tools) if marks else ""
+        documents = []
+        for one in self.args.get("documents", ()):
+            texts = [name for name in ("text", "contents", "content", *one) if isinstance(one.get(name), str)]
+            documents.append({**one, **{name: mark("document") for name in texts[:1]}})
+        args = {**self.args, "documents": documents} if documents else self.args
+        written = apply_template(self.tokenizer, turns, False, tools=self.tools, variables=args) if marks else ""
         missing = {kind for kind, text in marks if text not in written}
         if "call" in missing:
             raise TurnsRefused(
                 "tool-calls-left-out", "the chat template leaves out tool calls; use a template that renders them"
+            )
+        if "document" in missing:
+            raise TurnsRefused(
+                "documents-left-out", "the chat template leaves out documents; use a template that renders them"
             )
         if missing:
             raise _left_out("tool")

@@ -77,7 +77,7 @@ TAIL = 64
 
 GUARD = re.compile("\ue000([0-9]+)\ue001")
 
-OWN_KEYS = ("weight", "tools")
+OWN_KEYS = ("weight", "tools", "template_args")
 """Keys of a message that are not passed to templates."""
 
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "\ue000call\ue001", "arguments": {"a": "\ue000b"}}}

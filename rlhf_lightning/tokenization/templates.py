@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from types import MappingProxyType
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
@@ -38,6 +39,12 @@ PINNED_DATE = "2025-01-01"
 """Date that ``strftime_now`` returns to a template, unless ``template_args`` has ``now``."""
 
 RESERVED_ARGS = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
+
+CALL_ARGS = (
+    *RESERVED_ARGS, "conversation", "chat_template", "tools", "tokenize", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
+)  # fmt: skip
+"""Arguments of transformers' ``apply_chat_template`` that are no variables of a template."""
 
 
 class ChatTemplateError(ModelError):
@@ -96,6 +103,7 @@ def apply_template(
     generation: bool,
     open_turn: bool = False,
     tools: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Render messages that are already in the form for the template (see `Facts.for_template`).
 
@@ -105,6 +113,7 @@ def apply_template(
         generation: whether to open the assistant's next turn at the end.
         open_turn: whether to leave the last turn open.
         tools: tool descriptions; None takes those of ``template_args``.
+        variables: further variables, which override those in ``template_args``.
 
     Raises:
         ChatTemplateError: the template is missing, or exceeds the limits of `sandbox`.
@@ -112,6 +121,7 @@ def apply_template(
     """
     args = dict(template_args_of(tokenizer))
     clock = _clock(args.pop("now", None))
+    args |= variables
     if tools:
         args["tools"] = tools
     template = template_of(tokenizer, bool(args.get("tools")))

@@ -11,6 +11,7 @@ from rlhf_lightning.data.canonical import Report, RowRefused
 from rlhf_lightning.data.formats import PREFERENCE_FORMS, check_columns, demonstration, preference, prompt, read_row
 from rlhf_lightning.data.tokenizing import encoder_for
 from rlhf_lightning.tokenization import completion_text, encode_prompt, load_tokenizer, tokenizer_fingerprint
+from rlhf_lightning.tokenization.templates import CHATML
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / os.environ.get("RLHF_CASES", Path(os.environ.get("RLHF_DATA", "../shared/data")).parent / "cases")
@@ -310,6 +311,86 @@ def test_a_template_that_ignores_thoughts_or_tools_drops_the_row(tiny_tokenizer)
     assert learned(tiny_tokenizer, tools)[1].dropped == {"tool_calls_left_out": 1}
     described = {**tools, "messages": [tools["messages"][0], tools["messages"][3]]}
     assert learned(tiny_tokenizer, described)[1].dropped == {"tools_left_out": 1}
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_learned_after_the_first_user_turn():
+    tokenizer = tokenizer_with(CHATML)
+    texts = ("Hail!", "Who?", "A knight.", "Why?", "Honour.")
+    turns = [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(texts)]
+    ((asked, _, said),), report = learned(tokenizer, {"messages": turns})
+    assert asked == tokenizer.apply_chat_template(turns[:2], tokenize=False, add_generation_prompt=True)
+    assert said == "A knight.<|im_end|>Honour.<|im_end|>"
+    assert report.assistant_first == 1 and "begin with the assistant" in report.describe("rows")
+    for few in (turns[:1], turns[:2]):
+        assert learned(tokenizer, {"messages": few})[1].dropped == {"no_user_turn": 1}
+    unlearned = [*turns[:4], {**turns[4], "train": False}]
+    assert learned(tokenizer, {"messages": unlearned})[0][0][2] == "A knight.<|im_end|>"
+    pair = {"chosen": turns[:3], "rejected": [*turns[:2], {"role": "assistant", "content": "Nobody."}]}
+    assert learned(tokenizer, pair, "preference")[1].assistant_first == 1
+
+
+@pytest.mark.parametrize("template", [
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}" + CHATML,
+    CHATML.replace("messages %}", "(messages[1:] if messages[0].role == 'assistant' else messages) %}"),
+])  # fmt: skip
+def test_a_template_that_cannot_begin_with_the_assistant_drops_the_row(template):
+    turns = [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(["Hail!", "Who?", "I."])]
+    found, report = learned(tokenizer_with(template), {"messages": turns})
+    assert not found and set(report.dropped) <= {"template_refuses", "turn_left_out"}
+
+
+READS_ARGS = (
+    "{% for one in documents or [] %}{{ one.title }}: {{ one.text }}\n{% endfor %}" + CHATML +
+    "{% if add_generation_prompt and not thinking %}<think></think>{% endif %}"
+)  # fmt: skip
+QUESTION = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]}
+DOCUMENTS = [{"title": "t", "text": "Ann won.", "none": None}, {"title": "<|im_end|>", "text": "Bob lost."}]
+
+
+@pytest.mark.parametrize("row", [
+    {"chat_template_kwargs": {"thinking": True}},
+    {"chat_template_kwargs": '{"thinking": true}', "documents": DOCUMENTS},
+    {"documents": DOCUMENTS},
+    {"chat_template_kwargs": {"documents": DOCUMENTS[:1], "thinking": None}},
+    {},
+])  # fmt: skip
+def test_variables_of_a_row_are_those_of_its_rendering(row):
+    tokenizer = tokenizer_with(READS_ARGS)
+    given = row.get("chat_template_kwargs") or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    args = {"documents": row.get("documents"), **given}
+    wanted = tokenizer.apply_chat_template(
+        QUESTION["messages"][:1], tokenize=False, add_generation_prompt=True, **args
+    )
+    found, report = learned(tokenizer, {**QUESTION, **row})
+    assert [(asked, said) for asked, _, said in found] == [(wanted, "Ann.<|im_end|>")]
+    assert not report.unused
+    asked = prompt({"prompt": QUESTION["messages"][:1]})
+    pair = {"prompt": asked.prompt, "chosen": "Ann.", "rejected": "Bob.", **row}
+    assert learned(tokenizer, pair, "preference")[0][0][0] == wanted
+    stored = read_row({**QUESTION, **row}, demonstration).prompt  # as an annotation store hands it on
+    assert tokenizer.decode(encode_prompt(tokenizer, read_row({"prompt": stored}, prompt).prompt)) == wanted
+
+
+def test_variables_of_a_row_take_the_place_of_the_settings():
+    tokenizer = tokenizer_with(READS_ARGS)
+    tokenizer.init_kwargs["template_args"] = {"thinking": True}
+    asked = {False: "<think></think>", True: "", None: ""}
+    for value, end in asked.items():
+        ((text, *_),), _ = learned(tokenizer, {**QUESTION, "chat_template_kwargs": {"thinking": value}})
+        assert text.endswith("assistant\n" + end)
+
+
+def test_documents_that_the_template_leaves_out_and_bad_variables_drop_the_row():
+    tokenizer = tokenizer_with(CHATML)
+    assert learned(tokenizer, {**QUESTION, "documents": DOCUMENTS})[1].dropped == {"documents_left_out": 1}
+    for bad in ([1], "{", {"tools": []}, {"chat_template": "x"}, {"documents": "text"}, {"messages": []}):
+        report = learned(tokenizer, {**QUESTION, "chat_template_kwargs": bad})[1]
+        assert report.dropped == {"bad_template_args": 1}, bad
+    both = {"chat_template_kwargs": {"documents": DOCUMENTS}, "documents": DOCUMENTS[:1]}
+    assert learned(tokenizer, {**QUESTION, **both})[1].dropped == {"bad_template_args": 1}
+    for row in ({**QUESTION, "documents": ["a.pdf"]}, {"prompt": "p", "completion": "c", "documents": DOCUMENTS}):
+        assert learned(tokenizer, row)[1].unused == {"column 'documents'": 1}
 
 
 def test_preferences_in_other_projects_forms():

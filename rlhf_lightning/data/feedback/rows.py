@@ -14,7 +14,7 @@ import torch
 
 from rlhf_lightning.data.feedback.database import NO_LIMIT, item_of, judgements_of
 from rlhf_lightning.data.feedback.records import STRENGTHS, Item, StoredJudgement, digest
-from rlhf_lightning.data.formats import ALL_FORMS, LABELS
+from rlhf_lightning.data.formats import ALL_FORMS, LABELS, TEMPLATE_COLUMNS
 from rlhf_lightning.data.turns import MEDIA
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.functional.judging import annotator_reliability
@@ -24,7 +24,7 @@ Labels = Literal["mean", "reliability"]
 Row = dict[str, Any]
 Reliabilities = Mapping[str, float] | None
 
-ELSEWHERE = ("ranks", "prompts", "system", "history", "tools", "functions")
+ELSEWHERE = ("ranks", "prompts", "system", "history", "tools", "functions", *TEMPLATE_COLUMNS)
 TAKEN_COLUMNS = {name for form in ALL_FORMS for name in form} | {*LABELS, *MEDIA, *ELSEWHERE}
 """Columns used by a form or a label. Rows leave out a prompt's own columns of these names: they could pass for labels.
 """
