@@ -31,7 +31,8 @@ def write_project(folder: Path, seed: int = 0) -> Path:
     """Write the template under the folder's name, and the data of a small text world."""
     name = folder.name
     if not name.isidentifier() or keyword.iskeyword(name) or not name.isascii():
-        near = "".join(one if one.isascii() and one.isalnum() else "_" for one in name).strip("_") or "my_project"
+        near = "".join(one if one.isascii() and one.isalnum() else "_" for one in name).strip("_") or "project"
+        near = near if near.isidentifier() and not keyword.iskeyword(near) else f"my_{near}"
         raise SettingError(
             "invalid-name", f"{name!r} cannot name a Python package: use letters, digits and _, such as {near}"
         )

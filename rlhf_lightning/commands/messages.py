@@ -102,9 +102,14 @@ def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str |
     found = re.search(r"unrecognized arguments: (.+)", message, re.DOTALL)
     if found:
         given = found.group(1).split()[0]
+        known = {action.dest: action.option_strings for action in parser_actions(parser)}
         if not given.startswith("-"):
-            return f"unexpected argument {given!r}: a value follows an option, such as --config {given}"
+            option = next((name for name in ("model", "models", "name", "config") if known.get(name)), None)
+            hint = f": a value follows an option, such as --{option} {given}" if option else ""
+            return f"unexpected argument {given!r}{hint}"
         name, dashes = given.lstrip("-").partition("=")[0], "--"
+        if known.get(name) == []:
+            return f"the {name} is given without --{name}, right after the command"
     else:
         found = re.search(r"does not accept option '([^']+)'", message)
         if not found:
@@ -139,6 +144,8 @@ def _base_class(action: Any) -> type | None:
 def _wrong_argument(message: str, key: str, class_path: str, parser: Any) -> str | None:
     """Explain an argument that the chosen class does not have."""
     found = re.search(r"Option '([^']+)' is not accepted", message)
+    if found and found.group(1).partition(".")[0] in PARTS:
+        return f"{found.group(1)} is a setting of `rlhf fit`: this command takes another config file"
     if not found or not class_path:
         return None
     name, known, short = found.group(1), parameters_of(class_path), class_path.rpartition(".")[2]
@@ -171,6 +178,8 @@ def _missing(message: str, key: str, class_path: str, parser: Any) -> str | None
 def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | None:
     """Explain a class that cannot be found, imported or used here."""
     given = found.group(1).strip() if (found := re.search(r"Given value: ([^\n]+)", message)) else class_path
+    if found := re.fullmatch(r'Parser key "[^"]+":\s+Expected a dot import path string: (.+)', message):
+        return f"{key}: there is no class {found.group(1)}; give its import path, as my_module.{found.group(1)}"
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
         base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
@@ -206,6 +215,9 @@ def _wrong_value(message: str, key: str, class_path: str, parser: Any) -> str | 
         key = f"{key}.{inner.group(1)}" if key else inner.group(1)
     value = re.search(r"Got value: ([^\n]*)", message) or re.search(r"Given value: ([^\n]*)", message)
     part = message[inner.start() + 1 :] if inner else message
+    below = re.findall(r'Parser key "([^"]+)":', part)[1:]
+    if len(below) == 1:  # a setting of a group, such as lora
+        key, part = f"{key}.{below[0]}", part[part.rindex("Parser key") :]
     expected = [_type_name(name) for name in re.findall(r"Expected an? ([^\n]+?)(?:\. Got value|\n|$)", part)]
     if not value or not expected or not key:
         return None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.evaluation.report import (
     FrontierPoint,
     draw_frontier,
@@ -91,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
 
 def fresh_folder(out: Path) -> Path:
     """Create an empty folder; rename an earlier report in its place with a number."""
+    if out.is_file():
+        raise SettingError("no-folder", f"--out {out} is a file: name a folder, which is made")
     if out.exists() and any(out.iterdir()):
         number = 1
         while (earlier := out.with_name(f"{out.name}.{number}")).exists():

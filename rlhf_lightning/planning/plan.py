@@ -17,6 +17,7 @@ from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.train_settings import SettingsCLI
+from rlhf_lightning.errors import check_range
 from rlhf_lightning.loading import flat_settings, read_config
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.planning.estimate import Plan, Rates, measured_rates, most_tokens_per_second, plan
@@ -83,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     settings = cli.config_init.fit
     setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
     found = plan(setup)
+    check_range(settings.memory is None or settings.memory > 0, "give the GB of a device", memory=settings.memory)
     limit = None if settings.memory is None else int(settings.memory * GB)
     helpful = remedies(setup, limit) if limit is not None and found.peak > limit else []
     print(described(type(cli.model).__name__, setup, found, limit, helpful))

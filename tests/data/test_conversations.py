@@ -359,9 +359,7 @@ def test_variables_of_a_row_are_those_of_its_rendering(row):
     given = row.get("chat_template_kwargs") or {}
     given = json.loads(given) if isinstance(given, str) else given
     args = {"documents": row.get("documents"), **given}
-    wanted = tokenizer.apply_chat_template(
-        QUESTION["messages"][:1], tokenize=False, add_generation_prompt=True, **args
-    )
+    wanted = tokenizer.apply_chat_template(QUESTION["messages"][:1], tokenize=False, add_generation_prompt=True, **args)
     found, report = learned(tokenizer, {**QUESTION, **row})
     assert [(asked, said) for asked, _, said in found] == [(wanted, "Ann.<|im_end|>")]
     assert not report.unused
