@@ -53,6 +53,13 @@ def call_before_zero_grad(trainer: Any, optimizer: Any) -> None:
         hooks(trainer, "on_before_zero_grad", optimizer)
 
 
+def describe_endless_epochs(bar: Any) -> None:
+    """Let a RichProgressBar write ``Epoch 0`` where it would write ``Epoch 0/-2``, as it does with max_steps alone."""
+    if "_get_train_description" not in vars(bar):
+        written = bar._get_train_description
+        bar._get_train_description = lambda epoch: written(epoch).replace("/-2", "")
+
+
 def checkpoint_period(callback: Any) -> tuple[int, Any]:
     """Return ``every_n_train_steps`` (0 for never) and ``train_time_interval`` of a ModelCheckpoint."""
     return callback._every_n_train_steps, callback._train_time_interval

@@ -175,9 +175,8 @@ def generate(
 
 
 def refuse_overwriting(source: str, out: str) -> None:
-    """Refuse an output that is a folder, or the input file."""
-    if Path(out).is_dir():
-        raise SettingError("no-file", f"--out {out} is a folder: name the file to write, as {Path(out) / 'out.jsonl'}")
+    """Refuse to overwrite the input file, and what is not a file."""
+    refuse_special(Path(out))
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
 

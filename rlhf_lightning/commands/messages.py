@@ -105,8 +105,8 @@ def _wrong_option(message: str, key: str, class_path: str, parser: Any) -> str |
         known = {action.dest: action.option_strings for action in parser_actions(parser)}
         if not given.startswith("-"):
             option = next((name for name in ("model", "models", "name", "config") if known.get(name)), None)
-            hint = f": a value follows an option, such as --{option} {given}" if option else ""
-            return f"unexpected argument {given!r}{hint}"
+            example = f": a value follows an option, such as --{option} {given}" if option else ""
+            return f"unexpected argument {given!r}{example}"
         name, dashes = given.lstrip("-").partition("=")[0], "--"
         if known.get(name) == []:
             return f"the {name} is given without --{name}, right after the command"

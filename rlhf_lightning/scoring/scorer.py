@@ -295,33 +295,12 @@ def call_scorer(
             f"{scorer.function.__name__} asks for {asked!r}, which the data lacks (further columns: "
             f"{', '.join(columns) or 'none'}); add it to the rows, or rename one by data.columns",
         ) from error
-    except TypeError as error:
-        function = scorer.function if isinstance(scorer, FunctionScorer) else scorer
-        if _accepts(function, prompts, completions, columns):
-            raise
-        raise ContractError(
-            "scorer-signature",
-            f"{name} cannot be called with prompts, completions and the data's columns: {error}; define it as "
-            "scorer(prompts, completions, **columns)",
-        ) from error
     except SystemExit as error:
         raise ContractError(
             "scorer-exits",
             f"{name} called sys.exit({'' if error.code is None else repr(error.code)}); raise an exception, or return "
             "None for a completion that cannot be judged",
         ) from error
-
-
-def _accepts(function: Callable[..., Any], *given: Any) -> bool:
-    """Return whether a function takes prompts, completions and columns."""
-    prompts, completions, columns = given
-    try:
-        inspect.signature(function).bind(prompts, completions, **columns)
-    except TypeError:
-        return False
-    except ValueError:  # a function without a signature
-        return True
-    return True
 
 
 def ask_scorer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +62,7 @@ class RenderedConversation:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> None:
         self.tokenizer, self.facts, self.turns = tokenizer, facts_of(tokenizer), turns
         self.tools = next((turn["tools"] for turn in turns if turn.get("tools")), None)
-        self.args = next((turn["template_args"] for turn in turns if turn.get("template_args")), {})
+        self.args: dict[str, Any] = next((turn["template_args"] for turn in turns if turn.get("template_args")), {})
         self.real = [self.facts.for_template(turn) for turn in turns]
         self.safe = [self.facts.guarded_values(turn, turn["role"] == "assistant") for turn in self.real]
         self.safe_tools = self.facts.guarded_values(self.tools, False)

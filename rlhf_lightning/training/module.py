@@ -406,7 +406,9 @@ class AlignmentModule(LightningModule):
 
         Raises:
             SettingError: a setting of the trainer, or a callback, does not work with this module.
+            ContractError: ``hook-without-super``: a subclass's hook replaces this package's own.
         """
+        trainer_checks.check_hooks(self)
         if self.trainer.state.fn == "fit":
             trainer_checks.check_trainer(self.trainer, self)
             if any(isinstance(callback, NEED_WEIGHTS) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]

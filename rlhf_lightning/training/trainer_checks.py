@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    RichProgressBar,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,6 +27,7 @@ from rlhf_lightning.compat import (
     attached_datamodule,
     checkpoint_period,
     deals_out_loaders,
+    describe_endless_epochs,
     given_data,
     held_out_data,
     set_tuned_setting,
@@ -56,6 +60,14 @@ CALLBACKS = {
 NEVER_CALLED = ("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping")
 """Hooks of a LightningModule that Lightning calls only with automatic optimization."""
 
+EXTENDED = (
+    "setup", "configure_model", "transfer_batch_to_device", "on_fit_start", "on_fit_end", "on_train_start",
+    "on_train_end", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end",
+    "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_test_start",
+    "on_test_epoch_start", "on_test_epoch_end", "on_predict_start", "on_save_checkpoint", "on_load_checkpoint",
+)  # fmt: skip
+"""Hooks in which modules of this package do something that a subclass must not lose."""
+
 PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train", "val", "test", "rollout")
 """Packages whose classes log only metrics named GROUP/NAME, and the groups."""
 
@@ -68,8 +80,35 @@ def check_trainer(trainer: Trainer, module: Any) -> None:
     """
     for code, sentence in trainer_refusals(trainer, module):
         raise SettingError(code, sentence)
+    if trainer.max_epochs == -1 and isinstance(trainer.progress_bar_callback, RichProgressBar):
+        describe_endless_epochs(trainer.progress_bar_callback)
     # Lightning warns at each save that the weights are those after the update, which is intended here.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
+
+def check_hooks(module: Any) -> None:
+    """Refuse a hook of a subclass that would silently take the place of this package's own.
+
+    Raises:
+        ContractError: ``hook-without-super``.
+    """
+    for name in EXTENDED:
+        owner, *inherited = [kind for kind in type(module).__mro__ if name in vars(kind)]
+        hook = inspect.unwrap(vars(owner)[name])
+        ours = any(kind.__module__.startswith("rlhf_lightning.") for kind in inherited)
+        own = owner.__module__.startswith("rlhf_lightning.") or not inspect.isfunction(hook)
+        if ours and not own and name not in _names_in(hook.__code__):
+            raise ContractError(
+                "hook-without-super",
+                f"{owner.__name__}.{name} does not call super().{name}(...), and what {type(module).__name__} does "
+                "there would be lost: call it",
+            )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names that a function uses, those within its inner functions too."""
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:

@@ -195,12 +195,12 @@ MISTAKES = {
     "a model without its option": ("generate POLICY prompts.jsonl", "such as --model POLICY"),
     "two models to talk to": ("chat POLICY REWARD", "unexpected argument 'REWARD'"),
     "an objective to list": ("objectives DPO", "such as --name DPO"),
-    "a folder as an output": ("generate --model POLICY --prompts prompts.jsonl --out .", "name the file to write"),
+    "a folder as an output": ("generate --model POLICY --prompts prompts.jsonl --out .", "name a file"),
     "a file as the quickstart's folder": ("quickstart --out pairs.jsonl", "name a folder"),
     "a recipe of another command": ("loop --config recipe:labels/dpo", "is a setting of `rlhf fit`"),
-    "a labeller of another name": ("loop --config recipe:labels/loop --labeller Nobody", "there is no class Nobody"),
+    "a labeller of another name": ("loop --config recipe:labels/loop --labeller Ann", "there is no class Ann"),
     "less than no memory": ("plan --config recipe:dpo --model.init_from POLICY --memory -1", "the GB of a device"),
-    "a scorer without arguments": (f"{SCORED}.careless", "define it as scorer(prompts, completions, **columns)"),
+    "a scorer without arguments": (f"{SCORED}.careless", "careless(prompts, completions, **columns)"),
     "a scorer that waits": (f"{SCORED}.later", "give a plain function"),
 }  # fmt: skip
 

@@ -325,7 +325,7 @@ def test_a_conversation_that_begins_with_the_assistant_is_learned_after_the_firs
         assert learned(tokenizer, {"messages": few})[1].dropped == {"no_user_turn": 1}
     unlearned = [*turns[:4], {**turns[4], "train": False}]
     assert learned(tokenizer, {"messages": unlearned})[0][0][2] == "A knight.<|im_end|>"
-    pair = {"chosen": turns[:3], "rejected": [*turns[:2], {"role": "assistant", "content": "Nobody."}]}
+    pair = {"chosen": turns[:3], "rejected": [*turns[:2], {"role": "assistant", "content": "A king."}]}
     assert learned(tokenizer, pair, "preference")[1].assistant_first == 1
 
 

@@ -34,10 +34,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
-from rlhf_lightning.modules import DPOModule, GRPOModule, RewardModule, SFTModule
+from rlhf_lightning.modules import DPOModule, GRPOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.runs import RunProgress
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.trainer_checks import check_loader
+from rlhf_lightning.training.trainer_checks import check_hooks, check_loader
 
 ROWS = [{"prompt": f"w{n}", "completion": f"w{n % 7} w{n % 5}"} for n in range(24)]
 PAIRS = [{"prompt": f"w{n}", "chosen": f"w{n % 7} w1", "rejected": "w2"} for n in range(24)]
@@ -408,14 +408,35 @@ def test_a_monitor_without_slash_is_refused_unless_a_class_logs_it(
     assert fit(policy_folder, [made("val_mine")], module=own, enable_checkpointing=True, **here).updates == 3
 
 
+@pytest.mark.parametrize(
+    ("base", "hook"), [(SFTModule, "on_validation_epoch_end"), (RewardModule, "on_fit_start"), (GRPOModule, "setup")]
+)
+def test_a_hook_without_super_is_refused(policy_folder: str, base: Any, hook: str) -> None:
+    def replaced(self: Any, *given: Any) -> None:
+        self.mine = True
+
+    mine, given = type("Mine", (base,), {hook: replaced}), {"scorer": lengths} if base is GRPOModule else {}
+    with refused("hook-without-super", f"Mine.{hook} does not call super().{hook}"):
+        check_hooks(mine.__new__(mine))
+    with refused("hook-without-super", f"Mine.{hook}"):
+        fit(policy_folder, module=mine(init_from=policy_folder, **given))
+    other = type("Other", (base,), {"on_before_zero_grad": replaced, "training_step": replaced})
+    for kind in (base, other, Logs):
+        check_hooks(kind.__new__(kind))
+
+
 class Kept(SFTModule):
     """Keeps a state of its own in checkpoints and forgets that of its base."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["mine"] = 1
+        if self.updates < 0:
+            super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert checkpoint["mine"] == 1
+        if self.updates < 0:
+            super().on_load_checkpoint(checkpoint)
 
 
 def test_hooks_of_checkpoints_that_forget_super_are_refused(policy_folder: str, tmp_path: Path) -> None:
@@ -512,6 +533,30 @@ def test_the_import_of_a_module_prints_nothing() -> None:
     code = "import rlhf_lightning\nrlhf_lightning.DPOModule, rlhf_lightning.PreferenceDataModule"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_truncated_completions_are_told_once(policy_folder: str, recwarn: pytest.WarningsRecorder) -> None:
+    module = GRPOModule(init_from=policy_folder, scorer=lengths, max_new_tokens=1, self_check=False)
+    prompts = [{"prompt": f"w{n}"} for n in range(8)]
+    quiet_trainer(max_steps=3).fit(module, PromptDataModule(prompts, batch_size=8, samples_per_prompt=2))
+    told = [text for one in recwarn if "ended before model.max_new_tokens=1" in (text := str(one.message))]
+    assert len(told) == 1 and "raise it" in told[0]
+
+
+@pytest.mark.parametrize("kind", [PPOModule, RewardModule])
+def test_a_new_head_is_one_line_and_no_epoch_is_minus_two(
+    policy_folder: str, kind: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"scorer": lengths, "max_new_tokens": 2} if kind is PPOModule else {}
+    data = PromptDataModule(PAIRS, batch_size=8) if kind is PPOModule else PreferenceDataModule(PAIRS, batch_size=8)
+    bar, off = lightning.RichProgressBar(), {"logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", callbacks=[bar], **off)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(kind(init_from=policy_folder, self_check=False, **settings), data)
+    written = "".join(capfd.readouterr())
+    assert "LOAD REPORT" not in written + caplog.text and "/-2" not in written
+    assert bar._get_train_description(0).strip() == "Epoch 0"
+    assert sum("has no score head: a new one is drawn" in one.message for one in caplog.records) == 1
 
 
 # -- before and without a Trainer --------------------------------------------------------------------------------------
