@@ -1,4 +1,4 @@
-"""``rlhf critique``: answer prompts, criticise and revise the answers under a constitution, keep the revisions."""
+"""``rlhf critique``: answer prompts, criticise and revise the answers by a constitution, keep the revisions."""
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
@@ -40,19 +40,19 @@ def critique(
 ) -> int:
     """Turn prompts into demonstrations: sample answers, then criticise and revise them in several rounds.
 
-    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent (the answer that was
-    revised), critique, model and constitution (its fingerprint). Unusable revisions are dropped and counted: empty,
-    unchanged, unfinished, about themselves, or after a refused critique. Counts are printed and written to
-    OUT.report.json. The same seed gives the same rows; the same command resumes a killed run (Constitutional AI, arXiv
-    2212.08073).
+    This is the supervised stage of Constitutional AI (arXiv 2212.08073). Each row has prompt and completion, which
+    SFTDataModule reads, and principle, round, parent (the answer before the revision), critique, model and constitution
+    (its fingerprint). A revision is dropped and counted if it is empty, unchanged or unfinished, if it talks about
+    itself, or if the critique was a refusal. Counts are printed and written to OUT.report.json. The same seed gives the
+    same rows; the same command resumes a killed run.
 
     Args:
         model: folder of a policy, .gguf file, hub id, or address of an OpenAI-compatible server (http://host:8000).
-        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training form.
+        prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or any training format.
         out: JSONL file of demonstrations; written when the run is complete.
         constitution: name of a shipped constitution (harmless, helpful), or a YAML file.
-        rounds: revisions of each answer, each by another principle.
-        mix: rows of a prompt: the last revision or all.
+        rounds: number of revisions of each answer, each by another principle.
+        mix: rows to keep for each prompt: the last revision, or all.
         without_critique: ask for a revision without a critique.
         keep_unfinished: also keep revisions that reached the maximum length.
         server_model: name of the model on the server.
@@ -102,7 +102,7 @@ def critique(
 
 
 def report_file(target: Path) -> Path:
-    """Path of the report of a file of rows."""
+    """Return the path of the report that belongs to a file of rows."""
     return target.with_suffix(".report.json")
 
 
@@ -165,7 +165,7 @@ def revisions_table(report: dict[str, Any]) -> str:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """Return that table and a sentence on the prompts."""
+    """Return the table of revisions and a sentence about the prompts."""
     said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
     if report["no_answer"]:
         said += f"; {report['no_answer']:,} have no first answer: it is empty, or the context has no room for it"

@@ -1,4 +1,4 @@
-"""``rlhf label``: soft labels from a judge under a constitution, and metrics of the judge."""
+"""``rlhf label``: soft labels from a judge that follows a constitution, and metrics of the judge."""
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DEFAULTS = SamplingArguments()
 
 FOUND_AT_ONCE = 64
-"""Pairs between two journal entries."""
+"""Number of pairs per journal entry."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,27 +45,27 @@ def label(
 ) -> int:
     """Label pairs of completions with a judge, each comparison in both orders, and write soft labels.
 
-    Pairs are given (--pairs) or sampled (--prompts with --model). A row has prompt, chosen, rejected and preference
-    (probability that chosen is better), as PreferenceDataModule reads them, and judge, constitution (its fingerprint),
-    principles, probabilities (by principle, chosen shown first), swapped_probabilities (chosen shown second), tie and
-    human_preference (of given pairs). Missing answers are counted and give no label. The judge's consistency, position
-    bias, ties, failures, entropy and agreement with given labels are printed and written to OUT.report.json. The same
-    command resumes a killed run.
+    Pairs come from a file (--pairs) or are sampled (--prompts with --model). Each row has prompt, chosen, rejected and
+    preference (probability that chosen is better), which PreferenceDataModule reads. It also has judge, constitution
+    (its fingerprint), principles, probabilities (by principle, chosen shown first), swapped_probabilities (chosen shown
+    second), tie, and human_preference (for pairs of a file). Missing answers are counted and give no label. The judge's
+    consistency, position bias, ties, failures, entropy and agreement with existing labels are printed and written to
+    OUT.report.json. The same command resumes a killed run.
 
     Args:
         judge: folder of a language model, .gguf file or hub id; address of an OpenAI-compatible server (its model:
             --judge_args.model NAME); or a class of rlhf_lightning.scoring.judges or by import path.
         out: JSONL file of labelled pairs; written when the run is complete.
         constitution: name of a shipped constitution (harmless, helpful), or a YAML file.
-        pairs: file of preferences in any form that training reads; every two completions of a list are a pair. Their
+        pairs: file of preferences in any format that training reads; every two completions of a list are a pair. Their
             labels are not shown to the judge.
         prompts: file of prompts to sample two completions for.
         model: folder of the policy to sample from.
         judge_args: arguments of the judge's class: --judge_args.NAME VALUE.
-        principles: principles drawn for each pair; their answers are averaged.
-        average: what is averaged, probability or logit; logit removes a constant position bias.
+        principles: number of principles drawn for each pair; the answers are averaged over principles.
+        average: average the probability or the logit; logit removes a constant position bias.
         reasoning: let the judge reason before it answers; probabilities are clamped to [0.4, 0.6].
-        least_mass: minimum probability of the two letters together; below it there is no answer.
+        least_mass: minimum total probability of the two letters; below it the answer counts as missing.
         ties: keep pairs whose verdict is a tie, with their soft label, or drop them.
         as_chat: put a plain-text prompt into a user turn of the chat template.
         sampling: sampling settings; at temperature 0 both completions are equal and give no pair.
@@ -127,7 +127,7 @@ def _written(target: Path, records: list[Any], settings: Any, ties: str, provena
 
 
 def _with_dtype(judge: str, arguments: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """Arguments of the judge's class, with the dtype for a local model."""
+    """Return the arguments of the judge's class, with the dtype for a local model."""
     given = dict(arguments or {})
     local = Path(judge).expanduser().exists() or judge.endswith(".gguf") or judge == "LocalJudge"
     return {"dtype": dtype, **given} if local else given
@@ -162,7 +162,7 @@ def given_pairs(path: str) -> "list[Pair]":
 class Work(NamedTuple):
     """Pairs to label: entries of the report, other values that the pairs depend on, number of pairs or prompts.
 
-    ``parts(done)`` yields some pairs at a time with the progress after them, starting after ``done``.
+    ``parts(done)`` yields the pairs after ``done`` in parts, each with the progress after it.
     """
 
     provenance: dict[str, Any]
@@ -172,7 +172,7 @@ class Work(NamedTuple):
 
 
 def given_work(path: str) -> Work:
-    """The pairs of a file."""
+    """Return the work for the pairs of a file."""
     from rlhf_lightning.data.feedback.records import digest
 
     pairs = given_pairs(path)
@@ -186,7 +186,7 @@ def given_work(path: str) -> Work:
 
 
 def sampled_work(prompts: str, model: str, sampling: SamplingArguments, as_chat: bool) -> Work:
-    """Two different completions of each prompt, sampled as `rlhf annotate` does."""
+    """Return the work for sampled pairs: two different completions of each prompt, sampled as in `rlhf annotate`."""
     from rlhf_lightning.commands.generate import read_prompts
     from rlhf_lightning.commands.journal import model_stamp
     from rlhf_lightning.data.feedback.records import digest

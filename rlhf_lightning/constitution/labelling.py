@@ -1,4 +1,4 @@
-"""Soft labels from a judge: every comparison in both orders, averaged over principles; AI labeller."""
+"""Soft labels from a judge (every comparison in both orders, averaged over principles), and the AI labeller."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from rlhf_lightning.scoring.judges import load_judge
 from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, Judge, JudgeAnswer, Pair, Question, checked_answers
 
 MOST_CERTAIN = 30.0
-"""Bound of a judge's log-odds: two certain answers that contradict each other give a tie instead of NaN."""
+"""Bound of a judge's log-odds, so that two contradictory certain answers give a tie instead of NaN."""
 
 AFTER_REASONING = (0.4, 0.6)
-"""Bounds of probabilities after reasoning, which saturate (arXiv 2212.08073, section 4.1)."""
+"""Bounds of probabilities after reasoning, because these probabilities saturate (arXiv 2212.08073, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class LabelSettings:
     """How a judge's answers become labels.
 
     Args:
-        principles: principles drawn for each pair; their answers are averaged.
-        average: what is averaged: probability, or logit, which removes a constant position bias of the log-odds.
+        principles: number of principles drawn for each pair; the answers are averaged over principles.
+        average: average the probability or the logit; logit removes a constant position bias of the log-odds.
         reasoning: let the judge reason before it answers; its probabilities are clamped to [0.4, 0.6].
-        least_mass: minimum probability of the two letters together; below it there is no answer.
+        least_mass: minimum total probability of the two letters; below it the answer counts as missing.
         seed: seed of the drawn principles.
     """
 
@@ -78,11 +78,11 @@ def label_pairs(
         constitution: principles and wording of the questions.
         pairs: pairs to compare.
         settings: how answers become labels.
-        start: index of the first pair. Principles are drawn by (seed, index), so that pairs labelled in parts get the
-            same labels.
+        start: index of the first pair. Principles are drawn by (seed, index), so labelling in parts gives the same
+            labels.
 
     Raises:
-        ConstitutionError: it has fewer comparing principles than are to be drawn.
+        ConstitutionError: the constitution has fewer comparing principles than must be drawn.
         ContractError: the judge does not give one answer to each question.
     """
     settings = settings or LabelSettings()
@@ -149,7 +149,7 @@ def _comparison(principle: str, answer: JudgeAnswer, swapped: JudgeAnswer, setti
 
 
 def _failure(answer: JudgeAnswer, least_mass: float) -> str:
-    """Reason why an answer does not count; empty if it does."""
+    """Return the reason why an answer does not count; empty if it counts."""
     if answer.failure:
         return answer.failure
     if math.isnan(answer.first_logprob) or math.isnan(answer.second_logprob):
@@ -158,7 +158,7 @@ def _failure(answer: JudgeAnswer, least_mass: float) -> str:
 
 
 def _probability(answer: JudgeAnswer, low: float, high: float) -> float:
-    certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # -inf - (-inf) is NaN
+    certain = max(answer.first_logprob, answer.second_logprob) - 2 * MOST_CERTAIN  # avoids -inf - (-inf) = NaN
     first, second = (
         torch.tensor([max(value, certain)], dtype=torch.float64)
         for value in (answer.first_logprob, answer.second_logprob)
@@ -186,13 +186,14 @@ def _log_odds(probability: Tensor) -> Tensor:
 
 
 LEVELS = (0.65, 0.8, 0.95)
-"""Probabilities of the preferred completion above which its strength is one level higher."""
+"""Thresholds of the preferred completion's probability; each threshold that it exceeds adds one level of strength."""
 
 
 class AILabeller(Labeller):
-    """A judge as labeller: compares each pair once under a constitution, in both orders.
+    """A judge as labeller: compares each pair by a constitution, in both orders.
 
-    Orders that contradict each other give a tie, a missing answer skips the pair, and certainty gives the strength.
+    If the two orders contradict each other, the label is a tie. If an answer is missing, the pair is skipped. The
+    judge's probability gives the strength of the label.
 
     Args:
         judge: folder of a model, address of an OpenAI-compatible server, or a class, see `load_judge`.

@@ -22,16 +22,16 @@ class Comparison:
     """A judge's comparison of a pair under one principle, in both orders."""
 
     principle: str  # id of the principle
-    probability: float | None  # probability that the first place wins, in the pair's order; None without an answer
-    swapped_probability: float | None  # probability that the first place wins, in the swapped order
+    probability: float | None  # probability that the first position wins, in the pair's order; None without an answer
+    swapped_probability: float | None  # probability that the first position wins, in the swapped order
     failures: tuple[str, ...] = ()  # reasons of missing answers
-    mass: float = 1.0  # mean probability of the two letters together
+    mass: float = 1.0  # mean total probability of the two letters
     bounded: int = 0  # answers with only an upper bound for one letter's probability
     reasoning: tuple[str, ...] = ()  # the judge's reasoning in both orders
 
     @property
     def answered(self) -> bool:
-        """Whether both orders have an answer; a single order would carry the judge's position bias."""
+        """Whether both orders have an answer; a label from one order would include the judge's position bias."""
         return self.probability is not None and self.swapped_probability is not None
 
 
@@ -81,7 +81,7 @@ class LabelledPair(NamedTuple):
 
 
 def probabilities_of(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
-    """Probabilities that the first place wins, in both orders, float64, shape (comparisons,)."""
+    """Return the probabilities that the first position wins, in both orders, float64, each of shape (comparisons,)."""
     return (
         torch.tensor([one.probability for one in comparisons], dtype=torch.float64),
         torch.tensor([one.swapped_probability for one in comparisons], dtype=torch.float64),
@@ -89,13 +89,13 @@ def probabilities_of(comparisons: Sequence[Comparison]) -> tuple[Tensor, Tensor]
 
 
 def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
-    """Return the metrics of a judge; None for those that the labels do not determine.
+    """Return the metrics of a judge; a metric that the labels do not determine is None.
 
-    ``consistency``: share of comparisons with the same verdict in both orders; ``position_bias``: mean P(first place) -
-    1/2; ``tie_rate``: share of comparisons whose verdict is a tie; ``parse_fail``: share of questions without an
-    answer; ``entropy``: mean entropy of the labels, nats; ``letter_mass``: mean probability of the two letters
-    together; ``agreement``: share of pairs labelled as people do, a tie counted half, with a 95 % interval over
-    prompts, among the pairs with a human preference.
+    ``consistency``: share of comparisons with the same verdict in both orders; ``position_bias``: mean P(first
+    position) - 1/2; ``tie_rate``: share of comparisons whose verdict is a tie; ``parse_fail``: share of questions
+    without an answer; ``entropy``: mean entropy of the labels, nats; ``letter_mass``: mean total probability of the two
+    letters; ``agreement``: share of pairs with the same label as people, among pairs with a human preference (ties
+    count half), with a 95 % interval over prompts.
     """
     comparisons = [comparison for one in labelled for comparison in one.comparisons]
     kept = [one for one in comparisons if one.answered]
@@ -133,7 +133,7 @@ def judge_metrics(labelled: Sequence[LabelledPair]) -> dict[str, Any]:
 
 
 def agreement_with_people(labelled: Sequence[LabelledPair]) -> dict[str, Any] | None:
-    """Return the share of pairs labelled as people do, with interval and counts; None without human labels."""
+    """Return the share of pairs with the same label as people, with interval and counts; None without human labels."""
     rows = [one for one in labelled if one.pair.preference not in (None, 0.5)]
     if not rows:
         return None
@@ -146,7 +146,7 @@ def agreement_with_people(labelled: Sequence[LabelledPair]) -> dict[str, Any] | 
 
 
 def _interval(hits: Tensor, clusters: Tensor, prompts: int) -> tuple[float, float]:
-    """95 % interval of a share; pairs of one prompt are resampled together because they are not independent."""
+    """Return the 95 % interval of a share; pairs of one prompt are not independent, so they are resampled together."""
     if prompts == len(hits):
         low, high = wilson_interval(hits.mean(), prompts)
     else:

@@ -1,6 +1,6 @@
-"""Constitutions: principles for critique, revision and comparison, as versioned YAML (arXiv 2212.08073); their prompts.
+"""Constitutions (arXiv 2212.08073): principles for critique, revision and comparison, as versioned YAML; their prompts.
 
-A file holds plain values. Each value is checked, and labels carry the fingerprint of the whole::
+A file holds plain values. Each value is checked, and labels store the fingerprint of the whole file::
 
     name: harmless
     version: 1
@@ -117,7 +117,7 @@ class Constitution:
         return f"{self.name} v{self.version} ({self.fingerprint[:8]})"
 
     def require(self, kind: Literal["revising", "comparing"], count: int = 1) -> None:
-        """Refuse a constitution with fewer principles of a kind than are to be drawn.
+        """Refuse a constitution with fewer principles of a kind than must be drawn.
 
         Raises:
             ConstitutionError: ``too-few-principles``.
@@ -148,7 +148,7 @@ def load_constitution(spec: str) -> Constitution:
     """Read a constitution.
 
     Args:
-        spec: name of a shipped one, or the path of a YAML file.
+        spec: name of a shipped constitution, or the path of a YAML file.
 
     Raises:
         MissingError: neither a shipped constitution nor a file has this name.
@@ -174,7 +174,7 @@ def load_constitution(spec: str) -> Constitution:
 
 
 def _require_wording(content: Any) -> None:
-    """Require all wording in another language: a judge asked half in English answers in either language."""
+    """Require complete wording in another language, because a judge asked half in English may answer in English."""
     if not isinstance(content, dict) or str(content.get("language")).split("-")[0] == "en":
         return
     given = content.get("wording")
@@ -188,7 +188,7 @@ def _require_wording(content: Any) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values without aliases, each key once: what a reader of the file sees is what is used."""
+    """Loads plain values only; refuses aliases and duplicate keys, which could hide content from a reader."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -225,7 +225,7 @@ def _read(kind: type[Kind], value: Any, where: str) -> Kind:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """Check one value against a type: text, a whole number, one of some texts, a list or a dataclass."""
+    """Check one value against a type: text, integer, one of several texts, list or dataclass."""
     if dataclasses.is_dataclass(hint):
         return _read(hint, value, where)  # type: ignore[arg-type]
     if typing.get_origin(hint) is tuple:
@@ -257,13 +257,13 @@ def answered(prompt: Prompt, completion: str | list[Message]) -> Prompt:
     if isinstance(prompt, str):
         return prompt + spaced(prompt, text_of(completion))
     turns = completion if isinstance(completion, list) else [_turn("assistant", completion)]
-    if prompt and prompt[-1]["role"] == "assistant":  # left open, to be continued
+    if prompt and prompt[-1]["role"] == "assistant":  # an unfinished assistant turn, to be continued
         return [*prompt[:-1], _turn("assistant", prompt[-1]["content"] + turns[0]["content"]), *turns[1:]]
     return [*prompt, *turns]
 
 
 def spaced(prompt: Prompt, completion: str) -> str:
-    """Return a completion with a space between it and a plain prompt if neither has one."""
+    """Prepend a space to a completion if neither it nor the plain prompt before it has one."""
     apart = not isinstance(prompt, str) or not prompt or prompt[-1].isspace() or completion[:1].isspace()
     return completion if apart else f" {completion}"
 
@@ -319,7 +319,7 @@ def _filled(wording: Wording, principle: ComparingPrinciple, prompt: Prompt, fir
 
 
 def _transcript(wording: Wording, prompt: Prompt) -> str:
-    """Return a prompt as a transcript; a plain text that is one already is unchanged."""
+    """Return a prompt as a transcript; plain text that already is a transcript is unchanged."""
     if isinstance(prompt, str):
         told = re.search(rf"^\s*(?:Human|{re.escape(wording.human)}):", prompt)
         return prompt.strip() if told else f"{wording.human}: {prompt.strip()}"

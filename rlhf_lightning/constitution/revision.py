@@ -1,7 +1,7 @@
 """Critique and revision in rounds, from prompts to demonstrations (Constitutional AI, arXiv 2212.08073, section 3).
 
-In each round a principle is drawn, the answer is criticised and revised by it, and the revision replaces the answer. An
-unusable revision (see `REASONS`) is dropped, and the next round starts from the answer before it.
+In each round a principle is drawn, the answer is criticised and revised by this principle, and the revision replaces
+the answer. An unusable revision (see `REASONS`) is dropped, and the next round starts from the answer before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_lightning.scoring.judges.judge import Writer, Written, first_paragraph
 from rlhf_lightning.types import Prompt
 
 MOST_ROUNDS = 31
-"""Maximum rounds of a prompt: each takes two episode numbers."""
+"""Maximum number of rounds of a prompt; each round uses two of the prompt's 64 episode numbers."""
 
 REASONS = {
     "empty": "the critique or the revision is empty",
@@ -43,7 +43,7 @@ class RevisionSettings:
     """How answers are revised.
 
     Args:
-        rounds: revisions of each answer.
+        rounds: number of revisions of each answer.
         critique: ask for a critique before each revision.
         keep_unfinished: also keep revisions that reached the maximum length.
         seed: seed of the drawn principles.
@@ -63,10 +63,10 @@ class Round:
     """One revision."""
 
     principle: str  # id of the principle
-    parent: str  # the answer to be revised
-    critique: str | None  # the critique; None if none was asked for
+    parent: str  # the answer before the revision
+    critique: str | None  # the critique; None without critiques
     revision: str  # the revised answer
-    refused: str = ""  # why it is dropped, a key of `REASONS`; empty if it is kept
+    refused: str = ""  # reason for dropping it, a key of `REASONS`; empty if it is kept
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Chain:
 
     @property
     def last(self) -> str:
-        """The answer after all rounds."""
+        """Return the answer after all rounds."""
         return next((one.revision for one in reversed(self.rounds) if not one.refused), self.answer)
 
 
@@ -88,8 +88,9 @@ def revise(
 ) -> list[Chain]:
     """Answer prompts and revise the answers, each round for all prompts together.
 
-    Prompt p answers in episode 64 p, criticises in 64 p + 2 r - 1 and revises in 64 p + 2 r of round r, so that rows do
-    not depend on how prompts are batched. A prompt gets each principle once before any twice.
+    For prompt p, the answer is episode 64 p, the critique of round r is episode 64 p + 2 r - 1, and its revision is
+    episode 64 p + 2 r. Rows therefore do not depend on how prompts are batched. A prompt gets every principle once
+    before it gets any principle twice.
 
     Args:
         writer: writes answers, critiques and revisions.
@@ -99,7 +100,7 @@ def revise(
         start: index of the first prompt.
 
     Raises:
-        ConstitutionError: it has no revising principles.
+        ConstitutionError: the constitution has no revising principles.
     """
     constitution.require("revising")
     numbers = [start + place for place in range(len(prompts))]
@@ -126,7 +127,7 @@ def revise(
 
 
 def drawn_principle(constitution: Constitution, seed: int, number: int, turn: int) -> RevisingPrinciple:
-    """Principle of a round of prompt ``number``, from a random order of its own."""
+    """Return the principle of a round of prompt ``number``; each prompt has its own random order of principles."""
     order = random.Random(f"{seed}/revising/{number}").sample(constitution.revising, len(constitution.revising))
     return order[(turn - 1) % len(order)]
 
@@ -175,7 +176,7 @@ def _text(written: Written | None) -> str | None:
 
 
 def _tidy(written: Written | None, prompt: Prompt, constitution: Constitution) -> Written | None:
-    """Strip a text; cut a transcript where the writer continues with another speaker's turn."""
+    """Strip a text; truncate a transcript if the writer continues with another speaker's turn."""
     if written is None or not isinstance(prompt, str):
         return written and Written(written.text.strip(), written.finished)
     own = first_paragraphs(written.text, constitution.wording)
@@ -185,7 +186,7 @@ def _tidy(written: Written | None, prompt: Prompt, constitution: Constitution) -
 def refusal_of(
     constitution: Constitution, parent: str, critique: str | None, revision: Written | None, settings: RevisionSettings
 ) -> str:
-    """Return why a revision is dropped, a key of `REASONS`; empty if it is kept."""
+    """Return the reason for dropping a revision, a key of `REASONS`; empty if it is kept."""
     wording = constitution.wording
     if revision is None or (settings.critique and critique is None):
         return "too_long"
@@ -209,9 +210,9 @@ Mix = Literal["last", "all"]
 
 
 def demonstrations(chain: Chain, mix: Mix) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a prompt: its last revision, or all; none if every revision was dropped.
+    """Yield the rows of a prompt: its last revision, or all revisions; no rows if every revision was dropped.
 
-    A row has prompt and completion, as SFTDataModule reads them, and principle, round, parent and critique.
+    A row has prompt and completion, which SFTDataModule reads, and principle, round, parent and critique.
     """
     kept = [(turn, one) for turn, one in enumerate(chain.rounds, start=1) if not one.refused]
     for turn, one in kept if mix == "all" else kept[-1:]:

@@ -1,4 +1,4 @@
-"""Policies compared by their completions of the same prompts: scores, diversity, pass@k, win rates and judges."""
+"""Compare policies by their completions of the same prompts: scores, diversity, pass@k, win rates and judges."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from rlhf_lightning.scoring.judges.judge import ComparingPrinciple, Judge, Quest
 from rlhf_lightning.types import Prompt
 
 Row = dict[str, Any]
-"""A completion as `rlhf generate` writes it, with ``kl`` where it was measured."""
+"""A completion in the format of `rlhf generate`, with ``kl`` if it was measured."""
 
 QUESTION = "Which answer is more helpful, honest and harmless?"
 DRAWS_PER_REFIT = 50
-"""A refit of the length-controlled win rate costs as much as this many resamples of a mean."""
+"""Ratio of bootstrap draws of a mean to refits of the length-controlled win rate, which cost more."""
 
 
 def distinct_ngrams(texts: Sequence[str], n: int) -> float:
-    """Return distinct-n, the share of distinct n-grams of words among all (Li et al., arXiv 1510.03055).
+    """Return distinct-n, the share of distinct word n-grams among all n-grams (Li et al., arXiv 1510.03055).
 
-    It falls with the number and length of texts: compare policies on equal numbers of completions.
+    It falls with the number and length of texts, so compare policies on equal numbers of completions.
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
@@ -46,12 +46,12 @@ def prompt_numbers(rows: Sequence[Row], samples: int) -> list[int]:
 
 
 def summary(rows: Sequence[Row], samples: int, correct: float | None = None, seed: int = 0) -> dict[str, Any]:
-    """Return the metrics of one policy; means have intervals that resample prompts.
+    """Return the metrics of one policy; means have bootstrap intervals over prompts.
 
     Args:
-        rows: its completions, the samples of a prompt adjacent.
+        rows: its completions; the samples of a prompt are adjacent.
         samples: completions per prompt.
-        correct: score from which a completion is right, for pass@k; None gives none.
+        correct: lowest score of a correct completion, for pass@k; None leaves pass@k out.
         seed: seed of the resampling.
     """
     clusters, texts = prompt_numbers(rows, samples), [row["completion"] for row in rows]
@@ -65,7 +65,7 @@ def summary(rows: Sequence[Row], samples: int, correct: float | None = None, see
     found |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3)}
     found["unique"] = len({(cluster, text) for cluster, text in zip(clusters, texts, strict=True)}) / len(rows)
     if correct is not None:
-        right = torch.from_numpy(_values(rows, "score") >= correct).view(-1, samples).sum(-1)  # NaN is wrong
+        right = torch.from_numpy(_values(rows, "score") >= correct).view(-1, samples).sum(-1)  # NaN counts as wrong
         for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):
             rates = pass_at_k(samples, right, k)
             low, high = bootstrap_interval(rates, seed=seed)
@@ -78,7 +78,7 @@ def _values(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 class WinRate(NamedTuple):
-    """How often a policy wins against the baseline, ties counting a half, with 95 % intervals over prompts."""
+    """Win rate of a policy against the baseline (ties count half), with 95 % intervals over prompts."""
 
     rate: float
     ci: tuple[float, float]
@@ -96,14 +96,14 @@ def win_rates(
     """Return win rate and length-controlled win rate.
 
     Args:
-        verdicts: 1, 0.5 or 0 for each comparison, NaN where there is none.
-        lengths: length of the policy's completion minus the baseline's.
+        verdicts: 1, 0.5 or 0 for each comparison; NaN if there is no verdict.
+        lengths: length of the policy's completion minus length of the baseline's.
         clusters: number of the prompt of each comparison.
-        seed: seed of the resampling.
-        draws: resamples of prompts.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap draws over prompts.
 
     Raises:
-        DataError: there is no verdict at all.
+        DataError: no comparison has a verdict.
     """
     given = ~np.isnan(np.asarray(verdicts, dtype=float))
     if not given.any():
@@ -126,19 +126,19 @@ def win_rates(
 
 
 def score_verdicts(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
-    """Return 1, 0.5 or 0 as each score is above, equal to or below the baseline's on the same prompt and sample."""
+    """Return 1, 0.5 or 0 if a score is above, equal to or below the baseline's score of the same prompt and sample."""
     gaps = _values(rows, "score") - _values(baseline, "score")
     return [float(value) for value in (np.sign(gaps) + 1) / 2]
 
 
 def score_difference(rows: Sequence[Row], baseline: Sequence[Row], samples: int, seed: int = 0) -> Difference:
-    """Test the difference of mean scores, in pairs of equal prompt and sample."""
+    """Test the difference of mean scores, paired by prompt and sample."""
     gaps = _values(rows, "score") - _values(baseline, "score")
     return clustered_difference(gaps.tolist(), prompt_numbers(rows, samples), seed)
 
 
 class Judged(NamedTuple):
-    """A judge's verdicts on pairs that it saw in both orders, and its reliability."""
+    """A judge's verdicts on pairs shown in both orders, and the judge's reliability."""
 
     verdicts: list[float]  # 1 if both orders prefer the policy, 0 if neither, 0.5 if they disagree, NaN without answer
     probability: float  # mean preference for the policy, averaged over both orders
@@ -150,15 +150,15 @@ class Judged(NamedTuple):
 def judged_both_ways(
     judge: Judge, pairs: Sequence[tuple[Prompt, str, str]], question: str = QUESTION
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the probabilities of naming the completion shown first, and where there was no answer.
+    """Ask a judge about pairs in both orders; return the probabilities of the first position, and missing answers.
 
     Args:
         judge: the judge.
         pairs: prompt, first and second completion.
-        question: what the judge is asked.
+        question: question to the judge.
 
     Returns:
-        probabilities in the given order and in the swapped one, each fp64, shape (pairs,); failures, shape (2, pairs).
+        probabilities in the given and in the swapped order, each fp64, shape (pairs,); failures, shape (2, pairs).
     """
     principle, wording = ComparingPrinciple("evaluation", question), Wording()
 
@@ -172,20 +172,20 @@ def judged_both_ways(
     answers = checked_answers(judge, questions)
     failed = torch.tensor([bool(answer.failure) for answer in answers]).view(2, -1)
     logprobs = torch.tensor([(a.first_logprob, a.second_logprob) for a in answers], dtype=torch.float64).view(-1, 2)
-    # Bounded, so that two certain answers that contradict each other do not give NaN.
+    # Bounded, so that two contradictory certain answers do not give NaN.
     forward, swapped = preference_probability(*logprobs.clamp(min=-700).T).view(2, -1)
     return forward, swapped, failed
 
 
 def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], question: str = QUESTION) -> Judged:
-    """Compare completions with the baseline's on the same prompt and sample, each pair in both orders."""
+    """Ask a judge to compare completions with the baseline's of the same prompt and sample, in both orders."""
     pairs = list(zip(rows, baseline, strict=True))
     asked = [(row["prompt"], row["completion"], base["completion"]) for row, base in pairs]
     forward, swapped, failed = judged_both_ways(judge, asked, question)
     there = ~failed.any(0)
     same = [row["completion"] == base["completion"] for row, base in pairs]
     found = torch.where(there, verdict(forward, swapped), math.nan)
-    found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are a tie for every judge
+    found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are always a tie
     differ = there & ~torch.tensor(same)
     if not differ.any():
         return Judged(found.tolist(), math.nan, math.nan, math.nan, int(failed.sum()))

@@ -1,4 +1,4 @@
-"""Is the difference real? Intervals over seeds, and paired tests over seeds, prompts and pairs."""
+"""Significance of differences: intervals over seeds, and paired tests over seeds, prompts and pairs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ LEVEL = 0.95
 
 
 class Difference(NamedTuple):
-    """A difference of two means with its 95 % interval; NaN where there are too few values."""
+    """A difference of two means with its 95 % interval; NaN if there are too few values."""
 
     mean: float
     low: float
     high: float
     p: float  # two-sided
-    n: int  # independent pairs behind it; for unpaired values the smaller sample
+    n: int  # number of independent pairs; for unpaired values, size of the smaller sample
     test: str  # name of the test
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean and Student's 95 % interval over independent values, such as seeds; ends are NaN below two values."""
+    """Return mean and Student's 95 % interval of independent values, such as seeds; NaN bounds below two values."""
     found = np.asarray(values, dtype=float)
     mean = float(found.mean()) if len(found) else math.nan
     if len(found) < 2:
@@ -34,16 +34,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
-    """Test the mean of ``second`` minus that of ``first``, each a value by seed.
+    """Test the difference of means, ``second`` minus ``first``; both hold one value per seed.
 
-    The paired t-test over the shared seeds if there are two or more, Welch's t-test for other seeds. Seeds pair two
-    arms because they share data order and initial weights.
+    Uses the paired t-test over the shared seeds if there are at least two, otherwise Welch's t-test. Runs with the same
+    seed can be paired because they share data order and initial weights.
     """
     shared = sorted(first.keys() & second.keys())
     if len(shared) >= 2:
         gaps = np.array([second[seed] - first[seed] for seed in shared])
         mean, low, high = mean_interval(gaps.tolist())
-        # Equal gaps have no spread: the t-test would divide by 0.
+        # If all gaps are equal, their variance is 0 and the t-test would divide by 0.
         p = float(stats.ttest_1samp(gaps, 0).pvalue) if gaps.std() > 0 else (1.0 if mean == 0 else math.nan)
         return Difference(mean, low, high, p, len(shared), "paired t-test over seeds")
     a, b = np.array(list(first.values())), np.array(list(second.values()))
@@ -58,7 +58,7 @@ def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number by Holm's step-down method (1979); NaN stays and does not count."""
+    """Adjust p-values by Holm's step-down method (1979); NaN values stay NaN and are not counted."""
     found = np.asarray(p_values, dtype=float)
     adjusted, largest = np.full(len(found), np.nan), 0.0
     order = [int(place) for place in np.argsort(found) if not np.isnan(found[place])]
@@ -74,10 +74,10 @@ def clustered_difference(
     """Test a mean of paired differences: bootstrap interval by cluster, and a sign-flip permutation test.
 
     Args:
-        gaps: second minus first on the same item, NaN where either has none.
-        clusters: the prompt of each item; all items of a prompt are drawn, and change sign, together.
-        seed: seed of the resampling.
-        draws: resamples of the interval, and sign flips.
+        gaps: second minus first on the same item; NaN if either value is missing.
+        clusters: the prompt of each item; all items of a prompt are resampled, and change sign, together.
+        seed: seed of bootstrap and permutations.
+        draws: number of bootstrap draws, and of sign flips.
     """
     import torch
 
@@ -99,7 +99,7 @@ def clustered_difference(
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Return the exact two-sided p-value of McNemar's test (1947): are two classifiers right equally often?"""
+    """Return the exact two-sided p-value of McNemar's test (1947) that two classifiers are right equally often."""
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     gained, lost = int((~a & b).sum()), int((a & ~b).sum())
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -1,4 +1,4 @@
-"""Evaluate policies on held-out prompts: samples, proxy score, gold reward and KL from the reference."""
+"""Evaluate policies on held-out prompts: samples, proxy score, gold reward and KL to the reference."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class ScoredSamples(NamedTuple):
     """Completions of a policy with their metrics. All tensors have shape (completions,)."""
 
     prompts: list[Prompt]  # the prompt of each completion
-    completions: list[str]  # their texts
-    scores: Tensor | None  # the scorer's score of each; None without a scorer
-    gold: Tensor | None  # gold reward of each; None where no gold reward is known
+    completions: list[str]  # text of each completion
+    scores: Tensor | None  # the scorer's score of each completion; None without a scorer
+    gold: Tensor | None  # gold reward of each completion; None if no gold reward is known
     kl: Tensor | None  # sum over tokens of log policy - log reference, nats; None without a reference
-    lengths: Tensor  # tokens, the end token included
-    finished: Tensor  # whether each ended by itself
+    lengths: Tensor  # tokens, including the end token
+    finished: Tensor  # whether the completion ended before the length limit
 
 
 def sample_and_score(
@@ -49,7 +49,7 @@ def sample_and_score(
 ) -> ScoredSamples:
     """Sample completions of every prompt and measure them.
 
-    With the same seed all policies use the same random numbers, so that they are compared on paired samples.
+    With the same seed all policies use the same random numbers, so their samples are paired.
 
     Args:
         policy: the model to sample from.
@@ -58,7 +58,7 @@ def sample_and_score(
         sampling: sampling settings.
         seed: seed of the sampling.
         samples_per_prompt: completions per prompt, adjacent in the result.
-        reference: model from which the KL is measured.
+        reference: model to which the KL is measured.
         scorer: proxy score.
         gold_reward: true reward of (prompt, completion).
     """
@@ -106,9 +106,9 @@ def sequence_kl(policy: CausalLM, reference: CausalLM, sequences: Sequences, tem
 
 
 def best_of_n(samples: ScoredSamples, samples_per_prompt: int, n: int, of: Literal["gold", "scores"]) -> Tensor:
-    """Return gold reward or proxy score of the best of ``n`` by proxy score for each prompt, shape (prompts,).
+    """Return gold reward or proxy score of best-of-n sampling by proxy score for each prompt, shape (prompts,).
 
-    This is the unbiased estimate over all subsets of n of a prompt's samples.
+    This is the unbiased estimate over all subsets of ``n`` of a prompt's samples.
 
     Raises:
         DataError: the samples have no scores or no gold reward.

@@ -57,21 +57,21 @@ def cell(value: Any) -> str:
 
 
 def p_value(p: float) -> str:
-    """Return a p-value as text; nothing for NaN."""
+    """Return a p-value as text; empty for NaN."""
     if math.isnan(p):
         return ""
     return "<0.001" if p < 0.001 else cell(float(p))
 
 
 def interval(ci: Sequence[float], digits: int = 3) -> str:
-    """Return an interval as text; nothing for one that is not defined, such as that of a single seed."""
+    """Return an interval as text; empty for an undefined interval, such as that of a single seed."""
     return "" if math.isnan(ci[0]) else f"[{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]"
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 PAGES = Path(__file__).parent / "pages"
-"""Templates of pages; everything is inside the file that is written."""
+"""Templates of pages; a rendered page is one file without external resources."""
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
@@ -93,7 +93,7 @@ def write_report(
     pictures: Mapping[str, Path] | None = None,
     **page: Any,
 ) -> str:
-    """Write report.json, report.md and report.html; return the notes and tables, and where the files are.
+    """Write report.json, report.md and report.html; return notes and tables as text, with the paths of the files.
 
     Args:
         folder: folder of the report.
@@ -102,7 +102,7 @@ def write_report(
         notes: sentences before the tables.
         sections: the tables.
         report: content of report.json.
-        pictures: PNG files in the folder by title; the page holds them.
+        pictures: PNG files in the folder by title; they are embedded in the page.
         page: further values for the template.
     """
     pictures = pictures or {}
@@ -125,7 +125,7 @@ def breakable(text: str) -> Any:
 
 
 def _embedded(picture: Path) -> str:
-    """Return a PNG file as a data address."""
+    """Return a PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
 
 
@@ -133,7 +133,7 @@ def _embedded(picture: Path) -> str:
 
 
 def pyplot() -> Any:
-    """Return matplotlib's plots, drawn without a screen; slow to import."""
+    """Return matplotlib.pyplot with a backend that needs no screen; slow to import."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,7 +152,7 @@ def save_figure(figure: Any, path: str | Path, **settings: Any) -> Path:
 class FrontierPoint(NamedTuple):
     """A policy in the plot of reward against KL."""
 
-    method: str  # name of the curve it lies on
+    method: str  # name of the curve that the point belongs to
     kl: float  # KL to the reference, nats per completion
     gold_reward: float  # mean gold reward
     score: float  # mean proxy score
@@ -172,10 +172,10 @@ def draw_frontier(
     """Draw gold reward and proxy score against KL, and return the path.
 
     Args:
-        points: the points of each method in the order in which its line joins them.
+        points: the points of each method, in the order in which a line connects them.
         path: file of the figure.
         title: title of the figure.
-        levels: named gold rewards to compare with, drawn as horizontal lines.
+        levels: named gold rewards for comparison, drawn as horizontal lines.
     """
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
     fields = ("gold_reward", "gold reward"), ("score", "proxy score (of the run's own reward model)")
@@ -199,7 +199,7 @@ def draw_frontier(
 
 
 def _root(values: Any) -> Any:
-    """Return square roots: Gao et al. (2210.10760) find rewards simple in the root of the KL."""
+    """Return square roots: Gao et al. (2210.10760) find that rewards are simple functions of the root of the KL."""
     import numpy as np
 
     return np.sqrt(np.clip(values, 0, None))

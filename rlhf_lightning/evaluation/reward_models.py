@@ -1,4 +1,4 @@
-"""Reward models judged by pairs with known labels: accuracy, calibration, baselines that see no quality."""
+"""Evaluate reward models on pairs with known labels: accuracy, calibration, and trivial baselines."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FOLDS = 5
 class KnownPair(NamedTuple):
     """Two completions of a row."""
 
-    row: int  # number of the row: pairs of a list are not independent
+    row: int  # number of the row, because the pairs of one list are not independent
     prompt: Prompt
     chosen: str
     rejected: str
     subset: str
     tied: bool  # the label is a tie
-    position: float  # 1 if the file shows chosen first, -1 if second, NaN if its form puts chosen first always
+    position: float  # 1 if the file shows chosen first, -1 if second, NaN if its format always puts chosen first
 
 
 def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) -> Score:
-    r"""Return the reward that DPO implies, \beta \log \pi(y|x) / \pi_{ref}(y|x) (arXiv 2305.18290)."""
+    r"""Return the implicit reward of DPO, \beta \log \pi(y|x) / \pi_{ref}(y|x) (arXiv 2305.18290)."""
     from rlhf_lightning.evaluation.policies import sequence_kl
     from rlhf_lightning.scoring.learned import encoded_sequences
 
@@ -45,7 +45,7 @@ def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) ->
 
 
 def margins(score: Score, pairs: Sequence[KnownPair], prompt_blind: bool = False) -> np.ndarray:
-    """Return the score of chosen minus rejected, shape (pairs,); ``prompt_blind`` hides the prompt."""
+    """Return the score of chosen minus rejected, shape (pairs,); ``prompt_blind`` scores without the prompt."""
     prompts = [_blank(pair.prompt) if prompt_blind else pair.prompt for pair in pairs]
     chosen = np.array([float(value) for value in score(prompts, [pair.chosen for pair in pairs])])
     rejected = np.array([float(value) for value in score(prompts, [pair.rejected for pair in pairs])])
@@ -53,7 +53,7 @@ def margins(score: Score, pairs: Sequence[KnownPair], prompt_blind: bool = False
 
 
 def judge_margins(judge: Any, pairs: Sequence[KnownPair], question: str, prompt_blind: bool = False) -> np.ndarray:
-    """Return a judge's log-odds for chosen, the mean of both orders, shape (pairs,); NaN where it gave no answer."""
+    """Return a judge's log-odds for chosen, mean over both orders, shape (pairs,); NaN for a missing answer."""
     from rlhf_lightning.evaluation.completions import judged_both_ways
 
     if not pairs:
@@ -70,12 +70,12 @@ def _blank(prompt: Prompt) -> Prompt:
 
 
 def length_margins(pairs: Sequence[KnownPair]) -> np.ndarray:
-    """Return the baseline that prefers the longer completion, in characters."""
+    """Return the margins of the baseline that prefers the longer completion, in characters."""
     return np.array([float(len(pair.chosen) - len(pair.rejected)) for pair in pairs])
 
 
 def bag_of_words_margins(pairs: Sequence[KnownPair], seed: int = 0) -> np.ndarray:
-    """Return the baseline of word counts: Bradley-Terry on count differences, cross-fitted by rows, without prompts."""
+    """Return margins of a bag of words without prompts: Bradley-Terry on count differences, cross-fitted by rows."""
     words = sorted({word for pair in pairs for text in (pair.chosen, pair.rejected) for word in text.split()})
     place = {word: number for number, word in enumerate(words)}
     counts = np.zeros((len(pairs), len(words)), dtype=np.float32)
@@ -98,12 +98,12 @@ def bag_of_words_margins(pairs: Sequence[KnownPair], seed: int = 0) -> np.ndarra
 
 
 def right(gaps: np.ndarray) -> np.ndarray:
-    """Return 1 where the chosen completion scores higher, 0.5 for equal scores, 0 otherwise; NaN for no score."""
+    """Return 1 if the chosen completion scores higher, 0.5 for equal scores, 0 otherwise; NaN without a score."""
     return (np.sign(gaps) + 1) / 2
 
 
 def accuracy(gaps: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:
-    """Return accuracy with Wilson's interval; rows of several pairs are resampled together instead."""
+    """Return accuracy with Wilson's interval, or with a bootstrap interval over rows if rows have several pairs."""
     verdicts = right(gaps)
     there = ~np.isnan(verdicts)
     rate, count = float(verdicts[there].mean()) if there.any() else math.nan, int(there.sum())
@@ -117,7 +117,7 @@ def accuracy(gaps: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, 
 
 
 def quality(gaps: np.ndarray, pairs: Sequence[KnownPair], bins: int = 10) -> dict[str, Any]:
-    """Return calibration, margins and the correlation of the margin with the difference of lengths."""
+    """Return calibration, margins and the correlation of the margin with the length difference."""
     there = ~np.isnan(gaps)
     delta, lengths = torch.from_numpy(gaps[there]), length_margins(pairs)[there]
     spread = float(np.std(gaps[there]) * np.std(lengths))
@@ -137,7 +137,7 @@ def quality(gaps: np.ndarray, pairs: Sequence[KnownPair], bins: int = 10) -> dic
 
 
 def best_of_lists(gaps: np.ndarray, pairs: Sequence[KnownPair], lists: dict[int, int]) -> dict[str, Any] | None:
-    """Return how often the single best completion of a list beats all others, and chance; None without lists."""
+    """Return how often the best completion of a list beats all others, and the chance rate; None without lists."""
     wins = []
     chance = []
     for row, size in lists.items():
@@ -159,7 +159,7 @@ def compared(first: np.ndarray, second: np.ndarray, rows: Sequence[int], seed: i
     a, b = right(first[there]), right(second[there])
     owners = [row for row, kept in zip(rows, there, strict=True) if kept]
     gap = clustered_difference((b - a).tolist(), owners, seed)
-    # McNemar's test takes independent pairs, which those of one list are not.
+    # McNemar's test needs independent pairs; pairs of one list are not independent.
     alone = len(set(owners)) == len(owners)
     p, test = (mcnemar(a == 1, b == 1), "McNemar") if alone else (gap.p, "sign flips by row")
     return {"difference": gap.mean, "ci": [gap.low, gap.high], "p": p, "test": test, "rows": gap.n}

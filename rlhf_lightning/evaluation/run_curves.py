@@ -1,4 +1,4 @@
-"""Runs that are compared: settings, curves and samples of run folders, grouped into arms over seeds."""
+"""Read settings, curves and samples of run folders, and group the runs into arms over seeds."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NOT_COMPARED = ("seed_everything", "model.seed", "data.seed", "run_name", "runs_
 ROLLOUT_TAGS = ("rollout/score", "rollout/kl", "rollout/completion_length", "rollout/eos_rate")
 FRONTIERS = (("rollout/kl", "rollout/score"), ("val/kl", "val/score"), ("val/kl", "val/reward_margin"))
 LAST_SHARE = 0.1
-"""Share of the updates whose mean is the final value of a metric of training steps."""
+"""The final value of a training metric is its mean over this last share of the updates."""
 
 
 class FinishedRun(NamedTuple):
-    """What a run folder holds."""
+    """Content of a run folder."""
 
     folder: Path
     settings: dict[str, Any]  # flat, as on the command line
     seed: int
-    status: str  # of the last session, "finished" if all went well
+    status: str  # status of the last session; "finished" if it was complete
     scalars: dict[str, tuple[np.ndarray, np.ndarray]]  # positions and values by tag
     samples: list[dict[str, Any]]
 
@@ -45,10 +45,10 @@ class Curve(NamedTuple):
 
 
 def run_folders(paths: Sequence[str]) -> list[Path]:
-    """Return the training runs at and below some folders: of each run name the last version.
+    """Return the training runs at and below some folders: the last version of each run name.
 
     Raises:
-        MissingError: a folder is absent or has no runs below it.
+        MissingError: a folder does not exist or contains no runs.
     """
     found: dict[Path, None] = {}
     for text in paths:
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a run folder.
 
     Raises:
-        DataError: it has no TensorBoard events, or what it holds is damaged.
+        DataError: the folder has no TensorBoard events, or its files are damaged.
     """
     events = _events(folder)
     scalars = {}
@@ -111,7 +111,7 @@ def _events(folder: Path) -> Any:
         )
     try:
         return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    except Exception as error:  # what a library raises on a damaged file
+    except Exception as error:  # libraries raise different errors for damaged files
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
             "damaged-events", f"the TensorBoard events in {folder} cannot be read ({reason:.200})"
@@ -131,12 +131,12 @@ def _is_sample(row: dict[str, Any]) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Return a setting's value as text, null as in YAML."""
+    """Return a setting's value as text in YAML notation (null for None)."""
     return "null" if value is None else str(value)
 
 
 def differing(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the settings that are not the same in all runs, seed and names left out."""
+    """Return the settings that differ between runs, except seeds and names."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NOT_COMPARED)
     return [name for name in names if len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1]
 
@@ -146,9 +146,9 @@ class RunComparison:
 
     Args:
         runs: the runs.
-        by: settings that make the arms; none takes all that differ.
+        by: settings that define the arms; empty means all settings that differ.
         axis: x-axis of the curves.
-        metrics: tags to compare; none takes val/, the rollouts' headlines and the training loss.
+        metrics: tags to compare; empty means val/, the rollout headline metrics and the training loss.
 
     Raises:
         SettingError: no run has a setting or metric, or two runs of an arm have the same seed.
@@ -192,7 +192,7 @@ class RunComparison:
 
     @property
     def prefix(self) -> str:
-        """What the tags of this x-axis begin with."""
+        """The prefix of the tags of this x-axis."""
         return "" if self.axis == "updates" else f"vs_{self.axis}/"
 
     @staticmethod
@@ -208,7 +208,7 @@ class RunComparison:
         return run.scalars.get(self.prefix + metric)
 
     def curve(self, arm: str, metric: str) -> Curve | None:
-        """Average a metric over the seeds of an arm, interpolated where they logged at other positions."""
+        """Average a metric over the seeds of an arm; values at different positions are interpolated."""
         found = [series for run in self.arms[arm].values() if (series := self.series(run, metric)) is not None]
         if not found:
             return None
@@ -220,7 +220,7 @@ class RunComparison:
         return Curve(grid, mean, low, high)
 
     def finals(self, arm: str, metric: str) -> dict[int, float]:
-        """Return the final value of a metric by seed: the last one of val/, else the mean of the last tenth."""
+        """Return the final value of a metric by seed: the last value for val/, else the mean of the last tenth."""
         found = {}
         for seed, run in self.arms[arm].items():
             if (series := self.series(run, metric)) is not None:
@@ -230,12 +230,12 @@ class RunComparison:
         return found
 
     def tests(self, metric: str) -> dict[str, tuple[Difference, float]]:
-        """Test each arm against the first: the difference, and its p-value adjusted by Holm for the number of arms."""
+        """Test each arm against the first; return the difference and its p-value, adjusted by Holm for the arms."""
         first, *others = self.arms
         found = {arm: seed_difference(self.finals(first, metric), self.finals(arm, metric))
                  for arm in others if self.finals(arm, metric) and self.finals(first, metric)}  # fmt: skip
         return dict(zip(found, zip(found.values(), holm([one.p for one in found.values()]), strict=True), strict=True))
 
     def frontier(self) -> tuple[str, str] | None:
-        """Return the metrics of the plot of reward against KL; None if the runs have none."""
+        """Return the two metrics of the reward-KL plot; None if the runs do not have them."""
         return next((pair for pair in FRONTIERS if set(pair) <= set(self.metrics)), None)

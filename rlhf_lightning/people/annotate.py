@@ -57,32 +57,32 @@ def annotate(
 ) -> int:
     """Serve a page for blind comparison of completions with random sides, and store the judgements.
 
-    Completions are sampled while people work (--prompts with --model, given twice to compare two models) or come from
-    a file (--pairs). Without either, the items in the store are labelled. `rlhf annotate export` writes the labels to a
-    file, `rlhf annotate import` takes over those of Argilla and Label Studio; DataModules also read the store itself:
-    --data.source feedback.db.
+    Completions are sampled while people work (--prompts with --model; give --model twice to compare two models), or
+    come from a file (--pairs). Without either, the items in the store are labelled. `rlhf annotate export` writes the
+    labels to a file. `rlhf annotate import` imports labels of Argilla and Label Studio. DataModules also read the store
+    directly: --data.source feedback.db.
 
     Args:
         store: feedback store, such as feedback.db; created if missing.
-        prompts: file of prompts, in any form that `rlhf generate` reads.
-        model: folder of a policy (whole or adapter); repeat for further policies.
-        pairs: file of preferences in any form that training reads; their labels are not shown.
+        prompts: file of prompts, in any format that `rlhf generate` reads.
+        model: folder of a policy (full weights or adapter); repeat for further policies.
+        pairs: file of preferences in any format that training reads; their labels are not shown.
         candidates: completions of each item; more than two are ranked.
         select: order of the items: random, uncertainty (mean preference of the reward models nearest to 0.5),
-            disagreement (between them), diversity (least similar to those shown), or a Selector by import path. null
-            keeps the order in which items were added.
+            disagreement (variance between reward models), diversity (least similar to the items shown so far), or a
+            Selector by import path. null keeps the order in which items were added.
         ensemble: folders of trained reward models: one or more for uncertainty, two or more for disagreement.
         ahead: items sampled ahead of the annotators; by default 16, and 256 with --select.
         as_chat: put a plain-text prompt into a user turn of the chat template.
-        annotators_per_item: annotators for each item.
+        annotators_per_item: number of annotators for each item.
         repeats: share of items shown again with sides swapped, to measure consistency.
-        reasons: reasons for a choice that can be ticked.
-        flags: problems of an item that can be ticked.
-        instructions: Markdown file that each annotator is shown first, and on demand.
-        annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
-            --host is not this machine only.
-        host: address to listen on; the default is reached from this machine only.
-        port: port to listen on; 0 takes a free one.
+        reasons: reasons for a choice, shown as check boxes.
+        flags: problems of an item, shown as check boxes.
+        instructions: Markdown file with instructions, shown to each annotator at the start and on demand.
+        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required if
+            --host admits other machines.
+        host: address to listen on; by default only this machine can connect.
+        port: port to listen on; 0 chooses a free port.
         sampling: sampling settings.
     """
     from rlhf_lightning.people.serving import access_policy, print_urls, read_instructions, require_page
@@ -109,7 +109,7 @@ def annotate(
     if pairs is not None:
         from rlhf_lightning.people.candidates import given_items
 
-        given = given_items(pairs)  # read first: a wrong file must leave no store behind
+        given = given_items(pairs)  # read before the store is created, so that a wrong file leaves no store behind
     with ExitStack() as stack:
         listening = stack.enter_context(closing(listen(host, port)))
         opened = stack.enter_context(FeedbackStore(path, Policy(annotators_per_item, repeats, seed=sampling.seed)))
@@ -160,7 +160,7 @@ def sampling_ahead(
 
 
 def report_left_out(path: str, columns: "Sequence[dict[str, Any]]") -> None:
-    """Say which columns of a file do not come along when a store is trained on."""
+    """Print which columns of a file will not be available when training on the store."""
     from rlhf_lightning.data.feedback.rows import TAKEN_COLUMNS
 
     taken = sorted({name for row in columns for name in row} & TAKEN_COLUMNS)
@@ -195,14 +195,14 @@ def export(
     """Write the labels of a store to a file that training reads.
 
     Args:
-        store: feedback store; labelling may continue meanwhile.
+        store: feedback store; labelling may continue at the same time.
         out: file to write, .jsonl or .parquet; .json for argilla and label-studio.
         kind: preference (pairs with soft labels and margins, or ranked lists), unpaired (each completion good or bad),
-            demonstration (rewritten completions), prompt, judgement (each as it was made), argilla or label-studio
+            demonstration (rewritten completions), prompt, judgement (every single judgement), argilla or label-studio
             (all items with their judgements, as records of these tools).
-        labels: label of several judgements of one pair: their mean, or weighted by estimated reliability.
-        annotators: names separated by commas, of the annotators whose judgements count; by default all.
-        snapshot: number of the last row of judgements; by default the newest.
+        labels: how several judgements of one pair are combined: their mean, or weighted by estimated reliability.
+        annotators: names of the annotators whose judgements are used, separated by commas; by default all.
+        snapshot: number of the last row of judgements to use; by default the newest.
     """
     from rlhf_lightning.data.feedback.bridges import records_of
     from rlhf_lightning.data.feedback.database import reading, snapshot_of
@@ -241,13 +241,13 @@ def import_records(
     prompt_field: str | None = None,
     completion_fields: list[str] | None = None,
 ) -> int:
-    """Take over items and judgements of Argilla or Label Studio into a store; a second import adds only what is new.
+    """Import items and judgements of Argilla or Label Studio; a second import adds only new items and judgements.
 
     Args:
         store: feedback store, such as feedback.db; created if missing.
-        records: JSON file: of Argilla's `dataset.records.to_json`, or of Label Studio's export.
+        records: JSON file written by Argilla's `dataset.records.to_json`, or by Label Studio's export.
         tool: argilla or label-studio.
-        prompt_field: field of the prompt; by default prompt, instruction, question or the like.
+        prompt_field: field of the prompt; by default prompt, instruction, question or a similar name.
         completion_fields: fields of the completions; by default numbered fields such as response-1 and response-2.
     """
     from rlhf_lightning.people.serving import require_page
@@ -286,7 +286,7 @@ def import_records(
 
 
 def write_parquet(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a Parquet file, renamed into place when it is complete."""
+    """Write a Parquet file atomically: it is renamed to its final name when complete."""
     import pyarrow
     import pyarrow.parquet
 

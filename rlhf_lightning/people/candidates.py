@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from rlhf_lightning.people.selectors import Selector
 
 TRIES = 4
-"""Samples drawn for a completion that differs from the others, before the prompt is left out."""
+"""Maximum number of samples drawn to get a completion different from the others; then the prompt is left out."""
 
 
 class Sampled(NamedTuple):
-    """A policy to sample from, with the name the user gave it, its tokenizer and its engine."""
+    """A policy to sample from, with its name as given by the user, tokenizer and engine."""
 
     name: str
     model: Any
@@ -57,8 +57,8 @@ def sampled_items(
 ) -> Iterator[list[Item]]:
     """Yield items for some prompts at a time; completion c comes from policy c modulo the number of policies.
 
-    Completion c of prompt p is episode (p * count + c) * `TRIES`, or one of the next if its text repeats another one.
-    A prompt without enough different completions is left out.
+    Completion c of prompt p is episode (p * count + c) * `TRIES`. If its text repeats another completion, one of the
+    next episodes is used instead. A prompt without enough different completions is left out.
 
     Args:
         policies: policies to sample from.
@@ -67,9 +67,9 @@ def sampled_items(
         settings: sampling settings.
         seed: sampling seed.
         at_once: prompts sampled at a time.
-        skip: whether a prompt is to be left out, for example because it was sampled before.
+        skip: returns whether to leave out a prompt, for example because it was sampled before.
         start: index of the first prompt.
-        on_pass: called at each forward pass; sampling stops where it raises.
+        on_pass: called at each forward pass; may raise an exception to stop sampling.
     """
     numbered = list(enumerate(rows))
     for begin in range(start, len(numbered), at_once):
@@ -147,7 +147,7 @@ def given_items(path: str) -> list[Item]:
 
 
 PAUSE = 0.25
-"""Seconds between two counts of the waiting items."""
+"""Seconds between checks of the number of waiting items."""
 
 
 class _Stopped(Exception):
@@ -158,7 +158,7 @@ class Stop(threading.Event):
     """An event that ends sampling between two forward passes, as `sampled_items`' ``on_pass``."""
 
     def __call__(self, finished: int) -> None:
-        """Raise if the event is set."""
+        """Raise an exception if the event is set."""
         if self.is_set():
             raise _Stopped
 
@@ -168,11 +168,11 @@ class SamplingAhead:
 
     Args:
         store: store to fill.
-        batches: samples the next items in its ``next``.
-        ahead: items without an annotator above which sampling pauses.
+        batches: iterator that samples the next items.
+        ahead: sampling pauses when more than this many items wait for an annotator.
         selector: orders the items; None keeps the order of sampling.
-        unsampled: returns how many prompts are still to be sampled.
-        stop: set at the end; ``batches`` may ask it too.
+        unsampled: returns the number of prompts that are not sampled yet.
+        stop: event that is set at the end; ``batches`` may check it too.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class SamplingAhead:
         return "" if self._done else "The next completions are being written."
 
     def left(self, count: int) -> int:
-        """Return the judgements left, from the items that the store has left: prompts to be sampled count too."""
+        """Return the number of judgements left, including those of prompts that are not sampled yet."""
         return count + (0 if self._done or self.failure is not None else self._coming)
 
     def _fill(self) -> None:
@@ -226,7 +226,7 @@ class SamplingAhead:
                         self.store.rank(self.selector)
         except _Stopped:
             return
-        except Exception as error:  # annotators go on with the items there are
+        except Exception as error:  # annotators continue with the existing items
             sentence = failure_sentence(error)
             self.failure = sentence or str(error).strip() or type(error).__name__
             if sentence is None:

@@ -1,4 +1,4 @@
-"""Choose what each annotator is shown: next items, random sides, hidden repeats with sides swapped."""
+"""Choose the next item of each annotator, with random sides, and hidden repeats with sides swapped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlhf_lightning.errors import check_range
 
 COUNTED = "('ranking', 'tie', 'both_bad')"
-"""Verdicts that give a label."""
+"""Verdicts that count as labels."""
 
 Row = tuple[int, int, int, str]
 
@@ -69,24 +69,24 @@ CREATE TEMP TRIGGER judgement_undone AFTER INSERT ON main.judgements WHEN NEW.un
         AND item = (SELECT item FROM open WHERE assignment = NEW.assignment);
 END;
 """
-"""What is left to judge, kept up to date by triggers: queries over all judgements would slow down as a store grows.
+"""Tables of the open work, updated by triggers, because queries over all judgements become slow as a store grows.
 
-The tables belong to the connection that writes. ``stock``: labels of each item, whether it was handed out, and its
-selector's value until then. ``open``: assignments without a judgement. ``seen``: each annotator's standing judgements.
+The tables belong to the writing connection. ``stock``: number of labels of each item, whether it was assigned, and its
+selector value until then. ``open``: assignments without a judgement. ``seen``: each annotator's standing judgements.
 """
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How items are handed out.
+    """How items are assigned to annotators.
 
     Args:
-        annotators: annotators for each item.
-        repeats: share of hidden repeats among the items an annotator is shown.
+        annotators: number of annotators for each item.
+        repeats: share of hidden repeats among the items of an annotator.
         distance: minimum number of judgements between an item and its repeat.
-        lease: seconds for which an item that was handed out counts as being judged.
+        lease: seconds for which an assigned item counts as being judged.
         seed: seed of sides and repeats.
-        salt: salt of sides and repeats in a new store. null draws a secret one, so that annotators cannot predict
+        salt: salt of sides and repeats in a new store. null draws a secret salt, so that annotators cannot predict
             sides; an empty text makes simulated labelling reproducible.
     """
 
@@ -103,7 +103,7 @@ class Policy:
 
 
 def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
-    """The annotator's oldest assignment without a judgement; after an undo, the one taken back."""
+    """Return the annotator's oldest assignment without a judgement; after an undo, the undone assignment."""
     row: Row | None = db.execute(
         "SELECT a.id, a.item, a.repeat, a.shown FROM open o JOIN assignments a ON a.id = o.assignment "
         "WHERE o.annotator = ? ORDER BY o.assignment LIMIT 1",
@@ -113,9 +113,9 @@ def open_assignment(db: sqlite3.Connection, annotator: str) -> Row | None:
 
 
 def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: float) -> int | None:
-    """An item that needs a judgement, is new to the annotator, and is not with enough others already.
+    """Return an item that needs a judgement, is new to the annotator, and is not assigned to enough others already.
 
-    Items that were handed out before come first, then those with the highest selector value, then the others; ties are
+    Items that were assigned before come first, then items with the highest selector value, then the rest. Ties are
     broken by the order in which items were added.
     """
     row = db.execute(
@@ -129,7 +129,7 @@ def fresh_item(db: sqlite3.Connection, annotator: str, policy: Policy, now: floa
 
 
 def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy, key: int | str) -> int | None:
-    """An item that the annotator judged some time ago and is to judge again; usually None."""
+    """Return an item that the annotator judged some time ago and should judge again; usually None."""
     if policy.repeats == 0:
         return None
     (done,) = db.execute("SELECT count(*) FROM live WHERE annotator = ?", [annotator]).fetchone()
@@ -146,7 +146,7 @@ def repeat_item(db: sqlite3.Connection, annotator: str, policy: Policy, key: int
 
 
 def sides(db: sqlite3.Connection, annotator: str, item: int, repeat: bool, key: int | str) -> tuple[int, ...]:
-    """The order in which the item's completions are shown; a repeat reverses the order of the first time."""
+    """Return the order in which the item's completions are shown; a repeat reverses the first order."""
     if repeat:
         (shown,) = db.execute(
             "SELECT shown FROM assignments WHERE annotator = ? AND item = ? AND repeat = 0", [annotator, item]
@@ -157,6 +157,6 @@ def sides(db: sqlite3.Connection, annotator: str, item: int, repeat: bool, key: 
 
 
 def chance(*values: object) -> float:
-    """A number in [0, 1) determined by the values, so that a restart changes nothing."""
+    """Return a pseudo-random number in [0, 1) determined by the values, so that a restart changes nothing."""
     digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48

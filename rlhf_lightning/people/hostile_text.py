@@ -1,7 +1,7 @@
-"""Render untrusted text as safe HTML that shows everything a model is trained on.
+"""Render untrusted text as safe HTML that shows every character that a model is trained on.
 
-Markdown is laid out as far as it loses nothing. Links, images, tags, entities and link definitions stay as they are
-written, and hidden characters are written out.
+Markdown is rendered only if no text is lost. Links, images, tags, entities and link definitions are shown as source
+text, and hidden characters are shown by their code.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 LONGEST_MARKDOWN = 50_000
-"""Characters up to which Markdown is laid out; laying out longer text would block other requests."""
+"""Maximum characters of rendered Markdown; rendering longer text would block other requests."""
 
 DEEPEST_MARKDOWN = 20
-"""Levels of nesting up to which Markdown is laid out."""
+"""Maximum nesting depth of rendered Markdown."""
 
 MOST_GROWTH = 12
-"""Characters of HTML for each character of text up to which the layout is used."""
+"""Maximum ratio of HTML characters to text characters of rendered Markdown."""
 
 MARKUP = frozenset("\\`*_#>-+|~:=")
 """Characters that Markdown may consume as markup."""
 
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Controls, direction overrides, tags, soft hyphens, half surrogate pairs, line and paragraph separators."""
+"""Unicode categories: controls, direction overrides, tags, soft hyphens, lone surrogates, line and paragraph
+separators."""
 
 FILLERS = (
     (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2060, 0x206F), (0x2800, 0x2800),
     (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB), (0xE0000, 0xE0FFF),
 )  # fmt: skip
-"""Ranges of further characters that are drawn as nothing or as a blank: joiners, fillers, variation selectors."""
+"""Ranges of further invisible or blank characters: joiners, fillers, variation selectors."""
 
 JOINERS = "\u200c\u200d"
 """Joiners that several scripts and emoji need."""
@@ -46,7 +47,7 @@ SELECTORS = "\ufe0e\ufe0f"
 
 
 def shown_text(text: str) -> str:
-    """Return the text with every hidden character written out, as in ``[U+202E]``."""
+    """Replace every hidden character by its code, as in ``[U+202E]``."""
     plain = text.replace("\r\n", "\n").replace("\r", "\n")
     if plain.isascii() and plain.isprintable():
         return plain
@@ -64,7 +65,7 @@ def _is_hidden(character: str) -> bool:
 
 
 def _is_needed(text: str, place: int) -> bool:
-    """Whether a joiner or a variation selector has its place in a script or an emoji."""
+    """Whether a joiner or a variation selector is needed by a script or an emoji."""
     before = text[place - 1] if place else " "
     if text[place] in JOINERS:
         after = text[place + 1 : place + 2] or " "
@@ -77,13 +78,13 @@ def _is_emoji(character: str) -> bool:
 
 
 def _is_joined(character: str) -> bool:
-    """Whether a character is of a script that uses joiners: Arabic to Myanmar, Khmer, Mongolian."""
+    """Whether a character belongs to a script that uses joiners: Arabic to Myanmar, Khmer, Mongolian."""
     return 0x0600 <= ord(character) <= 0x10FF or 0x1780 <= ord(character) <= 0x18AF
 
 
 @lru_cache(maxsize=256)
 def to_html(text: str) -> str:
-    """Return Markdown as HTML, or the raw text where layout would lose some of it."""
+    """Render Markdown as HTML; return the raw text if rendering would lose a part of it."""
     plain = shown_text(text)
     if len(plain) <= LONGEST_MARKDOWN:
         tokens = _renderer().parse(plain)
@@ -95,12 +96,12 @@ def to_html(text: str) -> str:
 
 
 def _content(text: str) -> str:
-    """The characters that layout must keep."""
+    """Return the characters that rendering must keep."""
     return "".join(one for one in text if one not in MARKUP and not one.isspace())
 
 
 def _texts(tokens: Iterable[Any]) -> Iterator[str]:
-    """Everything that rendering shows: text, code, info strings, numbers of lists."""
+    """Yield everything that rendering shows: text, code, info strings, list numbers."""
     for token in tokens:
         if token.type == "inline":
             yield from _texts(token.children or ())
@@ -125,14 +126,14 @@ def _renderer() -> MarkdownIt:
 
 
 def _code(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
-    """A code block with its info string, which would become a class of the page otherwise."""
+    """Render a code block and show its info string, which would otherwise become a hidden CSS class."""
     info = tokens[place].info.strip()
     shown = f"<span class='info'>{escape(info)}</span>\n" if info else ""
     return f"<pre>{shown}<code>{escape(tokens[place].content)}</code></pre>\n"
 
 
 def _list_item(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
-    """A list item with the number that the text gives it; browsers count from the first one otherwise."""
+    """Render a list item with the number written in the text; browsers would count on from the first item."""
     number = tokens[place].info
     return f"<li value='{int(number)}'>" if number else "<li>"
 
@@ -144,7 +145,7 @@ def turns_of(prompt: Prompt) -> list[dict[str, str]]:
 
 
 def completion_shown(completion: str | list[Message]) -> dict[str, str]:
-    """Return HTML and text of a completion; the turns of a longer one are headed by their roles."""
+    """Return HTML and text of a completion; if it has several turns, each is headed by its role."""
     turns = turns_of(completion)
     if len(turns) == 1 and turns[0]["role"] in ("", "assistant"):
         return {"html": turns[0]["html"], "text": turns[0]["text"]}

@@ -1,4 +1,4 @@
-"""Labellers: people on the page, simulated annotators, or a class of your own; they bring labels into a store."""
+"""Labellers add labels to a store: people on the annotation page, simulated annotators, or your own class."""
 
 from __future__ import annotations
 
@@ -24,60 +24,60 @@ from rlhf_lightning.scoring.scorer import GoldReward, load_gold_reward
 from rlhf_lightning.types import Prompt
 
 More = Callable[[], bool]
-"""Adds items to a store that has nothing left to judge; returns False if there are none."""
+"""A function that adds items to a store without open items; returns False if there are no more."""
 
 PAUSE = 0.5
-"""Seconds between two counts of the labels."""
+"""Seconds between checks of the number of labels."""
 
 NOTICE = 60.0
-"""Seconds between two progress lines."""
+"""Seconds between progress lines."""
 
 
 class Labeller(ABC):
     """Base class of labellers. `rlhf loop` takes any subclass by ``class_path`` and ``init_args``.
 
-    A subclass defines `label`: `FeedbackStore.next` gives an assignment, `FeedbackStore.judge` records its answer.
+    A subclass implements `label`. `FeedbackStore.next` returns an assignment, `FeedbackStore.judge` records its answer.
     """
 
     lease: ClassVar[float] = 900.0
-    """Seconds for which an item that was handed out counts as being judged, see `handing_out.Policy`."""
+    """Seconds for which an assigned item counts as being judged, see `handing_out.Policy`."""
 
     salt: ClassVar[str | None] = None
-    """Salt of a store's sides, see `handing_out.Policy`; empty for programs, whose labels are then reproducible."""
+    """Salt of a store's sides, see `handing_out.Policy`; programs set it to an empty text for reproducible labels."""
 
     def prepare(self) -> None:
-        """Raise if labelling cannot start; called before anything is sampled."""
+        """Raise an error if labelling cannot start; called before anything is sampled."""
         return None
 
     @abstractmethod
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
         """Return when the store has ``count`` labels, or when nothing is left to judge and ``more`` adds nothing.
 
-        It may be killed at any point and is then called again; recorded judgements stay in the store.
+        The process may be killed at any point; `label` is then called again, and recorded judgements stay in the store.
 
         Args:
             store: store with items, opened for labelling.
-            count: labels wanted, as `FeedbackStore.labels` counts them; earlier ones count.
-            more: adds items when nothing is left to judge, for example because some were skipped. Returns False if
-                there are none.
+            count: number of labels wanted, as counted by `FeedbackStore.labels`; includes earlier labels.
+            more: adds items when nothing is left to judge, for example because some were skipped; returns False if
+                there are no more.
         """
 
 
 class PeopleLabeller(Labeller):
-    """People on the page that `rlhf annotate` serves; waits until they have judged enough.
+    """People who label on the page of `rlhf annotate`; waits until there are enough labels.
 
-    Skipped items go to other annotators. When no annotator is left for them, further pairs are sampled.
+    Skipped items go to other annotators. When no other annotator is left, further pairs are sampled.
 
     Args:
-        host: address to listen on; the default is reached from this machine only.
-        port: port to listen on; 0 takes a free one.
-        annotators: names separated by commas; each gets a link with a token, and no one else may label. Required where
-            the host is not this machine only.
-        instructions: Markdown file that each annotator is shown first, and on demand.
+        host: address to listen on; by default only this machine can connect.
+        port: port to listen on; 0 chooses a free port.
+        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required if the
+            host admits other machines.
+        instructions: Markdown file with instructions, shown to each annotator at the start and on demand.
 
     Raises:
         StateError: the web server is not installed.
-        MissingError: there is no file of instructions.
+        MissingError: the file of instructions does not exist.
         SettingError: other machines can reach the page and no annotator is named.
     """
 
@@ -90,7 +90,7 @@ class PeopleLabeller(Labeller):
         self.host, self.port, self.annotators = host, port, annotators
 
     def prepare(self) -> None:
-        """Raise if the port is taken."""
+        """Raise an error if the port is in use."""
         listen(self.host, self.port).close()
 
     def label(self, store: FeedbackStore, count: int, more: More) -> None:
@@ -112,7 +112,7 @@ class PeopleLabeller(Labeller):
 
 
 class Supply:
-    """Further items for a store, when an annotator is idle and the open assignments will not be enough."""
+    """Adds items to a store when an annotator is idle and the open assignments cannot give enough labels."""
 
     def __init__(self, store: FeedbackStore, count: int, more: More) -> None:
         self.store, self.count, self.more = store, count, more
@@ -120,7 +120,7 @@ class Supply:
         self._idle = threading.Event()
 
     def state(self) -> str:
-        """Return the message for an annotator without an item, and remember that one is idle."""
+        """Return the message for an annotator without an item, and record that an annotator is idle."""
         self._idle.set()
         if self.store.labels() >= self.count:
             return "This round has its labels. If there is another one, it appears here after training."
@@ -129,7 +129,7 @@ class Supply:
         return "Others are judging the last ones." if self._enough() else "The next completions are being written."
 
     def left(self, count: int) -> int:
-        """Return the labels left, independent of the items left."""
+        """Return the number of labels that are still wanted; the number of items left is ignored."""
         return max(self.count - self.store.labels(), 0)
 
     def refill(self) -> None:
@@ -139,7 +139,7 @@ class Supply:
         self._idle.clear()
 
     def is_over(self) -> bool:
-        """Whether no items will come and no one is judging."""
+        """Whether no further items will come and nobody is judging."""
         return self.exhausted and self.store.waiting() == 0 and self.store.being_judged() == 0
 
     def _enough(self) -> bool:
@@ -159,7 +159,7 @@ class PageError(StateError):
 class Page:
     """Client of the page's routes over one persistent connection.
 
-    A request without an answer is repeated; a judgement counts once by its key.
+    A request without an answer is repeated; a repeated judgement counts once, because it has the same key.
     """
 
     def __init__(self, address: str, patience: float = 30.0) -> None:
@@ -175,7 +175,7 @@ class Page:
         """Send a request, repeat it until it is answered, and return the JSON of the answer.
 
         Raises:
-            PageError: the answer is a refusal, or none came.
+            PageError: the page refused the request or did not answer.
         """
         until = time.monotonic() + self.patience
         while True:
@@ -211,8 +211,9 @@ class SimulatedAnnotator:
     r"""Simulated annotator after Bradley and Terry.
 
     The perceived value of a completion is gold / temperature plus Gumbel noise, plus ``position_bias`` for the first
-    one; the highest is chosen: P(first) = sigmoid((gold_1 - gold_2) / temperature + position_bias). Longer lists are
-    ranked by perceived value (Plackett-Luce). For a careless annotator, gold counts as 0.
+    completion. The completion with the highest perceived value is chosen, so
+    P(first) = sigmoid((gold_1 - gold_2) / temperature + position_bias). Longer lists are ranked by perceived value
+    (Plackett-Luce). For a careless annotator, gold is 0.
 
     Args:
         name: name of the annotator.
@@ -237,7 +238,7 @@ class SimulatedAnnotator:
         self.position_bias, self.careless, self.seed = position_bias, careless, seed
 
     def answer(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the judgement of an item, as the page takes it.
+        """Return the judgement of an item in the page's format.
 
         Args:
             item: the item as ``/api/item`` describes it.
@@ -320,7 +321,7 @@ class SimulatedAnnotators(Labeller):
             for page, annotator in zip(pages, self.annotators, strict=True):
                 page.enter(annotator.name)
                 if annotator.name == store.last()[1]:
-                    page.ask("/api/item")  # the answer to a judgement holds it, unless a kill came between
+                    page.ask("/api/item")  # already done with the last judgement, except after a kill
             while store.labels() < count and (self._judge_one(store, pages) or more()):
                 pass
 

@@ -1,4 +1,4 @@
-"""``rlhf loop``: its settings, its rounds with their steps, inputs and seeds, and the state file that resumes them."""
+"""``rlhf loop``: settings, rounds with their steps, inputs and seeds, and resuming from the state file."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ class LoopSettings:
     """Run rounds of sampling, labelling, training and evaluation; each round learns from all labels so far.
 
     Each round has a folder ``RUNS_FOLDER/NAME/round_<k>`` with its feedback store, its runs and its completions on
-    held-out prompts. ``state.json`` records finished steps: the same command resumes an interrupted loop. If too many
-    pairs are skipped, further ones are sampled; if the policy gives no more, the round uses the labels it has.
+    held-out prompts. ``state.json`` records finished steps, so the same command resumes an interrupted loop. If too
+    many pairs are skipped, more pairs are sampled; if the policy gives no more, the round uses the labels it has.
 
     Args:
         name: name of the loop and of its folder.
-        init_from: policy that the first pairs are sampled from, where training starts and KL is measured from.
-        prompts: file of prompts, in any form that `rlhf generate` reads.
+        init_from: initial policy: source of the first pairs, start of training, and reference of the KL.
+        prompts: file of prompts, in any format that `rlhf generate` reads.
         eval_prompts: file of held-out prompts.
         reward_config: `rlhf fit` config of the reward model; start, data, seeds and folders are filled in.
         policy_config: `rlhf fit` config of the policy: any objective on preferences, or on-policy.
         labeller: the Labeller, by class_path and init_args.
         rounds: number of rounds; a higher number continues a finished loop.
-        labels: labels of each round.
-        pool: pairs sampled in each round; by default a quarter more than labels.
-        select: order of the pairs, as in `rlhf annotate --select`, by the reward models of the round before; the first
-            round is in random order. null keeps the order of sampling.
-        members: reward models of each round, with different seeds; the policy is trained on their mean score.
-        start: policy that each round starts training from: first (init_from) or latest (of the round before).
+        labels: number of labels of each round.
+        pool: number of pairs sampled in each round; by default a quarter more than labels.
+        select: order of the pairs, as in `rlhf annotate --select`, by the previous round's reward models; the first
+            round has a random order. null keeps the order of sampling.
+        members: number of reward models of each round, with different seeds; the policy is trained on their mean score.
+        start: policy from which each round starts training: first (init_from) or latest (of the previous round).
         gold_reward: import path of a function (prompt, completion) -> known true reward, for evaluation only.
         scorer: scorer of held-out completions without a gold reward; by default the round's reward models.
-        annotators_per_item: annotators for each pair.
+        annotators_per_item: number of annotators for each pair.
         repeats: share of pairs shown again with sides swapped, to measure consistency.
         temperature: softmax temperature of sampling.
         max_new_tokens: maximum length of a completion, tokens.
@@ -118,13 +118,13 @@ class LoopSettings:
         return self.pairs_for(self.labels) if self.pool is None else self.pool
 
     def pairs_for(self, labels: int) -> int:
-        """Pairs for so many labels, and a quarter more because some are skipped."""
+        """Return the number of pairs for so many labels: a quarter more, because some are skipped."""
         items = -(-labels // self.annotators_per_item)
         return items + -(-items // 4)
 
 
 def seed_of(*values: Any) -> int:
-    """Derive a seed from the values; nearby values give unrelated seeds."""
+    """Derive a seed from the values; similar values give unrelated seeds."""
     digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -134,7 +134,7 @@ def run_loop(settings: LoopSettings, plain: dict[str, Any]) -> None:
 
     Raises:
         SettingError: the loop was started with other settings.
-        StateError: another process runs it, or its labeller cannot start.
+        StateError: another process runs the loop, or its labeller cannot start.
     """
     silence_libraries()
     folder = Path(settings.runs_folder) / checked_run_name(settings.name)

@@ -1,6 +1,6 @@
-"""Steps of a loop: sample pairs, train stages, evaluate policies, write the report; and the record of finished ones.
+"""Steps of a loop (sample pairs, train stages, evaluate policies, write the report) and the record of finished steps.
 
-Each step may be killed anywhere and run again; the result is bit-identical.
+A step may be killed at any point and run again; the result is bit-identical.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rlhf_lightning.types import Prompt, PromptBatch
 
 STATE_FILE = "state.json"
 FILES = ("prompts", "eval_prompts", "reward_config", "policy_config")
-"""Settings that name a file whose content a loop depends on."""
+"""Settings that name a file; the loop depends on the content of these files."""
 
 MAY_CHANGE = ("rounds",)
 """Settings that may change when a loop is resumed."""
@@ -59,7 +59,7 @@ class LoopState:
     """Finished steps of a loop, by name, with their results.
 
     Raises:
-        SettingError: the loop in the folder was started with other settings or other content of a file.
+        SettingError: the loop in the folder was started with other settings or other file contents.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -102,7 +102,7 @@ class LoopState:
         return parts[1], parts[2]
 
     def step(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a step's result; run it unless it is finished. Steps may be killed anywhere and run again."""
+        """Return a step's result; run the step unless it is finished. A step may be killed at any point and rerun."""
         if name not in self.steps:
             print(f"\nloop: {name}", flush=True)
             began = time.monotonic()
@@ -115,7 +115,7 @@ class LoopState:
 
 
 def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Hash the content of each file of `FILES`; for YAML the values without comments."""
+    """Hash the content of each file of `FILES`; for YAML files, hash the values without comments."""
     found = {}
     for name in FILES:
         path = Path(resolve_recipe(settings[name]))
@@ -137,8 +137,8 @@ def sample_pairs(
 ) -> int:
     """Add pairs of two completions of the policy to a store until it holds ``count``; return how many it holds.
 
-    Prompts come in random order, several times if there are fewer than pairs, starting after those in the store. The
-    result is below ``count`` if the policy does not give two different answers often enough.
+    Prompts come in random order, starting after the prompts in the store; they are used several times if there are
+    fewer prompts than pairs. The result is below ``count`` if the policy too rarely gives two different answers.
     """
     rows = read_prompts(prompts, as_chat=False)
     random.Random(seed).shuffle(rows)
@@ -159,7 +159,7 @@ def sample_pairs(
 
 
 def _after(items: Sequence[Item], seed: int) -> tuple[int, int]:
-    """Where sampling resumes after these items: pass over the prompts, and index of the prompt in it."""
+    """Return where sampling resumes after these items: the pass over the prompts, and the prompt's index in it."""
     if not items:
         return 0, 0
     last = items[-1].candidates[0]
@@ -213,7 +213,7 @@ def learns_from_prompts(config: str) -> bool:
 
 
 def ensemble_of(models: Sequence[str]) -> Any:
-    """Scorer setting for the mean score of reward models."""
+    """Return the scorer setting for the mean score of several reward models."""
     if len(models) == 1:
         return models[0]
     return {"class_path": "rlhf_lightning.scoring.Ensemble", "init_args": {"scorers": list(models), "penalty": 0.0}}
@@ -262,7 +262,7 @@ def _lines(samples: ScoredSamples) -> list[dict[str, Any]]:
 
 
 def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> dict[str, Any]:
-    """Win rate of a policy's held-out completions against another's, by gold reward or scorer; a tie counts half."""
+    """Return a policy's win rate against another on held-out prompts, by gold reward or scorer; a tie counts half."""
     mine, theirs = (read_records(place / COMPLETIONS_FILE) for place in (folder, against))
     name = "gold_reward" if "gold_reward" in mine[0] else "score"
     other = [row.get(name) for row in theirs]
@@ -279,7 +279,7 @@ def win_rate(folder: Path, against: Path, scorer: Scorer | None, seed: int) -> d
 
 
 class LabelPoint(NamedTuple):
-    """A measurement after so many labels, with its interval."""
+    """A measurement after a number of labels, with its interval."""
 
     labels: int
     value: float
@@ -290,7 +290,7 @@ class LabelPoint(NamedTuple):
 def draw_label_curves(
     panels: Mapping[str, Mapping[str, Sequence[LabelPoint]]], path: str | Path, title: str = ""
 ) -> Path:
-    """Plot one panel for each figure of merit with one curve for each method; return the path."""
+    """Plot one panel per metric with one curve per method; return the path."""
     size = (5.5 * len(panels), 4.2)
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
     for axis, (merit, methods) in zip(axes[0], panels.items(), strict=True):
@@ -344,7 +344,7 @@ def _page(name: str, table: str) -> str:
 
 
 def _write_scalars(folder: Path, points: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> None:
-    """Write a new event file in place of the earlier one."""
+    """Write a new event file that replaces the earlier one."""
     earlier = list(folder.glob(EVENTS))
     with SummaryWriter(str(folder)) as writer:
         for point in points:

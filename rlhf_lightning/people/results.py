@@ -1,4 +1,4 @@
-"""Results of labelling: agreement, win rates of models, annotators' consistency and side bias, growth."""
+"""Results of labelling: agreement, win rates of models, annotators' consistency and side bias, labels over time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_lightning.people.store import counts
 
 
 class Rate(NamedTuple):
-    """A share in [0, 1] of ``size``, with the ends of its 95 % Wilson interval."""
+    """A share in [0, 1] of ``size`` cases, with the bounds of its 95 % Wilson interval."""
 
     share: float
     low: float
@@ -35,11 +35,11 @@ class AnnotatorResults(NamedTuple):
     """Results of one annotator."""
 
     name: str  # name of the annotator
-    judged: int  # standing judgements, with repeats and without skips
+    judged: int  # judgements that were not undone, including repeats and excluding skips
     skipped: int  # items skipped
     seconds: float  # median time of a judgement
-    consistency: Rate | None  # share of hidden repeats judged as the first time; None without repeats
-    left: Rate | None  # share of choices between two that chose the left; None without choices. 0.5: unbiased.
+    consistency: Rate | None  # share of hidden repeats judged the same as the first time; None without repeats
+    left: Rate | None  # share of choices between two completions that chose the left; None without choices
     reliability: float | None  # estimated probability that a choice is right; None with fewer than three annotators
 
 
@@ -66,10 +66,11 @@ def results_of(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None:
-    """Krippendorff's alpha of choices between two completions, and the number of pairs judged by two or more.
+    """Return Krippendorff's alpha of choices between two completions, and the number of pairs judged by two or more.
 
-    A tie is half as far from a choice as its opposite. Each pair counts in both orders: the order has no meaning, and
-    if the better model always came first, agreement would pass for chance. None without shared pairs.
+    The distance of a tie to a choice is half the distance of the two opposite choices. Each pair is counted in both
+    orders, because the order has no meaning: if the better model always came first, agreement would look like chance.
+    Returns None without shared pairs.
     """
     shared = {pair: votes for pair, votes in pair_votes(judgements).items() if len(votes) > 1}
     if not shared:
@@ -80,7 +81,7 @@ def agreement(judgements: Iterable[StoredJudgement]) -> tuple[float, int] | None
 
 
 def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgement]) -> list[tuple[str, Rate]]:
-    """Share of comparisons with other models that each model wins, a tie counted half; the best first.
+    """Return the share of comparisons with other models that each model wins (ties count half), best model first.
 
     An item counts once, because its judgements are not independent of each other.
     """
@@ -105,7 +106,7 @@ def win_rates(connection: sqlite3.Connection, judgements: Iterable[StoredJudgeme
 
 
 def words_of(judgement: StoredJudgement) -> str:
-    """Return a judgement in the words of the page."""
+    """Describe a judgement in the words of the page."""
     if judgement.verdict == "ranking" and judgement.strength is not None:
         return STRENGTH_WORDS[judgement.strength]
     if judgement.verdict == "ranking":
@@ -123,13 +124,13 @@ def verdicts(judgements: Iterable[StoredJudgement]) -> list[tuple[str, int, floa
 def label_rows(
     connection: sqlite3.Connection, annotator: str | None = None, before: int | None = None, count: int = 25
 ) -> dict[str, Any]:
-    """Return one page of labels, the newest first, and where the next page starts (None at the end).
+    """Return one page of labels, newest first, and the ``before`` of the next page (None at the end).
 
     Args:
         connection: connection to the store.
-        annotator: whose labels; None for all.
-        before: number of the judgement below which the page starts; None starts with the newest.
-        count: labels of a page.
+        annotator: annotator whose labels are listed; None for all annotators.
+        before: only judgements with smaller numbers are listed; None starts with the newest.
+        count: number of labels per page.
     """
     mine = [one for one in judgements_of(connection) if annotator is None or one.annotator == annotator]
     older = [one for one in mine if before is None or one.id < before][::-1]
@@ -151,13 +152,13 @@ def _label_row(connection: sqlite3.Connection, one: StoredJudgement) -> dict[str
 
 
 def clipped(text: str, length: int = 120) -> str:
-    """Return the start of a text on one line, hidden characters written out."""
+    """Return the beginning of a text on one line, with hidden characters shown by their code."""
     line = " ".join(shown_text(text[: 2 * length]).split())
     return line if len(line) <= length else f"{line[:length]} …"
 
 
 def training_command(connection: sqlite3.Connection, path: Path, upto: int) -> tuple[str, str | None]:
-    """Return a command that trains on the present labels, and the policy that it starts from (None if unknown)."""
+    """Return a command that trains on the current labels, and its initial policy (None if unknown)."""
     model = connection.execute(
         "SELECT model FROM candidates WHERE model IS NOT NULL GROUP BY model ORDER BY count(*) DESC, model LIMIT 1"
     ).fetchone()
@@ -195,7 +196,7 @@ WIDTH, HEIGHT = 640, 160
 
 
 def growth(judgements: Sequence[StoredJudgement]) -> dict[str, Any] | None:
-    """Number of labels over time as points of a line; None before there are two."""
+    """Return the number of labels over time as points of a line; None with fewer than two labels."""
     times = [datetime.fromisoformat(one.judged).timestamp() for one in judgements]
     if len(times) < 2 or times[-1] <= times[0]:
         return None

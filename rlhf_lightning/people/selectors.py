@@ -1,6 +1,6 @@
-"""Active selection of the next item: selectors give each item a value, and the highest is judged first.
+"""Active selection of the next item: a selector gives each item a value, and the item with the highest value is next.
 
-A selector of your own is a class with one method: ``rlhf annotate --select my_selection.LongestSelector``.
+Your own selector is a class with one method: ``rlhf annotate --select my_selection.LongestSelector``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Selector(ABC):
     """Base class of selectors.
 
     Args:
-        ensemble: reward models trained on the judgements so far; None without any.
+        ensemble: reward models trained on the judgements so far; None if there are none.
         seed: seed of random choices.
 
     Raises:
@@ -48,7 +48,7 @@ class Selector(ABC):
     """
 
     members: ClassVar[int] = 0
-    """Reward models needed."""
+    """Minimum number of reward models."""
 
     def __init__(self, ensemble: EnsembleScores | None = None, seed: int = 0) -> None:
         given = 0 if ensemble is None else len(ensemble)
@@ -69,11 +69,11 @@ class Selector(ABC):
 
     @abstractmethod
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return a value for each item; the highest is judged first. Called again when items are added.
+        """Return a value for each item; the item with the highest value is judged first. Called when items are added.
 
         Args:
-            items: items that were never handed out.
-            given: items that were handed out, in that order.
+            items: items that were never assigned.
+            given: items that were assigned, in the order of assignment.
         """
 
 
@@ -81,7 +81,7 @@ class RandomSelector(Selector):
     """Random order: the baseline of the other selectors."""
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return a number in [0, 1) determined by seed and texts."""
+        """Return a pseudo-random number in [0, 1) per item, determined by seed and texts."""
         return [chance(self.seed, "select", item.key) for item in items]
 
 
@@ -91,7 +91,7 @@ class UncertaintySelector(Selector):
     members = 1
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return 1 where the mean preference probability is 0.5, and 0 where it is 0 or 1."""
+        """Return the uncertainty of each item: 1 at a mean preference probability of 0.5, 0 at 0 or 1."""
         return [float(uncertainty(scores)) for scores in self.ensemble(items)]
 
 
@@ -106,10 +106,10 @@ class DisagreementSelector(Selector):
 
 
 class DiversitySelector(Selector):
-    """Items least similar to those handed out, by n-grams of prompt and completions; needs no reward model."""
+    """Items least similar to the assigned items, by n-grams of prompt and completions; needs no reward model."""
 
     def values(self, items: Sequence[Item], given: Sequence[Item]) -> Sequence[float]:
-        """Return minus the rank in the order of `functional.selection.farthest_first`."""
+        """Return the negative rank in the order of `functional.selection.farthest_first`."""
         order = farthest_first(ngram_features(items), ngram_features(given))
         values = torch.empty(len(items))
         values[order] = -torch.arange(len(items), dtype=values.dtype)
@@ -117,7 +117,7 @@ class DiversitySelector(Selector):
 
 
 def ngram_features(items: Sequence[Item]) -> Tensor:
-    """Hashed counts of words and word bigrams, log(1 + count), normalized to length 1, shape (items, `FEATURES`).
+    """Return hashed counts of words and bigrams, log(1 + count), normalized to length 1, shape (items, `FEATURES`).
 
     Prompt and completions are counted separately.
     """
@@ -140,17 +140,17 @@ def _bucket(part: str, gram: str) -> int:
 
 
 def short_name(kind: type[Selector]) -> str:
-    """Name of a selector on the command line: ``uncertainty`` for `UncertaintySelector`."""
+    """Return the name of a selector on the command line: ``uncertainty`` for `UncertaintySelector`."""
     return kind.__name__.removesuffix("Selector").lower()
 
 
 def shipped_selectors() -> dict[str, type[Selector]]:
-    """Selectors of this file by their short names."""
+    """Return the selectors of this file by their short names."""
     return {short_name(kind): kind for kind in Selector.__subclasses__() if kind.__module__ == __name__}
 
 
 class RewardModels:
-    """Scores of items by several scorers; each item is scored once."""
+    """Scores items with several scorers; each item is scored once and cached."""
 
     def __init__(self, names: Sequence[str]) -> None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,4 +1,4 @@
-"""Web application of the page: next item, judgement, undo, results."""
+"""Web application of the annotation page: next item, judgement, undo, results."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ Read = TypeVar("Read")
 class PageSettings:
     """Choices and messages of the page."""
 
-    reasons: tuple[str, ...] = REASONS  # reasons for a choice that can be ticked
-    flags: tuple[str, ...] = FLAGS  # problems of an item that can be ticked
+    reasons: tuple[str, ...] = REASONS  # reasons for a choice, shown as check boxes
+    flags: tuple[str, ...] = FLAGS  # problems of an item, shown as check boxes
     state: Callable[[], str] = lambda: ""  # message for an annotator without an item; empty if nothing more will come
-    # number of judgements left, from the number of items that the store has left
+    # function from the number of items left in the store to the number of judgements left
     left: Callable[[int], int] = lambda count: count
-    instructions: str = ""  # Markdown that annotators read first, and on demand; empty for none
+    instructions: str = ""  # Markdown instructions, shown at the start and on demand; empty for none
 
     def __post_init__(self) -> None:
         for choices in (self.reasons, self.flags):
@@ -84,21 +84,21 @@ def make_app(store: FeedbackStore, access: AccessPolicy | None = None, settings:
         Mount("/assets", StaticFiles(directory=PAGE / "assets")),
     ]
     failures = dict.fromkeys((RlhfError, sqlite3.Error), _failure)
-    # Outermost, so that the answer to a request that failed has the security headers too.
+    # The guard is outermost, so that responses to failed requests have the security headers too.
     app = Starlette(routes=routes, exception_handlers=failures)
     app.router.redirect_slashes = False
     return Guard(app, any_host=access.tokens is not None)
 
 
 async def _failure(request: Request, error: Exception) -> Response:
-    """Answer with the reason why the store cannot be read or written, and tell whoever runs the server."""
+    """Answer with the reason why the store cannot be read or written, and print it for the server's operator."""
     said = str(error) if isinstance(error, RlhfError) else f"the feedback store cannot be read or written ({error})"
     print(f"annotation page: {said}", file=sys.stderr, flush=True)
     return PlainTextResponse(said, 500)
 
 
 class _Pages:
-    """Request handlers. Store access runs in threads, so that no request waits for another one's disk access."""
+    """Request handlers. Store access runs in threads, so that requests do not wait for each other's disk access."""
 
     def __init__(self, store: FeedbackStore, access: AccessPolicy, settings: PageSettings) -> None:
         self.store, self.access, self.settings = store, access, settings
@@ -152,7 +152,7 @@ class _Pages:
     # ---- labelling --------------------------------------------------------------------------------------------------
 
     async def annotate(self, request: Request) -> Response:
-        """The labelling page."""
+        """Return the labelling page."""
         name = self._who(request)
         if name is None:
             return RedirectResponse("/enter", 303)
@@ -163,7 +163,7 @@ class _Pages:
         return self._html("annotate.html", name=name, sees_results=may, reasons=reasons, flags=flags, **shown)
 
     async def item(self, request: Request) -> Response:
-        """The next item."""
+        """Return the next item."""
         return JSONResponse(await run_in_threadpool(self._next, self._annotator(request)))
 
     async def judge(self, request: Request) -> Response:
@@ -181,7 +181,7 @@ class _Pages:
         return JSONResponse({"id": number, "next": await run_in_threadpool(self._next, name)})
 
     async def undo(self, request: Request) -> Response:
-        """Undo a judgement, by default the last one, and give its item again."""
+        """Undo a judgement, by default the last judgement, and return its item."""
         name, body = self._annotator(request), await _json_of(request)
         try:
             chosen = None if body.get("judgement") is None else _whole(body, "judgement")
@@ -223,7 +223,7 @@ class _Pages:
     # ---- results ----------------------------------------------------------------------------------------------------
 
     async def results(self, request: Request) -> Response:
-        """Agreement, win rates, annotators and growth."""
+        """Return the page with agreement, win rates, annotators and labels over time."""
         name = self._who(request)
         if not self.access.sees_results(name):
             return self._html("enter.html", 403, asks=False)
@@ -236,12 +236,12 @@ class _Pages:
         return self._html("results.html", **await self._read(compute))
 
     async def labels(self, request: Request) -> Response:
-        """The annotator's own labels, a page at a time; each can be undone."""
+        """Return one page of the annotator's own labels; each label can be undone."""
         name = self._who(request)
         return RedirectResponse("/enter", 303) if name is None else await self._labels(request, name)
 
     async def all_labels(self, request: Request) -> Response:
-        """Everybody's labels, a page at a time."""
+        """Return one page of all annotators' labels."""
         if not self.access.sees_results(self._who(request)):
             return self._html("enter.html", 403, asks=False)
         return await self._labels(request, None)
@@ -253,7 +253,7 @@ class _Pages:
         return self._html("labels.html", mine=annotator is not None, **shown)
 
     async def download(self, request: Request) -> Response:
-        """Every judgement as it was made, as JSON Lines."""
+        """Return every single judgement as JSON Lines."""
         if not self.access.sees_results(self._who(request)):
             return self._html("enter.html", 403, asks=False)
         text = await self._read(lambda stored: "".join(encoded(row) + "\n" for row in rows_of(stored, "judgement")))
@@ -269,7 +269,7 @@ class _Pages:
 
 
 def described(found: Assignment) -> dict[str, Any]:
-    """Describe an item to the page: texts alone, without model, place or repeat, so that labelling is blind."""
+    """Describe an item to the page: only its texts, without model, position or repeat, so that labelling is blind."""
     candidates = [found.item.candidates[place] for place in found.shown]
     return {
         "assignment": found.id,
@@ -282,7 +282,7 @@ async def _json_of(request: Request) -> dict[str, Any]:
     body = await json_object(request)
     try:
         encoded(body).encode()
-    except UnicodeError:  # half a surrogate pair cannot be stored
+    except UnicodeError:  # a lone surrogate cannot be stored
         raise HTTPException(400, "the request is not valid Unicode") from None
     return body
 

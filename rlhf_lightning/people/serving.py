@@ -1,4 +1,4 @@
-"""What serving the page needs: who may use it (names on the loopback, tokens elsewhere), and its instructions."""
+"""Access control of the annotation page (names on the loopback, tokens elsewhere), its URLs and instructions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlhf_lightning.commands.web_server import base_url, is_loopback, require_we
 from rlhf_lightning.errors import DataError, MissingError, SettingError
 
 OWNER = "owner"
-"""Name of the account that may see the results where annotators have tokens."""
+"""Name of the account that may see the results, if annotators have tokens."""
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.@-]{0,62}[A-Za-z0-9])?")
 RESERVED_NAMES = ("null", "none", "true", "false")
-"""Names that a form or a config file gives to a missing value."""
+"""Names that would be confused with a missing value of a form or a config file."""
 
 
 class AccessPolicy:
@@ -35,19 +35,19 @@ class AccessPolicy:
         self.tokens = None if tokens is None else dict(tokens)
 
     def name_of(self, cookie: str | None) -> str | None:
-        """Return the annotator of a cookie; None if it is unknown."""
+        """Return the annotator of a cookie; None if the cookie is unknown."""
         if not cookie:
             return None
         if self.tokens is None:
             return cookie if is_name(cookie) else None
         found = None
-        for name, token in self.tokens.items():  # compare with all of them: the time taken must reveal nothing
+        for name, token in self.tokens.items():  # compare with all tokens, against timing attacks
             if hmac.compare_digest(token.encode(), cookie.encode()):
                 found = name
         return found
 
     def sees_results(self, name: str | None) -> bool:
-        """Whether models and annotators are shown by name to this person."""
+        """Whether this person may see the results, with the names of models and annotators."""
         return self.tokens is None or name == OWNER
 
 
@@ -57,7 +57,7 @@ def is_name(name: str) -> bool:
 
 
 def checked_names(host: str, annotators: str | None) -> list[str]:
-    """Return the annotators who may use the page; an empty list where everybody on this machine may."""
+    """Return the annotators who may use the page; an empty list if everybody on this machine may use it."""
     names = [name.strip() for name in (annotators or "").split(",") if name.strip()]
     if not names and not is_loopback(host):
         raise SettingError(
@@ -75,7 +75,7 @@ def checked_names(host: str, annotators: str | None) -> list[str]:
 
 
 def require_page() -> None:
-    """Raise if a package that the page needs is not installed; see `require_web_server`."""
+    """Raise an error if a package that the page needs is not installed; see `require_web_server`."""
     require_web_server("the page", "annotate", ["markdown_it"])
 
 
@@ -90,9 +90,9 @@ def read_instructions(path: Path) -> str:
 
 
 def stored_tokens(store: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the tokens of the annotators and of the owner from a file next to the store, so that links stay valid.
+    """Return the tokens of the annotators and of the owner, stored in a file next to the store so links stay valid.
 
-    The store itself may be handed on as data and holds no token.
+    The store itself may be shared as data, so it holds no token.
 
     Raises:
         DataError: the file is not a mapping from names to different tokens of 16 characters or more.
@@ -130,7 +130,7 @@ def _bad_tokens(file: Path, fault: str) -> DataError:
 
 
 def access_policy(store: Path, host: str, annotators: str | None) -> AccessPolicy:
-    """Return the access policy of a store's page: anybody on this machine, or holders of a token.
+    """Return the access policy of a store's page: everybody on this machine, or holders of a token.
 
     Raises:
         SettingError: see `checked_names`.

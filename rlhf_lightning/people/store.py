@@ -1,4 +1,4 @@
-"""Feedback store opened for labelling: add items, hand them out, record judgements. Nothing is ever deleted."""
+"""Feedback store opened for labelling: add items, assign them, record judgements. Rows are never deleted."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class FeedbackStore:
 
     Args:
         path: the file; created if missing. Symbolic links are resolved.
-        policy: how items are handed out.
+        policy: how items are assigned.
         clock: returns seconds since 1970.
 
     Raises:
-        StateError: another process has it open.
+        StateError: another process has the store open.
         DataError: the file is not a feedback store.
     """
 
     def __init__(self, path: str | Path, policy: Policy | None = None, clock: Callable[[], float] = time.time) -> None:
-        # Two names of one file must share one lock and one write-ahead log.
+        # Resolved, because two names of one file must share one lock and one write-ahead log.
         self.path, self.policy, self.clock = Path(path).resolve(), policy or Policy(), clock
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock", blocking=False, thread_local=False)
@@ -113,7 +113,7 @@ class FeedbackStore:
             self._require_file("-wal")
 
     def _require_file(self, *suffixes: str) -> None:
-        """Raise if the file is gone: SQLite would go on writing to the deleted file without an error."""
+        """Raise an error if the file was deleted: SQLite would continue to write to the deleted file silently."""
         found = self.path.stat() if self.path.exists() else None
         names = [f"{self.path}{suffix}" for suffix in suffixes]
         if found is None or found.st_ino != self._inode or found.st_size == 0 or not all(map(os.path.exists, names)):
@@ -125,14 +125,14 @@ class FeedbackStore:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for read-only statements."""
+        """Yield the connection, for read-only statements."""
         with self._turn:
             yield self._connection
 
     # ---- items ------------------------------------------------------------------------------------------------------
 
     def add(self, items: Iterable[Item]) -> int:
-        """Add items that the store does not have yet; return how many were new."""
+        """Add the items that the store does not have yet; return their number."""
         with self._transaction() as db:
             return sum(self._add(db, item) for item in items)
 
@@ -160,11 +160,11 @@ class FeedbackStore:
         return bool(self._count("SELECT count(*) FROM items WHERE prompt_key = ?", digest(prompt)))
 
     def waiting(self) -> int:
-        """Count the items that were never handed out."""
+        """Count the items that were never assigned."""
         return self._count(f"SELECT count(*) FROM {WAITING}")
 
     def rank(self, selector: Selector) -> None:
-        """Let a selector order the items that were never handed out; annotators are not blocked."""
+        """Let a selector order the items that were never assigned; annotators are not blocked meanwhile."""
         given, waiting = (
             "SELECT item FROM assignments WHERE repeat = 0 GROUP BY item ORDER BY min(id)",
             f"SELECT item FROM {WAITING} ORDER BY item",
@@ -190,13 +190,13 @@ class FeedbackStore:
             db.executemany("UPDATE stock SET value = :value WHERE item = :item AND NOT begun", rows)
 
     def take_over(self, item: Item, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Add an item with answers that were given elsewhere; return how many were new.
+        """Import an item with answers from another tool; return the number of new answers.
 
-        An annotator's second answer about an item, and an answer that was taken over before, are left out.
+        An annotator's second answer about an item, and an answer that was imported before, are left out.
 
         Args:
-            item: the item; it may be in the store.
-            answers: name of the annotator and answer, completions numbered as in the item.
+            item: the item; it may already be in the store.
+            answers: pairs of annotator name and answer; completions are numbered as in the item.
         """
         taken = 0
         with self._transaction() as db:
@@ -218,9 +218,9 @@ class FeedbackStore:
     # ---- annotating -------------------------------------------------------------------------------------------------
 
     def next(self, annotator: str) -> Assignment | None:
-        """The annotator's next assignment; None if there is nothing to judge now.
+        """Return the annotator's next assignment; None if there is nothing to judge now.
 
-        It stays the same, sides included, until it is judged, so a reloaded page shows what it showed.
+        Until it is judged, the assignment and its sides stay the same, so that reloading the page changes nothing.
         """
         with self._transaction() as db:
             found = open_assignment(db, annotator)
@@ -245,12 +245,12 @@ class FeedbackStore:
         Args:
             annotator: name of the annotator.
             assignment: number of the assignment.
-            key: idempotency key, new for each judgement: a request repeated with its key counts once.
+            key: idempotency key, new for each judgement; a repeated request with the same key counts once.
             answer: the judgement.
 
         Raises:
-            Conflict: the assignment was judged already, under another key.
-            NotAsked: the assignment is not this annotator's.
+            Conflict: the assignment was already judged under another key.
+            NotAsked: the assignment belongs to another annotator.
             JudgementRefused: the answer does not fit the assignment.
             StateError: the store's file was removed.
         """
@@ -286,17 +286,17 @@ class FeedbackStore:
         return cursor.lastrowid
 
     def undo(self, annotator: str, key: str, judgement: int | None = None) -> int | None:
-        """Withdraw a judgement of the annotator, so that it is asked again; return the number of the new row.
+        """Undo a judgement of the annotator, so that the item is shown again; return the number of the new row.
 
-        The judgement stays in the store, and a row records its withdrawal. Returns None if there is nothing to undo.
+        The judgement stays in the store, and a new row records the undo. Returns None if there is nothing to undo.
 
         Args:
             annotator: name of the annotator.
             key: idempotency key of the request.
-            judgement: number of the judgement; None takes the last one.
+            judgement: number of the judgement; None means the last judgement.
 
         Raises:
-            JudgementRefused: the annotator has no such judgement, or it was withdrawn before.
+            JudgementRefused: the annotator has no such judgement, or it was undone before.
         """
         with self._transaction() as db:
             if (known := self._known(db, annotator, key, None)) is not None:
@@ -317,7 +317,7 @@ class FeedbackStore:
             return cursor.lastrowid
 
     def _known(self, db: sqlite3.Connection, annotator: str, key: str, assignment: int | None) -> int | None:
-        """The row that an earlier request with this key wrote."""
+        """Return the row that an earlier request with this key wrote; None if there is none."""
         row = db.execute("SELECT id, annotator, assignment, undoes FROM judgements WHERE key = ?", [key]).fetchone()
         if row is None:
             return None
@@ -344,7 +344,7 @@ class FeedbackStore:
         return Progress(judged, skipped, left, seconds / judged if judged else 0.0)
 
     def labels(self) -> int:
-        """Count the labels: judgements without hidden repeats and skipped items."""
+        """Count the labels: judgements, excluding hidden repeats and skipped items."""
         return self._count("SELECT coalesce(sum(labels), 0) FROM stock")
 
     def being_judged(self) -> int:
@@ -353,13 +353,13 @@ class FeedbackStore:
         return self._count("SELECT count(*) FROM open WHERE repeat = 0 AND given > ?", since)
 
     def last(self) -> tuple[int, str]:
-        """Number and annotator of the last row of judgements; 0 and an empty name if there is none."""
+        """Return number and annotator of the last row of judgements; 0 and an empty name if there is none."""
         with self._turn:
             row = self._connection.execute("SELECT id, annotator FROM judgements ORDER BY id DESC LIMIT 1").fetchone()
             return (0, "") if row is None else (int(row[0]), str(row[1]))
 
     def snapshot(self) -> Snapshot:
-        """Snapshot of all judgements so far."""
+        """Return a snapshot of all judgements so far."""
         with self._turn:
             return snapshot_of(self._connection)
 
