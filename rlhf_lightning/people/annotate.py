@@ -79,7 +79,7 @@ def annotate(
         reasons: reasons for a choice, shown as check boxes.
         flags: problems of an item, shown as check boxes.
         instructions: Markdown file with instructions, shown to each annotator at the start and on demand.
-        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required if
+        annotators: names separated by commas; each gets a link with a token, and no other person may label. Required if
             --host admits other machines.
         host: address to listen on; by default only this machine can connect.
         port: port to listen on; 0 chooses a free port.

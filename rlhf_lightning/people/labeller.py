@@ -71,7 +71,7 @@ class PeopleLabeller(Labeller):
     Args:
         host: address to listen on; by default only this machine can connect.
         port: port to listen on; 0 chooses a free port.
-        annotators: names separated by commas; each gets a link with a token, and nobody else may label. Required if the
+        annotators: names separated by commas; each gets a link with a token, and no other person may label. Required if the
             host admits other machines.
         instructions: Markdown file with instructions, shown to each annotator at the start and on demand.
 
@@ -139,7 +139,7 @@ class Supply:
         self._idle.clear()
 
     def is_over(self) -> bool:
-        """Whether no further items will come and nobody is judging."""
+        """Whether no further items will come and no annotator is judging."""
         return self.exhausted and self.store.waiting() == 0 and self.store.being_judged() == 0
 
     def _enough(self) -> bool:
