@@ -71,8 +71,8 @@ class PeopleLabeller(Labeller):
     Args:
         host: address to listen on; by default only this machine can connect.
         port: port to listen on; 0 chooses a free port.
-        annotators: names separated by commas; each gets a link with a token, and no other person may label. Required if the
-            host admits other machines.
+        annotators: names separated by commas; each gets a link with a token, and no other person may label. Required if
+            the host admits other machines.
         instructions: Markdown file with instructions, shown to each annotator at the start and on demand.
 
     Raises:

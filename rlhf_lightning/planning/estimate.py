@@ -1,4 +1,4 @@
-r"""Memory and compute of a run on each rank, estimated from its settings.
+r"""Estimate the memory and compute of a run on each rank from its settings.
 
 The peak is the largest of these moments of a training step:
 
@@ -8,11 +8,11 @@ The peak is the largest of these moments of a training step:
     backward ends    weights, optimizer, gradients, one block's activations
     update           weights, optimizer, gradients, the optimizer's temporaries
 
-During sampling the gradients are those of the last update. In a backward pass activations shrink while gradients grow,
-both block by block, so the peak is at its beginning or end.
+During sampling, the gradients of the last update are still allocated. In a backward pass activations shrink while
+gradients grow, both block by block, so the peak is at its beginning or end.
 
-All rows have the same length. Every family is counted as Llama-like, tensor parallelism as if it sharded all weights;
-rounding by GPU allocators and NCCL buffers are not counted.
+Assumptions: all rows have the same length; every family is Llama-like; tensor parallelism shards all weights. Rounding
+by GPU allocators and NCCL buffers are not counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HOLES_FULL, HOLES_ADAPTER = 0.2, 0.3
 """Fragmentation of glibc's heap as a share of the activations, with all weights trained and with an adapter.
 
 Measured on SmolLM2-135M (experiments/benchmarks/plan.md). With MALLOC_MMAP_THRESHOLD_=131072 in the environment there
-is none. Fragmentation on GPUs is not counted.
+is no fragmentation. Fragmentation on GPUs is not counted.
 """
 
 
@@ -69,7 +69,8 @@ class Plan(NamedTuple):
     roles: tuple[Role, ...]  # the models
     micro_batch: MicroBatch  # the largest micro-batch
     moments: dict[str, dict[str, int]]  # bytes on the fullest rank by moment and holder
-    tokens: int  # of a training step over all ranks, prompts counted for each completion; of a rollout those sampled
+    # tokens of a training step over all ranks, with the prompt counted for each completion; in rollouts sampled tokens
+    tokens: int
     flops: dict[str, int]  # FLOPs of a training step over all ranks, by purpose
 
     @property
@@ -93,7 +94,7 @@ def _skeleton(config: str, lora: str, scalar: bool, value_head: bool, adapters: 
 
 
 def config_of(text: str) -> Any:
-    """Return the Hugging Face config that JSON text describes."""
+    """Return the Hugging Face config for a JSON text."""
     values = json.loads(text)
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
@@ -110,7 +111,7 @@ def trained_skeleton(setup: Setup) -> Skeleton:
 
 
 def _roles(setup: Setup) -> list[tuple[str, Skeleton, int, str | None]]:
-    """Return name, weights, bytes per frozen element and quantisation of every model, the trained one first."""
+    """Return name, weights, bytes per frozen element and quantisation of every model, the trained model first."""
     name = "reward model" if setup.scalar else "policy"
     found = [(name, trained_skeleton(setup), setup.bytes, setup.quantization)]
     if setup.critic == "separate":
@@ -123,7 +124,7 @@ def _roles(setup: Setup) -> list[tuple[str, Skeleton, int, str | None]]:
 
 
 def trained_passes(setup: Setup, batch: MicroBatch) -> list[Pass]:
-    """Return the forward passes with gradient in one graph: the policy's, and that of a critic of its own."""
+    """Return the forward passes with gradient in one graph: the policy's, and a separate critic's."""
     machine = setup.machine
     low = machine.strategy == "sharded" and machine.autocast
     how = Pass(
@@ -144,7 +145,7 @@ def trained_passes(setup: Setup, batch: MicroBatch) -> list[Pass]:
 
 
 def _targets(lora: LoraSettings | None) -> frozenset[str]:
-    """Return the adapted projections; names of other families count as all of them."""
+    """Return the adapted projections; projection names of other families count as all projections."""
     if lora is None or isinstance(lora.targets, str):
         return frozenset(memory.PROJECTIONS)
     return frozenset(lora.targets) & frozenset(memory.PROJECTIONS) or frozenset(memory.PROJECTIONS)
@@ -184,9 +185,10 @@ def plan(setup: Setup) -> Plan:
 
 
 def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | None]]) -> int:
-    """Return the bytes that FSDP2 gathers: of each trained model the weights outside the blocks, during forward and
-    backward pass; of one model two blocks, the current and the next; of trained weights also the gradients before they
-    are reduced and sharded, in compute precision and in fp32.
+    """Return the bytes that FSDP2 gathers during forward and backward pass.
+
+    These are the weights outside the blocks, of each trained model; two blocks of one model, the current and the next;
+    and the gradients of trained weights before they are reduced and sharded, in compute precision and in fp32.
     """
     low = BF16 if setup.machine.autocast else FP32
     total, widest = 0, 0
@@ -205,7 +207,7 @@ def _gathered_bytes(setup: Setup, roles: list[tuple[str, Skeleton, int, str | No
 def _moments(
     setup: Setup, batch: MicroBatch, roles: list[tuple[str, Skeleton, int, str | None]], gradients: int
 ) -> dict[str, dict[str, int]]:
-    """Return bytes by moment and holder, without those that are always allocated."""
+    """Return bytes by moment and holder, without memory that is always allocated."""
     block = DecoderSizes.of(config_of(setup.config))
     passes = trained_passes(setup, batch)
     tensor = setup.machine.tensor_ranks
@@ -283,19 +285,19 @@ def _rollout_moments(setup: Setup, block: DecoderSizes, how: Pass, gradients: in
 
 
 class Rates(NamedTuple):
-    """What a device reaches at most: FLOP/s of products, and bytes per second of a copy (reads and writes)."""
+    """Maximum rates of a device: FLOP/s of matrix products, and bytes per second of a copy (reads and writes)."""
 
     products: float
     traffic: float
 
 
 def measured_rates(setup: Setup, batch: MicroBatch, seconds: float = 5.0) -> Rates | None:
-    """Measure a run's largest product and a copy on this machine; None if the run is for GPUs and there is none.
+    """Measure a run's largest matrix product and a copy on this machine; None if the run needs a missing GPU.
 
     Args:
         setup: the run.
         batch: its largest micro-batch.
-        seconds: time that both measurements take together.
+        seconds: total time of both measurements.
     """
     if setup.machine.gpu and not torch.cuda.is_available():
         return None
@@ -313,7 +315,7 @@ def measured_rates(setup: Setup, batch: MicroBatch, seconds: float = 5.0) -> Rat
 
 
 def _per_second(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Return how often a call completes in a second, at its fastest tenth."""
+    """Return how often a call completes per second, measured in the fastest of about ten time intervals."""
     call()
     began, fastest = time.perf_counter(), math.inf
     while time.perf_counter() - began < seconds:
@@ -328,10 +330,10 @@ def _per_second(call: Callable[[], Any], device: str, seconds: float) -> float:
 
 
 def most_tokens_per_second(setup: Setup, found: Plan, rates: Rates) -> float:
-    """Return the roofline of a run: products at the rate of products, and what has to be moved at the rate of a copy.
+    """Return the roofline of a run: FLOPs at the rate of matrix products, plus memory traffic at the rate of a copy.
 
-    Moved are activations (written, read, and their gradients likewise), the optimizer's state and weights (read and
-    written), and for every sampled token of a batch the weights.
+    Memory traffic counts activations and their gradients (written and read), the optimizer's state and the weights
+    (read and written), and the weights once for every decoding step of a batch.
     """
     machine = setup.machine
     compute = sum(found.flops.values()) / (machine.data_ranks * machine.tensor_ranks) / rates.products

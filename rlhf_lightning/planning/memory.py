@@ -1,4 +1,4 @@
-r"""Memory of a Llama-like transformer from its sizes: activations saved by autograd, logits, KV cache; and FLOPs.
+r"""Compute memory (activations saved by autograd, logits, KV cache) and FLOPs of a Llama-like transformer.
 
 A block is: norm, projections q k v o around attention, norm, a gated MLP. Autograd saves for each operation:
 
@@ -58,11 +58,11 @@ class DecoderSizes:
         )
 
     def width_in(self, projection: str) -> int:
-        """Input width of a projection."""
+        """Return the input width of a projection."""
         return {"o_proj": self.queries, "down_proj": self.intermediate}.get(projection, self.hidden)
 
     def width_out(self, projection: str) -> int:
-        """Output width of a projection."""
+        """Return the output width of a projection."""
         if projection in GATE_UP:
             return self.intermediate
         return {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}.get(projection, self.hidden)
@@ -79,7 +79,7 @@ class Pass:
 
     weight_bytes: int = FP32  # per element of the backbone's weights
     autocast: bool = False  # whether linear layers cast their inputs to bf16, each into its own copy
-    rank: int | None = None  # of the adapter; None if all weights are trained
+    rank: int | None = None  # rank of the adapter; None if all weights are trained
     targets: frozenset[str] = frozenset(PROJECTIONS)  # projections with an adapter
     adapter_bytes: int = FP32  # per element of the adapter
     checkpointing: bool = False  # save only each block's input and recompute the rest
@@ -143,7 +143,7 @@ def block_bytes(block: DecoderSizes, how: Pass, width: int) -> int:
 
 
 def _input_bytes(block: DecoderSizes, how: Pass) -> int:
-    """Return the bytes of the linear layers' inputs per token, without attention's output unless it is copied."""
+    """Return the bytes of the linear layers' inputs per token; attention's output counts only if it is copied."""
     read = frozenset(PROJECTIONS) if how.rank is None else how.targets
 
     def of(names: tuple[str, ...]) -> int:
@@ -171,7 +171,7 @@ def cast_bytes(block: DecoderSizes, how: Pass) -> int:
 
 
 def _saved_weights(block: DecoderSizes, how: Pass, names: tuple[str, ...]) -> int:
-    """Return the weights of the named projections whose cast is kept: all but the adapted ones."""
+    """Return the number of weights in those named projections that have no adapter; their cast copies are kept."""
     kept = set(names) - (set() if how.rank is None else how.targets)
     return sum(block.width_in(name) * block.width_out(name) for name in kept)
 
@@ -209,8 +209,10 @@ def _spared_bytes(block: DecoderSizes, how: Pass) -> int:
 
 
 def backward_bytes(block: DecoderSizes, how: Pass, rows: int, width: int) -> int:
-    """Return the temporary bytes of one block's backward pass: gradients of the MLP's three inner tensors and of two
-    residual ones; with checkpointing also the block's recomputed activations.
+    """Return the temporary bytes of one block's backward pass.
+
+    These are the gradients of the MLP's three inner tensors and of two residual tensors; with checkpointing also the
+    block's recomputed activations.
     """
     again = rows * width * block_bytes(block, how, width) + cast_bytes(block, how) if how.checkpointing else 0
     elements = rows * width * (3 * block.intermediate + 2 * block.hidden)
@@ -251,8 +253,9 @@ def head_bytes(block: DecoderSizes, tokens: int, trained: bool, gradient: bool =
 
 
 def sampling_bytes(block: DecoderSizes, rows: int) -> int:
-    """Return the bytes of one decoding step's distributions: logits and log-probabilities in fp32, exponentials and
-    their cumulative sum in fp64, per row and vocabulary entry.
+    """Return the bytes of one decoding step's distributions, per row and vocabulary entry.
+
+    Counts logits and log-probabilities in fp32, and exponentials and their cumulative sum in fp64.
     """
     return rows * block.vocabulary * (3 * FP32 + 2 * 8)
 
@@ -266,15 +269,18 @@ def cache_bytes(block: DecoderSizes, rows: int, tokens: int, element_bytes: int)
 
 
 def forward_flops(block: DecoderSizes, cells: int, width: int) -> int:
-    """Return the FLOPs of the trunk's forward pass on ``cells`` tokens in rows of ``width``: 2 per weight and token;
-    causal attention, half of length x length for scores and for values, 2 q length per token.
+    """Return the FLOPs of the trunk's forward pass on ``cells`` tokens in rows of ``width``.
+
+    Counts 2 per weight and token. Causal attention computes half of length x length for scores and for values:
+    2 q length per token.
     """
     return cells * block.layers * (2 * block.matrices + 2 * block.queries * width)
 
 
 def backward_flops(block: DecoderSizes, cells: int, width: int, how: Pass) -> int:
-    """Return the FLOPs of the backward pass: twice the forward pass, once if the weights are frozen; plus one forward
-    pass with checkpointing.
+    """Return the FLOPs of the backward pass.
+
+    Twice the forward pass, or once if the weights are frozen; with checkpointing plus one forward pass.
     """
     times = (2 if how.rank is None else 1) + how.checkpointing
     adapters = 0 if how.rank is None else cells * block.layers * 4 * adapter_size(block, how)
@@ -282,8 +288,10 @@ def backward_flops(block: DecoderSizes, cells: int, width: int, how: Pass) -> in
 
 
 def head_flops(block: DecoderSizes, tokens: int, trained: bool, gradient: bool = True) -> int:
-    """Return the FLOPs of the LM head: one product forward and, for the gradient, one more if the head is frozen or
-    three more (recomputed logits and two gradients) if it is trained.
+    """Return the FLOPs of the LM head.
+
+    One product in the forward pass. For the gradient one more if the head is frozen, or three more (recomputed logits
+    and two gradients) if it is trained.
     """
     products = (4 if trained else 2) if gradient else 1
     return products * 2 * tokens * block.vocabulary * block.hidden

@@ -40,8 +40,8 @@ class Assumed:
     Args:
         config: sizes of the trained model if ``model.init_from`` is not available: a config.json, its text, as
             '{"hidden_size": 4096, ...}', or a published architecture such as Llama-3.1-8B.
-        prompt_length: tokens of a prompt; null takes data.max_prompt_length, else half of data.max_length.
-        completion_length: tokens of a completion; null takes the rest of data.max_length (rollouts:
+        prompt_length: tokens of a prompt; null uses data.max_prompt_length, else half of data.max_length.
+        completion_length: tokens of a completion; null uses the rest of data.max_length (rollouts:
             model.max_new_tokens).
     """
 
@@ -51,7 +51,7 @@ class Assumed:
 
 
 class PlanCLI(SettingsCLI):
-    """Parse a command line like ``rlhf fit`` and make module, data and strategy, but no trainer and no folder."""
+    """Parse a command line like ``rlhf fit`` and build module, data and strategy, but no trainer and no folder."""
 
     shown = "plan"
 
@@ -62,7 +62,7 @@ class PlanCLI(SettingsCLI):
 
 
 def add_plan_options(parser: ArgumentParser) -> None:
-    """Add the options that `rlhf fit` lacks."""
+    """Add the options that `rlhf fit` does not have."""
     parser.add_argument("--memory", type=float | None, default=None, help="memory of each device in GB")
     parser.add_argument("--speed", type=bool, default=False, help="measure this machine for 5 s: tokens per second")
     parser.add_argument("--json", type=str | None, default=None, help="also write the plan to this file")
@@ -70,7 +70,7 @@ def add_plan_options(parser: ArgumentParser) -> None:
 
 
 def tool_parser() -> ArgumentParser:
-    """Return a parser of these options alone."""
+    """Return a parser with only the options of `add_plan_options`."""
     parser = PlainParser()
     add_plan_options(parser)
     return parser
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def placeholders(argv: Sequence[str]) -> list[str]:
-    """Return flags for required settings that are missing: a plan needs no data and, with --plan.config, no model."""
+    """Return flags for missing required settings, because a plan needs no data and, with --plan.config, no model."""
     given, files = flags(argv), [value for name, value in option_pairs(argv) if name == "--config"]
     settings = [flat_settings(read_config(Path(file))) for file in files if Path(file).is_file()]
     known = {name.removeprefix("--").replace(".init_args", "") for name in given}.union(*settings)
@@ -128,7 +128,7 @@ def _full_path(kind: str) -> str:
 # -- remedies ---------------------------------------------------------------------------------------------------------
 
 NODE = 8
-"""GPUs of a host."""
+"""Number of GPUs per host."""
 
 
 class Remedy(NamedTuple):
@@ -140,9 +140,9 @@ class Remedy(NamedTuple):
 
 
 def remedies(setup: Setup, limit: int) -> list[Remedy]:
-    """Return the single changes that make a run fit into ``limit`` bytes per rank, else the first combination.
+    """Return the single changes that make a run fit into ``limit`` bytes per rank; if there are none, a combination.
 
-    If even all changes together do not fit, return them as one remedy with its peak.
+    If all changes together are not enough, return them as one remedy with its peak.
     """
     fitting: dict[str, Remedy] = {}
     for flag, changed in changes(setup):
@@ -158,7 +158,7 @@ def remedies(setup: Setup, limit: int) -> list[Remedy]:
 
 
 def _next(so_far: Remedy) -> Remedy | None:
-    """Add the first further change that helps, at its strongest value."""
+    """Add the next change that helps, at its strongest value."""
     done = {_argument(flag) for flag in so_far.flags}
     strongest: dict[str, Remedy] = {}
     for flag, changed in changes(so_far.setup):
@@ -174,7 +174,7 @@ def _argument(flag: str) -> str:
 
 
 def changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield flags that lower memory, each with the changed run; the first ones change results only by rounding."""
+    """Yield flags that lower memory, each with the changed run; the first flags change results only by rounding."""
     yield from _smaller_micro_batches(setup)
     machine = setup.machine
     if not setup.checkpointing:
@@ -207,7 +207,7 @@ def _on_ranks(ranks: int, data_ranks: int) -> str:
 
 
 def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield limits of a half, a quarter ... of the micro-batch, down to one row."""
+    """Yield limits of one half, one quarter ... of the micro-batch, down to one row."""
     batch = micro_batch(setup.rows, setup.machine.data_ranks, setup.packs_rows)
     for halvings in range(1, 1 + math.floor(math.log2(max(batch.rows, 1)))):
         cells = batch.width * max(batch.rows >> halvings, 1)
@@ -215,7 +215,7 @@ def _smaller_micro_batches(setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 
 def _fewer_weights(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Yield changes of what is trained: an adapter, lower precision of frozen weights, a shared critic."""
+    """Yield changes for smaller weights in memory: an adapter, lower precision of frozen weights, a shared critic."""
     if setup.lora is None:
         beside = tuple(frozen for frozen in setup.frozen if frozen.name != "reference")
         refers = len(beside) < len(setup.frozen)
@@ -312,7 +312,7 @@ def as_record(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
 
 
 def _speed(rates: Rates | None, most: float | None) -> str:
-    """Return the line on the speed of a run."""
+    """Return the line about the speed of a run."""
     if rates is None or most is None:
         return "speed: the run is for GPUs, and none was found here to measure"
     measured = f"products {_flops(rates.products)}/s, copies {rates.traffic / GB:.1f} GB/s"

@@ -1,4 +1,4 @@
-"""A run as plain values: what its memory and compute depend on, and the weights of its models."""
+"""The description of a run for memory and compute estimates: plain values, and the weight shapes of its models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Machine:
 
     @property
     def cuts(self) -> int:
-        """Number of ranks that weights, gradients and optimizer state are sharded over, without tensor parallelism."""
+        """Number of ranks over which FSDP2 shards weights, gradients and optimizer state, without tensor parallelism."""
         return self.data_ranks if self.strategy == "sharded" else 1
 
     @property
@@ -61,28 +61,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What a training step samples before its updates."""
+    """The sampling of a training step before its updates."""
 
     prompts: int  # prompts over all ranks
-    slots: int | None  # completions that a rank decodes in one batch; None for all
+    slots: int | None  # completions that a rank decodes in one batch; None means all
     updates: int  # optimizer steps per rollout
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen model next to the trained one."""
+    """A frozen model of the run."""
 
     name: str  # its role
     config: str  # its Hugging Face config, as JSON
     scalar: bool  # whether it is a reward model
     bytes: int  # bytes per element
-    quantization: str | None = None  # of its linear layers
-    judges: bool = True  # whether it forwards every micro-batch like the policy (reference, teacher)
+    quantization: str | None = None  # quantisation of its linear layers
+    judges: bool = True  # whether it runs a forward pass on every micro-batch, like the policy (reference, teacher)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that memory and compute of a run depend on."""
+    """Everything that the memory and compute of a run depend on."""
 
     config: str  # the trained model's Hugging Face config, as JSON
     rows: Rows  # the rows of an optimizer step
@@ -107,7 +107,7 @@ class MicroBatch(NamedTuple):
 
     rows: int  # rows of the batch
     width: int  # tokens of a row, padding included
-    tokens: int  # supervised tokens
+    tokens: int  # tokens in the loss
     masked: bool  # whether completions share their prompt's row (prompt trees)
     passes: int  # micro-batches per optimizer step on a rank
 
@@ -142,10 +142,10 @@ def micro_batch(rows: Rows, ranks: int, packs_rows: bool) -> MicroBatch:
 class Parameter(NamedTuple):
     """A weight tensor of a model."""
 
-    shape: tuple[int, ...]  # before sharding
+    shape: tuple[int, ...]  # shape before sharding
     trained: bool  # whether training changes it
-    # whether it is one of the backbone's products, which quantisation keeps in 4 or 8 bits where they are frozen: no
-    # embedding, head or adapter
+    # whether it is the weight of a linear layer of the backbone (no embedding, head or adapter); quantisation keeps
+    # these in 4 or 8 bits if they are frozen
     matrix: bool
 
     @property
@@ -154,14 +154,14 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
     def share(self, ranks: int) -> int:
-        """Elements on the fullest rank when FSDP2 shards the first dimension."""
+        """Return the number of elements on the fullest rank when FSDP2 shards the first dimension."""
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:]) if self.shape else 1
 
 
 class Skeleton(NamedTuple):
     """The weight shapes of a model."""
 
-    parameters: tuple[Parameter, ...]  # its weights, tied ones once
+    parameters: tuple[Parameter, ...]  # its weights; tied weights are listed once
     outside: int  # elements outside the decoder layers
     packs_rows: bool  # whether it can compute a prompt once for several completions
 

@@ -1,4 +1,4 @@
-"""From the settings of a run, as rlhf fit takes them, to what its memory and compute depend on."""
+"""Derive the `Setup` of a run from the settings of rlhf fit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     # Qwen team 2025 (2412.15115) and the model's card.
     "Qwen2.5-1.5B": _sizes(1536, 8960, 28, 12, 2, **_QWEN),
 }
-"""Architectures by the name of their base model; the family is "llama" unless given."""
+"""Architectures by the name of the base model; the default family is "llama"."""
 
 
 def published(name: str) -> dict[str, Any] | None:
@@ -116,14 +116,14 @@ CONTEXT_BYTES = int(0.6e9)
 """GPU memory of a CUDA process outside tensors: context, kernels, cuBLAS and NCCL workspaces. Not measured."""
 
 A_MODEL = "model"
-"""Placeholder for a model that was not given: it has the sizes of the trained one."""
+"""Placeholder for a model that was not given; it has the sizes of the trained model."""
 
 
 def setup_of(module: AlignmentModule, datamodule: Any, trainer: Namespace, assumed: Any) -> Setup:
-    """Return all that memory and compute of a run depend on.
+    """Return everything that the memory and compute of a run depend on.
 
     Args:
-        module: the module, nothing loaded.
+        module: the module, before anything is loaded.
         datamodule: its DataModule.
         trainer: the trainer's arguments.
         assumed: `planning.plan.Assumed`.
@@ -176,14 +176,14 @@ def optimizer_bytes(module: AlignmentModule) -> float:
 
 
 def _continued(folder: str, lora: LoraSettings) -> LoraSettings:
-    """Return the LoRA settings of an existing adapter that is trained further."""
+    """Return the LoRA settings of an existing adapter that continues training."""
     record = adapter_settings(folder)
     targets = record["target_modules"]
     return replace(lora, r=record["r"], targets=targets if isinstance(targets, str) else sorted(targets))
 
 
 def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
-    """Return the machine of a run, and a stand-in for its trainer for the check of combinations."""
+    """Return the machine of a run, and a stand-in for its trainer, used to check combinations."""
     gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     ranks = _devices(trainer.devices, gpu) * trainer.num_nodes
     precision = str(trainer.precision or "32-true")
@@ -207,7 +207,7 @@ def machine_of(trainer: Namespace) -> tuple[Machine, Any]:
 
 
 def _own_bytes() -> int:
-    """Return the peak memory of this process, which has imported all packages and loaded no weights."""
+    """Return the peak memory of this process, which has imported all packages but loaded no weights."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
@@ -223,7 +223,7 @@ def _devices(given: Any, gpu: bool) -> int:
 
 
 def rows_of(module: AlignmentModule, datamodule: Any, assumed: Any) -> tuple[Rows, RolloutPlan | None]:
-    """Return the rows of an optimizer step and the rollout before it, all rows as long as settings allow."""
+    """Return the rows of an optimizer step and the rollout before it; all rows have the maximum length."""
     longest = datamodule.max_length or 1024
     if not isinstance(module, RolloutModule):
         prompt = assumed.prompt_length or (
@@ -252,7 +252,7 @@ def rows_of(module: AlignmentModule, datamodule: Any, assumed: Any) -> tuple[Row
 
 
 def with_frozen(setup: Setup, module: AlignmentModule, settings: LoadSettings) -> Setup:
-    """Add the other models: frozen ones, or adapters on the backbone of the trained one."""
+    """Add the other models: frozen models, or adapters on the trained model's backbone."""
     size = BF16 if (settings.frozen_dtype or settings.dtype) == "bfloat16" else FP32
     frozen: list[Frozen] = []
     moves = module.reference_moves

@@ -1,4 +1,4 @@
-"""The run layer: run folders, loggers, checkpoints, resume, exports and callbacks. Nothing here alters a gradient."""
+"""The run layer: run folders, loggers, checkpoints, resume, exports and callbacks. It never changes a gradient."""
 
 from rlhf_lightning.runs.checkpoint import RunCheckpoint
 from rlhf_lightning.runs.interruptions import RankWatch

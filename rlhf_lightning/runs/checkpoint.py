@@ -1,4 +1,4 @@
-"""Checkpoints keyed on updates and rollouts, each written completely or not at all."""
+"""Write checkpoints by update and rollout counts; each is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ PENDING_VALIDATION = {
     "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
     "is_last_batch": False,
 }
-"""Progress of Lightning's validation loop as after a kill in its first batch: on resume it restarts from there."""
+"""State of Lightning's validation loop after a kill in its first batch; with it, a resumed run restarts validation."""
 
 Place = Literal["step", "before validation", "epoch's end"]
 """Where in Lightning's loops a checkpoint is written."""
 
 
 class RunCheckpoint(Checkpoint):
-    """Save the run every so many updates or rollouts, after each validation, and at the end of each epoch.
+    """Save the run after a number of updates or rollouts, after each validation, and at the end of each epoch.
 
-    Lightning's ModelCheckpoint counts optimizer steps (one rollout takes many) and never saves by time under
-    manual optimization. Here a training step ends with all updates of its rollout done and no gradient left over, so a
+    Lightning's ModelCheckpoint counts optimizer steps (one rollout takes many) and never saves by time under manual
+    optimization. Here every training step ends with all updates of its rollout done and no gradient left, so a
     checkpoint between two steps is complete. ``checkpoints/`` holds ``update_<n>.ckpt``, and ``last.ckpt`` and
-    ``best.ckpt`` as links. A file appears under its name only when it is complete and synced to disk.
+    ``best.ckpt`` as links. A file gets its final name only after it is complete and synced to disk.
 
     On SIGTERM, and under SLURM on the signal before the time limit, the run finishes its step, saves and exits with
     status 75. A second signal ends it immediately.
 
     Args:
-        every_n_updates: save after this many further optimizer updates.
-        every_n_rollouts: save after this many further rollouts (on-policy modules).
+        every_n_updates: save every this many optimizer updates.
+        every_n_rollouts: save every this many rollouts (on-policy modules).
         after_validation: save after each validation, so that the best checkpoint can be kept.
         keep_last: number of newest checkpoints to keep; null keeps all.
         keep_best: number of best checkpoints by ``monitor`` to keep in addition.
-        monitor: validation metric that ranks checkpoints; null takes val/loss (min), else val/score (max).
-        mode: "min" or "max": which values of ``monitor`` are better; null is "min" for a metric that you name.
+        monitor: validation metric that ranks checkpoints; null uses val/loss (min), else val/score (max).
+        mode: "min" or "max": which values of ``monitor`` are better; null means "min" for a metric that you name.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RunCheckpoint(Checkpoint):
         self.folder: Path | None = None
         self._at: dict[str, int] = {"updates": 0, "rollouts": 0}  # the counters at the last save
         self._saved_at: int | None = None
-        self._due = self._stopping = False  # a save, or the stop, waits for the validation or epoch end of this step
+        self._due = self._stopping = False  # a save, or the stop, waits for this step's validation or epoch end
         self._started = False
         self._identity: tuple[int, int] | None = None  # of the run folder when training began
         self._random: dict[str, Any] = {}  # random state when validation began
@@ -92,24 +92,24 @@ class RunCheckpoint(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """The best checkpoint so far; empty before any was validated. Lightning reads it by this name."""
+        """The best checkpoint so far; empty before the first validated checkpoint. Lightning reads this attribute."""
         best = self.kept.best(1)
         return str(self.folder / best[0]) if best and self.folder else ""
 
     @property
     def last_model_path(self) -> str:
-        """The newest checkpoint; empty before the first."""
+        """The newest checkpoint; empty before the first checkpoint."""
         return str(self.folder / self.kept.saved[-1]) if self.kept.saved and self.folder else ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Find the run folder."""
         self.folder = run_folder(trainer).checkpoints
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Delete checkpoints newer than the one resumed from, before curves and samples are cut back to it.
+        """Delete checkpoints newer than the loaded one, before curves and samples are truncated to it.
 
-        Newer ones exist after a kill while the last checkpoint was renamed, or when the user chose an earlier one.
-        They would lack the records that are cut off.
+        Newer checkpoints exist if a kill came while the last checkpoint was renamed, or if the user chose an earlier
+        checkpoint. After the truncation, the log records up to a newer checkpoint would be missing.
         """
         assert self.folder is not None
         loaded = Path(str(trainer.ckpt_path)).resolve()
@@ -127,12 +127,12 @@ class RunCheckpoint(Checkpoint):
         self._update_links(own.name)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for signals from here on: the first samples may take long."""
+        """Start listening for signals now, because the first samples may take long."""
         if not is_rehearsal(trainer):
             self._signal.listen(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the caller's signal handlers, and name the checkpoint that an interrupted run continues from."""
+        """Restore the caller's signal handlers, and name the checkpoint from which the interrupted run can resume."""
         self._signal.stop_listening()
         interrupted = isinstance(exception, KeyboardInterrupt | TerminatedError)
         trains = trainer.state.fn == TrainerFn.FITTING
@@ -143,11 +143,11 @@ class RunCheckpoint(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting, after a resume from where training continues; stop if a signal came in the meantime."""
+        """Start counting (after a resume, from the resumed counts); stop if a signal came in the meantime."""
         self._at, self._started = self._counters(pl_module), True
         self._identity = self._folder_identity()
         updates = updates_of(pl_module)
-        # The checkpoint that is resumed from must not be written again: that would lose its score.
+        # The loaded checkpoint must not be written again, because that would lose its score.
         self._saved_at = updates if updates and checkpoint_name(updates) in self.kept.saved else None
         self._stopping |= self._signal.asked(trainer)
         if self._stopping:
@@ -159,8 +159,8 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Save when the period has passed or the run was told to stop.
 
-        A validation or an epoch end that follows belongs to this step: a run that resumed from a checkpoint before it
-        would skip it. So the checkpoint waits.
+        If a validation or an epoch end follows this step, the checkpoint waits for it. A run that resumed from an
+        earlier checkpoint would skip the validation or the epoch end.
         """
         self._refuse_deleted_folder(trainer)
         now = self._counters(pl_module)
@@ -174,7 +174,7 @@ class RunCheckpoint(Checkpoint):
         self._stop_if_told(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before a validation; it runs after the resume."""
+        """If told to stop, stop before a validation; it runs after the resume."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._random = random_state(pl_module.device)
             self._stop_before_validation(trainer, pl_module)
@@ -186,7 +186,7 @@ class RunCheckpoint(Checkpoint):
             self._stop_if_told(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Stop in the middle of a validation, which may be long; all of it runs after the resume."""
+        """If told to stop, stop in the middle of a validation, which may be long; it runs again after the resume."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._stopping |= self._signal.asked(trainer)
             self._stop_before_validation(trainer, pl_module)
@@ -197,24 +197,24 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer, pl_module, self.kept.score(trainer.callback_metrics))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless the validation of this update just did."""
+        """Save, unless the validation after the same update already saved."""
         self._stopping |= self._signal.asked(trainer)
         self.save(trainer, pl_module, place="epoch's end")
         self._stop_if_told(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop if the signal came after the last checkpoint: the resumed run makes up for what follows training."""
+        """Stop if the signal came after the last checkpoint; the resumed run does the work that follows training."""
         self._stopping |= self._signal.asked(trainer)
         self._stop_if_told(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the caller's signal handlers; a signal that came at the very end is not forgotten."""
+        """Restore the caller's signal handlers; a signal that came at the end of training still takes effect."""
         self._signal.stop_listening()
         self._stopping |= self._signal.received is not None
         self._stop_if_told(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the training-end hooks of a run that was killed after its last step: on resume Lightning skips them."""
+        """Run the training-end hooks if the run was killed after its last step; on resume Lightning skips them."""
         if not self._started and trainer.ckpt_path is not None:
             pl_module.to(trainer.strategy.root_device)
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -224,7 +224,7 @@ class RunCheckpoint(Checkpoint):
                 callback.on_train_end(trainer, pl_module)
 
     def _stop_if_told(self, trainer: Trainer, module: LightningModule) -> None:
-        """Raise PreemptedError if the run was told to stop; its checkpoint is written."""
+        """Raise PreemptedError if the run was told to stop; call only after its checkpoint is written."""
         if not self._stopping:
             return
         received = self._signal.received
@@ -247,11 +247,11 @@ class RunCheckpoint(Checkpoint):
         Args:
             trainer: the trainer.
             module: the module.
-            score: value of ``monitor`` for these weights; None where they were not validated.
-            place: where a run that resumes from it continues.
+            score: value of ``monitor`` for these weights; None if they were not validated.
+            place: where a run continues that resumes from the checkpoint.
 
         Raises:
-            CheckpointFailedError: it could not be written. Earlier checkpoints are unchanged.
+            CheckpointFailedError: the checkpoint could not be written. Earlier checkpoints are unchanged.
         """
         self._refuse_deleted_folder(trainer)
         updates = updates_of(module)
@@ -271,7 +271,7 @@ class RunCheckpoint(Checkpoint):
         )
         for step in steps:
             reason = attempted(step)
-            # Asked after each step, so that no rank waits in the next one's collectives for a rank whose disk is full.
+            # Checked after each step, so that no rank waits in a collective of the next step for a failed rank.
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
                 self.kept.restore(before)
                 if trainer.is_global_zero:
@@ -282,7 +282,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_at, self._at, self._due = updates, self._counters(module), False
 
     def _folder_identity(self) -> tuple[int, int] | None:
-        """Return device and inode of the run folder; None where it does not exist."""
+        """Return device and inode of the run folder; None if it does not exist."""
         try:
             found = self.folder.parent.stat() if self.folder is not None else None
         except OSError:
@@ -290,7 +290,7 @@ class RunCheckpoint(Checkpoint):
         return None if found is None else (found.st_dev, found.st_ino)
 
     def _refuse_deleted_folder(self, trainer: Trainer) -> None:
-        """End a run whose folder is gone: its config, curves and checkpoints cannot be made again.
+        """End a run whose folder was deleted, because its config, curves and checkpoints cannot be recreated.
 
         Raises:
             StateError: ``run-folder-deleted``.
@@ -304,7 +304,7 @@ class RunCheckpoint(Checkpoint):
             )
 
     def _prepare(self, trainer: Trainer, half: Path) -> None:
-        """Make the folder and flush the loggers: the checkpoint records how long their files are."""
+        """Create the folder and flush the loggers, because the checkpoint records the lengths of their files."""
         if trainer.is_global_zero:
             half.parent.mkdir(parents=True, exist_ok=True)
             remove(half)
@@ -312,13 +312,13 @@ class RunCheckpoint(Checkpoint):
                 logger.save()
 
     def _write(self, trainer: Trainer, half: Path, place: Place) -> None:
-        # trainer.save_checkpoint has a barrier, which would not match the collective that follows a failure.
+        # trainer.save_checkpoint has a barrier. On a rank that fails, it would pair with a later collective.
         state = dump_checkpoint(trainer)
         patch_loop_state(state["loops"]["fit_loop"], place)
         trainer.strategy.save_checkpoint(state, half)
 
     def _seal(self, trainer: Trainer, half: Path) -> None:
-        """Put checksums into the folder of a sharded checkpoint."""
+        """Write checksums into the folder of a sharded checkpoint."""
         if half.is_dir():
             checksums = gathered_checksums(half, trainer.global_rank)
             if trainer.is_global_zero:
@@ -331,7 +331,7 @@ class RunCheckpoint(Checkpoint):
             self._update_links(name)
 
     def _update_links(self, last: str) -> None:
-        """Point the links to the newest and the best checkpoint, and delete those that are not retained."""
+        """Point the links to the newest and the best checkpoint, and delete checkpoints that are not retained."""
         assert self.folder is not None
         link(self.folder / last, self.folder / LAST_CHECKPOINT)
         best = self.kept.best(1)
@@ -353,20 +353,20 @@ class RunCheckpoint(Checkpoint):
         return {"updates": updates_of(module), "rollouts": aligned(module).rollouts}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names and scores of the checkpoints as plain values, which load without unpickling."""
+        """Return names and scores of the checkpoints as plain values, which can be loaded without unpickling."""
         return self.kept.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the records of the run that is continued."""
+        """Restore the records of the resumed run."""
         self.kept.restore(state_dict, self.folder)
 
 
 def patch_loop_state(loop: dict[str, Any], place: Place) -> None:
     """Change the state of Lightning's loops in a checkpoint so that a resumed run continues at the right place.
 
-    Lightning alone skips a validation that was due. Where ``max_steps`` bounds a run, it takes the end of an epoch for
-    its middle and trains on one more batch. A due validation leaves a mark that would also trigger at the next one,
-    unless started batches are counted as completed.
+    Three things go wrong with Lightning's own state. A validation that was due is skipped. In a run limited by
+    ``max_steps``, the end of an epoch is mistaken for its middle, and one more batch is trained. And the flag of a due
+    validation would trigger again at the next validation, unless started batches are counted as completed.
     """
     if place == "before validation":
         loop["epoch_loop.val_loop.batch_progress"] = PENDING_VALIDATION

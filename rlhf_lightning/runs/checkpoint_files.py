@@ -1,7 +1,7 @@
 """Checkpoint files: atomic writes, checksums, links, and the search for the newest undamaged checkpoint.
 
-A checkpoint is a zip file with a CRC-32 of each part or, if sharded, a folder with ``checksums.json``. One rename puts
-either under its name, checksums included, so that a kill cannot separate them.
+A checkpoint is a zip file with a CRC-32 of each part or, if sharded, a folder with ``checksums.json``. A single rename
+moves data and checksums to the final name together, so that a kill cannot separate them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
 CHECKSUMS_FILE = "checksums.json"
 SHARDED_INDEX = ".metadata"
-"""The file of a sharded checkpoint's folder that lists its tensors."""
+"""The file in a sharded checkpoint's folder that lists its tensors."""
 Mode = Literal["min", "max"]
 DEFAULT_MONITORS: dict[str, Mode] = {"val/loss": "min", "val/score": "max"}
 CHECKPOINT_NAME = re.compile(r"update_(\d+)\.ckpt")
@@ -58,7 +58,7 @@ def checkpoint_name(updates: int) -> str:
 
 
 def checksum(path: Path) -> Checksum:
-    """Return a file's checksum, read in pieces."""
+    """Return a file's checksum; the file is read in chunks."""
     crc = size = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -67,7 +67,7 @@ def checksum(path: Path) -> Checksum:
 
 
 def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
-    """Return the checksums of all ranks' shards; each rank reads its own, which are still in the page cache."""
+    """Return the checksums of all ranks' shards; each rank reads its own shards, which are still in the page cache."""
     mine = {file.name: checksum(file) for file in folder.glob(f"__{rank}_*.distcp")}
     everyone: list[Any] = [mine]
     if dist.is_initialized():
@@ -77,14 +77,14 @@ def gathered_checksums(folder: Path, rank: int) -> dict[str, Checksum]:
 
 
 def seal(folder: Path, checksums: dict[str, Checksum]) -> None:
-    """Write checksums.json into a sharded checkpoint's folder; checksums that are missing are computed."""
+    """Write checksums.json into a sharded checkpoint's folder; missing checksums are computed."""
     rest = [file for file in folder.iterdir() if file.is_file() and file.name not in checksums]
     whole = checksums | {file.name: checksum(file) for file in rest}
     write_text(folder / CHECKSUMS_FILE, json.dumps(whole, sort_keys=True) + "\n")
 
 
 def attempted(step: Callable[[], None]) -> str | None:
-    """Run a step of writing a checkpoint; return why it failed, or None.
+    """Run one step of writing a checkpoint; return the reason if it failed, else None.
 
     torch reports a full disk as a RuntimeError, and a failure on any rank as a CheckpointException.
     """
@@ -102,8 +102,8 @@ def attempted(step: Callable[[], None]) -> str | None:
 def replace_checkpoint(partial: Path, path: Path) -> None:
     """Rename a finished checkpoint into place.
 
-    A folder cannot replace another in one step: the old one is renamed first, and ``last_checkpoint`` restores it if
-    the process is killed in between.
+    A folder cannot replace another folder atomically. So the old folder is renamed first, and ``last_checkpoint``
+    restores it if the process is killed between the two renames.
     """
     aside = _aside(path)
     if path.is_dir():
@@ -114,10 +114,10 @@ def replace_checkpoint(partial: Path, path: Path) -> None:
 
 
 def link(target: Path, name: Path) -> None:
-    """Make ``name`` a hard link to ``target`` in one step, or a symbolic link if it is a sharded checkpoint."""
+    """Atomically make ``name`` a hard link to ``target``, or a symbolic link if it is a sharded checkpoint."""
     partial = name.with_name(f".{name.name}.partial")
     remove(partial)
-    if name.is_dir() and not name.is_symlink():  # not written here: it may hold the user's files
+    if name.is_dir() and not name.is_symlink():  # not created by this function, so it may hold the user's files
         aside = name.with_name(f"{name.name}.{time.time_ns()}")
         name.rename(aside)
         print(f"{name} is a folder, where a link to a checkpoint belongs: it is kept as {aside.name}", flush=True)
@@ -129,11 +129,11 @@ def link(target: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(target, partial)
     os.replace(partial, name)
-    remove(partial)  # renaming between two names of one file leaves both
+    remove(partial)  # if both names already link to the same file, rename keeps both
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, file or folder, if it is there."""
+    """Delete a checkpoint file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -150,23 +150,23 @@ def remove_others(folder: Path, kept: Iterable[str]) -> None:
 
 
 class KeptCheckpoints:
-    """The checkpoints of a run with their scores; the newest and the best are kept.
+    """The checkpoints of a run with their scores; decides which checkpoints are retained.
 
     Args:
         keep_last: number of newest checkpoints to keep; None keeps all.
         keep_best: number of best checkpoints to keep in addition.
-        monitor: validation metric that ranks them; None takes the first of `DEFAULT_MONITORS` that is logged.
+        monitor: validation metric that ranks checkpoints; None means the first of `DEFAULT_MONITORS` that is logged.
         mode: which values of ``monitor`` are better; None is "min".
     """
 
     def __init__(self, keep_last: int | None, keep_best: int, monitor: str | None, mode: Mode | None) -> None:
         self.keep_last, self.keep_best, self.monitor, self.mode = keep_last, keep_best, monitor, mode
         self.saved: list[str] = []  # names, oldest first
-        self.scores: dict[str, float] = {}  # monitored value of those that were validated
-        self.interim: str | None = None  # the one that exists only because the run was stopped early
+        self.scores: dict[str, float] = {}  # monitored value of each validated checkpoint
+        self.interim: str | None = None  # the checkpoint that exists only because the run was stopped early
 
     def score(self, metrics: Mapping[str, Any]) -> float | None:
-        """Return the monitored value; the first validation settles which metric is monitored.
+        """Return the monitored value; the first validation determines which metric is monitored.
 
         Raises:
             SettingError: the named metric is not logged by validation.
@@ -185,16 +185,16 @@ class KeptCheckpoints:
         return float(metrics[self.monitor])
 
     def best(self, count: int) -> list[str]:
-        """Return the names of the best checkpoints, best first; the older one wins a tie."""
+        """Return the names of the best checkpoints, best first; of equal checkpoints the older one comes first."""
         sign = -1 if self.mode == "max" else 1
         ranked = sorted((name for name in self.saved if name in self.scores), key=lambda name: sign * self.scores[name])
         return ranked[:count]
 
     def add(self, name: str, score: float | None, interim: bool) -> None:
-        """Record a checkpoint, and drop those that are neither among the newest nor the best.
+        """Record a checkpoint, and drop checkpoints that are neither among the newest nor among the best.
 
-        An interim checkpoint replaces none and is dropped with the next save: which checkpoints remain at the end
-        does not depend on when a run was stopped.
+        An interim checkpoint replaces no other and is dropped at the next save. The checkpoints that remain at the end
+        therefore do not depend on when a run was stopped.
         """
         self.saved = [*(kept for kept in self.saved if kept not in (name, self.interim)), name]
         self.scores = {kept: score for kept, score in self.scores.items() if kept in self.saved and kept != name}
@@ -217,7 +217,7 @@ class KeptCheckpoints:
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any], folder: Path | None = None) -> None:
-        """Restore the records of `state_dict`, less the files that the user deleted from the folder."""
+        """Restore the records of `state_dict`, except for files that the user deleted from the folder."""
         self.saved, self.scores, self.interim = list(state["saved"]), dict(state["scores"]), state["interim"]
         if folder is not None:
             # The last name is this checkpoint's, which rank zero may be restoring at this moment.
@@ -264,10 +264,10 @@ def _damage_of_file(path: Path) -> str | None:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """Return the newest undamaged checkpoint of a run, and print which ones are damaged.
+    """Return the newest undamaged checkpoint of a run, and print which checkpoints are damaged.
 
     Raises:
-        MissingError: the run has none.
+        MissingError: the run has no undamaged checkpoint.
     """
     folder = run / CHECKPOINTS_FOLDER
     _restore_replaced(folder)

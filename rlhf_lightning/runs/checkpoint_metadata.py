@@ -1,4 +1,4 @@
-"""The contents of a checkpoint, read without running code from it: settings, weights, shard metadata."""
+"""Read settings, weights and shard metadata of a checkpoint without running code from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlhf_lightning.loading import import_path
 from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY, COUNTERS
 
 SHARDED_META = "meta.pt"
-"""The file of a sharded checkpoint's folder that holds everything but tensors."""
+"""The file in a sharded checkpoint's folder that holds everything except tensors."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
-        # torch's message is mostly about how to load the file anyway; one line says what is wrong.
+        # torch's message mostly explains how to load the file anyway; one line of it says what is wrong.
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
         raise DataError(
@@ -49,16 +49,16 @@ WHOLE: dict[str, type | tuple[type, ...]] = {
     "state_dict": dict, "hyper_parameters": dict, "progress": dict, "started_from": dict, "trained": list,
     "random": list, "skipped_in_a_row": int,
 }  # fmt: skip
-"""What every checkpoint of an AlignmentModule holds."""
+"""Entries of every checkpoint of an AlignmentModule."""
 RESUMABLE: dict[str, type | tuple[type, ...]] = {
     "loops": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "epoch": int, "global_step": int,
     "pytorch-lightning_version": str,
 }  # fmt: skip
-"""What a run needs besides to continue."""
+"""Further entries that a run needs to resume."""
 
 
 def check_contents(path: Path, resumes: bool) -> None:
-    """Refuse a checkpoint that lacks a part, or holds a part of another kind.
+    """Refuse a checkpoint in which an entry is missing or has the wrong type.
 
     Raises:
         DataError: ``incomplete-checkpoint``.
@@ -112,7 +112,7 @@ def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
 
 
 def _are_settings(asked: Any) -> bool:
-    """Tell whether this is what `optimization.asked` returns."""
+    """Whether a value has the form that `optimization.asked` returns."""
     if not isinstance(asked, Mapping) or not {"optimizer", "groups", "scheduler", "schedule"} <= set(asked):
         return False
     groups = asked["groups"]
@@ -127,7 +127,7 @@ RESTORING = ("checkpoint_connector.py", "checkpoint_state.py", "checkpoint_metad
 
 
 def refuse_misfit(error: Exception, path: Path) -> None:
-    """Raise one sentence for a checkpoint whose parts did not fit the run; return if something else failed.
+    """Raise a one-sentence error if parts of the checkpoint do not fit the run; return if something else failed.
 
     Raises:
         DataError: ``incomplete-checkpoint``.
@@ -146,7 +146,7 @@ def refuse_misfit(error: Exception, path: Path) -> None:
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """Return the trained weights in a checkpoint; shards are joined.
+    """Return the trained weights of a checkpoint; shards are joined.
 
     Raises:
         DataError: it is not a checkpoint, or contains more than plain tensors and settings.
@@ -166,7 +166,7 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
     Args:
         path: the checkpoint.
         sharded: whether the strategy shards weights.
-        resumes: whether training continues from it, so that the optimizer's state is needed too.
+        resumes: whether training continues from the checkpoint, which needs the optimizer's state too.
 
     Raises:
         DataError: it is not a checkpoint of plain tensors and settings.
@@ -187,7 +187,7 @@ def refused_checkpoint(path: Path, sharded: bool, resumes: bool) -> str | None:
 def is_same_class(written: str, asked: str) -> bool:
     """Whether a checkpoint's class is the requested one, possibly under another import path.
 
-    Only the package of the requested class is imported, never another that the checkpoint names.
+    Only the package of the requested class is imported, never another package that the checkpoint names.
     """
     if written == asked or written.partition(".")[0] != asked.partition(".")[0]:
         return written == asked
@@ -204,7 +204,7 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
         raise DataError("incomplete-checkpoint", f"{path} is not a checkpoint of `rlhf fit`; give another file")
     hparams = dict(state.get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
-    hparams.pop("trust_remote_code", None)  # the user decides each time which code may be run
+    hparams.pop("trust_remote_code", None)  # the user decides each time which code may run
     return hparams
 
 
@@ -212,7 +212,7 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
     """Return a run's checkpoint if it lies in the run's folder.
 
     Raises:
-        DataError: it is a link to another place, where other users may be able to write.
+        DataError: it is a link to another location, where other users may be able to write.
     """
     if not checkpoint.resolve().is_relative_to(run.resolve()):
         raise DataError(
@@ -227,13 +227,13 @@ PACKAGE = __name__.partition(".")[0]
 SPECS = ("scorer", "scorers", "engine", "optimizer", "lr_scheduler", "class_path")
 """Settings that name a class or a function."""
 OPTIMIZER_SETTINGS = ("optimizer", "lr_scheduler")
-"""Settings that may name torch's own optimizers and schedulers."""
+"""Settings that may name optimizers and schedulers of torch."""
 
 
 def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tuple[str, str]]:
     """Yield the settings of a checkpoint that name foreign code, each with the import path.
 
-    A checkpoint is data: following such a name would import any module that the file asks for.
+    A checkpoint is only data: importing such a name would let the file import any module.
 
     Args:
         settings: settings of the checkpoint.
@@ -248,9 +248,9 @@ def own_code(settings: Mapping[str, Any], named: str = PACKAGE) -> Iterator[tupl
 
 
 def _paths(value: Any, spec: bool) -> Iterator[str]:
-    """Yield the strings in a setting that name code; folders and hub ids are skipped, since they hold weights.
+    """Yield the strings in a setting that name code; folders and hub ids are skipped, because they hold weights.
 
-    With ``spec`` the value is that of a setting in `SPECS`.
+    ``spec`` is true if the value belongs to a setting in `SPECS`.
     """
     if isinstance(value, Namespace):
         value = value.as_dict()
@@ -268,7 +268,7 @@ def _paths(value: Any, spec: bool) -> Iterator[str]:
 
 
 def as_plain(value: Any) -> Any:
-    """Return parsed settings as dicts, lists and values."""
+    """Return parsed settings as dicts, lists and plain values."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):
@@ -286,10 +286,10 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sharded_metadata(path: Path) -> Any:
-    """Return the metadata of a sharded checkpoint, all of it checked to be plain.
+    """Return the metadata of a sharded checkpoint, after checking that it contains only plain values.
 
-    torch describes the shards in a pickle, ``.metadata``, and stores values that are not tensors (a learning rate, a
-    step) in pickles too. Lightning's strategy unpickles both in a way that can run code, so they are checked first.
+    torch describes the shards in a pickle, ``.metadata``. It also stores values that are not tensors (a learning rate,
+    a step) in pickles. Lightning's strategy unpickles both in a way that can run code, so they are checked first.
 
     Raises:
         DataError: a file contains more than tensors and plain values, or lies outside the checkpoint.
@@ -308,7 +308,7 @@ def sharded_metadata(path: Path) -> Any:
 
 
 def _check(path: Path, place: Any, plain: bool) -> None:
-    """Check that an entry lies in the checkpoint and, if it is not a tensor, is a plain value."""
+    """Check that an entry lies inside the checkpoint and, if it is not a tensor, is a plain value."""
     file = path / str(place.relative_path)
     if file.resolve().parent != path.resolve():
         raise pickle.UnpicklingError(f"{place.relative_path} lies outside its folder")
@@ -321,16 +321,16 @@ def _check(path: Path, place: Any, plain: bool) -> None:
 
 
 def _member(kind: Any, name: str) -> Any:
-    """Replace ``getattr``, which pickles use for members of an enumeration; allow nothing else."""
+    """Replace ``getattr`` in pickles; only members of an enumeration are allowed."""
     if kind is not memory_format_encoding() or name not in kind.__members__:
         raise pickle.UnpicklingError(f"it reads the attribute {name} of {kind}")
     return kind[name]
 
 
 class _TensorDescriptions(pickle.Unpickler):
-    """Unpickler that allows only the classes that describe tensors and their places, each by its full name.
+    """Unpickler that allows only classes that describe tensors and their locations, each by its full name.
 
-    Whole modules are not allowed: a dotted name would reach everything that they import.
+    Whole modules are not allowed, because a dotted name could then reach everything that they import.
     """
 
     KNOWN = frozenset({

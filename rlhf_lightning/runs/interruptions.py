@@ -1,4 +1,4 @@
-"""Interrupted runs: SIGTERM and SLURM preemption, and ranks that are gone."""
+"""Handle interruptions of runs: SIGTERM, SLURM preemption, and ranks that have died."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rlhf_lightning.compat import cluster_environment, without_signal_handlers
 
 PREEMPTED = 75
-"""Exit status of a run that was told to stop and has written a checkpoint: EX_TEMPFAIL, "try again"."""
+"""Exit status of a run that was told to stop and has written a checkpoint (EX_TEMPFAIL: try again)."""
 
 
 class PreemptedError(SystemExit):
@@ -38,10 +38,10 @@ class PreemptedError(SystemExit):
 class StopSignal:
     """Record SIGTERM, and under SLURM the signal before the time limit; the run stops at its next safe point.
 
-    Lightning's own handler broadcasts from inside the signal, when a rank may be in another collective. It also stops
-    without a checkpoint and with exit status 0, which a scheduler reads as success. So Lightning's are not installed
-    while this listens. After the first signal the default handlers are restored: a second SIGTERM or Ctrl-C ends the
-    process immediately.
+    Lightning's own handler broadcasts from inside the signal handler, when a rank may be in another collective. It also
+    stops without a checkpoint and with exit status 0, which a scheduler reads as success. So Lightning's handlers are
+    not installed while this class listens. After the first signal the default handlers are restored, so a second
+    SIGTERM or Ctrl-C ends the process immediately.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class StopSignal:
             signal.signal(usual, signal.SIG_DFL)
 
     def asked(self, trainer: Trainer) -> bool:
-        """Whether any rank was told to stop; a collective that all ranks call together."""
+        """Whether any rank was told to stop; a collective, so all ranks must call it together."""
         return not trainer.strategy.reduce_boolean_decision(self.received is None, all=True)
 
     def name(self) -> str:
@@ -94,7 +94,7 @@ def slurm_signal(trainer: Trainer) -> int | None:
 
 
 def requeue(trainer: Trainer, received: int | None) -> None:
-    """Requeue the SLURM job if it was stopped before its time limit; SLURM ignores the exit status there."""
+    """Requeue the SLURM job if the signal before its time limit stopped it; SLURM ignores the exit status."""
     if received is None or received != slurm_signal(trainer) or not trainer.is_global_zero:
         return
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
@@ -107,26 +107,26 @@ def requeue(trainer: Trainer, received: int | None) -> None:
 
 
 def exit_status(trainer: Trainer) -> int:
-    """Return the exit status of this rank: 0 in processes that the trainer started, which kills the run otherwise."""
+    """Return the exit status of this rank; 0 in processes started by the trainer, which otherwise kills the run."""
     started_here = isinstance(cluster_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
     return 0 if started_here else PREEMPTED
 
 
 SECONDS_TO_END = 5.0
-"""How long a process that has closed its connections may take to end."""
+"""Maximum seconds between the moment when a process closes its connections and its end."""
 
 
 class Member(NamedTuple):
-    """Where a rank runs."""
+    """Host and process of a rank."""
 
     host: str
     process: int
 
 
 class RankWatch(Callback):
-    """Exchange the ranks' process ids, so that a failed collective can name the rank that is gone.
+    """Exchange the ranks' process ids, so that the error of a failed collective can name the rank that died.
 
-    The name is added to the exception as a note. Only processes on the same host can be checked.
+    The rank is added to the exception as a note. Only processes on the same host can be checked.
     """
 
     def __init__(self) -> None:
@@ -140,13 +140,13 @@ class RankWatch(Callback):
             dist.all_gather_object(self.members, Member(socket.gethostname(), os.getpid()))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add the ranks that are gone to the exception of a failed collective."""
+        """Add the dead ranks to the exception of a failed collective."""
         failed = isinstance(exception, dist.DistError) or any(sign in str(exception) for sign in ("/gloo/", "NCCL"))
         if failed and self.members:
             exception.add_note(self.gone(trainer.global_rank))
 
     def gone(self, rank: int) -> str:
-        """Return a phrase that names the ranks that are gone, as seen from ``rank``."""
+        """Return a phrase that names the dead ranks, as seen from ``rank``."""
         here = self.members[rank].host
         near = [number for number, member in enumerate(self.members) if member.host == here and number != rank]
         deadline = time.monotonic() + SECONDS_TO_END
@@ -164,7 +164,7 @@ class RankWatch(Callback):
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this host is gone or a zombie."""
+    """Whether a process of this host has ended or is a zombie."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Loggers: their folders, and the tables and hyper-parameters that they receive."""
+"""Loggers: their folders, and logging of tables and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMPARED = {
     "reward accuracy": "(reward_)?accuracy", "margin": "(reward|score)_margin", "score": "score", "KL": "kl",
     "length": "(length|completion_length)", "EOS rate": "eos_rate",
 }  # fmt: skip
-"""Metrics that compare across objectives, as patterns of their names."""
+"""Name patterns of metrics that are comparable between objectives."""
 
 CHARTS = {
     f"compare{over}": {
@@ -39,21 +39,21 @@ CHARTS = {
     }
     for over, prefix in (("", ""), (" over episodes", "vs_episodes/"), (" over tokens", "vs_tokens/"))
 }
-"""Groups of TensorBoard's custom scalars: `COMPARED` over each x-axis."""
+"""Groups of TensorBoard's custom scalars tab: `COMPARED` over each x-axis."""
 
 HEADLINES = ("val/loss", "val/accuracy", "val/reward_accuracy", "val/score", "val/kl", "rollout/score", "rollout/kl")
-"""Metrics of the HPARAMS tab after a module's own: the tab takes its columns from one run for all of them."""
+"""Metrics of the HPARAMS tab, added to a module's own metrics, because the tab takes its columns from a single run."""
 
 
 def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
-    """Return a logger's arguments; those of `PLACES` that are null are derived from the run folder.
+    """Return a logger's arguments; arguments in `PLACES` that are null are derived from the run folder.
 
-    TensorBoard and CSV loggers write into the folder itself. Others get it as ``save_dir`` and are named after it.
-    MLflow's runs share a database in the runs folder, so that one server shows all of them.
+    TensorBoard and CSV loggers write into the folder itself. Other loggers get it as ``save_dir``, and their run is
+    named after it. MLflow's runs share a database in the runs folder, so that one server shows all of them.
 
     Args:
         kind: the logger's class.
-        given: its arguments.
+        given: the arguments as given.
         folder: the run folder, ``runs/<name>/version_<n>``.
         runs: the folder of all runs.
     """
@@ -78,12 +78,12 @@ def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path,
 class TrackioLogger(Logger):
     """Writes metrics, settings and samples to trackio, whose dashboard works offline: ``trackio show``.
 
-    The database is where trackio keeps it (TRACKIO_DIR). A resumed run continues its curves. Needs the extra
+    The database is in trackio's own folder (TRACKIO_DIR). A resumed run continues its curves. Needs the extra
     ``trackio``.
 
     Args:
         project: trackio's project.
-        name: name of the run; null takes the run folder's.
+        name: name of the run; null uses the name of the run folder.
         init_args: further arguments of ``trackio.init``, as in {space_id: me/curves}.
 
     Raises:
@@ -115,7 +115,7 @@ class TrackioLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run of trackio, which begins with the first metric, so that it has the settings."""
+        """The trackio run; it is started with the first metric, when the settings are known."""
         if self._run is None:
             self._run = self._trackio.init(
                 project=self.project, name=self.run_name, config=self._settings, resume="allow", **self.init_args
@@ -124,7 +124,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Keep the settings for the run's beginning."""
+        """Store the settings until the run is started."""
         self._settings.update(dict(params))
 
     @rank_zero_only
@@ -134,7 +134,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is still in memory."""
+        """Write the values that are still in memory."""
         if self._run is not None:
             self._run.finish()
             self._run = None
@@ -143,7 +143,7 @@ class TrackioLogger(Logger):
 def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text: str, step: int) -> bool:
     """Log a table; return whether the logger accepts tables or text.
 
-    Supported are TensorBoard (``experiment.add_text``), W&B and other loggers with ``log_table(key, columns, data,
+    Supported loggers: TensorBoard (``experiment.add_text``), W&B and other loggers with ``log_table(key, columns, data,
     step)``, MLflow (``experiment.log_table(run_id, data, file)``), trackio (``trackio.Table``), and loggers with
     ``log_text(key, text, step)``.
 
@@ -152,7 +152,7 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
         name: name of the table.
         rows: the table, with the same keys in each row.
         text: the table as Markdown.
-        step: updates so far.
+        step: number of updates so far.
     """
     experiment: Any = getattr(logger, "experiment", None)
     columns = list(rows[0]) if rows else []
@@ -177,8 +177,8 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
 def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all settings of a run, named as on the command line (``model.beta``), as text, numbers and booleans.
 
-    ``objective`` is the module's class and ``stage`` what the trainer does: fit, validate or test.
-    ``data`` holds the arguments of the DataModule; None takes its hyper-parameters.
+    ``objective`` is the module's class, and ``stage`` is fit, validate or test. ``data`` holds the arguments of the
+    DataModule; None uses its hyper-parameters.
     """
     flat: dict[str, Any] = {"objective": type(module).__name__, "seed": module.hparams.get("seed")}
     flat |= {"stage": getattr(trainer.state.fn, "value", None), **_flat("model", module.hparams)}
@@ -201,7 +201,7 @@ TRAINER_DEFAULTS = {
 
 
 def differing_hparams(flat: Mapping[str, Any], module: LightningModule, trainer: Trainer) -> dict[str, Any]:
-    """Return the settings that differ from their defaults: first objective, seed and stage, then the others."""
+    """Return objective, seed and stage, followed by the settings that differ from their defaults."""
     defaults: dict[str, Any] = dict(TRAINER_DEFAULTS)
     for prefix, part in (("model", module), ("data", attached_datamodule(trainer))):
         for kind in reversed(type(part).__mro__):
@@ -232,8 +232,8 @@ class RunHparams(Callback):
     """Fill TensorBoard's HPARAMS tab.
 
     Lightning either adds a meaningless ``hp_metric`` or plots an invented first value of every metric. This callback
-    writes the settings at the start with the names of the module's ``headline_metrics`` and without values. Validation
-    logs the values, and the final ones are written when training ends.
+    writes the settings and the names of the module's ``headline_metrics`` at the start, without values. Validation
+    logs the values, and the final values are written when training ends.
 
     Args:
         data_settings: arguments of the DataModule, which does not store them itself.
@@ -246,7 +246,7 @@ class RunHparams(Callback):
         self._ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pin the curves that compare objectives; those that a resumed run continues are pinned already."""
+        """Pin the curves that compare objectives; in a resumed run they are already pinned."""
         for logger in trainer.loggers if trainer.is_global_zero and not trainer.global_step else []:
             if isinstance(logger, TensorBoardLogger):
                 own = {"losses": {name: ["Multiline", [f"loss/{name}$"]] for name in [type(pl_module).__name__]}}
@@ -266,7 +266,7 @@ class RunHparams(Callback):
         self._write_start(trainer, pl_module)
 
     def _write_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Give TensorBoard what differs from the defaults, and other loggers every setting."""
+        """Log the settings that differ from the defaults to TensorBoard, and all settings to other loggers."""
         self._ended = False
         if not trainer.is_global_zero:
             return
@@ -287,12 +287,12 @@ class RunHparams(Callback):
         self._write_end(trainer, Status.STATUS_SUCCESS)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Mark the run as failed; where that cannot be written, the run's own failure is the one to report."""
+        """Mark the run as failed. If that cannot be written, only the run's own error is reported."""
         with contextlib.suppress(OSError):
             self._write_end(trainer, Status.STATUS_FAILURE)
 
     def _write_end(self, trainer: Trainer, status: int) -> None:
-        """Write how the run ended, once."""
+        """Write once how the run ended."""
         for logger in trainer.loggers if trainer.is_global_zero and not self._ended else []:
             if isinstance(logger, TensorBoardLogger):
                 data = HParamsPluginData(session_end_info=SessionEndInfo(status=status))
@@ -306,16 +306,16 @@ class RunHparams(Callback):
         final = self._headlines(trainer, pl_module)
         if trainer.is_global_zero and final:
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):  # others use the last value of a metric
+                if isinstance(logger, TensorBoardLogger):  # other loggers use the last value of a metric
                     logger.log_metrics(final, updates_of(pl_module))
 
     def _headlines(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """Return the latest value of each headline metric, earlier sessions included."""
+        """Return the latest value of each headline metric, including earlier sessions."""
         values, tags = trainer.callback_metrics, aligned(module).headline_metrics
         return self._earlier | {tag: float(values[tag]) for tag in tags if tag in values}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the latest values: a run may be resumed after its last validation."""
+        """Store the latest values, because a run may be resumed after its last validation."""
         checkpoint["headlines"] = self._headlines(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""manifest.json: the versions, code, command and data that a run can be repeated from."""
+"""Write manifest.json: versions, code, command and data, so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PACKAGES = "rlhf-lightning torch lightning transformers tokenizers datasets peft
 class RunManifest(Callback):
     """Write manifest.json: package versions, Python, git state, command line, seed, data fingerprint and report, times.
 
-    A resumed run has one entry per session. Environment variables are not recorded, since they may hold secrets.
+    A resumed run has one entry per session. Environment variables are not recorded, because they may hold secrets.
 
     Args:
-        command: the command line; None is this process's own.
+        command: the command line; None means this process's command line.
     """
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
@@ -88,7 +88,7 @@ class RunManifest(Callback):
         self._end(pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Record why the run ended; a full disk must not hide the reason."""
+        """Record why the run ended; if the disk is full, the original error is still raised."""
         with contextlib.suppress(OSError):
             self._end(pl_module, f"{type(exception).__name__}: {exception}"[:500])
 
@@ -103,7 +103,7 @@ class RunManifest(Callback):
 
 
 def earlier_record(path: Path) -> dict[str, Any]:
-    """Return the manifest that a resumed run continues; a damaged one is renamed, since it must not block the run."""
+    """Return the manifest that a resumed run continues; rename a damaged manifest, so that it cannot block the run."""
     if not path.exists() and not path.is_symlink():
         return {}
     try:
@@ -124,7 +124,7 @@ def now() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that results depend on."""
+    """Return the installed versions of the packages that affect results."""
     found = {}
     for name in PACKAGES:
         try:

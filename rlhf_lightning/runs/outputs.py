@@ -1,4 +1,4 @@
-"""Callbacks that write files of a run: the exported model, predictions, skipped updates."""
+"""Callbacks that write output files of a run: exported model, predictions, skipped updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelExport(Callback):
 
     Args:
         enabled: false exports nothing; `rlhf export` can export a checkpoint later.
-        every_n_updates: also export ``exports/update_<n>/`` after this many further updates.
+        every_n_updates: also export ``exports/update_<n>/`` every this many updates.
     """
 
     def __init__(self, enabled: bool = True, every_n_updates: int | None = None) -> None:
@@ -38,7 +38,7 @@ class ModelExport(Callback):
         self._exported_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting, after a resume from where training continues."""
+        """Start counting updates (after a resume, from the resumed count)."""
         self._exported_at = updates_of(pl_module)
 
     def on_train_batch_end(
@@ -80,12 +80,12 @@ class ModelExport(Callback):
 
 
 class PredictionWriter(Callback):
-    """Write the rows that ``predict_step`` returns to one JSONL file, which appears when it is complete.
+    """Write the rows that ``predict_step`` returns to one JSONL file, which is created only when complete.
 
     Each rank writes a part; the parts are joined in the order of ranks.
 
     Args:
-        path: the file; null is predictions.jsonl in the run folder.
+        path: the file; null means predictions.jsonl in the run folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -140,10 +140,10 @@ class PredictionWriter(Callback):
 
 
 class SkippedUpdates(Callback):
-    """Write skipped_updates.jsonl: a row for each training step in which non-finite updates were skipped.
+    """Write skipped_updates.jsonl: one row for each training step in which non-finite updates were skipped.
 
-    A row has ``update`` (the counter after the step), ``skipped`` (how many of its updates), and ``rows``: the indices
-    of the step's rows over all ranks, counted from 0 among the rows that the data kept.
+    A row has ``update`` (the counter after the step), ``skipped`` (number of skipped updates), and ``rows``: the
+    indices of the step's rows over all ranks, counted from 0 among the rows that the data kept.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class SkippedUpdates(Callback):
         self._before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder here, together with all ranks; an exception may reach only one of them."""
+        """Find the run folder now, while all ranks are together; an exception may occur on one rank only."""
         run_folder(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""The progress of a run: one live line on a terminal, a printed line every ten seconds anywhere else."""
+"""Show the progress of a run: one live line on a terminal, otherwise a printed line every ten seconds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlhf_lightning.runs.run import aligned, updates_of
 SECONDS_BETWEEN_LINES = 10.0
 BAR_WIDTH = 20
 COMPARED = ("loss", "reward_accuracy", "reward_margin", "score", "kl", "length", "eos_rate")
-"""Metrics of a validation that compare objectives, where they are logged."""
+"""Validation metrics that are comparable between objectives; printed if they are logged."""
 
 
 class RunProgress(ProgressBar):
     """Show loss, tokens per second, elapsed and remaining time of the whole run.
 
     Args:
-        seconds: seconds between two lines where there is no terminal.
+        seconds: seconds between two lines without a terminal.
         clock: returns the time in seconds.
     """
 
@@ -49,7 +49,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls this on other ranks than zero."""
+        """Show nothing; Lightning calls this on all ranks except zero."""
         self._enabled = False
 
     def on_train_start(self, *args: Any) -> None:
@@ -62,7 +62,7 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step; print a line if one is due or the run is at its end."""
+        """Count the step; print a line if it is time for one, or at the end of the run."""
         self._steps += 1
         total = steps_of_run(trainer)
         last = total is not None and self._step(trainer) >= total
@@ -71,7 +71,7 @@ class RunProgress(ProgressBar):
             self._line("training", self._step(trainer), total, figures)
 
     def on_train_end(self, *args: Any) -> None:
-        """Leave the last line on the screen; say so if a resumed run had reached its end already."""
+        """Leave the last line on the screen; if a resumed run was already finished, say so."""
         self._release()
         trainer, module = args
         if not self._steps and trainer.ckpt_path is not None:
@@ -81,7 +81,7 @@ class RunProgress(ProgressBar):
             )
 
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        """Return the known ones of loss, speed and remaining time as text."""
+        """Return loss, speed and remaining time as text, as far as they are known."""
         figures: dict[str, str] = {"update": str(updates_of(module))}
         for label, tag in (("loss", "train/loss"), ("score", "rollout/score"), ("KL", "rollout/kl")):
             value = trainer.callback_metrics.get(tag)
@@ -101,7 +101,7 @@ class RunProgress(ProgressBar):
         return figures
 
     def _step(self, trainer: Trainer) -> int:
-        """Return the number of training steps, those before a resume included."""
+        """Return the number of training steps, including steps before a resume."""
         return trainer.fit_loop.total_batch_idx + 1
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -109,7 +109,7 @@ class RunProgress(ProgressBar):
         self._evaluated("validation", args, kwargs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the metrics of a validation during training that compare, in one line."""
+        """Print the comparable metrics of a validation during training in one line."""
         if trainer.state.fn == "validate":
             self._release()
         elif self._live is not None and self._training is not None:
@@ -131,7 +131,7 @@ class RunProgress(ProgressBar):
         self._evaluated("prediction", args, kwargs)
 
     def _evaluated(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Print the progress of an evaluation when a line is due."""
+        """Print the progress of an evaluation if it is time for a line."""
         if not self._is_due():
             return
         trainer, index = args[0], kwargs.get("batch_idx", args[4] if len(args) > 4 else 0)
@@ -162,7 +162,7 @@ class RunProgress(ProgressBar):
         return self._enabled and (self.on_terminal or self.clock() - self._printed >= self.seconds)
 
     def _line(self, what: str, step: int, total: int | None, figures: dict[str, str]) -> None:
-        """Draw the live line, or print it where there is no terminal."""
+        """Draw the live line, or print it if there is no terminal."""
         if not self._enabled:
             return
         self._printed = self.clock()
@@ -198,7 +198,7 @@ def _shown(metrics: Any) -> dict[str, str]:
 
 
 def steps_of_run(trainer: Trainer) -> int | None:
-    """Return the training steps of the whole run; None if nothing bounds it.
+    """Return the number of training steps of the whole run; None if it has no limit.
 
     ``max_steps`` counts optimizer steps, and an on-policy training step takes several.
     """

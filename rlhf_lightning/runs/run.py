@@ -1,4 +1,4 @@
-"""The run folder: its files, its name, how it is found and locked.
+"""The run folder: its files, its name, finding and locking it.
 
 ``runs/<name>/version_<n>/`` holds config.yaml, manifest.json, checkpoints/, samples.jsonl, model/ and loggers' files.
 """
@@ -35,8 +35,8 @@ LOCK_FILE = ".training"
 class RunFolder:
     """The folder of one run, shared by all loggers and callbacks of a trainer.
 
-    ``rlhf fit`` makes it before any logger. Without the command line, ``RunFolder(path).attach(trainer)`` chooses the
-    folder; otherwise `run_folder` makes one on its first call.
+    ``rlhf fit`` creates it before any logger. In Python code, ``RunFolder(path).attach(trainer)`` sets the folder;
+    otherwise `run_folder` creates one on its first call.
 
     Args:
         path: the folder.
@@ -50,7 +50,7 @@ class RunFolder:
         """Whether all ranks know the folder."""
 
     def attach(self, trainer: Trainer) -> RunFolder:
-        """Make this the folder of a trainer, whichever loggers it has, and return it."""
+        """Make this the folder of a trainer, independent of its loggers, and return it."""
         trainer._rlhf_run_folder = self  # type: ignore[attr-defined]
         return self
 
@@ -97,9 +97,9 @@ class RunFolder:
 
 
 def run_folder(trainer: Trainer) -> RunFolder:
-    """Return the trainer's run folder, the same object for every callback; all ranks make the first call together.
+    """Return the trainer's run folder, the same object for every callback; all ranks must make the first call together.
 
-    Without an attached folder it is the folder of a TensorBoard or CSV logger, or else a new version under
+    Without an attached folder, it is the folder of a TensorBoard or CSV logger, or else a new version under
     ``default_root_dir/runs/<module>/``.
     """
     folder: RunFolder | None = getattr(trainer, "_rlhf_run_folder", None)
@@ -111,7 +111,7 @@ def run_folder(trainer: Trainer) -> RunFolder:
 
 
 def _unattached_folder(trainer: Trainer) -> Path:
-    """Return the folder of a trainer without one; the path matters on rank zero only."""
+    """Return the folder of a trainer without an attached one; the path is only used on rank zero."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger | CSVLogger):
             return Path(logger.log_dir)
@@ -137,7 +137,7 @@ def writes_files(trainer: Trainer) -> bool:
 
 
 def aligned(module: LightningModule) -> AlignmentModule:
-    """Return the module as what this package's callbacks read counters and settings from.
+    """Return the module as an AlignmentModule, from which callbacks read counters and settings.
 
     Raises:
         ContractError: ``no-alignment-module``.
@@ -166,7 +166,7 @@ def check_period(name: str, value: int | None) -> None:
 
 
 def passes_multiple(before: int, now: int, period: int | None) -> bool:
-    """Whether a counter reached or passed a multiple of the period; never with the period None."""
+    """Whether a counter reached or passed a multiple of the period; False if the period is None."""
     return period is not None and now // period > before // period
 
 
@@ -174,8 +174,8 @@ def checked_run_name(name: str) -> str:
     """Return a run's name if it stays inside the runs folder.
 
     Raises:
-        SettingError: the name is absolute, too long, contains "..", has characters that are unsafe in file names, or is
-            that of a version.
+        SettingError: the name is absolute, too long, contains "..", has characters that are unsafe in file names, or
+            looks like a version folder.
     """
     parts = name.split("/")
     if re.fullmatch(r"version_\d+", parts[-1]):
@@ -194,10 +194,10 @@ def checked_run_name(name: str) -> str:
 
 
 def reserve_version(runs: Path, name: str) -> Path:
-    """Create and return the next ``version_<n>`` folder of a run's name; runs that start together get one each.
+    """Create and return the next ``version_<n>`` folder of a run's name; concurrent runs get different folders.
 
     Raises:
-        SettingError: the name leads out of the runs folder, also through a link.
+        SettingError: the name leads out of the runs folder, possibly through a link.
     """
     parent = runs / checked_run_name(name)
     if not parent.resolve().is_relative_to(runs.resolve()):
@@ -234,10 +234,10 @@ def acquire_lock(folder: Path) -> IO[bytes]:
     import fcntl
 
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers of a killed run
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock locks, these are not inherited by workers of a killed run
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return lock  # a file system without locks
+            return lock  # the file system does not support locks
         lock.close()
         raise StateError(
             "run-folder-locked",
@@ -267,7 +267,7 @@ def _version(path: Path) -> re.Match[str] | None:
 
 
 def find_run(name: str, runs: str = "runs") -> Path:
-    """Return the version folder that ``--resume`` names: a version, or the latest training run of a name.
+    """Return the version folder named by ``--resume``: a version, or the latest training run of a name.
 
     Raises:
         MissingError: there is no such run.

@@ -1,4 +1,4 @@
-"""Log files of a run: a resumed run truncates them to its checkpoint, so that curves have no gap or overlap."""
+"""Truncate the log files of a resumed run to its checkpoint, so that curves have no gap or overlap."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunRecords(Callback):
         self.lengths: dict[str, int] | None = None  # from the checkpoint
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the lengths until training starts."""
+        """Store the lengths until training starts."""
         self.lengths = checkpoint.get("records")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Truncate the files, if the checkpoint is one of this run."""
+        """Truncate the files, if the checkpoint belongs to this run."""
         folder, lengths, self.lengths = run_folder(trainer), self.lengths, None
         if lengths is None or not folder.writes:
             return
@@ -67,7 +67,7 @@ class RunRecords(Callback):
 
 
 def keep_earlier_rows(trainer: Trainer) -> None:
-    """Open the CSV loggers of a trainer that is about to run, and keep the rows of an earlier session.
+    """Open the CSV loggers before the trainer runs, and keep the rows of an earlier session.
 
     Lightning's CSVLogger deletes an existing metrics.csv, and warns about other files in its folder.
     """
@@ -79,7 +79,7 @@ def keep_earlier_rows(trainer: Trainer) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
             writer: Any = logger.experiment
-        if aside.is_file():  # also after a kill between the two moves
+        if aside.is_file():  # moved by this session, or by one that was killed between the two moves
             aside.replace(path)
             writer.metrics_keys = _read_rows(path)[0]
 
@@ -95,7 +95,7 @@ def wait_for_a_later_name(folder: Path) -> None:
 
 
 def _appended_files(trainer: Trainer, folder: RunFolder) -> dict[str, Path]:
-    """Return the append-only files by name; names of event files are unique."""
+    """Return the append-only files by name (event file names are unique)."""
     events = [file for logger in _tensorboard_loggers(trainer) for file in Path(logger.log_dir).glob(EVENTS)]
     return {path.name: path for path in (folder.path / SAMPLES_FILE, folder.path / SKIPPED_FILE, *events)}
 
@@ -114,7 +114,7 @@ def _csv_loggers(trainer: Trainer) -> list[CSVLogger]:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a CSV file; both are empty if it is absent."""
+    """Return the header and the rows of a CSV file; both are empty if the file does not exist."""
     if not path.is_file():
         return [], []
     with path.open(newline="", encoding="utf-8") as file:

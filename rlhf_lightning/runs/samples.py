@@ -1,4 +1,4 @@
-"""Sample tables: completions of a few fixed prompts during training, in the loggers and in samples.jsonl."""
+"""Sample tables: completions of a few fixed prompts during training, for loggers and samples.jsonl."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from rlhf_lightning.types import Message, Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
-"""Characters of a prompt or completion that the table shows; samples.jsonl has the full text."""
+"""Maximum characters of a prompt or completion in the table; samples.jsonl has the full text."""
 
 
 class SampleTable(Callback):
     """Sample completions of the same few prompts before, during and after training.
 
-    Random numbers are addressed by (seed, episode, position), so tables differ only by the policy. The prompts are
+    Random numbers depend on (seed, episode, position) only, so tables differ only by the policy. The prompts are
     held-out rows if there are any. Stages without a policy have no table.
 
     Args:
         prompts: number of prompts; 0 turns the table off.
-        every_n_updates: also sample after this many further updates (always: start, validations, end).
-        max_new_tokens: longest completion in tokens; null takes the module's limit.
-        temperature: softmax temperature, 0 for greedy decoding; null takes the module's.
+        every_n_updates: also sample every this many updates (in addition to start, validations and end).
+        max_new_tokens: longest completion in tokens; null uses the module's limit.
+        temperature: softmax temperature, 0 for greedy decoding; null uses the module's temperature.
         seed: seed of the sampling.
     """
 
@@ -78,12 +78,12 @@ class SampleTable(Callback):
             self.sample(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store when the policy was last sampled."""
+        """Store the update at which the policy was last sampled."""
         if self.prompts:
             checkpoint["samples"] = {"sampled_at": self._sampled_at}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore it on every rank: all ranks must sample together."""
+        """Restore this update on every rank, because all ranks must sample together."""
         if "samples" in checkpoint:
             self._sampled_at, self._resumed = checkpoint["samples"]["sampled_at"], True
 
@@ -96,7 +96,7 @@ class SampleTable(Callback):
             self.sample(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample from the weights that were validated."""
+        """Sample from the validated weights."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.sample(trainer, pl_module)
 
@@ -105,7 +105,7 @@ class SampleTable(Callback):
         self.sample(trainer, pl_module)
 
     def sample(self, trainer: Trainer, module: LightningModule) -> None:
-        """Sample and log, once per update. Every rank samples, since a sharded policy needs all of them."""
+        """Sample and log, at most once per update. Every rank samples, because a sharded policy needs all ranks."""
         updates = updates_of(module)
         if not self.prompts or updates == self._sampled_at:
             return
@@ -129,12 +129,12 @@ class SampleTable(Callback):
                 log_table(logger, "samples", shown, as_table(rows), updates)
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
-        """Return the module's sampling settings, changed by those given here."""
+        """Return the module's sampling settings, with this callback's settings applied."""
         given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         return replace(own, **{name: value for name, value in given.items() if value is not None})
 
     def _scores(self, module: LightningModule, answers: Completions) -> list[float | None]:
-        """Return the scores, with the environment's rewards; None where there is none."""
+        """Return the scores including the environment's rewards; None for a completion without a score."""
         scorer, texts = aligned(module).scorer, list(answers.texts)
         if scorer is None:
             return [None] * len(texts)
