@@ -32,7 +32,7 @@ class Machine:
 
     @property
     def cuts(self) -> int:
-        """Number of ranks over which FSDP2 shards weights, gradients and optimizer state, without tensor parallelism."""
+        """Number of ranks over which FSDP2 shards weights, gradients and optimizer state (no tensor parallelism)."""
         return self.data_ranks if self.strategy == "sharded" else 1
 
     @property

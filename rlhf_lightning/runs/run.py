@@ -234,7 +234,7 @@ def acquire_lock(folder: Path) -> IO[bytes]:
     import fcntl
 
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock locks, these are not inherited by workers of a killed run
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers of a killed run
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return lock  # the file system does not support locks
