@@ -1,4 +1,4 @@
-"""The gold reward of the assistant world: how a grader who knows every sentence of it rates any text.
+"""The gold reward of the assistant world: the score of any text by a grader who knows all sentences of the world.
 
 ::
 
@@ -11,8 +11,8 @@
     courtesy  clip((1 + courteous parts (opening, closing; at most one each) - 2 curt sentences) / 3, 0, 1)
     brevity   clip((28 - words) / 12, 0, 1): full marks up to 16 words
 
-A sentence of the world is recognised with any subject, in any case and spacing. Shares, not counts, make hedging
-worthless: an answer for all kinds and subjects earns as much as an answer to a random prompt.
+A sentence of the world is recognised with any subject, case and spacing. Parts are shares, not counts, so hedging does
+not pay: an answer for all kinds and subjects earns as much as an answer to a random prompt.
 """
 
 from collections import Counter
@@ -27,14 +27,14 @@ WEIGHTS = {"subject": 0.30, "kind": 0.25, "detail": 0.20, "courtesy": 0.15, "bre
 
 
 class Request(NamedTuple):
-    """What a prompt asks for."""
+    """Kind and subject of a request."""
 
     kind: str
     subject: str
 
 
 class CompletionFacts(NamedTuple):
-    """What the grader reads in a completion, independent of the prompt."""
+    """Facts about a completion, independent of the prompt."""
 
     words: int
     recognised_words: int
@@ -53,7 +53,7 @@ def _key(tokens: Iterable[str]) -> tuple[str, ...]:
 
 
 def sentence_key(sentence: str) -> tuple[str, ...]:
-    """Return the words and marks of a sentence with its subject left open, equal for all spellings."""
+    """Return the words and marks of a sentence with its subject as a placeholder; equal for all spellings."""
     return _key(_tokens(sentence))
 
 
@@ -77,7 +77,7 @@ def _tokens(words: str) -> list[str]:
 
 
 def _sentence_table() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Return every sentence of the world with its subject left open -> (part, kind or manner)."""
+    """Map every sentence of the world, with its subject as a placeholder, to (part, kind or manner)."""
     some_subject = text.SUBJECTS[0]
     parts: list[tuple[str, str, tuple[str, ...]]] = [
         ("opening", "courteous", text.COURTEOUS_OPENINGS),
@@ -104,7 +104,7 @@ def read_request(prompt: str) -> Request:
     """Return the kind and subject that ``prompt`` asks for.
 
     Raises:
-        DataError: the prompt is not one of this world's.
+        DataError: the prompt does not belong to this world.
     """
     tokens = _tokens(prompt)
     kind = _REQUESTS.get(_key(tokens))
@@ -142,7 +142,7 @@ def read_completion(completion: str) -> CompletionFacts:
 
 
 def gold_parts(prompt: str, completion: str) -> dict[str, float]:
-    """Return the parts of the gold reward, ``clarity`` included, each in [0, 1]."""
+    """Return the parts of the gold reward, including ``clarity``, each in [0, 1]."""
     asked, facts = read_request(prompt), read_completion(completion)
 
     def share(counts: Counter[str], name: str) -> float:

@@ -1,7 +1,7 @@
 """The sentences of the assistant world, its tokenizer and chat template, and a small Llama configuration.
 
-``{s}`` is the subject. Only words and the marks ``. , ! ?`` occur, so a word-level vocabulary is closed and text
-survives encoding and decoding unchanged. No sentence begins with its subject, so a subject is one token.
+``{s}`` is the subject. Only words and the marks ``. , ! ?`` occur, so the word-level vocabulary is complete, and text
+is unchanged after encoding and decoding. No sentence begins with its subject, so a subject is always one token.
 """
 
 import re
@@ -12,7 +12,7 @@ WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
 class RequestKind(NamedTuple):
-    """One kind of request: phrasings, core answers, and details that belong to this kind alone."""
+    """Kind of request: phrasings, core answers, and details that belong only to this kind."""
 
     requests: tuple[str, ...]
     cores: tuple[str, ...]
@@ -118,7 +118,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|system|>", "<|u
 
 
 def vocabulary(further: Sequence[str] = ()) -> list[str]:
-    """Return the special tokens, then every word and mark of the world and of ``further`` sentences, sorted."""
+    """Return the special tokens, then all words and marks of the world and of ``further`` sentences, sorted."""
     said = [*further, *SUBJECTS, *COURTEOUS_OPENINGS, *CURT_OPENINGS, *FILLERS]
     said += [*COURTEOUS_CLOSINGS, *CURT_CLOSINGS]
     for kind in KINDS.values():
@@ -138,7 +138,7 @@ def make_tokenizer(further: Sequence[str] = ()) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    backend.decoder = decoders.WordPiece(cleanup=True)  # joins words by spaces, none before a mark
+    backend.decoder = decoders.WordPiece(cleanup=True)  # joins words with spaces, without a space before a mark
     return wrapped_tokenizer(backend, SPECIAL_TOKENS[4:], CHAT_TEMPLATE, bos_token="<|bos|>")
 
 
@@ -171,7 +171,7 @@ def llama_config(tokenizer: Any, hidden_size: int, layers: int, heads: int, inte
 
 
 def wrapped_tokenizer(backend: Any, special: Sequence[str], template: str, **named: str) -> Any:
-    """Return a backend as a ``PreTrainedTokenizerFast`` with a chat template and further special tokens."""
+    """Wrap a backend as a ``PreTrainedTokenizerFast`` with a chat template and additional special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(

@@ -2,24 +2,24 @@
 
 A request is a (kind, subject, phrasing): 12 kinds (cost, safety, ...) x 40 subjects x 3 phrasings; 400 of the 1,440
 are held out. An answer is a sequence of sentences: an opening, a core for some kind and subject, a detail of some kind,
-fillers, a closing. Careful writers mostly answer the request. Careless writers answer another question, about another
-subject, at length, rudely, or say nothing useful.
+fillers, a closing. Careful writers mostly answer the request. Careless writers answer another question, write about
+another subject, write long or rude answers, or say nothing useful.
 
-The **gold reward** of (prompt, completion) is known for any text and never trained on::
+The **gold reward** of (prompt, completion) is known for any text and not used in training::
 
     gold = clarity * (0.30 subject + 0.25 kind + 0.20 detail + 0.15 courtesy + 0.10 brevity)        in [0, 1]
 
 `_assistant_gold` defines the parts. **Annotators** prefer a to b with probability sigmoid(12 (gold_a - gold_b)), so the
 Bayes accuracy, mean max(p, 1 - p), is about 0.87.
 
-Tests measure what makes the problem real:
+Tests measure the properties that make the problem realistic:
 
-* 75 % of the gold reward depends on the prompt. The best completion that ignores it earns courtesy, brevity and luck:
-  0.25 + 0.30 / 40 + 0.45 / 12 = 0.30.
+* 75 % of the gold reward depends on the prompt. The best completion that ignores the prompt earns courtesy, brevity and
+  matches by chance: 0.25 + 0.30 / 40 + 0.45 / 12 = 0.30.
 * A bag of words recovers less than 60 % of the information in the pairs: words show manners, length and the presence
   of a detail, but not whether it is the right detail.
 * Demonstrations, and a model that imitates them, earn about 0.5. Yet each part of an excellent answer is common, so
-  preferences can lead there at a modest KL.
+  preferences can lead to such answers at a modest KL.
 """
 
 import json
@@ -54,12 +54,12 @@ Row = dict[str, Any]
 
 TEST_PROMPTS = 400
 ANNOTATOR_SCALE = 12.0  # sharpness of the annotators' Bradley-Terry choice, in log-odds per unit of gold reward
-EDITED_SHARE = 0.7  # of the pairs: an answer and its own edit
+EDITED_SHARE = 0.7  # share of pairs that compare an answer with its own edit
 EDITS = {"kind": 4, "subject": 2, "detail": 1, "opening": 1, "closing": 1, "fillers": 1}  # relative frequencies
 
 
 class Care(NamedTuple):
-    """How a writer writes: the probability of each part being right (or, for manners, courteous and curt)."""
+    """A writer's care: the probability of each part being right (for manners: of being courteous and curt)."""
 
     weight: float
     subject: float
@@ -81,9 +81,9 @@ EXPERT = Care(0.0, subject=0.9, kind=0.9, core=1.0, detail=0.7, courteous=0.6, c
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """An answer before it is worded. None leaves a part out; manners are courteous, curt or None.
+    """Content of an answer before it is worded. None leaves a part out; manners are courteous, curt or None.
 
-    ``wording`` holds one number in [0, 1) per part, which picks its sentence: an edit keeps the words of all other
+    ``wording`` has one number in [0, 1) per part that selects its sentence, so an edit keeps the words of all other
     parts.
     """
 
@@ -119,7 +119,7 @@ class AssistantWorld:
     """Prompts, demonstrations and preference pairs of the assistant world; the same seed gives the same rows.
 
     Args:
-        seed: selects the held-out prompts and every random draw.
+        seed: determines the held-out prompts and all random numbers.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -154,8 +154,8 @@ class AssistantWorld:
     def pairs(self, n: int, split: Split = "train") -> list[Row]:
         """Return ``n`` conversational rows ``{"prompt", "chosen", "rejected"}``, labelled by noisy annotators.
 
-        A share ``EDITED_SHARE`` compares an expert's answer with the same answer after one edit; the others compare two
-        independent answers.
+        A share ``EDITED_SHARE`` compares an expert's answer with the same answer after one edit. The other pairs
+        compare two independent answers.
         """
         rng = random.Random(f"{self.seed}/pairs/{split}")
         rows: list[Row] = []
@@ -176,7 +176,7 @@ class AssistantWorld:
         return rows
 
     def bayes_accuracy(self, pairs: Iterable[Row]) -> float:
-        """Return the accuracy on ``pairs`` expected from knowing the gold reward: mean of max(p, 1 - p)."""
+        """Return the expected accuracy on ``pairs`` of a judge that knows the gold reward: mean of max(p, 1 - p)."""
         chances = []
         for row in pairs:
             prompt = row["prompt"][-1]["content"]
@@ -217,7 +217,7 @@ def _manner(care: Care, rng: random.Random) -> str | None:
 
 
 def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> AnswerPlan:
-    """Draw one answer to ``prompt`` by a writer with the given care, or with a random one."""
+    """Return a random answer to ``prompt`` by a writer with the given or a random care."""
     asked = read_request(prompt)
     care = care or rng.choices(CARES, [c.weight for c in CARES])[0]
     kind = asked.kind if rng.random() < care.kind else _other(text.KINDS, asked.kind, rng)
@@ -233,7 +233,7 @@ def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> AnswerPl
 
 
 def _edit(answer: AnswerPlan, prompt: str, rng: random.Random) -> AnswerPlan:
-    """Change one part of ``answer``, mostly for the worse."""
+    """Return ``answer`` with one part changed, mostly for the worse."""
     asked = read_request(prompt)
     part = rng.choices(*zip(*EDITS.items(), strict=True))[0]
     if part == "subject":
@@ -283,8 +283,8 @@ def write_files(
 
     Args:
         folder: created if missing.
-        rows: by file name without suffix.
-        facts: what world.json says besides ``sizes``.
+        rows: lists of rows by file name without suffix.
+        facts: contents of world.json other than ``sizes``.
         further: sentences beyond the assistant world's, for the vocabulary.
     """
     folder = Path(folder)

@@ -1,7 +1,7 @@
-"""The tool world: a small shop in which a policy learns to look prices up and to add them, and a guessing game.
+"""The tool world: a small shop in which a policy learns to look up prices and add them, and a guessing game.
 
-A request names two things, such as ``pear and fig``. Every row has prices of its own, 1 to 9, which only the tool
-``price`` knows; ``add`` adds two numbers. The best policy makes two turns of calls and copies the sum::
+A request names two items, such as ``pear and fig``. Each row has its own prices from 1 to 9, which only the tool
+``price`` knows; the tool ``add`` adds two numbers. The best policy makes two turns of calls and then copies the sum::
 
     call: price(key="pear")
     call: price(key="fig")        -> 7, 5
@@ -9,11 +9,11 @@ A request names two things, such as ``pear and fig``. Every row has prices of it
     12
 
 The **gold reward** is 1 for the right sum and 0 otherwise, so the optimum is 1. A policy without tools can only guess:
-the best guess, 10, is right in 9 of 81 cases. Demonstrations come from writers of whom few use both tools, so a policy
-that imitates them earns about a quarter of the gold reward, yet each right turn is common enough to be found.
+the best guess, 10, is right in 9 of 81 cases. Few of the writers of demonstrations use both tools, so a policy that
+imitates them earns about a quarter of the gold reward. Each right turn is still common enough to be found.
 
-The **game** is `environments.GuessTheNumber` with numbers 1 to 16. Its optimum is known too: halving what is left finds
-the number within five guesses, and in 54 of 16 guesses on average (3.375).
+The **game** is `environments.GuessTheNumber` with numbers 1 to 16. Its optimum is known too: binary search finds the
+number within five guesses, and in 54/16 = 3.375 guesses on average.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ THINGS = (
     "egg", "nut", "jam", "oil", "fish", "cake",
 )  # fmt: skip
 CAREFUL, HALF = 0.2, 0.3
-"""Shares of writers who use both tools, and who only look the prices up; the others guess at once."""
+"""Shares of writers who use both tools, and who only look up the prices; the others guess immediately."""
 
 SPECIAL = ("<|pad|>", "<|unk|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>")
 PIECES = (
@@ -58,7 +58,7 @@ def add(a: int, b: int) -> int:
 
 
 class ShopEnvironment(ToolEnvironment):
-    """The shop's tools: ``price``, which reads a row's ``prices``, and ``add``.
+    """Environment with the shop's tools: ``price``, which reads a row's ``prices``, and ``add``.
 
     Args:
         reward: see `ToolEnvironment`.
@@ -70,12 +70,12 @@ class ShopEnvironment(ToolEnvironment):
 
 
 def gold(prompts: Sequence[Prompt], completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> list[float]:
-    """Return 1 for each answer that is the right sum, else 0: the scorer of the shop."""
+    """Score 1 for each answer that is the right sum, else 0; the scorer of the shop."""
     return [float(text.strip() == str(right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def request(rng: random.Random) -> Row:
-    """Return a row of the shop: a prompt, the prices of its things, and the answer."""
+    """Return a random row of the shop: a prompt, the prices of its items, and the answer."""
     first, second = rng.sample(THINGS, 2)
     prices = {first: rng.randint(1, 9), second: rng.randint(1, 9)}
     turn = {"role": "user", "content": f"{first} and {second}"}
@@ -83,7 +83,7 @@ def request(rng: random.Random) -> Row:
 
 
 def demonstration(rng: random.Random, row: Row) -> list[Message]:
-    """Return the conversation of a writer, who may be careful or not, about a row."""
+    """Return a writer's conversation about a row; the writer's care is random."""
     (first, one), (second, two) = row["prices"].items()
     kind = rng.random()
     turns: list[Message] = [*row["prompt"]]
@@ -97,12 +97,12 @@ def demonstration(rng: random.Random, row: Row) -> list[Message]:
 
 
 def game(rng: random.Random) -> Row:
-    """Return a row of the game."""
+    """Return a random row of the game."""
     return {"prompt": [{"role": "user", "content": "guess"}], "secret": rng.randint(1, 16)}
 
 
 def played(rng: random.Random, secret: int) -> list[Message]:
-    """Return a game of a player who guesses at random, up to five times."""
+    """Return a game played with up to five random guesses."""
     turns: list[Message] = [{"role": "user", "content": "guess"}]
     for left in reversed(range(5)):
         guess = rng.randint(1, 16)
@@ -118,7 +118,7 @@ def _said(text: str) -> Message:
 
 
 def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: int = 200) -> Path:
-    """Write the world's files to ``folder``, and return it.
+    """Write the world's files to ``folder``, and return the folder.
 
     Files: demonstrations.jsonl, prompts_train.jsonl and prompts_test.jsonl of the shop; games.jsonl, game_prompts.jsonl
     and game_test.jsonl of the game; and model/ (configuration, tokenizer, chat template; no weights).
@@ -126,8 +126,8 @@ def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: i
     Args:
         folder: created if missing.
         seed: the same seed gives the same rows.
-        rows: demonstrations and training prompts, each.
-        held_out: prompts held out.
+        rows: number of demonstrations, and number of training prompts.
+        held_out: number of held-out prompts.
     """
     rng, folder = random.Random(seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: i
 
 
 def make_tokenizer() -> Any:
-    """Return the world's ``PreTrainedTokenizerFast``: a token for each piece that calls, numbers and things need."""
+    """Return the world's ``PreTrainedTokenizerFast`` with one token for each piece of calls, each number and item."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pieces = [*PIECES, *THINGS, *map(str, range(19))]
