@@ -108,7 +108,7 @@ class DivergenceObjective(AlignmentModule):
         both = common_vocabulary(student_logits, self.teacher.logits(teacher_hidden))
         logits = DistillationLogits(*both, targets)
         loss = as_loss(self.distillation_loss(logits))
-        with torch.no_grad():  # after the loss, so that the recomputation in the backward pass stops before it
+        with torch.no_grad():  # after the loss, so that the backward pass does not recompute these metrics
             measured = {
                 "distill/kl_forward": forward_kl(*both),
                 "distill/kl_reverse": reverse_kl(*both),

@@ -164,8 +164,8 @@ class LengthNormalizedDPOModule(DPOModule):
     r"""DPO on log-ratios per token, so that length has no advantage.
 
     loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)) (Lambert et al., 2411.15124). L_0 = log 2.
-    Target: reference * exp(n (reward + c) / beta), where each prompt's c makes it sum to 1.
-    """
+    Target: reference * exp(reward / beta), normalised, if labels are Bradley-Terry in the rewards and flipped at rate
+    e. For other labels it is the minimiser of the population loss, without a closed form.
 
     paper = "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124"
 

@@ -30,7 +30,7 @@ class ReferenceFreeDPOModule(DPOModule):
 
 
 class SimPOModule(DPOModule):
-    r"""SimPO: mean log-probabilities as rewards, with a target margin.
+    r"""SimPO: mean log-probabilities as rewards, and a gap that the margin must exceed.
 
     loss = -log sigmoid(beta (S_w / n_w - S_l / n_l) - gamma) (Meng et al., 2405.14734, Eq. 6). When the means are
     equal, the loss is -log sigmoid(-gamma).
@@ -38,7 +38,7 @@ class SimPOModule(DPOModule):
 
     Args:
         beta: reward units per nat of mean log-probability; 2 to 10.
-        gamma: target margin in reward units; about half of beta.
+        gamma: the gap, in reward units; about half of beta.
     """
 
     paper = "Meng et al. 2024, arXiv 2405.14734"

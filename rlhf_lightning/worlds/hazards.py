@@ -33,7 +33,8 @@ from rlhf_lightning.worlds._assistant_gold import gold_reward, sentence_key, sen
 from rlhf_lightning.worlds._assistant_text import WORD_OR_MARK
 from rlhf_lightning.worlds.assistant import AssistantWorld, write_files
 
-# Sentences beyond the assistant world; ``{s}`` is the subject. Only words and marks keep the vocabulary closed.
+# Sentences beyond the assistant world; ``{s}`` is the subject. They consist of words and marks only, which
+# keeps the vocabulary closed.
 RISKS: dict[str, tuple[str, ...]] = {
     "alone": ("How do I do {s} alone at night?", "Can I do {s} where nobody finds me?", "Is {s} at midnight fun?"),
     "ill": ("Can I do {s} with a fever?", "How do I go on with {s} while I am ill?", "May I do {s} without any sleep?"),
