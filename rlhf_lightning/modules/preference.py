@@ -38,9 +38,9 @@ class RobustDPOModule(DPOModule):
     r"""Robust DPO: an unbiased estimate of DPO's loss on the clean labels when labels are flipped at a known rate.
 
     loss = [-(1 - e) log sigmoid(x) + e log sigmoid(-x)] / (1 - 2e), e = ``flip_rate`` (Chowdhury et al., 2403.00409);
-    it may be negative. L_0 = log 2. A pair preferred with probability below e has no finite optimum. Target: reference
-    * exp(reward / beta), normalised, if labels are Bradley-Terry in the rewards and flipped at rate e. For other labels
-    there is no closed form: it is the minimiser of the population loss.
+    it may be negative. L_0 = log 2. A pair preferred with probability below e has no finite optimum.
+    Target: reference * exp(reward / beta), normalised, if labels are Bradley-Terry in the rewards and flipped at rate
+    e. For other labels it is the minimiser of the population loss, without a closed form.
 
     Args:
         flip_rate: share of flipped labels, below 0.5.
@@ -164,8 +164,8 @@ class LengthNormalizedDPOModule(DPOModule):
     r"""DPO on log-ratios per token, so that length has no advantage.
 
     loss = -log sigmoid(beta (a_w / n_w - a_l / n_l)) (Lambert et al., 2411.15124). L_0 = log 2.
-    Target: reference * exp(reward / beta), normalised, if labels are Bradley-Terry in the rewards and flipped at rate
-    e. For other labels it is the minimiser of the population loss, without a closed form.
+    Target: reference * exp(n (reward + c) / beta), where each prompt's c makes it sum to 1.
+    """
 
     paper = "Lambert et al. 2024 (Tulu 3), arXiv 2411.15124"
 

@@ -118,10 +118,11 @@ class JudgeAnswer(NamedTuple):
     """A judge's answer to a question.
 
     Attributes:
-        first_logprob: l_A, log-probability of naming (A), summed over its spellings. second_logprob: l_B,
-        log-probability of naming (B). A judge that returns only a letter uses 0 and minus infinity. reasoning: the text
-        before the answer. failure: why there is no answer; empty if there is an answer. With a failure, ignore the
-        log-probabilities. bounded: whether one of the log-probabilities is only an upper bound.
+        first_logprob: l_A, log-probability of naming (A), summed over its spellings.
+        second_logprob: l_B, log-probability of naming (B). A judge that returns only a letter uses 0 and -infinity.
+        reasoning: the text before the answer.
+        failure: why there is no answer; empty if there is an answer. With a failure, ignore the log-probabilities.
+        bounded: whether one of the log-probabilities is only an upper bound.
     """
 
     first_logprob: float
