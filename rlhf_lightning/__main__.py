@@ -4,7 +4,7 @@ import os
 import sys
 
 if sys.path[:1] in ([""], [os.getcwd()]) and not sys.flags.safe_path:
-    del sys.path[0]  # Python puts the working directory there, with all files next to a model or data
+    del sys.path[0]  # the working directory: it may hold untrusted files next to a model or data
 
 from rlhf_lightning.cli import main
 

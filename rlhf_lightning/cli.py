@@ -168,7 +168,7 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
     except TerminatedError as error:
         return _fail(str(error), 128 + error.signal)
     except BrokenPipeError:
-        # The reader of the pipe has ended (`rlhf generate ... | head`); the flush at exit must not fail.
+        # The process that reads the pipe has exited (`rlhf generate ... | head`); the flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except SystemExit as error:

@@ -209,7 +209,7 @@ def erases_pad_row(model: Any) -> bool:
         probe = torch.nn.Embedding(2, 2, padding_idx=0)
         probe.weight.fill_(1.0)
         probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        shell = object.__new__(type(model))  # a class may draw the weights of its own modules instead
+        shell = object.__new__(type(model))  # a class may redraw its own modules instead
         torch.nn.Module.__init__(shell)
         shell.config = model.config
         try:

@@ -25,7 +25,7 @@ def cut_micro_batches(
 
     Args:
         costs: tokens of each unit.
-        limits: limits of a micro-batch; a unit above the token budget gets a micro-batch of its own.
+        limits: limits of a micro-batch; a unit above the token budget gets its own micro-batch.
         packed: whether units are packed: the cost of a micro-batch is then the sum of its units. Otherwise each unit
             is padded to the longest.
         rows: number of rows of each unit; None counts 1 per unit.
@@ -63,7 +63,7 @@ class _Cut:
         wanted = multiple_of * -(-len(self.filled(limit)) // multiple_of)
         if wanted == 1:
             return [(0, len(costs))]
-        low, high = min(costs[0], limit), limit  # a larger unit stands alone
+        low, high = min(costs[0], limit), limit  # a unit above the limit gets its own micro-batch
         while low < high:  # search the smallest token limit that needs no more micro-batches
             middle = (low + high) // 2
             if len(self.filled(middle)) <= wanted:

@@ -65,7 +65,7 @@ def silence_log_messages(messages: Mapping[str, Sequence[str]] = SILENCED_MESSAG
         logger = logging.getLogger(name)
         found = next((present for present in logger.filters if isinstance(present, _Silence)), _Silence())
         found.texts.update(texts)
-        logger.addFilter(found)  # a filter that is there is not added again
+        logger.addFilter(found)  # adding the same filter again has no effect
 
 
 def silence_libraries() -> None:

@@ -204,7 +204,7 @@ class MicroBatchLimits(NamedTuple):
     Attributes:
         micro_batch_size: maximum number of rows (demonstrations, pairs, groups, episodes), or None.
         max_tokens: token budget, including padding if rows are not packed; None for no limit. A row above the budget
-            gets a micro-batch of its own.
+            gets its own micro-batch.
     """
 
     micro_batch_size: int | None = None
@@ -268,7 +268,7 @@ class DistillationLogits(NamedTuple):
 
     Attributes:
         student_logits: the student's logits, with gradient, fp32 or wider, shape (tokens, vocabulary).
-        teacher_logits: the teacher's, without gradient, same shape.
+        teacher_logits: the teacher's logits, without gradient, same shape.
         targets: id of each completion token, int64, shape (tokens,).
     """
 
@@ -283,8 +283,8 @@ class PreferenceLogprobs(NamedTuple):
     Attributes:
         policy_chosen_logprobs: the policy's log-probabilities of the chosen completions.
         policy_rejected_logprobs: the policy's log-probabilities of the rejected completions.
-        reference_chosen_logprobs: the reference's, without gradient; None without a reference.
-        reference_rejected_logprobs: the reference's, without gradient; None without a reference.
+        reference_chosen_logprobs: the reference's log-probabilities, without gradient; None without a reference.
+        reference_rejected_logprobs: the reference's log-probabilities, without gradient; None without a reference.
         chosen_mask: bool, True on the chosen completion's tokens.
         rejected_mask: bool, True on the rejected completion's tokens.
         target: probability that chosen is better, shape (pairs,).
@@ -381,7 +381,7 @@ class UnpairedLogprobs(NamedTuple):
 
     Attributes:
         policy_logprobs: the policy's log-probabilities of the completions.
-        reference_logprobs: the reference's, without gradient; None without a reference.
+        reference_logprobs: the reference's log-probabilities, without gradient; None without a reference.
         completion_mask: bool, True on completion tokens.
         desirable: bool, True if the completion was judged good, shape (rows,).
         weights: weight of each row, shape (rows,).
@@ -681,7 +681,7 @@ class Advantages(NamedTuple):
 
 
 class Aggregation(NamedTuple):
-    """How token losses are averaged: a weighted sum over a divisor.
+    """An average of token losses: a weighted sum, and its divisor.
 
     Attributes:
         weights: weight of each token, shape (rows, length), 0 outside the mask.

@@ -142,7 +142,7 @@ class Worker:
         try:
             if self.connection.poll():
                 found = self.connection.recv()
-                if found == "ready":  # its time begins now
+                if found == "ready":  # the row's time limit starts now
                     self._ready, self.deadline = True, time.monotonic() + self._seconds
                     return None
                 self.row = None
@@ -182,7 +182,7 @@ def start_method(module: str) -> str:
 def serve(connection: Connection, start: Start, spec: Any) -> None:
     """Process rows until the other side closes the connection; runs in the worker process."""
     if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own: what user code starts is killed with it
+        os.setsid()  # a new process group, so that user code's child processes are killed too
     with contextlib.suppress(EOFError, OSError):
         try:
             work = start(spec)
@@ -256,21 +256,21 @@ class Fork(Generic[Part, Result]):
     def _serve(self, connection: Connection) -> None:
         """Process parts until the other side closes the connection."""
         self.connection.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads did not survive the fork
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' threads do not survive a fork
         gc.freeze()
         with contextlib.suppress(EOFError, OSError):
             while True:
                 part = connection.recv()
                 try:
                     connection.send((True, self.work(part)))
-                except Exception:  # noqa: BLE001 - raised by the first process, which tries again
+                except Exception:  # noqa: BLE001 - the parent process repeats the part and raises
                     connection.send((False, None))
 
     def give(self, part: Part) -> None:
         """Send a part to the fork."""
         self.part, self.given = part, False
-        with contextlib.suppress(Exception):  # a dead process, or a part that cannot be pickled: `result` does the work
+        with contextlib.suppress(Exception):  # a dead process or an unpicklable part: `result` does the work
             self.connection.send(part)
             self.given = True
 

@@ -40,7 +40,7 @@ class WorkingDirectory:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Find a top-level module that the user named, or that a module found by this finder imports."""
-        if path is not None:  # a submodule, which its package's path finds
+        if path is not None:  # a submodule, found through its package
             return None
         folder = self.typed.get(name) or self.found.get(_importing_package())
         if not folder:

@@ -127,7 +127,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LengthShortcut:
-    """How often the longer of two completions is the better one.
+    """Share of preferences in which the longer completion is the better one.
 
     Attributes:
         accuracy: share of rows; a ranked list counts as the mean of its pairs, equal lengths count as half right.

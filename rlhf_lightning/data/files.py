@@ -146,7 +146,7 @@ def _whole(file: Path, stream: io.BufferedReader) -> bytes:
 
 
 def _lines(stream: io.BufferedReader, longest: int) -> Iterator[bytes | None]:
-    """Yield the lines that are not blank; None for a line that is too long, which is skipped without storing it."""
+    """Yield the lines that are not blank; yield None for a line that is too long, and skip it without storing it."""
     while line := stream.readline(longest + 2):
         if len(line) > longest and len(line.rstrip(b"\r\n")) > longest:
             while line and not line.endswith(b"\n"):

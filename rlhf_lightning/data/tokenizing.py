@@ -174,7 +174,7 @@ class Encoder:
         """Check the column names, before they are renamed.
 
         Raises:
-            DataError: they match no form, or a column that is to be renamed or that the objective needs is missing.
+            DataError: they match no form, or a column is missing that is renamed or needed by the objective.
         """
         missing = [name for name in self.columns if name not in names]
         if missing:

@@ -160,7 +160,7 @@ class CausalLM(nn.Module):
         self.sampling_checked = False
         self.logits_path: LogitsPath = "product"
         if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer | AuxiliaryTrainingWrapper):
-            self.logits_path = "head"  # an adapter on the head is more than one weight
+            self.logits_path = "head"  # with an adapter, the head is more than one weight
         self.value_head: nn.Linear | None = None
         if value_head:
             self.value_head = nn.Linear(text_config(model).hidden_size, 1)

@@ -34,8 +34,8 @@ def trusts(name: str, trusted: Sequence[str]) -> bool:
 def require_safetensors(name: str) -> None:
     """Refuse a folder whose only weights are pickles, or whose safetensors hold weights as integers or in 8 bits.
 
-    Names that are not local folders are left to transformers. Weights in 8 bits are read where config.json states their
-    quantization; without it they would be taken as numbers, and not be scaled.
+    Names that are not local folders are left to transformers. 8-bit weights are accepted only if config.json states
+    their quantization. Otherwise they would be read without their scales.
 
     Raises:
         ModelError: ``pickled-weights`` or ``integer-weights``.

@@ -153,7 +153,7 @@ def untie_adapted(model: Any, adapter: str) -> None:
     if head is None or head.weight is not embedding.weight:
         return
     tied = [name for name, module in model.named_modules() if module is head or module is embedding]
-    changed = [key for key in read_adapter(adapter).weights if ".token_adapter." not in key]  # rows of both alike
+    changed = [key for key in read_adapter(adapter).weights if ".token_adapter." not in key]  # trained rows change both
     if any(f".{name}." in f".{key}" for key in changed for name in tied):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
@@ -166,7 +166,7 @@ def add_lora(model: Any, lora: LoraSettings, task_type: str, start_from: str | N
     A continued policy also keeps a frozen copy of the adapter it started from, under the name "reference".
     """
     if task_type == "SEQ_CLS":
-        model.score.float()  # trained whole with the adapter, and in bf16 its small updates would vanish
+        model.score.float()  # the head is trained fully, and small updates would vanish in bf16
     if start_from is not None:
         adapter_settings(start_from)
         refuse_slow_patterns(start_from, model)
@@ -279,8 +279,10 @@ def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
 
 
 def unadaptable(model: Any) -> list[str] | None:
-    """Return linear layers that no adapter fits: layers that return more than a tensor (some routers), and layers whose
-    weight a fused recurrent kernel reads directly, bypassing the adapter.
+    """Return linear layers that cannot take an adapter.
+
+    Some routers return more than a tensor. Some fused recurrent kernels read a layer's weight directly, bypassing the
+    adapter.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name, module in layers if bypasses_adapters(model, name) or not _returns_tensor(module)] or None
@@ -299,7 +301,7 @@ CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None:
-    """Refuse settings that contradict a continued adapter, and report those of r and alpha that it overrides.
+    """Refuse settings that contradict a continued adapter, and report if its r or alpha differs from the given one.
 
     Raises:
         SettingError: ``continued-lora``.
@@ -347,7 +349,7 @@ def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) 
                 f"the adapter in {start_from} trains {', '.join(kept)} whole, which a reward model cannot take over; "
                 "merge it first (rlhf export --merge true)",
             )
-        if isinstance(rows := start.config.trainable_token_indices, Mapping):  # of a head too, which is gone
+        if isinstance(rows := start.config.trainable_token_indices, Mapping):  # includes the LM head, which is gone
             modules = {name for name, _ in model.named_modules()}
             start.config.trainable_token_indices = {name: ids for name, ids in rows.items() if name in modules}
             gone = [f".{name}.token_adapter." for name in rows if name not in modules]

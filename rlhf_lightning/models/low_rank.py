@@ -21,9 +21,9 @@ from rlhf_lightning.models.scalar_head import trunk, unwrapped
 
 
 class LowRankProduct(Function):
-    r"""x W' + b + s (z A') B' for a frozen W (out, in), A (rank, in), B (out, rank) (Hu et al., 2106.09685, Eq. 3).
+    r"""Compute x W' + b + s (z A') B' for a frozen W (out, in), A (rank, in) and B (out, rank).
 
-    z is x, or x after dropout.
+    z is x, or x after dropout (Hu et al., 2106.09685, Eq. 3).
     """
 
     @staticmethod

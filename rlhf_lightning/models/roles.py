@@ -229,7 +229,7 @@ def load_reward_model(folder: str, settings: LoadSettings, policy: CausalLM | No
     """
     if policy is not None and belongs_to(policy, folder):
         start = read_adapter(folder)
-        dtype = unwrapped(policy.model).get_input_embeddings().weight.dtype  # which is never quantised
+        dtype = unwrapped(policy.model).get_input_embeddings().weight.dtype  # embeddings are never quantised
         if start.head is not None and dtype == settings.torch_dtype:
             name = _free_name(policy, REWARD)
             add_adapter(policy.model, name, start.config, start.weights)

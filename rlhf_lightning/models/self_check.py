@@ -189,7 +189,7 @@ PACKED_DIFFER = "packed rows differ from the model's own forward by {}; each seq
 
 
 def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, float]:
-    """Set the first path for padded rows that agrees; return it, and the difference of the very first path."""
+    """Set the first path for padded rows that agrees; return it, and the difference of the first path tried."""
     first = None
     paths: tuple[LogitsPath, ...] = get_args(LogitsPath) if isinstance(checked, CausalLM) else ("product",)
     for pads, path in itertools.product((True, False), paths):

@@ -215,7 +215,7 @@ class RenderedConversation:
             )
 
     def _written(self, stop: int) -> tuple[int, ...]:
-        """Return the indices of those of the first ``stop`` turns that the template writes, in its order.
+        """Return which of the first ``stop`` turns the template writes, by index and in its order.
 
         Empty if the template refuses test turns with these roles.
         """

@@ -99,7 +99,7 @@ class Facts:
             Content is never encoded as a control token.
         unknown: the unknown token and its id, unless it is also a control token. It stands for text.
         speakable: control tokens that the assistant's own turn may hold, such as ``<think>``: thought tags, and tokens
-            that the template writes, that are not marked special and that do not delimit turns.
+            of the template that are neither marked special nor delimit turns.
         end_of_turn: control token that ends a turn of the assistant.
         call_end: control token that ends a turn of the assistant with tool calls.
         trims_right: whether the template strips space at the end of the assistant's content.
