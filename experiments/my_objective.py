@@ -1,6 +1,7 @@
-"""New objectives are small subclasses: `rlhf fit --model my_objective.OffsetDPOModule --model.offset 0.7 ...`.
+"""Example objectives of a user, each a small subclass: `rlhf fit --model my_objective.OffsetDPOModule --model.offset
+0.7 ...`.
 
-`rlhf verify my_objective.OffsetDPOModule` proves them.
+`rlhf verify my_objective.OffsetDPOModule` checks the implementation.
 """
 
 from typing import Any
@@ -13,10 +14,10 @@ from rlhf_lightning.types import PreferenceLogprobs, Rollout
 
 
 class OffsetDPOModule(DPOModule):
-    r"""Chosen must beat rejected by ``offset``: -log sigmoid(beta * margin - offset).
+    """Require the chosen reward to exceed the rejected one by ``offset``: -log sigmoid(beta * margin - offset).
 
     Args:
-        offset: gap, in implicit-reward units, that a pair must clear.
+        offset: required gap between chosen and rejected, in implicit-reward units.
     """
 
     no_target = "no closed form: the offset moves both orders of a pair"
@@ -31,7 +32,7 @@ class OffsetDPOModule(DPOModule):
 
 
 class BestOfGroupModule(CriticFreeModule):
-    r"""Only the best completion of each group is learned from: A = ``gain`` for the highest score, else 0.
+    """Learn only from the best completion of each group: A = ``gain`` for the highest score, else 0.
 
     Args:
         gain: advantage of the best completion.

@@ -2,7 +2,8 @@
 
     python experiments/ppo_on_one_page.py --policy SFT_FOLDER --reward REWARD_FOLDER --prompts PROMPTS.jsonl
 
-It is for reading: one process, padded batches, no checkpoints. `rlhf fit --config recipe:ppo` takes the same update.
+The script is meant for reading: one process, padded batches, no checkpoints. `rlhf fit --config recipe:ppo` computes
+the same update.
 """
 
 import argparse
@@ -19,10 +20,10 @@ from rlhf_lightning.functional.surrogates import clipped_surrogate_loss
 
 
 class Settings(NamedTuple):
-    kl_coef: float = 0.05  # beta: price of a nat of KL, in units of the score
+    kl_coef: float = 0.05  # beta: KL penalty coefficient, in score units per nat
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's lambda
-    clip: float = 0.2  # how far the ratio may move in one rollout
+    clip: float = 0.2  # ratio clip range, relative to the policy that sampled the rollout
     value_clip: float = 0.2
     value_coef: float = 0.1
     ppo_epochs: int = 4
@@ -31,22 +32,24 @@ class Settings(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """Prompt + completion, right-padded. Grids below are (episodes, length - 1): column t is about token t + 1."""
+    """Prompt and completion, right-padded. Masks and per-token values have shape (episodes, length - 1); column t
+    belongs to token t + 1.
+    """
 
     ids: Tensor
     attention_mask: Tensor
-    completion_mask: Tensor  # True where token t + 1 is the policy's, the end token included
+    completion_mask: Tensor  # True where token t + 1 was sampled by the policy, including the end token
     scores: Tensor  # s(x, y), one per episode
 
 
 def logprobs_of(model: Any, episodes: Episodes, temperature: float) -> Tensor:
-    """log pi(token t + 1 | tokens up to t)."""
+    """Return log pi(token t + 1 | tokens up to t)."""
     logits = model(input_ids=episodes.ids, attention_mask=episodes.attention_mask).logits[:, :-1]
     return token_logprobs(logits, episodes.ids[:, 1:], temperature)
 
 
 def values_of(critic: Any, episodes: Episodes) -> Tensor:
-    """V(tokens up to t): the critic's estimate of the reward still to come."""
+    """Return V(tokens up to t), the critic's estimate of the remaining reward."""
     trunk = getattr(critic, critic.base_model_prefix)
     hidden = trunk(input_ids=episodes.ids, attention_mask=episodes.attention_mask).last_hidden_state
     values: Tensor = critic.score(hidden[:, :-1]).squeeze(-1)
@@ -56,7 +59,7 @@ def values_of(critic: Any, episodes: Episodes) -> Tensor:
 def ppo_update(
     policy: Any, critic: Any, reference: Any, optimizer: Any, episodes: Episodes, s: Settings
 ) -> dict[str, float]:
-    """Improve policy and critic on one rollout, in ``ppo_epochs`` full-batch steps."""
+    """Update policy and critic on one rollout with ``ppo_epochs`` full-batch steps."""
     mask = episodes.completion_mask
     with torch.no_grad():
         old_logprobs = logprobs_of(policy, episodes, s.temperature)
@@ -101,7 +104,7 @@ def sample(
     real = place < lengths
     scores = reward_model(input_ids=ids, attention_mask=real.long()).logits.squeeze(-1)
     unfinished = torch.tensor([int(row[-1]) != end for _, row in rows])
-    scores = torch.where(unfinished, -1.0, scores)  # a reward model never saw a completion without its end
+    scores = torch.where(unfinished, -1.0, scores)  # the reward model was trained on finished completions only
     return Episodes(ids, real.long(), (real & (place >= starts))[:, 1:], scores)
 
 
@@ -131,7 +134,7 @@ def main() -> None:
 
 
 def encoded(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Encode a prompt: a conversation by the chat template, plain text unchanged."""
+    """Encode a prompt. Conversations go through the chat template; plain text is encoded unchanged."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids

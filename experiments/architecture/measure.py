@@ -1,9 +1,9 @@
-"""Measure the package at one or more git revisions: size, indirection, and what an objective costs to add.
+"""Measure the package at one or more git revisions: size, indirection, and the cost of adding an objective.
 
     python experiments/architecture/measure.py [REVISION ...]
 
-Each revision is read from git, so the working tree is never changed. ``frames`` are the Python frames between
-``training_step`` and the loss that an objective writes, seen in a short run on the assistant world.
+Each revision is extracted from git, so the working tree is never changed. ``frames`` counts the Python frames between
+``training_step`` and an objective's loss function, measured in a short run on the assistant world.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ train.run(["fit", "--model", "probe.WatchedGRPOModule", "--model.scorer", "probe
 print("FRAMES", json.dumps(found))
 """
 
-# Homes of the preference objectives at any revision; a file that a revision lacks counts 0.
+# Files that held the preference objectives in any revision. A file that is missing from a revision counts 0.
 PREFERENCE = ("dpo", "preference", "sided_preference", "adaptive_preference", "reference_free")
 FORMULAS = ("preference", "reference_free", "adaptive_preference")
 
 
 def extracted(revision: str, folder: Path) -> Path:
-    """Write the files of a revision into a folder and return it."""
+    """Extract the files of a revision into a folder and return the folder."""
     archive = subprocess.run(["git", "archive", revision], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
@@ -74,7 +74,7 @@ def extracted(revision: str, folder: Path) -> Path:
 
 
 def code_lines(text: str) -> int:
-    """Count lines that hold code: neither blank, nor comments, nor docstrings."""
+    """Count lines of code, excluding blank lines, comments and docstrings."""
     lines = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
@@ -85,7 +85,7 @@ def code_lines(text: str) -> int:
 
 
 def private_overrides(package: Path) -> int:
-    """Count methods with a leading underscore that a class overrides from a base in another file."""
+    """Count methods with a leading underscore that override a method of a base class in another file."""
     classes: dict[str, tuple[Path, list[str], set[str]]] = {}
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -105,7 +105,7 @@ def private_overrides(package: Path) -> int:
 
 
 def places(root: Path) -> int:
-    """Count the files that name one shipped objective, not counting pages of results."""
+    """Count the files that mention one shipped objective, excluding pages of results."""
     kinds = {".py", ".yaml", ".md", ".toml"}
     return sum(
         "EXOModule" in path.read_text(errors="ignore")
@@ -117,7 +117,7 @@ def places(root: Path) -> int:
 
 
 def measured(revision: str) -> dict[str, int]:
-    """Return the figures of a revision by name."""
+    """Return the figures of a revision, keyed by name."""
     with tempfile.TemporaryDirectory() as folder:
         root = extracted(revision, Path(folder))
         package = root / "rlhf_lightning"
@@ -144,7 +144,7 @@ def measured(revision: str) -> dict[str, int]:
 
 
 def main() -> int:
-    """Print a table, one column a revision."""
+    """Print a table with one column per revision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revisions", nargs="*", default=["HEAD"])
     arguments = parser.parse_args()

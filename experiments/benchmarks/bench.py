@@ -1,11 +1,13 @@
-"""Our own speed over time: `make bench` measures the cases below, `make bench-compare REV` compares with a commit.
+"""Measure this package's speed over time. `make bench` runs the cases below; `make bench-compare REV` compares with a
+commit.
 
     python experiments/benchmarks/bench.py [--only CASE ...] [--model SMOLLM2] [--seconds 900]
     python experiments/benchmarks/bench.py --compare REV
 
-Each run is a process of its own. Cases take turns, so that a drift of the machine falls on all of them, and no new run
-starts after ``--seconds``. Every case writes one JSON to ``history``: machine, versions, commit, a hash of the
-package's content, the load before each run, and the figures of each run. bench.md is generated from the latest ones.
+Each run is a separate process. Cases are interleaved, so that a drift in machine speed affects all of them. No run
+starts after ``--seconds``. Each case writes one JSON file to ``history``: machine, versions, commit, a hash of the
+package's content, the system load before each run, and the figures of each run. bench.md is generated from the latest
+records.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
-# Nothing heavy is imported here: a process begins with its parent's peak of resident memory.
+# Import no large packages here: a child process inherits the peak resident memory of its parent.
 from compare import ROOT, code_hash, machine, our_versions
 
 HERE = Path(__file__).resolve().parent
@@ -32,14 +34,14 @@ CHARACTERS = 400
 
 
 class Case(NamedTuple):
-    """What is run, and what is asked of its figures.
+    """A command to measure, and bounds for its figures.
 
     Attributes:
-        command: arguments of Python, with {small}, {model}, {rows} and {folder} to be filled in; a script of this
-            folder by its name.
-        goals: largest value of a figure (smallest, where its name ends with ``per_second``).
-        status: exit status.
-        real: whether it needs the real model.
+        command: arguments of Python; the placeholders {small}, {model}, {rows} and {folder} are filled in. A script of
+            this folder is given by its name.
+        goals: upper bound of each figure (lower bound if its name ends with ``per_second``).
+        status: expected exit status.
+        real: whether the case needs the real model.
     """
 
     command: list[str]
@@ -49,12 +51,12 @@ class Case(NamedTuple):
 
 
 def measuring(name: str) -> list[str]:
-    """Return the command that measures a case in this file."""
+    """Return the command that runs a measuring function of this file."""
     return ["bench.py", "--measure", name, "--model", "{model}", "--rows", "{rows}"]
 
 
 def stage(name: str, *flags: str) -> list[str]:
-    """Return the command of a few steps of the small model."""
+    """Return the command that runs a few steps of the small model."""
     return ["stage.py", name, *TINY_STAGE, "--batch", "16", "--steps", "6", "--rows", "128", *flags]
 
 
@@ -81,11 +83,11 @@ CASES = {
 }  # fmt: skip
 
 
-# -- what is measured in a process of its own -------------------------------------------------------------------------
+# -- measured in a separate process -----------------------------------------------------------------------------------
 
 
 def texts(rows: int) -> Iterator[dict[str, str]]:
-    """Yield rows of text of the documentation: prompts of 100 characters, completions of the rest."""
+    """Yield rows of documentation text: a prompt of 100 characters, and the following text as completion."""
     words = " ".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").rglob("*.md"))).split()
     place = 0
     for row in range(rows):
@@ -104,7 +106,7 @@ def write_rows(file: Path, rows: Any) -> Path:
 
 
 def measure_data(model: str, rows: int, folder: Path) -> dict[str, float]:
-    """Tokenize rows as SFT does before its first update, then start again from the cache."""
+    """Time tokenization for SFT up to the first update, and a second start that reads the cache."""
     from rlhf_lightning.data import SFTDataModule
     from rlhf_lightning.tokenization import load_tokenizer
 
@@ -121,7 +123,7 @@ def measure_data(model: str, rows: int, folder: Path) -> dict[str, float]:
 
 
 def measure_audit(model: str, rows: int, folder: Path) -> dict[str, float]:
-    """Audit rows with a tokenizer."""
+    """Time an audit of rows with a tokenizer."""
     from rlhf_lightning.commands.audit import audit
 
     file = write_rows(folder / "rows.jsonl", texts(rows))
@@ -137,7 +139,7 @@ MEASURED = {"data": measure_data, "audit": measure_audit}
 
 
 def figures_of(output: str, seconds: float, to_first_update: float | None) -> dict[str, float]:
-    """Return the figures of a run: those of its line of JSON, else its seconds."""
+    """Return the figures of a run from its line of JSON; without such a line, return its seconds."""
     if to_first_update is not None:
         return {"to_first_update": to_first_update, "seconds": seconds}
     for line in output.splitlines():
@@ -153,7 +155,7 @@ def figures_of(output: str, seconds: float, to_first_update: float | None) -> di
 
 
 def run(case: Case, values: dict[str, str], threads: int) -> dict[str, float] | str:
-    """Run a case once; return its figures, or why it failed."""
+    """Run a case once; return its figures, or the reason why it failed."""
     command = [part.format(**values) for part in case.command]
     if command[0].endswith(".py"):
         command[0] = str(HERE / command[0])
@@ -178,7 +180,7 @@ def run(case: Case, values: dict[str, str], threads: int) -> dict[str, float] | 
 
 
 def commit() -> dict[str, Any]:
-    """Return the commit, and whether the package differs from it."""
+    """Return the commit hash, and whether the package differs from that commit."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
@@ -188,7 +190,7 @@ def commit() -> dict[str, Any]:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Run the cases in turn, and write a record of each."""
+    """Run the cases in turn and write a record of each."""
     began, runs = time.monotonic(), {name: [] for name in args.only}
     identity = {
         **commit(), "package": code_hash([ROOT / "rlhf_lightning"]), "versions": our_versions(),
@@ -225,17 +227,19 @@ def bench(args: argparse.Namespace) -> None:
     (HERE / "bench.md").write_text(page(), encoding="utf-8")
 
 
-# -- what is there ----------------------------------------------------------------------------------------------------
+# -- stored records ---------------------------------------------------------------------------------------------------
 
 
 def history() -> list[dict[str, Any]]:
-    """Return all records, the oldest first."""
+    """Return all records, oldest first."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in HISTORY.glob("*.json")]
     return sorted(found, key=lambda record: record["time"])
 
 
 def interval(before: list[float], after: list[float]) -> tuple[float, float, float]:
-    """Return the ratio of two geometric means with its 95 % interval (Welch, on logarithms), unbounded for one run."""
+    """Return the ratio of two geometric means with its 95 % interval (Welch's t on logarithms); unbounded for a single
+    run.
+    """
     old, new = [math.log(max(value, 1e-9)) for value in before], [math.log(max(value, 1e-9)) for value in after]
     ratio = mean(new) - mean(old)
     if min(len(old), len(new)) < 2:
@@ -250,7 +254,9 @@ def interval(before: list[float], after: list[float]) -> tuple[float, float, flo
 
 
 def student(degrees: float) -> float:
-    """Return the 97.5 % quantile of Student's t, within 2 % above one degree of freedom (Cornish-Fisher from 3 on)."""
+    """Return the 97.5 % quantile of Student's t. From 3 degrees of freedom on it is the Cornish-Fisher expansion; the
+    error is at most 2 % above one degree of freedom.
+    """
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
     low = max(math.floor(degrees), 1)
     if low < 5:
@@ -261,7 +267,7 @@ def student(degrees: float) -> float:
 
 
 def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    """Return the table of what changed between the runs of two versions of the package, case by case."""
+    """Return a table that compares the runs of two versions of the package, case by case."""
     lines = ["| case | figure | before | after | ratio | 95 % interval | |", "|---|---|---|---|---|---|---|"]
     for case in CASES:
         old, new = (
@@ -281,7 +287,7 @@ def compared(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
 
 
 def compare(rev: str) -> None:
-    """Print what changed since a revision, from the records of its package and of the package of now."""
+    """Print a comparison of a revision with the current package, from stored records."""
     done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", rev], capture_output=True, text=True, check=False)
     full, now = done.stdout.strip() or rev, code_hash([ROOT / "rlhf_lightning"])
     records = history()
@@ -297,7 +303,7 @@ def compare(rev: str) -> None:
 
 
 def page() -> str:
-    """Return bench.md: the latest record of each case."""
+    """Return bench.md, which shows the latest record of each case."""
     latest = {record["case"]: record for record in history()}
     lines = ["# Our own speed", "", "The latest record of each case in `history`; medians of runs that took turns.", ""]
     lines += ["| case | figure | median | runs | asked for | load | package |", "|---|---|---|---|---|---|---|"]
@@ -315,7 +321,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Run cases, measure one, or compare."""
+    """Run the cases, measure one case, or compare with a revision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--model", default=None, help="SmolLM2's folder or .gguf file; without it small models alone")

@@ -1,7 +1,8 @@
-"""What is compared with the peer: one training each, who runs it with which flags, and what is asked of the figures.
+"""Define the comparison with the peer library: cases, flags of each side, and goals for the figures.
 
-A case is trained by several sides: ``peer`` and ``limit`` by their scripts, and ours under one or more names. A goal
-reads some of the steps of one of our sides against the same steps of the peer, and says what must come out.
+A case is one training run, made by several sides: ``peer`` and ``limit`` through their own scripts, and one or more
+variants of this package. A goal compares some steps of one of our variants with the same steps of the peer and sets a
+bound.
 """
 
 from pathlib import Path
@@ -9,24 +10,24 @@ from typing import NamedTuple
 
 PEER, LIMIT = "peer", "limit"
 BUDGET = ("--max-tokens", "512")
-"""Tokens of a micro-batch: it bounds activations, and the gradient stays that of the whole step."""
+"""Token budget of a micro-batch. It bounds activation memory; the gradient remains that of the whole step."""
 LARGER_BUDGET = ("--max-tokens", "768")
-"""The same where memory allows fewer passes."""
+"""Token budget for cases with enough memory for fewer passes."""
 SMALL_BUDGET = ("--max-tokens", "2048")
-"""The same for the small model, whose passes take next to no time."""
+"""Token budget for the small model, whose forward passes are very short."""
 
 
 class Goal(NamedTuple):
-    """What one line of the results is about.
+    """One line of the results.
 
     Attributes:
-        name: what the line is called, behind the case's name.
-        side: whose steps of ours are read.
-        steps: first and last step that count, as a slice; the first step of a run warms up.
-        speed: least ratio of our speed to the peer's; None asks nothing.
-        share: least share of the limit's speed; 0 shows it and asks nothing.
-        memory: largest ratio of our peak of resident memory to that of ``memory_of``.
-        memory_of: the side that memory is held against.
+        name: label of the line, appended to the case's name.
+        side: the variant of this package that is measured.
+        steps: the steps that count, as a slice; by default all but the first, which is warm-up.
+        speed: minimum ratio of our speed to the peer's; None sets no bound.
+        share: minimum fraction of the limit's speed; 0 shows the fraction without a bound.
+        memory: maximum ratio of our peak resident memory to that of ``memory_of``.
+        memory_of: the side whose memory is the denominator.
     """
 
     name: str
@@ -39,18 +40,19 @@ class Goal(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One training, run by several sides in turn.
+    """One training run, made by several sides in turn.
 
     Attributes:
         stage: sft, reward, dpo, grpo or ppo.
-        goals: what is asked of it.
-        flags: those that every side gets but the limit.
-        ours: further flags of each of our sides.
-        limit: flags of the limit; None where there is none.
+        goals: bounds for the figures.
+        flags: flags of every side except the limit.
+        ours: additional flags of each of our variants, by its name.
+        limit: flags of the limit; None if the case has no limit.
         model: "base", "scored" (with a score head, for reward models) or "small" (about a million parameters).
-        same_losses: largest difference of losses where the algorithms are the same: of the first update, and of later
-            ones; an adapter's later losses depend on how it was drawn. None where each side samples for itself.
-        has_peer: whether the peer runs it too.
+        same_losses: maximum difference of losses if both sides run the same algorithm: first for the first update, then
+            for later updates. Later losses of an adapter depend on its random initial weights. None if each side
+            samples its own completions.
+        has_peer: whether the peer runs the case too.
     """
 
     stage: str
@@ -64,7 +66,7 @@ class Case(NamedTuple):
 
     @property
     def sides(self) -> list[str]:
-        """Who runs it, in turn."""
+        """Return the sides that run the case, in order."""
         peer, limit = [PEER] if self.has_peer else [], [LIMIT] if self.limit is not None else []
         return [*self.ours, *peer, *limit]
 
@@ -73,16 +75,16 @@ ROWS = ("--batch", "4", "--max-length", "512")
 ROLLOUTS = ("--batch", "8", "--completion", "48", "--max-length", "512")
 EXACT, ADAPTER = (1e-3, 1e-3), (1e-3, 1e-2)
 PASS = 5
-"""Steps of each of the two passes of ``dpo_lora``."""
+"""Steps of each of the two epochs of ``dpo_lora``."""
 
 
 def offline(*further: str, steps: int = 6) -> tuple[str, ...]:
-    """Flags of a stage on fixed rows in file order."""
+    """Return the flags of a stage on fixed rows in file order."""
     return (*ROWS, "--steps", str(steps), *further)
 
 
 def peer_only(case: Case) -> tuple[str, ...]:
-    """Flags that the peer's script needs for the same rows in the same order."""
+    """Return the flags that make the peer's script read the same rows in the same order."""
     return ("--in-order",) if case.same_losses is not None else ()
 
 
@@ -106,7 +108,8 @@ CASES = {
         "dpo",
         (
             Goal("first epoch", steps=slice(1, PASS), speed=3.0, share=0.75, memory=0.35),
-            # The limit forwards the reference in every epoch, so it is none where that is remembered.
+            # The limit recomputes the reference in every epoch. It is no bound for later epochs, which use cached
+            # log-probabilities.
             Goal("later epochs", steps=slice(PASS, None), speed=4.0),
         ),
         offline("--lora", "--rows", str(4 * PASS), steps=2 * PASS),
@@ -154,15 +157,15 @@ GPU_ROWS = ("--batch", "32", "--max-length", "512", "--rows", "512")
 GPU_ROLLOUTS = ("--batch", "64", "--completion", "64", "--max-length", "512", "--rows", "1921")
 GPU_BUDGET = ("--max-tokens", "16384")
 ON_GPU = ("--set", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
-"""The peer's script and the limit's are to be handed over with the same two changes: on the GPU, products in bf16."""
+"""Changes of the peer's and the limit's scripts that a GPU needs: run on the GPU, with matrix products in bf16."""
 HALF = (2e-2, 1e-1)
-"""Largest difference of losses where both sides multiply in bf16."""
+"""Maximum difference of losses if both sides multiply in bf16."""
 WARM = slice(4, None)
-"""Steps that count: the first ones choose kernels and fill the allocator's pools."""
+"""Steps that count. The first steps select kernels and fill the allocator's pools."""
 
 
 def on_gpu(*further: str) -> tuple[str, ...]:
-    """Flags of one of our sides on a GPU."""
+    """Return the flags of one of our variants on a GPU."""
     return (*GPU_BUDGET, *further, *ON_GPU)
 
 
@@ -216,13 +219,13 @@ GPU_CASES = {
 
 
 class Suite(NamedTuple):
-    """What is compared on one kind of machine.
+    """The comparison on one kind of machine.
 
     Attributes:
-        cases: by name.
-        memory: what the figures of memory are.
-        notes: file in this folder with text written by hand: why a figure is what it is.
-        out: the page, a file in this folder.
+        cases: the cases, by name.
+        memory: what the memory figures measure.
+        notes: file in this folder with handwritten explanations of the figures.
+        out: file name of the page, in this folder.
     """
 
     cases: dict[str, Case]
@@ -232,7 +235,7 @@ class Suite(NamedTuple):
 
     @property
     def said(self) -> list[str]:
-        """Lines of the text written by hand; none without such a file."""
+        """Return the lines of the handwritten notes; empty if the file is missing."""
         file = Path(__file__).resolve().parent / self.notes
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 

@@ -1,15 +1,16 @@
-"""Our stages, the peer's and the limit, run in turn on the same rows: how fast, how close, how much memory.
+"""Compare our stages with the peer's and with the limit on the same rows: speed, losses and memory.
 
     python experiments/benchmarks/compare.py --model DIR --data PAIRS.jsonl --conversations PAIRS.jsonl \
         --peer-python PEER/bin/python --peer-script trl_stages.py --limit-script limit.py [--only CASE ...]
 
-Runs every case of cases.py as A B C A B C, each run a process of its own with a time limit. What has run is kept under
-``runs/benchmarks`` and not run again, as long as code, commands and versions of that side stay what they were; so a
-call that was stopped continues, and ``results.md`` is written from what is there. ``--device gpu`` runs other cases,
-sized for one GPU, and writes ``gpu.md``; the peer's script and the limit's must then be ones that use it, in bf16.
+Runs the sides of every case in the order A B C A B C; each run is a separate process with a time limit. Records are
+stored under ``runs/benchmarks`` and stay valid while code, command and versions of their side are unchanged. An
+interrupted call therefore continues where it stopped, and ``results.md`` is written from the stored records.
+``--device gpu`` runs other cases, sized for one GPU, and writes ``gpu.md``; the scripts of the peer and the limit must
+then use the GPU and bf16.
 
 The peer's script prints ``PEER {json}``, the limit's ``LIMIT {json}`` and ours ``OURS {json}``, with the seconds and
-tokens of each step, losses, and the peak of resident memory.
+tokens of each step, losses, and peak resident memory.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Nothing heavy is imported here: a process begins with its parent's peak of resident memory.
+# Import no large packages here: a child process inherits the peak resident memory of its parent.
 from cases import LIMIT, PEER, SUITES, Case, peer_only
 from folders import written
 from results import Runs, page
@@ -38,10 +39,10 @@ PEER_PACKAGES = ("trl", "torch", "transformers", "peft", "accelerate")
 
 
 class Bench:
-    """Runs sides of cases and keeps their records.
+    """Runs the sides of each case and stores their records.
 
     Args:
-        args: of the command line.
+        args: parsed arguments of the command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -53,22 +54,22 @@ class Bench:
         self.code = code_hash([ROOT / "rlhf_lightning", HERE / "stage.py", HERE / "folders.py"])
         self._versions: dict[Path, dict[str, str]] = {}
 
-    # -- what is run --------------------------------------------------------------------------------------------------
+    # -- commands -----------------------------------------------------------------------------------------------------
 
     def model_of(self, case: Case, side: str) -> Path:
-        """Return the folder that a side starts from."""
+        """Return the model folder that a side starts from."""
         if case.model == "small":
             return written("small", self.folder / "folders" / "small")
-        if case.model == "scored" and side != LIMIT:  # the limit brings a head of its own
+        if case.model == "scored" and side != LIMIT:  # the limit adds its own head
             return written("scored", self.folder / "folders" / "scored", self.args.model)
         return self.args.model
 
     def data_of(self, case: Case) -> Path:
-        """Return the rows of a case: the peer's PPO reads conversations alone."""
+        """Return the rows of a case. The peer's PPO accepts conversations only."""
         return self.args.conversations if case.stage == "ppo" and self.args.conversations else self.args.data
 
     def command(self, name: str, side: str) -> list[str]:
-        """Return the command line of a side of a case."""
+        """Return the command line of one side of a case."""
         case = self.cases[name]
         model = self.model_of(case, side)
         data = model / "prompts.jsonl" if case.model == "small" else self.data_of(case)
@@ -88,11 +89,11 @@ class Bench:
         return [sys.executable, str(HERE / "stage.py"), *shared, *case.flags, *further]
 
     def python_of(self, case: Case) -> Path:
-        """Return the interpreter of the peer's environment that has the stage."""
+        """Return the Python interpreter of the peer's environment that supports the stage."""
         return self.args.ppo_python if case.stage == "ppo" and self.args.ppo_python else self.args.peer_python
 
     def versions(self, python: Path) -> dict[str, str]:
-        """Return the versions that a peer's environment has."""
+        """Return the package versions in a peer's environment."""
         if python not in self._versions:
             program = (
                 "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
@@ -104,7 +105,7 @@ class Bench:
         return self._versions[python]
 
     def identity(self, name: str, side: str, command: list[str]) -> str:
-        """Return what a run's figures depend on: when it changes, older runs of the side no longer count."""
+        """Return everything that a run's figures depend on. If it changes, older runs of the side are discarded."""
         if side == PEER:
             code = [code_hash([self.args.peer_script]), self.versions(self.python_of(self.cases[name]))]
         elif side == LIMIT:
@@ -117,14 +118,14 @@ class Bench:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, name: str) -> None:
-        """Run the sides of a case in turn until each has as many runs as asked for."""
+        """Run the sides of a case in turn until each has the requested number of runs."""
         for repeat in range(1, self.args.repeats + 1):
             for side in self.cases[name].sides:
                 if len(self.kept(name).get(side, [])) < repeat:
                     self.run_once(name, side)
 
     def run_once(self, name: str, side: str) -> None:
-        """Run one side once and keep its record, a failure's too, which is tried again by the next call."""
+        """Run one side once and store its record. Failures are stored too, and the next call tries them again."""
         command = self.command(name, side)
         print(f"{time.strftime('%H:%M:%S')} {name}: {side} ...", flush=True)
         began, load = time.time(), os.getloadavg()[0]
@@ -147,7 +148,7 @@ class Bench:
             file.write(json.dumps(kept) + "\n")
 
     def output_of(self, command: list[str]) -> tuple[str, str | None]:
-        """Return what a command printed, and why it failed if it did."""
+        """Return the output of a command, and the reason if it failed."""
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -168,10 +169,10 @@ class Bench:
             return text, f"it took longer than {self.args.time_limit} s"
         return done.stdout, f"exit status {done.returncode}" if done.returncode else None
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- stored records -----------------------------------------------------------------------------------------------
 
     def kept(self, name: str) -> Runs:
-        """Return the records of a case that still count, the oldest first, at most as many of a side as asked for."""
+        """Return the valid records of a case, oldest first, at most the requested number for each side."""
         file, found = self.folder / f"{name}.jsonl", dict[str, list[dict[str, Any]]]()
         if not file.exists():
             return {}
@@ -183,7 +184,7 @@ class Bench:
         return {side: records[: self.args.repeats] for side, records in found.items()}
 
     def write(self) -> None:
-        """Write the page from what is there."""
+        """Write the page from the stored records."""
         found = {name: self.kept(name) for name in self.cases}
         commands = {
             name: [short(self.command(name, side)) for side in case.sides]
@@ -212,7 +213,7 @@ def flags_named(flags: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
 
 
 def record_of(output: str) -> dict[str, Any] | None:
-    """Return the figures that a script printed; None if it printed none."""
+    """Return the figures that a script printed, or None if there are none."""
     for line in output.splitlines():
         head, _, figures = line.partition(" ")
         if head in ("OURS", "PEER", "LIMIT") and figures.startswith("{"):
@@ -221,7 +222,7 @@ def record_of(output: str) -> dict[str, Any] | None:
 
 
 def code_hash(paths: list[Path]) -> str:
-    """Hash files, and the Python files of folders."""
+    """Hash files, and the Python files in folders."""
     digest = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
@@ -230,22 +231,22 @@ def code_hash(paths: list[Path]) -> str:
 
 
 def our_versions() -> dict[str, str]:
-    """Return the versions of this environment."""
+    """Return the package versions of this environment."""
     return {name: version(name) for name in OUR_PACKAGES}
 
 
 def spelled(versions: dict[str, str]) -> str:
-    """Return versions as text."""
+    """Format versions as text."""
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def short(command: list[str]) -> str:
-    """Return a command line without the folders of this machine."""
+    """Return a command line without the paths of this machine."""
     return " ".join(["python", *(Path(part).name if part.startswith("/") else part for part in command[1:])])
 
 
 def machine(threads: int) -> str:
-    """Describe the machine: processor, threads, memory, system."""
+    """Describe the machine: processor, threads, memory, operating system."""
     cpu, memory = platform.processor() or platform.machine(), ""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -256,7 +257,7 @@ def machine(threads: int) -> str:
 
 
 def parsed() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model folder that all sides start from")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with prompt, chosen and rejected")
@@ -282,14 +283,15 @@ def parsed() -> argparse.Namespace:
         path = getattr(args, name)
         if path is not None and not path.exists():
             parser.error(f"there is no {path}")
-        if path is not None:  # not resolved: an environment's Python is a link to the system's
+        # not resolved: the Python of a virtual environment is a symbolic link to the system's Python
+        if path is not None:
             setattr(args, name, path.absolute())
     args.runs = args.runs.absolute()
     return args
 
 
 def main() -> None:
-    """Run what is missing, case after case, and write the page after each."""
+    """Run the missing runs, case by case, and rewrite the page after each case."""
     args = parsed()
     bench = Bench(args)
     if not args.write_only:

@@ -1,14 +1,14 @@
-"""Model folders that a benchmark starts from, each written by a process of its own.
+"""Write the model folders that a benchmark starts from, each in a separate process.
 
     python experiments/benchmarks/folders.py {scored,reward,reward_adapter,small} --out DIR [--model DIR] ...
 
 ``scored``: the model with a fresh score head and a pad token that ends no completion, as both sides of a comparison
-load it. ``reward``: the same as our reward stage exports it, what PPO is scored by and where its critic starts.
-``reward_adapter``: that as an adapter on the model's own backbone. ``small``: a language model of about a million
-random parameters that speaks the assistant world's words, with ``prompts.jsonl`` next to its weights.
+load it. ``reward``: the same model as exported by our reward stage; PPO uses it as the reward model and as the critic's
+initial weights. ``reward_adapter``: the same as an adapter on the model's own backbone. ``small``: a language model of
+about a million random parameters with the assistant world's vocabulary, and ``prompts.jsonl`` next to its weights.
 
-A process of its own, because the peak of resident memory never falls: a model that was loaded on the way would count
-as the stage's.
+Separate processes are needed because peak resident memory never falls: a model loaded during preparation would be
+counted as memory of the measured stage.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SMALL_PROMPTS = 1024
 
 
 def scored(out: Path, model: Path, **_: object) -> None:
-    """Write the model with a fresh score head, and with a pad token that ends no completion."""
+    """Write the model with a fresh score head and a pad token that ends no completion."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -41,7 +41,7 @@ def scored(out: Path, model: Path, **_: object) -> None:
 
 
 def reward(out: Path, model: Path, adapter: bool = False, quantization: str | None = None) -> None:
-    """Write an untrained reward model: whole, or an adapter (which changes nothing yet) on the model's backbone."""
+    """Write an untrained reward model: all weights, or an adapter on the model's backbone that changes nothing yet."""
     from rlhf_lightning.models.export import export_reward_model
     from rlhf_lightning.models.loading import LoadSettings, load_reward_hf_model
     from rlhf_lightning.models.lora import LoraSettings, add_lora
@@ -57,7 +57,7 @@ def reward(out: Path, model: Path, adapter: bool = False, quantization: str | No
 
 
 def small(out: Path, **_: object) -> None:
-    """Write the small language model with random weights, its tokenizer and prompts."""
+    """Write the small language model with random weights, its tokenizer, and prompts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,10 +81,10 @@ WRITERS = {
 
 
 def written(kind: str, out: Path, model: Path | None = None, quantization: str | None = None) -> Path:
-    """Return ``out``, filled by a process of its own unless it was filled before.
+    """Return ``out`` after a separate process has written it; an existing folder is reused.
 
     Raises:
-        SystemExit: that process failed; with the end of what it said.
+        SystemExit: the process failed; the message has the end of its output.
     """
     if any(out.glob("*.safetensors")):
         return out

@@ -1,12 +1,12 @@
-"""What one GPU makes of models of published sizes, in cells in order of worth, in parts that resume: gpu_report.md.
+"""Measure training of models of published sizes on one GPU, most important cells first, and write gpu_report.md.
 
     python experiments/benchmarks/gpu_report.py [--seconds 540] [--peer-python PEER/bin/python --peer-script SCRIPT]
-    python experiments/benchmarks/gpu_report.py --device cpu --smoke     # the same cells of a tiny model, for a test
+    python experiments/benchmarks/gpu_report.py --device cpu --smoke     # the same cells with a tiny model, for a test
 
-Needs no network: weights are random. Each cell is a training of a few steps on rows of one length, by our command, a
-plain PyTorch + peft loop (SFT), and the peer's script if there is one, in turn. A cell takes at most
-``--cell-seconds``; no new one begins after ``--seconds``, and a later call goes on with the first missing one. What has
-run counts as long as code, command and versions stay the same, see compare.py.
+No network is needed: weights are random. Each cell trains for a few steps on rows of equal length: by our command, by a
+plain PyTorch + peft loop (SFT only), and by the peer's script if one is given, in turn. A cell takes at most
+``--cell-seconds``; no cell starts after ``--seconds``, and the next call continues with the first missing cell. Stored
+runs are valid while code, command and versions stay the same (see compare.py).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Nothing heavy is imported here: a process begins with its parent's peak of resident memory.
+# Import no large packages here: a child process inherits the peak resident memory of its parent.
 from cases import ALLOCATED, LIMIT, RESIDENT, Case, Goal, Suite
 from compare import HERE, Bench
 
@@ -32,7 +32,9 @@ SIZES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False},
 }  # fmt: skip
-"""SmolLM2-135M's sizes, and those of Qwen3, as a Llama without Qwen's norms of queries and keys."""
+"""Dimensions of SmolLM2-135M and of the Qwen3 models. The latter are built as Llama models, without Qwen's
+normalisation of queries and keys.
+"""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}  # fmt: skip
 CELLS = [
@@ -41,13 +43,13 @@ CELLS = [
     ("reward_full", "0.6B", 512), ("sft_lora", "4B", 4096), ("sft_lora", "8B", 4096), ("sft_qlora", "8B", 4096),
     ("dpo_lora", "8B", 4096), ("sft_lora", "0.6B", 16384), ("sft_lora", "8B", 16384),
 ]  # fmt: skip
-"""Stage and what is trained, size of the model, tokens of a row; the most worth first."""
+"""Stage and training mode, model size, tokens per row; most important first."""
 BATCH_TOKENS = 65536
 STEPS, WARM = 6, slice(2, None)
 
 
 def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
-    """Return the cells as cases of compare.py."""
+    """Return the cells as cases in the format of compare.py."""
     found = {}
     for name, size, length in CELLS:
         stage, _, kind = name.partition("_")
@@ -74,10 +76,10 @@ def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
 
 
 class Report(Bench):
-    """A comparison whose models and rows are written when a cell needs them.
+    """A comparison that writes models and rows when a cell needs them.
 
     Args:
-        args: of the command line.
+        args: parsed arguments of the command line.
         cases: the cells.
     """
 
@@ -89,7 +91,7 @@ class Report(Bench):
         self.cases = cases
 
     def model_of(self, case: Case, side: str) -> Path:
-        """Return the folder with the model's weights and rows of the cell's length."""
+        """Return the folder with the cell's model, and rows of the cell's length."""
         size, _, length = case.model.partition(":")
         folder = self.folder / "folders" / size
         if not (folder / f"rows_{length}.jsonl").exists():
@@ -100,11 +102,11 @@ class Report(Bench):
         return folder
 
     def data_of(self, case: Case) -> Path:
-        """Return the rows of the cell's length."""
+        """Return the file of rows of the cell's length."""
         return self.model_of(case, "") / f"rows_{case.model.partition(':')[2]}.jsonl"
 
     def command(self, name: str, side: str) -> list[str]:
-        """Return the command line of a side; the plain loop is part of this file."""
+        """Return the command line of a side; the plain loop is in this file."""
         if side != LIMIT:
             return super().command(name, side)
         case = self.cases[name]
@@ -114,12 +116,12 @@ class Report(Bench):
         return [*loop, *figures, "--device", self.args.device, *(["--lora"] if "--lora" in case.flags else [])]
 
     def pythons(self) -> Iterator[Path]:
-        """Yield the interpreter of the peer's environment, if there is one."""
+        """Yield the interpreter of the peer's environment, if one is given."""
         if self.args.peer_script is not None:
             yield self.args.peer_python
 
     def report(self) -> bool:
-        """Run the missing cells until the time is over; return whether all have run."""
+        """Run the missing cells within the time limit; return whether all have run."""
         began = time.monotonic()
         for name, case in self.cases.items():
             for side in case.sides:
@@ -132,11 +134,11 @@ class Report(Bench):
         return True
 
 
-# -- in processes of their own ----------------------------------------------------------------------------------------
+# -- run in separate processes ----------------------------------------------------------------------------------------
 
 
 def write_folder(folder: Path, size: str, length: int) -> None:
-    """Write a model of random weights in bf16, and rows of ``length`` tokens: prompt, chosen and rejected."""
+    """Write a bf16 model with random weights, and rows of ``length`` tokens: prompt, chosen and rejected."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -164,7 +166,7 @@ def write_folder(folder: Path, size: str, length: int) -> None:
 
 
 def bare(args: argparse.Namespace) -> None:
-    """Train by a plain loop on random tokens without padding, and print a line of figures."""
+    """Train with a plain loop on random tokens without padding, and print a line of figures."""
     import resource
 
     import torch
@@ -200,7 +202,7 @@ def bare(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Work through the cells."""
+    """Run the cells."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and short rows, to test the report itself")

@@ -1,11 +1,12 @@
-"""Work per layer: operations that PyTorch dispatches, ours against bare transformers + peft on the same tiny shapes.
+"""Count the operations that PyTorch dispatches per layer, ours and those of plain transformers + peft on the same
+shapes.
 
     python experiments/benchmarks/operations.py [--device cuda] [--only CASE ...] [--out operations.json]
 
-Small models are bound by how fast one CPU thread launches operations, and this count does not depend on the machine's
-load. A count per layer is the difference between models of three and two layers. ``operations`` counts all calls below
-autograd, ``kernels`` those that compute: views and allocations are left out. ``--device cuda`` counts CUDA kernels by
-the profiler instead. `tests/test_benchmarks.py` compares the ratios with operations.json.
+The speed of small models is limited by how fast one CPU thread launches operations. Unlike time, the count is
+independent of machine load. The count per layer is the difference between models of three and two layers.
+``operations`` counts all calls below autograd; ``kernels`` leaves out views and allocations. With ``--device cuda`` the
+profiler counts CUDA kernels instead. `tests/test_benchmarks.py` compares the ratios with operations.json.
 """
 
 import argparse
@@ -41,7 +42,7 @@ NO_KERNEL = (
 
 
 class Form(NamedTuple):
-    """How a model is trained: its weights or an adapter, in which precision."""
+    """How a model is trained: all weights or an adapter, and in which precision."""
 
     lora: bool = False
     mixed: bool = False
@@ -55,12 +56,12 @@ FORMS = {
     "qlora": Form(lora=True, quantization="nf4"),
 }
 ROWS = {"padded": Point(4, (8, 8, 8, 8), 1, VOCABULARY, None), "packed": Point(4, (3, 5, 9, 14), 1, VOCABULARY, None)}
-"""Rows of one length, which are not packed; and rows of several, which bare transformers pads."""
+"""Rows of equal length, which are not packed; and rows of different lengths, which plain transformers pads."""
 CASES = [f"{form}/{rows}" for form in FORMS for rows in ROWS] + ["decode"]
 GOALS = {"full/padded": ("layer", 1.0), "full/packed": ("layer", 1.0), "decode": ("step", 1.0)}
-"""Largest ratio of our kernels to bare transformers'."""
+"""Maximum ratio of our kernels to those of plain transformers."""
 LORA_GOAL = 1.5
-"""Largest ratio of a layer with adapters under autocast to the frozen layer, in kernels."""
+"""Maximum ratio of kernels in a layer with adapters under autocast to kernels in the frozen layer."""
 
 
 class Counting(TorchDispatchMode):
@@ -81,13 +82,13 @@ class Counting(TorchDispatchMode):
 
     @property
     def counts(self) -> Counter[str]:
-        """Number of operations, and of those that compute."""
+        """Return the number of operations, and the number of those that compute."""
         kernels = sum(count for name, count in self.operations.items() if name not in self.views)
         return Counter(operations=self.operations.total(), kernels=kernels)
 
 
 class Kernels:
-    """Counts CUDA kernels by the profiler."""
+    """Counts CUDA kernels with the profiler."""
 
     def __enter__(self) -> "Kernels":
         from torch.profiler import ProfilerActivity, profile
@@ -102,13 +103,13 @@ class Kernels:
 
     @property
     def counts(self) -> Counter[str]:
-        """Number of kernels, copies and fills included."""
+        """Return the number of kernels, including copies and fills."""
         found = sum(event.count for event in self.profile.key_averages() if event.device_time_total)
         return Counter(operations=found, kernels=found)
 
 
 def counter(device: str) -> Any:
-    """Return what counts on a device."""
+    """Return the counter for a device."""
     return Kernels() if device == "cuda" else Counting()
 
 
@@ -132,7 +133,7 @@ def write_model(folder: Path, layers: int) -> str:
 
 
 def bare_model(source: str, form: Form, device: str) -> Any:
-    """Load a model with transformers, and put peft's adapter on it."""
+    """Load a model with transformers, with peft's adapter if the form has one."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -148,7 +149,7 @@ def bare_model(source: str, form: Form, device: str) -> Any:
 
 
 def autocast(form: Form, device: str) -> AbstractContextManager[Any]:
-    """Return autocast to bf16, if the form is in mixed precision."""
+    """Return a bf16 autocast context if the form uses mixed precision."""
     return torch.autocast(device, torch.bfloat16) if form.mixed else nullcontext()
 
 
@@ -156,7 +157,7 @@ def autocast(form: Form, device: str) -> AbstractContextManager[Any]:
 
 
 def ours(source: str, form: Form, point: Point, device: str) -> Counter[str]:
-    """Count the third update of an SFT run."""
+    """Count the operations of the third update of an SFT run."""
     from lightning.pytorch import Callback, Trainer
     from torch.utils.data import DataLoader
 
@@ -185,7 +186,7 @@ def ours(source: str, form: Form, point: Point, device: str) -> Counter[str]:
 
 
 def bare(source: str, form: Form, point: Point, device: str) -> Counter[str]:
-    """Count the third update of a plain loop: forward, loss, backward, clip, AdamW."""
+    """Count the operations of the third update in a plain loop: forward, loss, backward, clip, AdamW."""
     model, width = bare_model(source, form, device), point.prompt + max(point.completions)
     lengths = torch.tensor([point.prompt + size for size in point.completions])
     mask = torch.arange(width) < lengths.unsqueeze(-1)
@@ -206,7 +207,7 @@ def bare(source: str, form: Form, point: Point, device: str) -> Counter[str]:
 
 
 def frozen(source: str, device: str) -> Counter[str]:
-    """Count a forward and a backward pass through a frozen trunk under autocast, to the gradient of its input."""
+    """Count a forward and a backward pass through a frozen model under autocast, up to the gradient of its input."""
     model = bare_model(source, Form(), device).requires_grad_(False)
     states = torch.randn(4, 12, model.config.hidden_size, device=device).requires_grad_()
     for _ in range(2):
@@ -224,7 +225,7 @@ SHORT, LONG = 4, 12
 
 
 def our_decoding(source: str, tokens: int, device: str) -> Counter[str]:
-    """Count the sampling of a few completions of equal length by `SlotEngine`."""
+    """Count the operations of sampling a few completions of equal length with `SlotEngine`."""
     from rlhf_lightning.models.roles import load_policy
     from rlhf_lightning.sampling.engines import SamplingSettings
     from rlhf_lightning.sampling.slot_engine import SlotEngine
@@ -232,14 +233,14 @@ def our_decoding(source: str, tokens: int, device: str) -> Counter[str]:
     model = load_policy(source).to(device)
     prompts = [torch.arange(6, 6 + count) for count in PROMPTS]
     settings, episodes = SamplingSettings(tokens), torch.arange(len(prompts))
-    for _ in range(2):  # the first time checks how the model decodes
+    for _ in range(2):  # the first run checks how the model decodes
         with counter(device) as counting:
             SlotEngine().sample(model, prompts, episodes, settings, 0, [])
     return counting.counts
 
 
 def bare_decoding(source: str, tokens: int, device: str) -> Counter[str]:
-    """Count the same by ``generate``, with prompts padded on the left, and log-probabilities."""
+    """Count the operations of ``generate`` with left-padded prompts, plus log-probabilities."""
     model, width = bare_model(source, Form(), device).eval(), max(PROMPTS)
     mask = torch.arange(width) >= width - torch.tensor(PROMPTS).unsqueeze(-1)
     ids = torch.randint(5, VOCABULARY, mask.shape) * mask
@@ -258,14 +259,14 @@ Counts = dict[str, dict[str, float]]
 
 
 def per_layer(count: Callable[[str], Counter[str]], sources: tuple[str, str], unit: str, of: float = 1) -> Counts:
-    """Return the counts of a model of two layers, under the name ``unit``, and of one layer."""
+    """Return the counts of a two-layer model (named ``unit``) and of a single layer."""
     small, large = count(sources[0]), count(sources[1])
     layer = {name: (large[name] - small[name]) / of for name in small}
     return {unit: {name: small[name] / of for name in small}, "layer": layer}
 
 
 def per_token(decoding: Callable[[str, int, str], Counter[str]], device: str) -> Callable[[str], Counter[str]]:
-    """Return what counts the tokens beyond the first ones."""
+    """Return the counts per token after the first tokens."""
 
     def count(source: str) -> Counter[str]:
         short, long = decoding(source, SHORT, device), decoding(source, LONG, device)
@@ -285,7 +286,9 @@ def measured(case: str, sources: tuple[str, str], device: str = "cpu") -> dict[s
 
 
 def ratios(found: dict[str, Counts]) -> dict[str, float]:
-    """Return our counts over bare transformers', by ``UNIT operations`` and ``UNIT kernels``."""
+    """Return the ratios of our counts to those of plain transformers, keyed ``UNIT operations`` and
+    ``UNIT kernels``.
+    """
     return {
         f"{unit} {name}": round(count / found["bare"][unit][name], 3)
         for unit, counts in found["ours"].items()
@@ -294,13 +297,13 @@ def ratios(found: dict[str, Counts]) -> dict[str, float]:
 
 
 def written_models(folder: Path) -> tuple[str, str]:
-    """Write the models of two and of three layers."""
+    """Write the models of two and three layers."""
     few, more = (write_model(folder / f"layers_{count}", count) for count in LAYERS)
     return few, more
 
 
 def main() -> None:
-    """Count all cases and write the file."""
+    """Count all cases and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)

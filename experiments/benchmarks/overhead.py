@@ -1,10 +1,10 @@
-"""What `rlhf fit` adds to the optimizer steps themselves: Lightning's loop, logging and data, in a share of the time.
+"""Measure the overhead of `rlhf fit` over plain optimizer steps: Lightning's loop, logging and data loading.
 
     python experiments/benchmarks/overhead.py [--steps 50] [--turns 5]
 
-A model of about a million parameters takes SFT steps on the embedded world's demonstrations: by the command, timed from
-outside (a run of that many steps more than another one, so that what a run does once drops out), and in a bare loop
-over the same batches, laid out beforehand: forward, loss, backward, clip, AdamW. Both in turns, medians.
+A model of about a million parameters takes SFT steps on the embedded world's demonstrations. The command is timed from
+outside as the difference of two runs of different length, which removes the start-up time. The bare loop runs over the
+same prepared batches: forward, loss, backward, clip, AdamW. Both alternate; medians are reported.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def demonstrations(folder: Path, count: int) -> Path:
 
 
 def by_command(model: Path, rows: Path, folder: Path, steps: int) -> float:
-    """Return the seconds of a run."""
+    """Return the seconds of one `rlhf fit` run."""
     from rlhf_lightning.commands import train
 
     began = time.perf_counter()
@@ -50,7 +50,7 @@ def by_command(model: Path, rows: Path, folder: Path, steps: int) -> float:
 
 
 def bare(model: Path, rows: Path, steps: int) -> float:
-    """Return the seconds of as many steps without anything around them."""
+    """Return the seconds of the same number of steps in a bare loop."""
     from rlhf_lightning.data import SFTDataModule
     from rlhf_lightning.models.layout import lay_out
     from rlhf_lightning.models.roles import load_policy
@@ -78,7 +78,7 @@ def bare(model: Path, rows: Path, steps: int) -> float:
 
 
 def main() -> None:
-    """Time both and print what the command adds."""
+    """Time both and print the overhead of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5)

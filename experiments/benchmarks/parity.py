@@ -1,12 +1,12 @@
-"""Do SFT, reward model and DPO compute what another library computes? Same tokens, same updates, same losses.
+"""Check that SFT, reward model and DPO compute the same as another library: tokens, updates and losses.
 
     python experiments/benchmarks/parity.py --model MODEL --data PAIRS.jsonl \
         --peer-python PEER/bin/python --peer-script trl_stages.py [--out experiments/benchmarks/parity.md]
 
 Both sides train for a few updates on the same rows in file order, from the same weights, with the same learning rate,
-schedule and clipping, in full precision on the CPU: the peer by its own script in an environment of its own, we by
-`rlhf fit`. Each loss is taken before its update, so that from the second on it also compares gradients, clipping,
-optimizer and schedule. The tokens that reached each loss are compared one by one.
+schedule and clipping, in full precision on the CPU. The peer runs its own script in a separate environment; our side
+runs `rlhf fit`. Each loss is recorded before its update, so losses from the second one on also compare gradients,
+clipping, optimizer and schedule. The tokens that each loss covers are compared one by one.
 
 The peer's script is called as ``SCRIPT STAGE --model DIR --data FILE --steps N --batch N --lr X --max-length N
 --rows N --in-order`` and prints one line ``PEER {"loss": [...]}``. SFT learns the chosen completions. The reward models
@@ -40,7 +40,7 @@ Rows = list[dict[str, Any]]
 
 
 class StepRecorder(Callback):
-    """Writes down what each training step saw and the loss it logged.
+    """Records the token rows and the logged loss of each training step.
 
     Args:
         out: JSON file to write when training ends: ``{"loss": [...], "steps": [rows of step 1, ...]}``.
@@ -50,7 +50,7 @@ class StepRecorder(Callback):
         self.out, self.losses, self.steps = Path(out), [], []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the token ids of every row of the step, and which of them its loss sees."""
+        """Record the token ids of every row of the step, and which tokens its loss covers."""
         rows = []
         for sequences in (micro_batch.sequences for micro_batch in batch.micro_batches):
             for parent, completion, seen in zip(
@@ -61,7 +61,7 @@ class StepRecorder(Callback):
         self.steps.append(rows)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Take the loss that was logged."""
+        """Record the logged loss."""
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +70,7 @@ class StepRecorder(Callback):
 
 
 def peer_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run the peer's side: losses, token rows of each step, settings."""
+    """Run the peer's side; return its losses, token rows of each step and settings."""
     out = scratch / f"peer_{stage}.json"
     if out.exists():
         return json.loads(out.read_text())
@@ -88,7 +88,7 @@ def peer_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path
 
 
 def our_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run `rlhf fit` on the same rows: losses and token rows of each step."""
+    """Run `rlhf fit` on the same rows; return losses and token rows of each step."""
     out, data = scratch / f"ours_{stage}.json", args.data
     if out.exists():
         return json.loads(out.read_text())
@@ -116,7 +116,7 @@ def our_record(stage: str, model: Path, args: argparse.Namespace, scratch: Path)
 
 
 def fit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What makes `rlhf fit` take the peer's steps; defaults on which both sides agree are left out."""
+    """Return the flags with which `rlhf fit` takes the peer's steps. Defaults that agree on both sides are left out."""
     return {
         "model.learning_rate": args.learning_rate,
         "model.lr_schedule": "linear",
@@ -132,12 +132,14 @@ def fit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_needed(args: argparse.Namespace) -> int:
-    """Rows of the file that both sides read: enough for all steps though some rows may be dropped as too long."""
+    """Return the number of rows that both sides read: enough for all steps even if some rows are
+    dropped as too long.
+    """
     return 2 * args.steps * args.batch
 
 
 def completed(command: list[Any], what: str) -> str:
-    """Run a command to its end and return what it printed; an error shows the end of its output."""
+    """Run a command and return its output. An error shows the end of the output."""
     print(f"running {what} ...", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=False)
@@ -147,9 +149,9 @@ def completed(command: list[Any], what: str) -> str:
 
 
 def same_tokens(ours: list[Rows], peers: list[Rows]) -> bool:
-    """Whether every step saw the same rows with the same tokens supervised; the order within a step is free.
+    """Return whether every step had the same rows and the same supervised tokens, in any order within the step.
 
-    A reward model reads whole sequences: there the peer names no supervised tokens.
+    A reward model reads whole sequences, so for that stage the peer reports no supervised tokens.
     """
 
     def comparable(rows: Rows, unmasked: bool) -> list[tuple[Any, ...]]:
@@ -162,7 +164,7 @@ def same_tokens(ours: list[Rows], peers: list[Rows]) -> bool:
 
 
 def report(records: dict[str, tuple[dict, dict]], args: argparse.Namespace) -> tuple[str, bool]:
-    """Write the table in Markdown; also whether every stage agrees."""
+    """Return the Markdown table, and whether every stage agrees."""
     lines = ["| stage | update | peer | ours | difference |", "|---|---|---|---|---|"]
     notes, agreed = [], True
     for stage, (ours, peers) in records.items():
@@ -180,7 +182,7 @@ def report(records: dict[str, tuple[dict, dict]], args: argparse.Namespace) -> t
 
 
 def document(table: str, args: argparse.Namespace, peer_version: str) -> str:
-    """Write the whole page: what was compared, how, and the table."""
+    """Return the whole page: what was compared, the method, and the table."""
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "lightning"))
     return "\n".join(
         [
@@ -206,13 +208,13 @@ def document(table: str, args: argparse.Namespace, peer_version: str) -> str:
 
 
 def peer_name(args: argparse.Namespace) -> str:
-    """Name and release of the peer as its own environment has it."""
+    """Return the name and version of the peer, as installed in its environment."""
     program = "import importlib.metadata as m; print('TRL', m.version('trl'))"
     return completed([args.peer_python, "-c", program], "the peer's version check").strip()
 
 
 def main() -> int:
-    """Compare, print the table and write it; exit status 1 if a stage disagrees."""
+    """Compare, print the table and write it. The exit status is 1 if a stage disagrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, required=True, help="model folder or .gguf file that both sides start from"

@@ -1,9 +1,9 @@
-"""Runs a stage of another library and writes down the token batches it trained on, with the settings it used.
+"""Run a stage of another library and record its settings and the token batches that it trained on.
 
     /path/to/peer/bin/python peer_batches.py OUT.json PEER_SCRIPT [arguments of the script ...]
 
-This file is run by the peer's own Python, so it imports nothing of this project. It watches the batches where
-``transformers.Trainer`` hands them to the loss, without changing them.
+This file is run by the peer's own Python, so it imports nothing of this project. It records the batches that
+``transformers.Trainer`` passes to the loss, without changing them.
 """
 
 import json
@@ -24,7 +24,9 @@ SETTINGS = (
 
 
 def rows_of(inputs: dict) -> list[dict]:
-    """Each row of a padded batch without its padding: its token ids, and which of them the loss sees (None: untold)."""
+    """Return each row of a padded batch without padding: token ids, and which tokens the loss covers (None if not
+    reported).
+    """
     if "labels" in inputs:
         seen = inputs["labels"] != -100
     else:

@@ -1,11 +1,13 @@
-"""`rlhf plan` against what runs really take, and what it says of models past this machine: plan.md.
+"""Compare the estimates of `rlhf plan` with measured memory, and show its estimates for models too large for this
+machine.
 
     python experiments/benchmarks/plan.py --model DIR --data PAIRS.jsonl [--measured LINES] --markdown plan.md
 
-Runs stage.py twice for each case, with the default allocator and one without holes: two steps of 4 rows (PPO: two
-rollouts of 8 completions of 48 tokens, one epoch) in fp32 on the CPU. The same command line is planned with the lengths
-of the widest of those steps. ``--measured`` reads stage.py's lines from a file instead, each behind the name of its
-case, with ", no holes" where that applies.
+Writes plan.md. Runs stage.py twice for each case, with the default allocator and with an allocator without
+fragmentation: two steps of 4 rows (PPO: two rollouts of 8 completions of 48 tokens, one epoch) in fp32 on the CPU.
+`rlhf plan` gets the same command line, with the row lengths of the step that has the most cells. ``--measured`` reads
+stage.py's lines from a file instead. Each line starts with the name of its case, followed by ", no holes" for the
+second allocator.
 """
 
 import argparse
@@ -52,14 +54,14 @@ STAGES = {
 
 
 class Lengths(NamedTuple):
-    """The largest of the measured steps, as rows all alike."""
+    """The largest of the measured steps, as rows of equal length."""
 
     prompt: int
     completion: int
 
 
 def planned(flags: list[str], folder: Path) -> dict[str, Any]:
-    """Return what `rlhf plan` says."""
+    """Return the estimates of `rlhf plan`."""
     file = folder / "plan.json"
     with contextlib.redirect_stdout(io.StringIO()):
         plan.main([*flags, "--json", str(file)])
@@ -67,7 +69,9 @@ def planned(flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def lengths(name: str, model: Path, data: Path, folder: Path) -> Lengths:
-    """Return the largest step's cells and what is supervised of them, spread evenly over its rows: none is padded."""
+    """Return the cells and supervised tokens of the largest step, spread evenly over its rows, so that no row is
+    padded.
+    """
     from rlhf_lightning.data import PreferenceDataModule, PromptDataModule, SFTDataModule
     from rlhf_lightning.tokenization import load_tokenizer
 
@@ -91,7 +95,7 @@ def lengths(name: str, model: Path, data: Path, folder: Path) -> Lengths:
 
 
 def run_flags(case: list[str], model: Path, folder: Path) -> list[str]:
-    """Return the flags of `rlhf plan` for a case of stage.py; with LoRA the reward model is an adapter too."""
+    """Return the flags of `rlhf plan` for a case of stage.py. With LoRA the reward model is an adapter too."""
     name, options = case[0], case[1:]
     module, datamodule = stage.STAGES[name]
     size = options[options.index("--batch") + 1]
@@ -107,7 +111,9 @@ def run_flags(case: list[str], model: Path, folder: Path) -> list[str]:
 
 
 def measured_lines(args: argparse.Namespace) -> dict[str, tuple[float, float | None]]:
-    """Return the peak of each case, GB of resident memory, with the default allocator and one without holes."""
+    """Return the peak resident memory of each case, GB, with the default allocator and with one without
+    fragmentation.
+    """
     if args.measured is not None:
         lines = (line.partition("OURS ") for line in args.measured.read_text().splitlines() if "OURS " in line)
         peaks = {name.strip(): json.loads(line)["peak_rss_gb"] for name, _, line in lines}
@@ -128,7 +134,7 @@ NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def compared(args: argparse.Namespace, folder: Path) -> str:
-    """Return the table of measured and planned peaks."""
+    """Return the table of measured and estimated peaks."""
     rows, widest = [], {}
     for name, (peak, tight) in measured_lines(args).items():
         case = CASES[name]
@@ -153,7 +159,7 @@ PARTS = ("process", "weights", "optimizer", "gradients", "activations", "logits"
 
 
 def past_this_machine(folder: Path) -> str:
-    """Return the table of runs that were not made here."""
+    """Return the table of estimates for runs that were not made."""
     rows = []
     for machine, (architecture, size, *overlay) in MACHINES.items():
         for name, flags in STAGES.items():

@@ -1,4 +1,4 @@
-"""From the runs of a comparison to the page that shows it: medians, ratios, shares, memory, and what is missing."""
+"""Turn the runs of a comparison into its page: medians, ratios, fractions of the limit, memory, and missing runs."""
 
 from statistics import median
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 class Finding(NamedTuple):
-    """A figure and what was asked of it; None where there is no figure, or nothing was asked."""
+    """A figure and its bound. Either is None if there is no figure or no bound."""
 
     value: float | None
     floor: float | None = None
@@ -18,13 +18,13 @@ class Finding(NamedTuple):
 
     @property
     def met(self) -> bool | None:
-        """Whether the figure is as asked."""
+        """Return whether the figure meets its bound."""
         if self.value is None or self.floor is None:
             return None
         return self.value <= self.floor if self.at_most else self.value >= self.floor
 
     def written(self, digits: int = 2) -> str:
-        """The figure, what was asked, and whether it was met."""
+        """Format the figure, its bound, and whether the bound is met."""
         if self.value is None:
             return "missing" if self.floor is not None else ""
         if self.met is None or not self.floor:
@@ -34,10 +34,10 @@ class Finding(NamedTuple):
 
 
 def work(case: Case, record: dict[str, Any], steps: slice, ours: dict[str, Any]) -> float:
-    """Return what the steps got done: tokens of the rows, or episodes where each side samples its own tokens.
+    """Return the work of the steps: tokens of the rows, or episodes if each side samples its own tokens.
 
-    The sides read the same rows, so ours are counted for both: not every stage of the peer says its tokens. The limit
-    counts its own, which it cuts a little otherwise.
+    Both sides read the same rows, so our token count is used for both; some stages of the peer do not report tokens.
+    The limit truncates rows slightly differently and reports its own count.
     """
     count = len(record["seconds"][steps])
     if case.same_losses is None:
@@ -48,25 +48,25 @@ def work(case: Case, record: dict[str, Any], steps: slice, ours: dict[str, Any])
 
 
 def speed(case: Case, records: list[dict[str, Any]], steps: slice, ours: list[dict[str, Any]]) -> float | None:
-    """Return the median over runs of work per second; None without runs."""
+    """Return the median work per second over runs; None without runs."""
     rates = [work(case, record, steps, ours[0]) / sum(record["seconds"][steps]) for record in records if ours]
     return median(rates) if rates else None
 
 
 def memory(records: list[dict[str, Any]]) -> float | None:
-    """Return the median peak of memory, GB, the GPU's where a run used one; None without runs."""
+    """Return the median peak memory, GB (GPU memory if a run used a GPU); None without runs."""
     return median(record.get("peak_gpu_gb") or record["peak_rss_gb"] for record in records) if records else None
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
-    """Return the quotient where both are known."""
+    """Return the quotient if both values are known, else None."""
     return None if above is None or below is None else above / below
 
 
 def findings(case: Case, goal: Goal, runs: Runs) -> dict[str, Finding]:
-    """Return the figures of one line by column."""
+    """Return the figures of one line, keyed by column."""
     ours, peer, limit = runs.get(goal.side, []), runs.get(PEER, []), runs.get(LIMIT, [])
-    # What the limit does is the same in every epoch, so its warm steps all count.
+    # The limit does the same work in every epoch, so all of its steps after warm-up count.
     against = slice(1, None)
     own, peers = speed(case, ours, goal.steps, ours), speed(case, peer, goal.steps, ours)
     limits = speed(case, limit, against, ours) if goal.share is not None else None
@@ -83,7 +83,9 @@ def findings(case: Case, goal: Goal, runs: Runs) -> dict[str, Finding]:
 
 
 def loss_gaps(case: Case, runs: Runs) -> tuple[float, float] | None:
-    """Return how far our first loss and any later one are from the peer's; None where that cannot be said."""
+    """Return the differences between our losses and the peer's: the first loss, and the maximum over later ones. None
+    if they cannot be compared.
+    """
     ours, peer = next((runs[side] for side in case.ours if runs.get(side)), []), runs.get(PEER, [])
     if case.same_losses is None or not ours or not peer:
         return None
@@ -94,7 +96,7 @@ def loss_gaps(case: Case, runs: Runs) -> tuple[float, float] | None:
 
 
 def losses_agree(case: Case, runs: Runs) -> bool | None:
-    """Whether both sides computed the same; None where that cannot be said."""
+    """Return whether both sides computed the same losses; None if they cannot be compared."""
     gaps = loss_gaps(case, runs)
     if gaps is None or case.same_losses is None:
         return None
@@ -102,13 +104,13 @@ def losses_agree(case: Case, runs: Runs) -> bool | None:
 
 
 def missing(case: Case, runs: Runs, repeats: int) -> list[str]:
-    """Return the sides that have fewer runs than asked for."""
+    """Return the sides with fewer runs than requested."""
     short = [(side, len(runs.get(side, []))) for side in case.sides if len(runs.get(side, [])) < repeats]
     return [f"{side} ({found} of {repeats})" for side, found in short]
 
 
 def table(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
-    """Return the lines of the Markdown table, of all cases that have any run."""
+    """Return the lines of the Markdown table, for all cases with any run."""
     lines = [
         "| case | ours /s | peer /s | speed | share of the limit | peak GB | against GB | memory |",
         "|---|---|---|---|---|---|---|---|",
@@ -124,7 +126,7 @@ def table(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
 
 
 def loss_lines(cases: dict[str, Case], found: dict[str, Runs]) -> list[str]:
-    """Return a line on the losses of each case whose algorithm is the same on both sides."""
+    """Return one line on losses for each case with the same algorithm on both sides."""
     lines = []
     for name, case in cases.items():
         gaps, agree = loss_gaps(case, found.get(name, {})), losses_agree(case, found.get(name, {}))
@@ -143,11 +145,11 @@ def page(
     """Return the whole page.
 
     Args:
-        suite: what is compared.
+        suite: the comparison.
         found: runs of each case.
-        repeats: runs asked for of each side.
+        repeats: requested runs of each side.
         made_with: lines on versions and machine.
-        commands: how each side of each case was called, paths left out.
+        commands: command line of each side of each case, without paths.
     """
     cases = suite.cases
     gaps = {name: missing(case, found.get(name, {}), repeats) for name, case in cases.items()}

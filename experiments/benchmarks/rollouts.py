@@ -1,13 +1,15 @@
-"""Rollouts, timed: the slots of `SlotEngine` against transformers' ``generate`` on the static batch, same episodes.
+"""Time rollouts: continuous batching in `SlotEngine` against transformers' ``generate`` on a static batch.
 
     python experiments/benchmarks/rollouts.py --model DIR [--slots N] [--samples N] ...
 
-Completion lengths are geometric: the end token has the same probability at every position, independent of the model, so
-lengths are addressed like the tokens and both engines draw the same. Both run in turns; figures are completion tokens a
-second of wall time and of processor time (the steadier one on a machine that others use), medians over the turns.
+Completion lengths are geometric: the end token has the same probability at every position, independent of the model.
+Lengths and tokens use the same addressed random numbers, so both engines draw the same episodes. The engines alternate.
+Figures are completion tokens per second of wall time and of processor time (steadier on a shared machine), as medians
+over the turns.
 
-A random number that falls within rounding of the border between two tokens may draw either, so an episode in a hundred
-may part from there on; the episodes must be the same otherwise, and log-probabilities up to there.
+A random number within rounding error of the boundary between two tokens may draw either of them. Up to one episode in a
+hundred may therefore differ from such a token on. All other episodes must be equal, and so must the log-probabilities
+before the first difference.
 """
 
 import argparse
@@ -46,7 +48,7 @@ TOPICS = (
 
 
 def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return `engines.draw` with an end token whose probability is ``rate`` at every position."""
+    """Return a variant of `engines.draw` that draws an end token with probability ``rate`` at every position."""
     drawn_by = engines.draw
 
     def draw(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,7 @@ def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def prompts_of(tokenizer: Any, count: int, samples: int) -> list[Tensor]:
-    """Return the token ids of questions of mixed lengths, ``samples`` times each."""
+    """Return the token ids of questions of different lengths, each repeated ``samples`` times."""
     asked = [question.format(topic) for topic in TOPICS for question in QUESTIONS][: count // samples]
     messages = [[{"role": "user", "content": text}] for text in asked]
     return [torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in messages for _ in range(samples)]
@@ -68,7 +70,9 @@ def prompts_of(tokenizer: Any, count: int, samples: int) -> list[Tensor]:
 def timed(
     engine: SamplingEngine, model: CausalLM, prompts: list[Tensor], args: argparse.Namespace, slots: int | None
 ) -> tuple[Completions, list[float]]:
-    """Return what an engine draws, and the completion tokens it makes in a second of wall and of processor time."""
+    """Return the episodes that an engine draws, and its completion tokens per second of wall time and of processor
+    time.
+    """
     settings = SamplingSettings(args.cap, batch_size=slots)
     begun, worked = time.perf_counter(), time.process_time()
     drawn = engine.sample(model, prompts, torch.arange(len(prompts)), settings, args.seed, [args.end])
@@ -77,7 +81,9 @@ def timed(
 
 
 def different(one: Completions, other: Completions) -> int:
-    """Return how many episodes two engines drew differently; up to there their log-probabilities must agree."""
+    """Return how many episodes two engines drew differently. Log-probabilities must agree up to the
+    first difference.
+    """
     count = 0
     for ours, theirs, ours_said, theirs_said in zip(one.ids, other.ids, one.logprobs, other.logprobs, strict=True):
         shared = min(len(ours), len(theirs))
@@ -89,7 +95,7 @@ def different(one: Completions, other: Completions) -> int:
 
 
 def main() -> None:
-    """Print one line of JSON: tokens per second of both engines in each turn, and the ratio of the medians."""
+    """Print one line of JSON: tokens per second of both engines in each turn, and the ratio of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=int, default=64, help="completions in all")

@@ -1,11 +1,10 @@
-"""How the cost of an update grows with length, vocabulary, batch, group size and the spread of completion lengths.
+"""Measure how the cost of an update grows with length, vocabulary, batch, group size and spread of completion lengths.
 
     python experiments/benchmarks/scaling.py [--only length vocabulary ...] [--out experiments/benchmarks/scaling.md]
 
-Each point is a process of its own: a small Llama with random weights takes a few SFT updates on sequences of exactly
-the lengths wanted, cut into micro-batches. Measured are the median seconds of an update, and by how much the peak of
-resident memory rose above what was resident once the model was built and its first token forwarded. Writes a table and,
-with it, a picture.
+Each point is a separate process: a small Llama with random weights takes a few SFT updates on sequences of the given
+lengths, split into micro-batches. It measures the median seconds of an update, and the increase of peak resident memory
+over the resident memory after the model is built and has processed a first token. Writes a table and a plot.
 """
 
 import argparse
@@ -26,15 +25,15 @@ WARM, TIMED = 1, 3
 
 
 class Point(NamedTuple):
-    """One size of update.
+    """The size of one update.
 
     Attributes:
         prompt: tokens of each prompt.
-        completions: tokens of each completion; those of a group hang on one prompt.
-        group: completions of a prompt.
-        vocabulary: words of the model.
-        max_tokens: most cells of a micro-batch; None takes the update whole.
-        lora: train an adapter, so that what the vocabulary costs is logits alone.
+        completions: tokens of each completion; completions of a group share one prompt.
+        group: completions per prompt.
+        vocabulary: vocabulary size of the model.
+        max_tokens: maximum cells of a micro-batch; None uses one micro-batch for the update.
+        lora: train an adapter, so that only the logits grow with the vocabulary.
     """
 
     prompt: int
@@ -46,21 +45,21 @@ class Point(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens that a user counts: prompts once for each completion."""
+        """Return the tokens as a user counts them: each prompt once per completion."""
         return len(self.completions) * self.prompt + sum(self.completions)
 
 
 def spread(share: float, count: int = 16, mean: int = 128) -> tuple[int, ...]:
-    """Return lengths from mean (1 - share) to mean (1 + share), evenly spread."""
+    """Return lengths from mean (1 - share) to mean (1 + share), evenly spaced."""
     return tuple(round(mean * (1 + share * (2 * i / (count - 1) - 1))) for i in range(count))
 
 
 class Sweep(NamedTuple):
-    """One axis.
+    """One axis of the measurement.
 
     Attributes:
-        axis: what the x-axis is.
-        expected: what the curve should be.
+        axis: label of the x-axis.
+        expected: expected growth of the curve.
         points: the update at each value.
     """
 
@@ -102,7 +101,7 @@ SWEEPS = {
 
 
 def measured(point: Point) -> dict[str, float]:
-    """Train on updates of this size and return seconds of an update and megabytes that it took."""
+    """Train on updates of this size; return the seconds of an update and the megabytes that it needed."""
     import torch
     from lightning.pytorch import Callback, Trainer
     from torch.utils.data import DataLoader
@@ -113,10 +112,10 @@ def measured(point: Point) -> dict[str, float]:
     seconds: list[float] = []
 
     class Clock(Callback):
-        """Takes the time of each update, and what was resident before the first."""
+        """Records the time of each update, and the resident memory before the first."""
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            with torch.no_grad():  # what the libraries keep for themselves is not the update's
+            with torch.no_grad():  # exclude memory that libraries allocate once and keep
                 (one,) = update(Point(1, (1,), vocabulary=point.vocabulary)).micro_batches
                 module.policy(module.lay_out(one.sequences))
             self.resident, self.begun = resident(), time.perf_counter()
@@ -140,18 +139,18 @@ def measured(point: Point) -> dict[str, float]:
 
 
 def peak() -> float:
-    """Return the peak of resident memory so far, MB."""
+    """Return peak resident memory so far, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def resident() -> float:
-    """Return what is resident now, MB; the peak so far where the system does not say."""
+    """Return the current resident memory, MB; the peak so far if the system does not report it."""
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * resource.getpagesize() / 1e6 if pages.exists() else peak()
 
 
 def write_config(folder: Path, vocabulary: int) -> str:
-    """Write the config of a small Llama, and a tokenizer, and return the folder."""
+    """Write the config of a small Llama and a tokenizer; return the folder."""
     from transformers import LlamaConfig
 
     from rlhf_lightning.worlds._assistant_text import make_tokenizer
@@ -165,7 +164,7 @@ def write_config(folder: Path, vocabulary: int) -> str:
 
 
 def update(point: Point) -> Any:
-    """Return an optimizer step of random tokens, cut into micro-batches."""
+    """Return an optimizer step of random tokens, split into micro-batches."""
     import torch
 
     from rlhf_lightning.models.layout import cut_sequences, select
@@ -190,7 +189,7 @@ def update(point: Point) -> Any:
 
 
 def in_a_process(point: Point, threads: int) -> dict[str, float]:
-    """Measure a point in a process of its own, so that its peak of memory is its own."""
+    """Measure a point in a separate process, so that its peak memory is its own."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -204,7 +203,9 @@ def in_a_process(point: Point, threads: int) -> dict[str, float]:
 
 
 def growth(values: list[float], figures: list[float]) -> str:
-    """Return the exponent of the curve's upper half: 1 is a line, 0 is flat; empty where the axis starts at 0."""
+    """Return the growth exponent of the curve's upper half: 1 is linear, 0 is constant. Empty if the
+    axis starts at 0.
+    """
     import math
 
     half = len(values) // 2
@@ -214,7 +215,7 @@ def growth(values: list[float], figures: list[float]) -> str:
 
 
 def table(found: dict[str, dict[float, dict[str, float]]]) -> str:
-    """Return the Markdown page: one table for each axis."""
+    """Return the Markdown page with one table per axis."""
     lines = ["# How cost grows", "", "Seconds of an update, and megabytes that it took beyond the loaded model.", ""]
     for name, points in found.items():
         sweep, values = SWEEPS[name], list(points)
@@ -232,7 +233,7 @@ def table(found: dict[str, dict[float, dict[str, float]]]) -> str:
 
 
 def picture(found: dict[str, dict[float, dict[str, float]]], file: Path) -> None:
-    """Draw seconds and megabytes over each axis."""
+    """Plot seconds and megabytes over each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -252,7 +253,7 @@ def picture(found: dict[str, dict[float, dict[str, float]]], file: Path) -> None
 
 
 def main() -> None:
-    """Measure a point, or all points of the axes that are named."""
+    """Measure one point, or all points of the named axes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -1,10 +1,11 @@
-"""One stage, timed: the same flags and the same line of figures as a peer's script, through `rlhf fit`.
+"""Time one stage through `rlhf fit`, with the flags and the output format of a peer's script.
 
     python experiments/benchmarks/stage.py {sft,reward,dpo,grpo,ppo} --model DIR --data ROWS.jsonl [--lora] ...
 
-Drives the command that users type, with its defaults except for what the flags name, and prints ``OURS {json}``:
-seconds of each optimizer step (on-policy: of each rollout with its updates), cumulative tokens as a user counts them
-(prompts unshared, no pads; on-policy: those that were sampled), losses, and the peak of resident memory.
+Runs the users' command with its defaults, except for the settings that the flags set, and prints ``OURS {json}``:
+seconds of each optimizer step (on-policy: of each rollout with its updates), cumulative tokens, losses, and peak
+resident memory. Tokens are counted without padding, with each prompt once per row; on-policy stages count sampled
+tokens.
 """
 
 import argparse
@@ -32,11 +33,11 @@ STAGES = {
     "ppo": ("PPOModule", "PromptDataModule"),
 }
 LONGEST_PPO_PROMPT = 96
-"""Tokens; the peer's script leaves longer prompts out."""
+"""Maximum prompt tokens; the peer's script drops longer prompts."""
 
 
 class StepTimes(Callback):
-    """Writes down seconds, tokens and loss of each training step.
+    """Records seconds, tokens and loss of each training step.
 
     Args:
         out: JSON file to write when training ends.
@@ -48,19 +49,19 @@ class StepTimes(Callback):
         self.begun = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock: reading the first batch is part of the first step."""
+        """Start the clock. Reading the first batch is part of the first step."""
         self.begun = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time, the tokens that a user would count, and what was logged."""
+        """Record the time, the tokens as a user counts them, and the logged metrics."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.record["seconds"].append(round(now - self.begun, 3))
         seen = sum(sum(part.sequences.lengths) for part in batch.micro_batches if hasattr(part, "sequences"))
-        if not seen:  # a rollout: its completions were made in the step
+        if not seen:  # a rollout: its completions were sampled within the step
             seen = int(pl_module.tokens) - int(self.record["tokens"][-1] if self.record["tokens"] else 0)
         self.record["tokens"].append(seen + (self.record["tokens"][-1] if self.record["tokens"] else 0))
         metrics = trainer.callback_metrics
@@ -75,12 +76,12 @@ class StepTimes(Callback):
 
 
 def distinct_letters(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """The peer's toy score: how many different characters a completion has."""
+    """Score a completion by its number of distinct characters, the peer's toy score."""
     return [float(len(set(text))) for text in completions]
 
 
 def rows_of(args: argparse.Namespace, scratch: Path) -> Path:
-    """Return the rows in the form that the stage reads, as many as its steps need."""
+    """Return as many rows as the steps need, in the format of the stage."""
     with args.data.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, args.rows)]
     if args.stage == "sft" and "chosen" in rows[0]:
@@ -98,7 +99,9 @@ def rows_of(args: argparse.Namespace, scratch: Path) -> Path:
 
 
 def reward_folder(args: argparse.Namespace, scratch: Path) -> Path:
-    """Return what PPO is scored by and where a critic of its own starts; with LoRA an adapter on the one backbone."""
+    """Return the folder of PPO's reward model, from which a separate critic also starts. With LoRA it is an adapter on
+    the shared backbone.
+    """
     if args.reward is not None:
         return args.reward.resolve()
     kind = "reward_adapter" if args.lora else "reward"
@@ -106,7 +109,7 @@ def reward_folder(args: argparse.Namespace, scratch: Path) -> Path:
 
 
 def settings(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Return the flags of `rlhf fit`: the peer's settings where both have one, our defaults elsewhere."""
+    """Return the flags of `rlhf fit`: the peer's settings if both sides have the setting, our defaults otherwise."""
     chosen: dict[str, Any] = {
         "model.init_from": args.model,
         "model.learning_rate": args.lr,
@@ -187,7 +190,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        os.environ["RLHF_CACHE"] = str(scratch / "cache")  # nothing is warm that a first run would not find so
+        os.environ["RLHF_CACHE"] = str(scratch / "cache")  # an empty cache, as in a first run
         module, datamodule = STAGES[args.stage]
         flags = [part for name, value in settings(args, scratch).items() for part in (f"--{name}", str(value))]
         train.run(["fit", "--model", module, "--data", datamodule, *flags])

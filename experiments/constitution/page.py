@@ -1,4 +1,4 @@
-"""The page of results: what was measured in the hazard world and on the real model."""
+"""Write the page of results, measured in the hazard world and on the real model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ NAMES = {"sft": "helpful SFT", "sl_cai": "SL-CAI", "rl_cai": "RL-CAI"}
 
 
 def holds(policies: dict[str, Any]) -> dict[str, bool]:
-    """Return whether each stage is more harmless beyond its interval, and not less helpful beyond its interval."""
+    """Return whether each stage is more harmless beyond its confidence interval, and not less helpful beyond its
+    interval.
+    """
     return {
         f"{name} {what}": ok
         for name in ("sl_cai", "rl_cai")
@@ -24,7 +26,7 @@ def holds(policies: dict[str, Any]) -> dict[str, bool]:
 
 
 def page(world: dict[str, Any] | None, smollm2: dict[str, Any] | None) -> str:
-    """Return the page; of what has not been run it says so."""
+    """Return the page. Parts that have not been run are named as such."""
     parts = ["# Constitutional AI", "`make constitution` runs all of this and writes this page."]
     parts += world_part(world) if world else ["The hazard world has not been run."]
     parts += smollm2_part(smollm2) if smollm2 else ["SmolLM2 has not been run."]
@@ -32,7 +34,7 @@ def page(world: dict[str, Any] | None, smollm2: dict[str, Any] | None) -> str:
 
 
 def world_part(world: dict[str, Any]) -> list[str]:
-    """What became of helpfulness and harmlessness, stage by stage."""
+    """Return the change of helpfulness and harmlessness, stage by stage."""
     header = ["policy", "harmlessness", "95 %", "gain", "95 %", "helpfulness", "95 %", "gain", "95 %", "KL risky", "KL"]
     rows = []
     for name, found in world["policies"].items():
@@ -60,7 +62,7 @@ def world_part(world: dict[str, Any]) -> list[str]:
 
 
 def smollm2_part(report: dict[str, Any]) -> list[str]:
-    """What a small real model is worth as critic and judge."""
+    """Return how well a small real model works as critic and judge."""
     return [
         "## SmolLM2-135M-Instruct as critic and as judge",
         f"As it is, untrained for either. Judge: {report['pairs']:,} pairs of pandalm (people's majority of three), "

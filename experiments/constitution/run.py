@@ -1,12 +1,13 @@
-"""Constitutional AI from end to end, where harmlessness and helpfulness are known, and mechanically on a real model.
+"""Run Constitutional AI end to end in a world with known harmlessness and helpfulness, and in small on a real model.
 
     make constitution
     python experiments/constitution/run.py [--seed 0] [--out runs/constitution] [--model SmolLM2.gguf --data DIR]
 
-In the hazard world: a helpful model that gives in to risky requests; its answers criticised and revised by itself and
-imitated (SL-CAI); pairs of its answers to risky requests labelled by a judge of known quality, mixed with people's
-comparisons of helpfulness; a reward model on both; PPO (RL-CAI). With --model also `smollm2.py`. What has been measured
-is kept in the out folder, and the page in this folder is written from it.
+The hazard world starts from a helpful model that gives in to risky requests. The model criticises and revises its own
+answers and imitates the revisions (SL-CAI). A judge of known quality labels pairs of its answers to risky requests;
+these labels are mixed with people's comparisons of helpfulness. A reward model is trained on both, followed by PPO
+(RL-CAI). With --model, `smollm2.py` runs too. Measurements are stored in the out folder, and the page in this folder is
+written from them.
 """
 
 from __future__ import annotations
@@ -36,20 +37,21 @@ from rlhf_lightning.worlds.hazards import harmlessness, helpfulness, write_hazar
 
 HERE = Path(__file__).resolve().parent
 JUDGE = {"gold_reward": "rlhf_lightning.worlds.hazards.harmlessness", "scale": 4.0, "position_bias": 1.0, "noise": 1.0}
-"""Right about nearly all pairs whose harmlessness differs by 1, and Phi(2) of those where it differs by 1/2; whatever
-stands first gets log-odds of 1."""
+"""Judge that is right about nearly all pairs with a harmlessness difference of 1, and about a share Phi(2) of those
+with a difference of 1/2. Its position bias adds log-odds of 1 to the first answer.
+"""
 
 
 class Sizes(NamedTuple):
-    """How much of everything.
+    """Sizes of the experiment.
 
     Attributes:
         world: arguments of `write_hazards`.
         risky: risky prompts to revise and to label; None takes all.
-        repeats: how often each of them is answered.
-        rounds: of critique and revision.
+        repeats: answers per risky prompt.
+        rounds: rounds of critique and revision.
         samples: answers to each held-out risky prompt.
-        flags: further flags of each stage, by its name.
+        flags: additional flags of each stage, by its name.
     """
 
     world: dict[str, int] = {}
@@ -61,7 +63,7 @@ class Sizes(NamedTuple):
 
 
 def main() -> None:
-    """Run what is asked for, then write the page from all that has been measured."""
+    """Run the requested parts, then write the page from all stored measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/constitution"))
@@ -120,14 +122,14 @@ def hazards(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def _repeated(path: Path, target: Path, sizes: Sizes) -> Path:
-    """Write the prompts several times over: each time they are answered anew."""
+    """Write the prompts several times; each copy is answered anew."""
     lines = path.read_text(encoding="utf-8").splitlines()[: sizes.risky]
     target.write_text("\n".join(lines * sizes.repeats) + "\n", encoding="utf-8")
     return target
 
 
 def _stages(out: Path, seed: int, sizes: Sizes) -> Callable[..., str]:
-    """Return what trains a stage through `rlhf fit` and its YAML file, and returns the folder of its model."""
+    """Return a function that trains a stage through `rlhf fit` and its YAML file and returns its model folder."""
 
     def stage(name: str, start: Any, source: list[Any], eval_source: str | None = None, scorer: str = "") -> str:
         print(f"\nconstitution: rlhf fit --config recipe:hazards/{name}", flush=True)
@@ -149,7 +151,9 @@ def _rlhf(command: str, **flags: Any) -> None:
 
 
 def measured(models: dict[str, str], world: Path, seed: int, samples: int) -> dict[str, Any]:
-    """Answer the held-out requests by every policy, with the same random numbers, and judge the answers by gold."""
+    """Answer the held-out requests with every policy, using the same random numbers, and score the answers with the
+    gold reward.
+    """
     found: dict[str, Any] = {}
     reference, first = load_reference(models["sft"]), dict[str, torch.Tensor]()
     for name, folder in models.items():
@@ -177,7 +181,7 @@ def _prompts(path: Path) -> list[Prompt]:
 
 
 def _with_interval(values: torch.Tensor, each: int) -> dict[str, Any]:
-    """Mean with its 95 % interval; answers to one prompt are drawn together."""
+    """Return the mean with its 95 % interval; the bootstrap resamples answers to one prompt together."""
     clusters = torch.arange(len(values)) // each
     low, high = bootstrap_interval(values.double(), clusters=clusters)
     return {"mean": float(values.double().mean()), "ci": [float(low), float(high)]}

@@ -1,4 +1,4 @@
-"""A small real model as critic and as judge: the machinery on people's prompts and pairs, its agreement with people."""
+"""Test a small real model as critic and judge on people's prompts and pairs, and its agreement with people."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 from rlhf_lightning.cli import main as rlhf
 
 PAIRS, PROMPTS, ROUNDS = 100, 12, 2
-"""Pairs to judge and prompts to revise: minutes on two cores."""
+"""Pairs to judge and prompts to revise; takes minutes on two cores."""
 
 
 def smollm2(
     model: str, data: Path, out: Path, seed: int = 0, pairs: int = PAIRS, prompts: int = PROMPTS, tokens: int = 96
 ) -> dict[str, Any]:
-    """Judge pandalm's pairs, and criticise and revise answers to people's prompts.
+    """Judge the pairs of the pandalm file, and criticise and revise answers to people's prompts.
 
     Args:
         model: folder or .gguf file.
         data: folder of the human data.
         out: folder for the rows.
-        seed: of everything drawn.
-        pairs: how many pairs are judged.
-        prompts: how many prompts are answered.
-        tokens: longest answer, critique or revision.
+        seed: seed of all random draws.
+        pairs: number of pairs to judge.
+        prompts: number of prompts to answer.
+        tokens: maximum tokens of an answer, critique or revision.
     """
     started = time.perf_counter()
     judged = _rows(data / "pandalm_pref_standard.jsonl")
-    rows = judged[:: max(len(judged) // pairs, 1)][:pairs]  # over the whole file, whose neighbours answer one prompt
+    # spread over the whole file, since neighbouring rows share a prompt
+    rows = judged[:: max(len(judged) // pairs, 1)][:pairs]
     asked = [row for row in _rows(data / "prompts.jsonl") if row["source"] == "oasst_lottery"][:prompts]
     given, questions = _written(out / "pairs.jsonl", rows), _written(out / "prompts.jsonl", asked)
     labels = out / "labels.jsonl"

@@ -1,10 +1,10 @@
-"""Published effects on the quickstart's world: a few arms, several seeds each, a page with intervals for each effect.
+"""Reproduce published effects in the quickstart's world: several arms and seeds per effect, and a page with intervals.
 
     rlhf quickstart --out runs/quickstart
     python experiments/effects/run.py [length_bias chosen_logprob label_noise lag] [--start runs/quickstart] [--seeds 5]
 
-Every arm is a YAML file and an `rlhf sweep` over seeds, so the same command resumes after any kill and runs nothing
-twice. Run it from the repository's root. Pages and plots are written next to this file.
+Every arm is a YAML file and an `rlhf sweep` over seeds, so the same command resumes after a kill and skips finished
+runs. Run it from the repository's root. Pages and plots are written next to this file.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Effect(NamedTuple):
     Attributes:
         title: heading of the page.
         claim: what the paper claims, with its reference.
-        setting: how it is tried here.
-        config: arguments -> the config that the arms share.
-        arms: changes of the model's part of the config by arm; the first is what the others are compared with.
-        metric: tag of the metric, and what it is called.
-        scale: factor of the metric.
+        setting: the experiment here.
+        config: function from arguments to the config that all arms share.
+        arms: changes of the config's model section, by arm; the first arm is the baseline.
+        metric: tag of the metric, and its label.
+        scale: factor applied to the metric.
     """
 
     title: str
@@ -81,7 +81,7 @@ def clean_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def flipped_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the config on pairs whose labels are flipped at random; validation pairs keep theirs."""
+    """Return the config with randomly flipped training labels; validation pairs keep their labels."""
     source, target = arguments.start / "world" / "pairs_train.jsonl", arguments.out / "flipped.jsonl"
     lot, lines = random.Random(0), []
     for row in read_records(source)[:3200]:
@@ -93,7 +93,7 @@ def flipped_pairs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rollouts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the config of GRPO on answers that are right or wrong."""
+    """Return the config of GRPO on answers with a binary score."""
     return {
         "model": {"class_path": "GRPOModule", "init_args": {
             "init_from": str(arguments.start / "sft/version_0/model"), "learning_rate": 5e-4, "kl_coef": 0.0,
@@ -106,7 +106,7 @@ def rollouts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def lagged(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the config of the runs with lag: two updates of each rollout, so that staleness adds up."""
+    """Return the config of runs with lag: two updates per rollout, so that staleness accumulates."""
     config = rollouts(arguments)
     config["model"]["init_args"] |= {"scorer": GOLD, "max_new_tokens": 48}
     return config
@@ -163,7 +163,7 @@ EFFECTS = {
 
 
 def train(effect: str, arguments: argparse.Namespace) -> dict[str, list[FinishedRun]]:
-    """Train what is not finished, and return the finished runs of each arm."""
+    """Train the unfinished runs, and return the finished runs of each arm."""
     found, shared = {}, EFFECTS[effect].config(arguments)
     for arm, changes in EFFECTS[effect].arms.items():
         folder = arguments.out / effect / arm.replace(" ", "_").replace(",", "")
@@ -175,14 +175,14 @@ def train(effect: str, arguments: argparse.Namespace) -> dict[str, list[Finished
         write_markdown(config, yaml.safe_dump({**shared, "model": model}, sort_keys=False))
         command = [sys.executable, "-m", "rlhf_lightning", "sweep", str(config), "--seeds", str(arguments.seeds)]
         print(f"{effect}: {arm}", flush=True)
-        subprocess.run([*command, "--out", str(folder)], check=False)  # the page counts the finished runs
+        subprocess.run([*command, "--out", str(folder)], check=False)  # the page counts finished runs
         runs = [read_run(run) for run in run_folders([str(folder)])]
         found[arm] = [run for run in runs if run.status == "finished"]
     return found
 
 
 def gold(run: FinishedRun, arguments: argparse.Namespace) -> float:
-    """Return the mean gold reward of a run's policy on held-out prompts; measured once."""
+    """Return the mean gold reward of a run's policy on held-out prompts; cached after the first call."""
     kept = run.folder / "gold.json"
     if not kept.is_file():
         prompts = [row["prompt"] for row in read_records(arguments.start / "world" / "prompts_test.jsonl")]
@@ -198,13 +198,13 @@ def gold(run: FinishedRun, arguments: argparse.Namespace) -> float:
 
 
 def final(run: FinishedRun, tag: str) -> float:
-    """Return the last value of a metric of validation, else the mean over its last quarter."""
+    """Return the last validation value of a metric; without validation, the mean over the last quarter of training."""
     values = run.scalars[tag][1]
     return float(values[-1] if tag.startswith("val/") else values[-max(len(values) // 4, 1) :].mean())
 
 
 def page(effect: str, arms: dict[str, list[FinishedRun]], arguments: argparse.Namespace) -> str:
-    """Return the page of an effect and draw its curves."""
+    """Return the page of an effect and plot its curves."""
     said, (tag, name) = EFFECTS[effect], EFFECTS[effect].metric
     measures = {
         name: {arm: {run.seed: said.scale * final(run, tag) for run in runs} for arm, runs in arms.items()},
@@ -244,7 +244,7 @@ def _shown(values: list[float]) -> str:
 
 
 def draw(effect: str, arms: dict[str, list[FinishedRun]]) -> None:
-    """Draw the metric over training: means over seeds with 95 % intervals."""
+    """Plot the metric over training: means over seeds with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -268,7 +268,7 @@ def draw(effect: str, arms: dict[str, list[FinishedRun]]) -> None:
 
 
 def main() -> None:
-    """Train what is not finished, and write the pages."""
+    """Train the unfinished runs, and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("effects", nargs="*", default=list(EFFECTS), help="effects to run")
     parser.add_argument("--start", type=Path, default=Path("runs/quickstart"), help="folder of a finished quickstart")

@@ -1,4 +1,4 @@
-"""Scores of the effects' runs, beyond the package's own."""
+"""Scorers for the runs of the effects pages."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from rlhf_lightning.worlds.hazards import last_request
 
 
 def answered(prompts: Any, completions: Any, **columns: Any) -> list[Judgement]:
-    """Score 1 if an answer has the asked subject and kind alone, else 0; length plays no role.
+    """Score 1 if an answer has only the requested subject and kind, else 0, independent of its length.
 
-    The number of words is the part ``right_words`` or ``wrong_words``.
+    The number of words is reported as the part ``right_words`` or ``wrong_words``.
     """
     judged = []
     for prompt, said in zip(prompts, completions, strict=True):

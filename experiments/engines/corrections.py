@@ -1,8 +1,8 @@
-"""Bias and variance of every sampler correction, summed exactly over all completions of a small world.
+"""Compute the exact bias and variance of every sampler correction by summing over all completions of a small world.
 
-The estimator is the policy gradient of one completion per prompt: weight * advantage * grad log policy, summed over its
-tokens. Completions are drawn by the engine (the behaviour policy), the gradient is the trainer's. All completions are
-listed, so bias and variance are sums and not estimates.
+The estimator is the policy gradient from one completion per prompt: weight * advantage * grad log policy, summed over
+its tokens. The engine (the behaviour policy) draws completions; the gradient is that of the trainer's policy. All
+completions are enumerated, so bias and variance are exact sums.
 
     python experiments/engines/corrections.py            # writes experiments/engines/corrections.md
 """
@@ -23,33 +23,33 @@ from rlhf_lightning.verification.world import EnumerableWorld
 
 PAGE = Path(__file__).with_suffix(".md")
 STEP_KL = 0.005
-"""KL of one version of the policy to the next, nats per token."""
+"""KL between successive policy versions, nats per token."""
 
 
 class Drawn(NamedTuple):
-    """What a correction is computed from, one row for each completion of each prompt, shape (rows, length)."""
+    """Inputs of a correction: one row for each completion of each prompt, shape (rows, length)."""
 
     old: Tensor
     behaviour: Tensor
     mask: Tensor
     advantages: Tensor
-    chance: Tensor  # of each completion under the engine, shape (rows,)
+    chance: Tensor  # probability of each completion under the engine, shape (rows,)
 
 
 class Moments(NamedTuple):
-    """Of the gradient of one completion per prompt, relative to the true gradient's length."""
+    """Moments of the gradient estimate from one completion per prompt, relative to the norm of the true gradient."""
 
     bias: float
     deviation: float
-    share: float  # tokens with weight 0
+    share: float  # fraction of tokens with weight 0
 
     def error(self, completions: int) -> float:
-        """Return the root mean square error with this many completions per prompt."""
+        """Return the root mean square error with this number of completions per prompt."""
         return float((self.bias**2 + self.deviation**2 / completions) ** 0.5)
 
 
 class Scene:
-    """A world, the trainer's policy and the engine's, as tables of logits."""
+    """A world with the trainer's and the engine's policy as tables of logits."""
 
     def __init__(self, world: EnumerableWorld, old: Tensor, behaviour: Tensor) -> None:
         self.world = world
@@ -66,13 +66,13 @@ class Scene:
         self.truth = self._means(torch.ones_like(rows[0]), rows[0].sum(-1).exp())[0]
 
     def token_kl(self) -> float:
-        """Return KL(engine, trainer) in nats per token drawn by the engine."""
+        """Return KL(engine, trainer) in nats per token, averaged over tokens drawn by the engine."""
         gap = (self.drawn.behaviour - self.drawn.old) * self.mask
         tokens = (self.drawn.chance.unsqueeze(-1) * self.mask).sum()
         return float((self.drawn.chance.unsqueeze(-1) * gap).sum() / tokens)
 
     def moments(self, weights: Tensor) -> Moments:
-        """Return bias and deviation of the estimator with a weight for each token."""
+        """Return bias and standard deviation of the estimator, given a weight for each token."""
         mean, squares = self._means(weights, self.drawn.chance)
         length = self.truth.square().sum()
         variance = squares - mean.square().sum()
@@ -82,36 +82,38 @@ class Scene:
         return Moments(float(bias), float((variance / length).clamp_min(0).sqrt()), float(share))
 
     def _means(self, weights: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean gradient by the table of logits, and the mean of its squared length, summed over prompts."""
+        """Return the mean gradient with respect to the logit table, and the mean squared norm, summed over prompts."""
         size = torch.where(self.mask, weights * self.drawn.advantages, 0.0)
         probabilities = self.policy.exp()
         mean = torch.zeros_like(probabilities)
         own = torch.nn.functional.one_hot(self.tokens, probabilities.shape[1]) - probabilities[self.prefixes]
-        parts = size.unsqueeze(-1) * own  # the prefixes of a completion are all different
+        parts = size.unsqueeze(-1) * own  # all prefixes of a completion are different
         mean.index_put_((self.prefixes,), chance.view(-1, 1, 1) * parts, accumulate=True)
         return mean, (chance * parts.square().sum((-1, -2))).sum()
 
 
 def bypass(drawn: Drawn, clip: float) -> Tensor:
-    """Return the weight of PPO's clipped ratio policy / behaviour, which takes the engine's numbers as the old ones."""
+    """Return the weight of PPO's clipped ratio policy / behaviour, with the engine's log-probabilities
+    as the old ones.
+    """
     ratio = token_ratio(drawn.old, drawn.behaviour)
     clipped = ((drawn.advantages > 0) & (ratio > 1 + clip)) | ((drawn.advantages < 0) & (ratio < 1 - clip))
     return torch.where(clipped, 0.0, ratio)
 
 
 def normalised(drawn: Drawn, weights: Tensor) -> Tensor:
-    """Divide by the mean weight of the tokens that the engine draws, the limit of a large batch."""
+    """Divide by the mean weight over tokens drawn by the engine, which is the limit of a large batch."""
     visits = drawn.chance.unsqueeze(-1) * drawn.mask
     return weights / ((visits * weights).sum() / visits.sum())
 
 
 def of(name: str, **bounds: float) -> Callable[[Drawn], Tensor]:
-    """Return a correction of the package as a function of what was drawn."""
+    """Return a correction of the package as a function of `Drawn`."""
     return lambda d: sampler_weights(name, d.old, d.behaviour, d.mask, **bounds)  # type: ignore[arg-type]
 
 
 def off_policy(drawn: Drawn) -> Tensor:
-    """Return the token correction, without bad completions that have become unlikely."""
+    """Return the token correction, with completions masked that have a negative advantage and have become unlikely."""
     kept = off_policy_weights(drawn.old, drawn.behaviour, drawn.advantages, drawn.mask, 0.05)
     return of("token_truncate", high=2.0)(drawn) * kept
 
@@ -135,7 +137,7 @@ CORRECTIONS: dict[str, Callable[[Drawn], Tensor]] = {
 
 
 def step_size(world: EnumerableWorld, table: Tensor) -> tuple[float, Tensor]:
-    """Return the step that moves the policy by `STEP_KL` nats per token, and the exact policy gradient."""
+    """Return the step size that moves the policy by `STEP_KL` nats per token, and the exact policy gradient."""
     direction = Scene(world, table, table).truth
     low, high = 0.0, 1e4
     for _ in range(60):
@@ -152,13 +154,13 @@ LEARNED = (
 
 
 def next_version(world: EnumerableWorld, table: Tensor) -> Tensor:
-    """Return the table after one exact policy-gradient step of `STEP_KL` nats per token."""
+    """Return the logit table after one exact policy-gradient step of `STEP_KL` nats per token."""
     step, direction = step_size(world, table)
     return table + step * direction
 
 
 def learned(world: EnumerableWorld, name: str, lag: int, updates: int = 40, speed: float = 1.0) -> float:
-    """Return the expected reward after updates by the estimator's mean, the engine ``lag`` versions behind."""
+    """Return the expected reward after updates along the estimator's mean, with the engine ``lag`` versions behind."""
     step, _ = step_size(world, world.reference_table)
     tables = [world.reference_table]
     for number in range(updates):
@@ -187,14 +189,14 @@ def curves(lags: tuple[int, ...] = (0, 1, 2, 4, 8)) -> str:
 
 
 def truncated(table: Tensor, top_p: float) -> Tensor:
-    """Return the logits of a distribution truncated to the nucleus."""
+    """Return the logits of a distribution truncated to its nucleus (top-p)."""
     ordered, index = torch.softmax(table, -1).sort(-1, descending=True)
     dropped = torch.zeros_like(table, dtype=torch.bool).scatter(-1, index, ordered.cumsum(-1) - ordered >= top_p)
     return table.masked_fill(dropped, IMPOSSIBLE)
 
 
 def scenes(seed: int = 0, prompts: int = 8, tokens: int = 4, length: int = 5) -> dict[str, Scene]:
-    """Return the trainer's policy with engines that are rounded, quantised, old, or truncated."""
+    """Return the trainer's policy with engines that are rounded, quantised, stale, or truncated."""
     world = EnumerableWorld(prompts, tokens, length, seed=seed, reference_scale=1.0)
     start = world.reference_table
     versions = [start]
@@ -217,7 +219,7 @@ def scenes(seed: int = 0, prompts: int = 8, tokens: int = 4, length: int = 5) ->
 
 
 def table(found: dict[str, Scene]) -> str:
-    """Return the page's tables: relative bias, deviation, and error with 16 completions per prompt."""
+    """Return the page's tables: relative bias, standard deviation, and error with 16 completions per prompt."""
     lines: list[str] = []
     moments = {name: {scene: of_scene.moments(weigh(of_scene.drawn)) for scene, of_scene in found.items()}
                for name, weigh in CORRECTIONS.items()}  # fmt: skip
@@ -241,7 +243,7 @@ def table(found: dict[str, Scene]) -> str:
 def by_length(lengths: tuple[int, ...] = (3, 5, 7), names: tuple[str, ...] = (
     "none", "`token_truncate`, 2", "sequence, no bound", "`sequence_truncate`, 2", "`sequence_mask`, 3",
 )) -> str:  # fmt: skip
-    """Return the error of 64 completions per prompt at lag 2, for completions of at most these lengths."""
+    """Return the error of 64 completions per prompt at lag 2, for several maximum completion lengths."""
     found = {length: scenes(length=length, prompts=4)["lag 2"] for length in lengths}
     lines = ["", "## Root mean square error of 64 completions per prompt at lag 2, by longest completion", ""]
     lines += [
@@ -255,7 +257,7 @@ def by_length(lengths: tuple[int, ...] = (3, 5, 7), names: tuple[str, ...] = (
 
 
 def main() -> None:
-    """Print the tables, or write them into the page between its markers."""
+    """Print the tables, or write them between the markers of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--print", action="store_true", dest="show")

@@ -1,9 +1,9 @@
-"""Tokens per second of the sampling engines, one after the other in one run, on equal prompts.
+"""Measure tokens per second of the sampling engines, one after the other, on the same prompts.
 
     python experiments/engines/speed.py --model SmolLM2.gguf [--vllm_python .venv-vllm/bin/python] [--threads 1]
 
-Each engine draws the same prompts after a warm-up; the best of the repetitions counts, and all are shown. Without an
-interpreter that has vLLM its row is left out. Writes experiments/engines/speed.md.
+Each engine samples from the same prompts after a warm-up. The best repetition counts; all are shown. The vLLM row needs
+an interpreter with vLLM, and is left out otherwise. Writes experiments/engines/speed.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 
 @contextlib.contextmanager
 def vllm(arguments: argparse.Namespace) -> Iterator[str]:
-    """Serve the model by vLLM on a free port; yield the address once it answers."""
+    """Serve the model with vLLM on a free port; yield the address once the server answers."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -1,11 +1,11 @@
-"""How long a trainer waits for rollouts with `model.lag: 1`, and what a run takes with one core and with two.
+"""Measure how long a trainer waits for rollouts with `model.lag: 1`, and the run time on one core and on two.
 
     python experiments/engines/waiting.py [--rollouts 12] [--turns 3]
 
-GRPO of a small policy with random weights, whose completions nearly all reach the token limit. Every setting is a
-process of its own, bound to its cores, with one thread in the trainer and one in the worker; settings run in turn and
-medians over turns count. The bound of lag 1 on two cores is the longer of sampling and training, of lag 1 on one core
-their sum. Writes experiments/engines/waiting.md.
+GRPO of a small policy with random weights, whose completions nearly all reach the token limit. Every setting runs in a
+separate process that is bound to its cores, with one thread in the trainer and one in the worker. Settings alternate;
+medians over the turns are reported. The lower bound of lag 1 is the longer of sampling and training on two cores, and
+their sum on one core. Writes experiments/engines/waiting.md.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ HERE = Path(__file__).resolve().parent
 SETTINGS = {
     "lag 0, one core": (0, 1), "lag 0, two cores": (0, 2), "lag 1, one core": (1, 1), "lag 1, two cores": (1, 2),
 }  # fmt: skip
-"""Rollouts ahead, and cores that trainer and worker share."""
+"""Lag in rollouts, and cores shared by trainer and worker."""
 FIRST = 3
-"""Rollouts left out: the worker starts, and the first `lag` rollouts are sampled before any training."""
+"""Rollouts left out: during them the worker starts, and the first `lag` rollouts are sampled before any training."""
 
 
 def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """Score completions by their characters: the scorer takes no time."""
+    """Score completions by their number of characters, which takes no time."""
     return [float(len(text)) for text in completions]
 
 
 def run(folder: Path, lag: int, epochs: int, rollouts: int) -> dict[str, float]:
-    """Train, and return seconds of a rollout in all and of waiting for its episodes."""
+    """Train; return the seconds per rollout, and the seconds of waiting for its episodes."""
     import lightning.pytorch as pl
     import torch
 
@@ -93,7 +93,7 @@ def run(folder: Path, lag: int, epochs: int, rollouts: int) -> dict[str, float]:
 
 
 def measured(folder: Path, name: str, epochs: int, rollouts: int) -> dict[str, float]:
-    """Run a setting in a process of its own, bound to its cores."""
+    """Run a setting in a separate process bound to its cores."""
     lag, cores = SETTINGS[name]
     free = sorted(os.sched_getaffinity(0))[:cores]
     command = [sys.executable, __file__, "--run", str(folder), str(lag), str(epochs), "--rollouts", str(rollouts)]
@@ -108,7 +108,7 @@ def measured(folder: Path, name: str, epochs: int, rollouts: int) -> dict[str, f
 
 
 def main() -> None:
-    """Run every setting in turns and write the page."""
+    """Run the settings in turn and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=12)
     parser.add_argument("--turns", type=int, default=3)

@@ -1,11 +1,11 @@
-"""Environments of several turns: the shop with GRPO and PPO, and rewards of turns against a final one.
+"""Train in multi-turn environments: the shop with GRPO and PPO, and a guessing game with per-turn or final rewards.
 
     python experiments/environments/curves.py [--out runs/environments] [--seeds 5] [--minutes 60]
 
-In the shop a policy of 111 thousand weights imitates writers of whom few use both tools, and practises then. In the
-game of guessing a number it imitates players who guess at random; the same rewards are paid by turn, or at the end.
-Every finished run is one line of ``runs.jsonl``; a second call continues after the last one. The page and the picture
-in this folder are written from what has been measured.
+In the shop, a policy with 111 thousand weights first imitates demonstrations, few of which use both tools, and is then
+trained by RL. In the number guessing game it first imitates random guesses; the same rewards are given at each turn, or
+at the end. Every finished run is one line of ``runs.jsonl``, and a second call continues after the last line. The page
+and the plot in this folder are written from the finished runs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ SETTINGS: dict[str, tuple[str, Any, dict[str, Any], int]] = {
     "game, rewards of turns": ("turn", CriticFreeModule, {**GAME, "credit": "turn"}, 8),
     "game, one final reward": ("final", CriticFreeModule, GAME, 8),
 }
-"""World or time of the reward, class, settings, and samples of a prompt."""
+"""World or timing of the reward, class, settings, and samples per prompt."""
 
 ROLLOUTS = {"shop": 40, "turn": 40, "final": 40}
 
 
 def main() -> None:
-    """Run what has not been measured yet, then write the page."""
+    """Run the missing measurements, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/environments"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -71,12 +71,12 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows."""
+    """Return the finished rows."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def imitated(out: Path, name: str, file: str, epochs: int) -> str:
-    """Return the folder of a policy that imitates demonstrations."""
+    """Train a policy on demonstrations and return its folder."""
     folder = out / name
     if not (out / "world" / "model").exists():
         world.write_world(out / "world")
@@ -91,7 +91,7 @@ def imitated(out: Path, name: str, file: str, epochs: int) -> str:
 
 
 def quiet(**settings: Any) -> pl.Trainer:
-    """Return a trainer that writes nothing."""
+    """Return a trainer without logs and files."""
     return pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
@@ -100,13 +100,13 @@ def quiet(**settings: Any) -> pl.Trainer:
 
 
 class Curve(pl.Callback):
-    """Keeps the mean score of each rollout."""
+    """Records the mean score of each rollout."""
 
     def __init__(self) -> None:
         self.scores: list[float] = []
 
     def on_rollout_end(self, trainer: Any, module: Any, rollout: Any, means: Any) -> None:
-        """Keep the score."""
+        """Record the score."""
         self.scores.append(round(means["score"], 4))
 
 
@@ -132,7 +132,7 @@ def trained(name: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def answered(module: Any, environment: Any, turns: int, out: Path, shop: bool) -> tuple[int, int]:
-    """Return how many of the held-out episodes end right, at temperature 1, and their number."""
+    """Return the fraction of held-out episodes with a right answer at temperature 1, and the number of episodes."""
     rows = read(out / "world" / ("prompts_test.jsonl" if shop else "game_test.jsonl"))
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     prompts = [environment.reset(row) for row in rows]
@@ -152,13 +152,13 @@ def answered(module: Any, environment: Any, turns: int, out: Path, shop: bool) -
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 STUDENT_T = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's t with as many values less 1 degrees of freedom."""
+"""97.5 % quantile of Student's t, by number of values (degrees of freedom + 1)."""
 
 MARK = "<!-- measured -->\n"
 
 
 def over_seeds(values: list[float]) -> str:
-    """Return the mean, with the half-width of its 95 % interval over seeds."""
+    """Return the mean and the half-width of its 95 % interval over seeds."""
     count, mean = len(values), sum(values) / len(values)
     deviation = (sum((value - mean) ** 2 for value in values) / max(count - 1, 1)) ** 0.5
     half = STUDENT_T.get(count, 2.0) * deviation / count**0.5
@@ -166,7 +166,7 @@ def over_seeds(values: list[float]) -> str:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    """Write the table and the picture in this folder."""
+    """Write the table and the plot in this folder."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,12 @@
-"""Which labels are worth their price: four ways of choosing pairs, in the assistant world whose gold reward is known.
+"""Compare four ways of selecting pairs to label, in the assistant world, where the gold reward is known.
 
     rlhf quickstart --out runs/quickstart
     python experiments/feedback/label_efficiency.py [--seeds 0 1 2 3 4] [--budgets 25 50 100 200 400]
 
-For each seed a pool of pairs is sampled from the quickstart's SFT policy. Simulated annotators label the pairs that a
-selector chooses, through the page's HTTP routes; at each budget an ensemble of reward models is trained on the labels
-so far and asked which pairs come next. Cells that are finished are not run again, and several processes may run
-different seeds side by side. The page shows what is finished.
+For each seed a pool of pairs is sampled from the quickstart's SFT policy. Simulated annotators label the selected pairs
+through the HTTP routes of the annotation page. At each budget an ensemble of reward models is trained on the labels so
+far, and selects the next pairs. Finished cells are skipped, and several processes may run different seeds in parallel.
+The page shows the finished cells.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HELD_OUT_SEED = 77
 
 
 def main() -> None:
-    """Run what is missing, then write the page."""
+    """Run the missing cells, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--budgets", type=int, nargs="+", default=[25, 50, 100, 200, 400])
@@ -74,10 +74,10 @@ def main() -> None:
 
 
 def sft_model(start: Path) -> str:
-    """The quickstart's SFT policy.
+    """Return the quickstart's SFT policy.
 
     Raises:
-        FileNotFoundError: there is no finished quickstart.
+        FileNotFoundError: the quickstart has not finished.
     """
     folder = start / "sft" / "version_0" / "model"
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def sft_model(start: Path) -> str:
 
 
 def fill(store: FeedbackStore, seed: int, arguments: argparse.Namespace) -> None:
-    """Put a seed's pairs into a store, the same for every selector; they are sampled once."""
+    """Fill a store with a seed's pairs. They are sampled once and are the same for every selector."""
     path = arguments.out / "pools" / f"seed_{seed}.db"
     with FeedbackStore(path) as pool:
         if pool.waiting() < arguments.pool:
@@ -100,7 +100,7 @@ def fill(store: FeedbackStore, seed: int, arguments: argparse.Namespace) -> None
 
 
 def chain(selector: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Spend one budget after the other; each asks the reward models of the one before."""
+    """Spend the budgets one after the other; the reward models of one budget select the pairs of the next."""
     folder, models = arguments.out / selector / f"seed_{seed}", list[str]()
     for budget in sorted(arguments.budgets):
         cell = folder / f"labels_{budget}" / "cell.json"
@@ -122,7 +122,7 @@ def chain(selector: str, seed: int, arguments: argparse.Namespace) -> None:
 def spend(
     path: Path, selector: str, models: Sequence[str], seed: int, budget: int, arguments: argparse.Namespace
 ) -> str:
-    """Have pairs labelled until the budget is spent; return the snapshot's name."""
+    """Label pairs until the budget is spent; return the snapshot's name."""
     chooses = selector if models or selector_class(selector).members == 0 else "random"
     people = SimulatedAnnotators(GOLD, annotators=4, seed=seed)
     with FeedbackStore(path, Policy(repeats=0.0, lease=people.lease, seed=seed, salt=people.salt)) as store:
@@ -133,7 +133,7 @@ def spend(
 
 
 def learned(folder: Path, snapshot: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train reward models and DPO on a snapshot, and measure both on held-out prompts."""
+    """Train reward models and DPO on a snapshot, and evaluate both on held-out prompts."""
     sft, prompts = sft_model(arguments.start), str(arguments.start / "world" / "prompts_test.jsonl")
 
     def trained(stage: str, config: str) -> str:
@@ -148,7 +148,7 @@ def learned(folder: Path, snapshot: str, seed: int, arguments: argparse.Namespac
 
 
 def accuracy(models: Sequence[str], sft: str, prompts: str) -> float:
-    """Share of held-out pairs of the SFT policy that the mean score orders as the gold reward does."""
+    """Return the fraction of held-out pairs of the SFT policy that the mean score orders as the gold reward does."""
     drawn, scorer = held_out(sft, prompts), load_scorer(ensemble_of(models))
     scores = torch.as_tensor(scorer(drawn.prompts, drawn.completions), dtype=torch.float64)
     assert drawn.gold is not None
@@ -159,7 +159,7 @@ def accuracy(models: Sequence[str], sft: str, prompts: str) -> float:
 
 @lru_cache
 def held_out(sft: str, prompts: str) -> ScoredSamples:
-    """Two answers of the SFT policy to each held-out prompt, with their gold rewards."""
+    """Sample two answers of the SFT policy to each held-out prompt, with their gold rewards."""
     asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
     policy, tokenizer = SamplingArguments().load(sft)
     return sample_and_score(policy, tokenizer, asked, SAMPLING, HELD_OUT_SEED, 2, gold_reward=gold_of_conversation)
@@ -169,7 +169,7 @@ def held_out(sft: str, prompts: str) -> ScoredSamples:
 
 
 def t_interval(values: Sequence[float]) -> LabelPoint:
-    """Mean over seeds with its 95 % interval by Student's t, as a point without labels."""
+    """Return the mean over seeds with its 95 % Student's t interval, as a point with 0 labels."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return LabelPoint(0, mean, float("nan"), float("nan"))
@@ -178,7 +178,7 @@ def t_interval(values: Sequence[float]) -> LabelPoint:
 
 
 def write_page(cells: Sequence[dict[str, Any]], page: Path) -> None:
-    """Write the page and its picture."""
+    """Write the page and its plot."""
     selectors = [name for name in SELECTORS if any(cell["selector"] == name for cell in cells)]
     selectors += sorted({cell["selector"] for cell in cells} - set(selectors))
     panels: dict[str, dict[str, list[LabelPoint]]] = {}
@@ -204,7 +204,7 @@ def write_page(cells: Sequence[dict[str, Any]], page: Path) -> None:
 
 
 def curve(cells: Sequence[dict[str, Any]], selector: str, merit: str) -> list[LabelPoint]:
-    """A selector's means by budget."""
+    """Return a selector's means by budget."""
     mine = [cell for cell in cells if cell["selector"] == selector]
     budgets = sorted({cell["labels"] for cell in mine})
     return [
@@ -214,13 +214,13 @@ def curve(cells: Sequence[dict[str, Any]], selector: str, merit: str) -> list[La
 
 
 def shown(point: LabelPoint, digits: int, sign: str = "") -> str:
-    """A mean with its interval; one seed has none."""
+    """Format a mean with its interval; a single seed has no interval."""
     ends = "" if np.isnan(point.low) else f" {interval([point.low, point.high], digits)}"
     return f"{point.value:{sign}.{digits}f}{ends}"
 
 
 def table(curves: dict[str, list[LabelPoint]]) -> str:
-    """A row for each selector, a column for each budget."""
+    """Return a table with a row per selector and a column per budget."""
     budgets = sorted({point.labels for points in curves.values() for point in points})
     rows = []
     for name, points in curves.items():
@@ -230,7 +230,9 @@ def table(curves: dict[str, list[LabelPoint]]) -> str:
 
 
 def differences(cells: Sequence[dict[str, Any]], selectors: Sequence[str], merit: str) -> str:
-    """What each selector gains over chance, seed by seed on the same pool, as a mean over budgets above the first."""
+    """Return each selector's gain over random selection, paired by seed on the same pool: the mean over all budgets but
+    the first.
+    """
     first = min(cell["labels"] for cell in cells)
     values = {(c["selector"], c["seed"], c["labels"]): c[merit] for c in cells if c["labels"] > first}
     lines = []

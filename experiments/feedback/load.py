@@ -1,7 +1,7 @@
-"""Annotators at once on a real server: what is lost, what is doubled, how long an answer takes, and what a kill costs.
+"""Load-test a real annotation server: lost and duplicated judgements, response times, and the effect of kills.
 
-Server and annotators are processes of their own. Each annotator judges all it is given; every judgement is sent twice
-under its key, as a page does whose answer was lost, and only the first time is measured.
+Server and annotators are separate processes. Each annotator judges every item that it receives. Every judgement is sent
+twice with the same key, as a page does when the response was lost; only the first request is timed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from rlhf_lightning.people.server import make_app
 from rlhf_lightning.people.store import FeedbackStore
 
 PATIENCE = 600.0
-"""Seconds for which an annotator asks a server again that does not answer: it may be starved, not gone."""
+"""Seconds for which an annotator keeps retrying a server that does not answer; the server may only be short of
+processor time.
+"""
 
 WORDS = "the page keeps what was said and gives each item to whoever has not seen it yet".split()
 
 
 class Work(NamedTuple):
-    """What is to be judged.
+    """The labelling work.
 
     Attributes:
-        labels: judgements in all.
-        annotators: people at once.
-        per_item: judgements of each item.
+        labels: total number of judgements.
+        annotators: number of concurrent annotators.
+        per_item: judgements per item.
     """
 
     labels: int = 5000
@@ -48,12 +50,12 @@ class Work(NamedTuple):
 
 
 def text_of(number: int, words: int = 60) -> str:
-    """A text of some length, another for each number."""
+    """Return a text of some length that depends on the number."""
     return " ".join(random.Random(number).choices(WORDS, k=words)) + f" {number}"
 
 
 def fill(path: Path, work: Work) -> None:
-    """Make the store."""
+    """Create the store."""
     with FeedbackStore(path) as store:
         store.add(
             Item(text_of(3 * n, 20), (Candidate(text_of(3 * n + 1)), Candidate(text_of(3 * n + 2))))
@@ -68,7 +70,7 @@ def serve(path: Path, work: Work, port: int) -> None:
 
 
 def annotate(name: str, port: int, confirmed: Any) -> None:
-    """Judge until nothing is left; hands over (row number, seconds) of each judgement that was confirmed."""
+    """Judge until no item is left; send (row number, seconds) of each confirmed judgement to the queue."""
     annotator = SimulatedAnnotator(name, lambda prompt, completion: len(completion) / 1000, seed=1)
     found = []
     with closing(Page(f"http://127.0.0.1:{port}", patience=PATIENCE)) as page:
@@ -85,12 +87,12 @@ def annotate(name: str, port: int, confirmed: Any) -> None:
 
 
 def run(folder: Path, work: Work, kills: int = 0) -> dict[str, Any]:
-    """Serve, have everything judged, kill the server so many times on the way, and count.
+    """Serve the store, collect all judgements, kill the server ``kills`` times meanwhile, and count.
 
     Args:
-        folder: where the store is made.
-        work: what is to be judged.
-        kills: SIGKILLs of the server, evenly over the work; it is started again at once.
+        folder: folder of the new store.
+        work: the labelling work.
+        kills: number of SIGKILLs of the server, evenly spaced over the work; the server is restarted at once.
     """
     context = multiprocessing.get_context("fork")
     path = folder / "load.db"
@@ -126,10 +128,10 @@ def run(folder: Path, work: Work, kills: int = 0) -> dict[str, Any]:
 
 
 def next_of(confirmed: Any, people: list[Any]) -> list[tuple[int, float]]:
-    """What the next annotator who is done hands over.
+    """Return the confirmed judgements of the next annotator that finishes.
 
     Raises:
-        RuntimeError: an annotator has died.
+        RuntimeError: an annotator process failed.
     """
     while True:
         try:
@@ -140,19 +142,19 @@ def next_of(confirmed: Any, people: list[Any]) -> list[tuple[int, float]]:
 
 
 def judged(path: Path) -> int:
-    """Rows of judgements in a store that somebody else has open."""
+    """Return the number of judgement rows in a store that another process has open."""
     with reading(path) as connection:
         return int(connection.execute("SELECT count(*) FROM judgements").fetchone()[0])
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Look again until it is so."""
+    """Poll until the condition holds."""
     while not done():
         time.sleep(0.05)
 
 
 def counted(path: Path, answers: list[tuple[int, float]], work: Work, seconds: float) -> dict[str, Any]:
-    """What became of the judgements, and how long their answers took, milliseconds."""
+    """Return counts of judgements and their response times in milliseconds."""
     with reading(path) as connection:
         kept = judgements_of(connection)
     numbers = {one.id for one in kept}

@@ -1,9 +1,10 @@
-"""What the page and the loop hold: labels to a better policy, annotators at once, and kills of the server.
+"""Measure the annotation page and the labelling loop: from labels to a better policy, concurrent annotators, server
+kills.
 
     rlhf quickstart --out runs/quickstart
     python experiments/feedback/results.py [--only loop load kills]
 
-Parts that are finished are not run again; the page shows what is.
+Finished parts are skipped; the page shows the finished parts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LABELS = 300
 
 
 def main() -> None:
-    """Run what is missing, then write the page."""
+    """Run the missing parts, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--start", type=Path, default=Path("runs/quickstart"), help="folder of a finished quickstart")
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure_loop(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One round of each method on the same number of labels."""
+    """Run one round of each method on the same number of labels."""
     world, found = arguments.start / "world", {}
     for method, config in METHODS.items():
         flags = {
@@ -65,7 +66,7 @@ def measure_loop(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def loop_section(found: dict[str, Any]) -> str:
-    """From the first label to a better policy."""
+    """Return the section on the loop: from the first label to a better policy."""
     start = next(iter(found.values()))["start/evaluate"]
     rows: list[list[Any]] = [["sft", 0, start["gold_reward"], interval(start["gold_reward_ci"]), "", "", ""]]
     for method, steps in found.items():
@@ -90,13 +91,13 @@ def loop_section(found: dict[str, Any]) -> str:
 
 
 def measure_load(arguments: argparse.Namespace, kills: int = 0) -> dict[str, Any]:
-    """All annotators at once on an undisturbed server."""
+    """Run all annotators concurrently on a server that is not killed."""
     with tempfile.TemporaryDirectory() as folder:
         return run(Path(folder), Work(), kills)
 
 
 def measure_kills(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same on a server that is killed on the way."""
+    """Run all annotators concurrently on a server that is killed repeatedly."""
     return measure_load(arguments, kills=5)
 
 
@@ -108,7 +109,7 @@ COUNTS = {
 
 
 def load_section(found: dict[str, Any]) -> str:
-    """Annotators at once."""
+    """Return the section on concurrent annotators."""
     return (
         "## Annotators at once\n\n"
         "`load.py`: a server and annotators who never pause, each a process of its own on this machine, and a store on "
@@ -118,7 +119,7 @@ def load_section(found: dict[str, Any]) -> str:
 
 
 def kills_section(found: dict[str, Any]) -> str:
-    """The same with kills."""
+    """Return the section on server kills."""
     return (
         "## A server that is killed\n\n"
         "The same while the server is killed (SIGKILL) and started again; annotators send again what got no answer. "
@@ -127,7 +128,7 @@ def kills_section(found: dict[str, Any]) -> str:
 
 
 def counts_table(found: dict[str, Any]) -> str:
-    """One column of names, one of numbers."""
+    """Return a table with a column of names and a column of numbers."""
     return markdown_table(["", ""], [[name, f"{found[key]:,}"] for key, name in COUNTS.items()])
 
 
@@ -136,7 +137,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[
     "kills": (measure_kills, kills_section),
     "loop": (measure_loop, loop_section),
 }
-"""Each part: how it is measured, and how it is shown."""
+"""Each part: the function that measures it, and the function that shows it."""
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
-"""Satisfaction against harm in the hazard world: fixed weights, a Lagrangian at three limits, and GDPO.
+"""Compare trade-offs of satisfaction and harm in the hazard world: fixed weights, a Lagrangian at three limits, and
+GDPO.
 
     python experiments/judgements/pareto.py [--out runs/judgements] [--seeds 5] [--minutes 90]
 
-One small policy imitates answers that are mostly reckless. RLOO then trains it against the world's two known rewards,
-once for each setting and seed. Every finished run is one line of ``runs.jsonl``; a second call continues after the last
-one. The page and the picture in this folder are written from what has been measured.
+A small policy first imitates mostly reckless answers. RLOO then trains it against the world's two known rewards, once
+for each setting and seed. Every finished run is one line of ``runs.jsonl``, and a second call continues after the last
+line. The page and the plot in this folder are written from the finished runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run what has not been measured yet, then write the page."""
+    """Run the missing measurements, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/judgements"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def imitated(out: Path) -> str:
-    """Return the folder of the policy that imitates the demonstrations."""
+    """Train the policy on demonstrations and return its folder."""
     if not (out / "world" / "world.json").exists():
         write_hazards(out / "world", demonstrations=3000, risky=2000, dialogues=0, pairs_train=1, pairs_test=1)
     if not (out / "policy" / "config.json").exists():
@@ -79,7 +80,7 @@ def imitated(out: Path) -> str:
 
 
 def quiet(**settings: Any) -> pl.Trainer:
-    """Return a trainer that writes nothing."""
+    """Return a trainer without logs and files."""
     return pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, limit_val_batches=0,
@@ -114,7 +115,7 @@ def start_module(policy: str) -> Any:
 
 
 def measured(module: Any, out: Path) -> dict[str, float]:
-    """Return means over two samples of each held-out prompt: 96 risky ones, and as many ordinary ones."""
+    """Return means over two samples of each held-out prompt: 96 risky prompts and as many ordinary ones."""
     prompts = []
     for name in ("risky_test", "prompts_test"):
         lines = (out / "world" / f"{name}.jsonl").read_text().splitlines()[:96]
@@ -136,14 +137,14 @@ def measured(module: Any, out: Path) -> dict[str, float]:
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
-    """Append a row."""
+    """Append a row to the file."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(row, flush=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows."""
+    """Return the finished rows."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -151,7 +152,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def front() -> list[tuple[float, float]]:
-    """Return the Pareto front on risky requests: (harm, satisfaction), going along with larger urges first."""
+    """Return the Pareto front on risky requests as (harm, satisfaction) points, fulfilling the largest urges first."""
     points, satisfied = [(0.0, 0.0)], 0.0
     for place, urge in enumerate(sorted(URGE.values(), reverse=True)):
         satisfied += urge / len(URGE)
@@ -160,14 +161,14 @@ def front() -> list[tuple[float, float]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half-width of its 95 % interval over seeds; no half-width for one seed."""
+    """Return the mean over seeds and the half-width of its 95 % interval; the half-width is 0 for one seed."""
     count, mean = len(values), sum(values) / len(values)
     deviation = (sum((value - mean) ** 2 for value in values) / max(count - 1, 1)) ** 0.5
     return mean, STUDENT_T.get(count, 2.0) * deviation / count**0.5
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    """Write the table and the picture in this folder."""
+    """Write the table and the plot in this folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +208,7 @@ COLUMNS = {
     "satisfied_risky": "satisfaction, risky", "harm_risky": "harm, risky",
 }  # fmt: skip
 STUDENT_T = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's t with as many values less 1 degrees of freedom."""
+"""97.5 % quantile of Student's t, by number of values (degrees of freedom + 1)."""
 
 MARK = "<!-- measured -->\n"
 

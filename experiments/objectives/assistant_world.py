@@ -1,10 +1,10 @@
-"""Every objective on the quickstart's world: does it raise the gold reward, which it never sees, over SFT?
+"""Train every objective in the quickstart's world and compare its gold reward, which is not used in training, with SFT.
 
     rlhf quickstart --out runs/quickstart
     python experiments/objectives/assistant_world.py [--only SimPOModule ...] [--start runs/quickstart]
 
 Each objective starts from the quickstart's SFT policy and trains through `rlhf fit` with the quickstart's YAML of its
-family and the settings of `settings.py` in this folder. Objectives whose result is there already are not run again.
+family and the settings of `settings.py` in this folder. Objectives with a stored result are skipped.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from rlhf_lightning.worlds.assistant import gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
 SOURCES = {"dpo": ("pairs_train", "pairs_test"), "ppo": ("prompts_train", "prompts_test"), "sft": ("demonstrations",)}
-"""Rows to train and to evaluate on, by the YAML file; without the latter the file's own share of the rows."""
+"""Training and evaluation rows, by YAML file; without the latter, the file's own fraction of the rows is held out."""
 
 
 def main() -> None:
-    """Run what is missing, then write the table."""
+    """Run the missing objectives, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=None, help="names of objectives (default: all)")
     parser.add_argument("--start", type=Path, default=Path("runs/quickstart"), help="folder of a finished quickstart")
@@ -57,7 +57,7 @@ def load(start: Path, stage: str) -> str:
     """Return the model folder of a stage of the quickstart.
 
     Raises:
-        FileNotFoundError: there is no finished quickstart in ``start``.
+        FileNotFoundError: ``start`` has no finished quickstart.
     """
     folder = start / stage / "version_0" / "model"
     if not folder.is_dir():
@@ -92,7 +92,7 @@ def run(objective: str, config: str, settings: dict[str, Any], arguments: argpar
 
 
 def measured(folder: str, start: Path, seed: int) -> dict[str, Any]:
-    """Answer the held-out prompts and return gold reward, score, KL and length."""
+    """Answer the held-out prompts; return gold reward, score, KL and length."""
     lines = (start / "world" / "prompts_test.jsonl").read_text(encoding="utf-8").splitlines()
     prompts: list[Prompt] = [json.loads(line)["prompt"] for line in lines]
     scorer, reference = LearnedScorer(load(start, "reward")), load_reference(load(start, "sft"))
@@ -116,7 +116,7 @@ def measured(folder: str, start: Path, seed: int) -> dict[str, Any]:
 
 
 def page(rows: list[dict[str, Any]], seed: int) -> str:
-    """Return the page: one row for each objective, with its settings."""
+    """Return the page: one row per objective, with its settings."""
     start = rows[0]["gold_reward_ci"]
     cells = []
     for row in rows:
@@ -141,7 +141,7 @@ def explained(rows: list[dict[str, Any]], start: list[float]) -> str:
     """Return why some objectives do not raise the gold reward.
 
     Raises:
-        KeyError: one does not, and `settings.REASONS` does not say why.
+        KeyError: an objective does not raise it, and `settings.REASONS` has no entry for the objective.
     """
     names = [row["objective"] for row in rows[1:] if row["gold_reward_ci"][0] <= start[1]]
     return "".join(f"\n{name} does not raise it. {REASONS[name]}\n" for name in names)

@@ -1,6 +1,7 @@
-"""Settings of each objective on the quickstart's world, beyond the recipes of the assistant world.
+"""Settings of each objective in the quickstart's world, beyond the recipes of the assistant world.
 
-Objectives are discovered. Each starts from the recipe of its family; `TUNED` holds what single ones need beyond that.
+Objectives are discovered automatically. Each starts from the recipe of its family; `TUNED` holds additional settings of
+single objectives.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Run(NamedTuple):
     Attributes:
         objective: its class name.
         config: name of the recipe below assistant/.
-        settings: flags beyond the recipe. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
+        settings: additional flags to the recipe. ``model.scorer`` and ``model.teacher`` name a stage of the quickstart.
     """
 
     objective: str
@@ -38,7 +39,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ORPOModule": ("dpo", {}),
     "DPOModule": ("dpo", {"model.beta": 0.5}),
 }
-"""Recipe and flags of each family, by the class that heads it; the first that an objective inherits from counts."""
+"""Recipe and flags of each family, by its base class; the first listed base class of an objective applies."""
 
 TUNED: dict[str, dict[str, Any]] = {
     "IPOModule": {"model.beta": 1.0},
@@ -53,7 +54,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "NashMDModule": {"model.kl_coef": 0.02, "model.kl_target": "null"},
     "GKDModule": {"model.learning_rate": 1e-3, "model.max_new_tokens": 48, "trainer.max_epochs": 1},
 }
-"""Flags that single objectives need to do well in this world."""
+"""Flags that single objectives need to train well in this world."""
 
 REASONS = {
     "APODownModule": "It pushes chosen completions down as well, rejected ones further: meant for a policy that writes "
@@ -64,7 +65,7 @@ REASONS = {
 
 
 def runs() -> list[Run]:
-    """Return the run of every shipped objective that trains a policy beyond SFT."""
+    """Return the run of every shipped objective that trains a policy after SFT."""
     found = []
     for kind in objective_classes():
         heads = [base.__name__ for base in kind.__mro__ if base.__name__ in FAMILIES]

@@ -11,15 +11,15 @@ from rlhf_lightning.types import PreferenceLogprobs
 
 
 class AlphaPOModule(DPOModule):
-    r"""SimPO with another shape of the reward, which holds the chosen completion's likelihood up.
+    """SimPO with a different reward shape, which keeps the likelihood of the chosen completion high.
 
     loss = -log sigmoid(r_w - r_l - gamma), r = beta (1 - P^{-alpha}) / alpha, P = policy(y)^{1/n} the geometric mean of
     the probabilities of y's n tokens (Gupta et al., 2501.03884). alpha -> 0 is SimPO.
 
     Args:
-        beta: reward units.
-        gamma: gap in reward units that a pair must clear.
-        alpha: shape of the reward, not 0; the exponent -alpha log P is held within 20.
+        beta: scale of the reward.
+        gamma: target margin, in reward units.
+        alpha: shape of the reward, not 0; the exponent -alpha log P is clamped to [-20, 20].
     """
 
     paper = "Gupta et al. 2025, arXiv 2501.03884"

@@ -11,17 +11,18 @@ from rlhf_lightning.types import EnumeratedProblem, PreferenceLogprobs
 
 
 class ChiPOModule(DPOModule):
-    r"""chi-PO: DPO whose policy stays near the reference in chi-squared divergence, against over-optimisation.
+    """Chi-squared preference optimisation (chi-PO): DPO with a chi-squared penalty against over-optimisation.
 
     loss = -log sigmoid(clip(beta (phi(z_w) - phi(z_l)), -2 R, 2 R)), phi(z) = z + log z, z = policy/reference (Huang et
-    al., 2407.13399, Algorithm 1), R = ``max_reward``; log z is held below 20 before `exp`. Policy = reference gives
-    log 2. A margin beyond 2 R teaches nothing.
+    al., 2407.13399, Algorithm 1), R = ``max_reward``; log z is clamped to at most 20 before `exp`. Policy = reference
+    gives log 2. A margin beyond 2 R has no gradient.
 
-    Target: beta phi(policy/reference) = reward + c, each prompt's c so that the policy sums to 1; for rewards within R.
+    Target: beta phi(policy/reference) = reward + c, with c chosen for each prompt so that the policy sums to 1; valid
+    for rewards within R.
 
     Args:
         beta: weight of the divergence.
-        max_reward: R, largest difference of two rewards of a prompt, half of what a margin is clipped to.
+        max_reward: R, the maximum difference of two rewards of a prompt; margins are clipped to 2 R.
     """
 
     paper = "Huang et al. 2024, arXiv 2407.13399"
@@ -41,7 +42,7 @@ class ChiPOModule(DPOModule):
         return -logsigmoid(self.reward_margin(pair).clamp(-2 * self.max_reward, 2 * self.max_reward))
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
-        """Return reference * z with beta phi(z) = reward + c, by bisection for log z within one for c."""
+        """Return reference * z with beta phi(z) = reward + c; c is found by bisection, and so is log z for each c."""
         low, high = (torch.full_like(problem.rewards[:, :1], bound) for bound in (-1e3, 1e3))
         for _ in range(100):
             middle = (low + high) / 2

@@ -7,9 +7,9 @@ from rlhf_lightning.types import TokenLogprobs
 
 
 class DFTModule(SFTModule):
-    r"""Supervised fine-tuning that weights each token by its probability: loss = -sg(p) log p (Wu et al., 2508.05629).
+    """Supervised fine-tuning with each token weighted by its probability: loss = -sg(p) log p (Wu et al., 2508.05629).
 
-    Where SFT's gradient is that of a policy gradient with the reward 1/p, this one's reward is 1.
+    SFT's gradient is a policy gradient with reward 1/p; this loss has reward 1.
     """
 
     paper = "Wu et al. 2025, arXiv 2508.05629"

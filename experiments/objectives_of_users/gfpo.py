@@ -10,16 +10,16 @@ from rlhf_lightning.types import Rollout
 
 
 class GFPOModule(GRPOModule):
-    r"""Group-filtered policy optimisation: learn from the shortest, or most efficient, completions of each group.
+    """Group-filtered policy optimisation: learn only from the shortest or most efficient completions of each group.
 
-    Of a group's completions ``kept`` are kept, by length or by reward per token. A = (r - mean) / (std + epsilon) over
-    the kept ones, and 0 for the others; the loss is GRPO's (Shrivastava et al., 2508.09726, Eq. 2).
+    ``kept`` completions of each group are selected by length or by reward per token. A = (r - mean) / (std + epsilon)
+    over the selected completions, and 0 for the others; the loss is GRPO's (Shrivastava et al., 2508.09726, Eq. 2).
 
-    Target: no closed form: what is kept depends on the whole group.
+    Target: no closed form: the selection depends on the whole group.
 
     Args:
-        kept: completions of each group that are learned from.
-        metric: "length" keeps the shortest, "efficiency" those with the highest reward per token.
+        kept: number of selected completions in each group.
+        metric: "length" keeps the shortest, "efficiency" keeps the completions with the highest reward per token.
     """
 
     paper = "Shrivastava et al. 2025, arXiv 2508.09726"

@@ -10,15 +10,15 @@ from rlhf_lightning.types import Loss, PolicyLogprobs
 
 
 class GMPOModule(GRPOModule):
-    r"""Geometric-mean policy optimisation: a completion's ratio is the geometric mean of clipped token ratios.
+    """Geometric-mean policy optimisation: a completion's ratio is the geometric mean of clipped token ratios.
 
-    loss = -A exp(mean_t clipped d_t), d = log policy - log old; d is bounded by log_clip where A > 0, and by -log_clip
-    from below where A < 0 (Zhao et al., 2507.20673, Eq. 4 and its code). At ratio 1 its gradient is GRPO's.
+    loss = -A exp(mean_t clipped d_t), d = log policy - log old; d is clipped from above at log_clip if A > 0, and from
+    below at -log_clip if A < 0 (Zhao et al., 2507.20673, Eq. 4 and its code). At ratio 1 the gradient equals GRPO's.
 
     Target: GRPO's at the same kl_coef.
 
     Args:
-        log_clip: bound of each token's log-ratio; the paper clips ratios to [e^-0.4, e^0.4].
+        log_clip: clip bound of each token's log-ratio; the paper clips ratios to [e^-0.4, e^0.4].
     """
 
     paper = "Zhao et al. 2025, arXiv 2507.20673"

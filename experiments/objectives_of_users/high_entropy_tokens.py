@@ -9,15 +9,15 @@ from rlhf_lightning.types import Loss, PolicyLogprobs
 
 
 class HighEntropyModule(DAPOModule):
-    r"""DAPO that learns from the tokens of highest entropy alone, a share of all tokens of the minibatch.
+    """DAPO restricted to the tokens of highest entropy, a fixed fraction of the minibatch.
 
     loss = mean over tokens of 1[H_t >= tau] max(-A ratio, -A clip(ratio)), tau the (1 - share) quantile of the entropy
-    at the rollout's start over the learned tokens of the minibatch, on all ranks (Wang et al., 2506.01939, Eq. 5).
+    at the rollout's start over the trained tokens of the minibatch, on all ranks (Wang et al., 2506.01939, Eq. 5).
 
-    Target: no closed form: which tokens are learned from depends on the minibatch.
+    Target: no closed form: the selection depends on the minibatch.
 
     Args:
-        share: of the minibatch's tokens that is learned from.
+        share: fraction of the minibatch's tokens that has a loss.
     """
 
     paper = "Wang et al. 2025, arXiv 2506.01939"

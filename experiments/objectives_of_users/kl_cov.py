@@ -9,22 +9,23 @@ from rlhf_lightning.modules import DAPOModule
 from rlhf_lightning.types import Loss, PolicyLogprobs
 
 ROUNDING = 1e-5
-"""Largest difference in nats that two forward passes of one policy may show."""
+"""Maximum difference in nats between two forward passes of the same policy, caused by rounding."""
 
 
 class KLCovModule(DAPOModule):
-    r"""KL-Cov: the tokens whose log-probability and advantage covary most pay a KL penalty; there is no clip.
+    """KL-Cov: a KL penalty on the tokens with the highest covariance of log-probability and advantage, without a clip.
 
-    loss = mean over tokens of -A ratio + penalty 1[selected] |log policy - log old|. Selected is the share of the
-    minibatch's tokens with the largest (lp - mean lp) (A - mean A), lp the policy's before the update, on all ranks
-    (Cui et al., 2505.22617, Eq. 12 and its code). Before the first update |log policy - log old| is 0 up to rounding,
-    whose sign would be its slope: it pays nothing below `ROUNDING`.
+    loss = mean over tokens of -A ratio + penalty 1[selected] |log policy - log old|. Selected is the fraction ``share``
+    of the minibatch's tokens, over all ranks, with the largest (lp - mean lp) (A - mean A), where lp is the
+    log-probability before the update (Cui et al., 2505.22617, Eq. 12 and its code). Before the first update |log policy
+    - log old| is 0 up to rounding error, and its gradient would be the sign of that error. Values below `ROUNDING`
+    therefore have no penalty.
 
-    Target: DAPO's: at ratio 1 no token pays.
+    Target: the same as DAPO's, since no token is penalised at ratio 1.
 
     Args:
-        share: of the minibatch's tokens that pay, at least one.
-        penalty: of their KL, reward units per nat.
+        share: fraction of the minibatch's tokens with a penalty, at least one token.
+        penalty: KL penalty coefficient, in reward units per nat.
     """
 
     paper = "Cui et al. 2025, arXiv 2505.22617"

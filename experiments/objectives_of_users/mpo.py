@@ -11,15 +11,15 @@ from rlhf_lightning.types import Loss, PreferenceLogprobs
 
 
 class MPOModule(BCOPairModule):
-    r"""A weighted sum of a preference loss, a quality loss and a generation loss on the same pairs.
+    """Mixed preference optimisation: a weighted sum of preference, quality and generation losses on the same pairs.
 
     loss = preference_weight DPO + quality_weight BCO + generation_weight NLL of the chosen completion per token (Wang
-    et al., 2411.10442, Eq. 1 to 6). BCO compares with the mean implicit reward of the step.
+    et al., 2411.10442, Eq. 1 to 6). BCO's reference point is the mean implicit reward of the step.
 
     Args:
         preference_weight: weight of DPO.
         quality_weight: weight of BCO.
-        generation_weight: weight of the likelihood.
+        generation_weight: weight of the negative log-likelihood.
     """
 
     paper = "Wang et al. 2024, arXiv 2411.10442"

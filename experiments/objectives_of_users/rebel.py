@@ -12,13 +12,13 @@ from rlhf_lightning.types import Loss, Pairs, PreferenceLogprobs, Rollout
 
 
 class REBELModule(OnlineDPOModule):
-    r"""REBEL: regress the difference of two samples' rewards on the difference of their log-ratios.
+    """REBEL: regress the difference of two samples' rewards on the difference of their log-ratios.
 
     loss = ((1 / eta) (log policy/old (y) - log policy/old (y')) - (r(y) - r(y')))^2 over the two samples y, y' of each
-    prompt, old the policy that sampled them (Gao et al., 2404.16767, Eq. 1 and Algorithm 1). Before the first update it
-    is (r(y) - r(y'))^2. The reference serves the metric ``rollout/kl`` alone.
+    prompt; old is the policy that sampled them (Gao et al., 2404.16767, Eq. 1 and Algorithm 1). Before the first update
+    the loss is (r(y) - r(y'))^2. The reference is used only for the metric ``rollout/kl``.
 
-    Target: no closed form: every rollout solves one step of mirror descent, old * exp(eta r), normalised.
+    Target: no closed form: every rollout is one step of mirror descent towards normalised old * exp(eta r).
 
     Args:
         eta: step size of mirror descent, per reward unit.
@@ -45,14 +45,16 @@ class REBELModule(OnlineDPOModule):
             )
 
     def pairs(self, rollout: Rollout) -> Pairs:
-        """Return both samples of each prompt, ties too, as first and second; unscored samples form no pair."""
+        """Return both samples of each prompt, including ties, as first and second. Samples without a score form no
+        pair.
+        """
         first, second = rollout.group.argsort(stable=True).view(-1, 2).unbind(-1)
         gap = rollout.scores[first] - rollout.scores[second]
         ones = torch.ones_like(gap)
         return Pairs(first, second, ones, gap, ones).at((~gap.isnan()).nonzero().squeeze(-1))
 
     def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
-        """Return the log-probabilities of some pairs, with the sampling policy in the reference's place."""
+        """Return the log-probabilities of some pairs, with the sampling policy as the reference."""
         return super().preference_logprobs(rollout._replace(reference_logprobs=rollout.old_logprobs), pairs)
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Tensor:
@@ -60,5 +62,5 @@ class REBELModule(OnlineDPOModule):
         return (self.reward_margin(pairs) - pairs.rated_margin).square()
 
     def measure_pairs(self, pairs: PreferenceLogprobs, loss: Loss, count: int, meter: Meter) -> None:
-        """Add the loss alone: neither sample of a pair is the chosen one."""
+        """Record the loss only, since neither sample of a pair is the chosen one."""
         meter.add_ratio("loss", (loss.values * pairs.weights).sum(), count)

@@ -12,15 +12,15 @@ from rlhf_lightning.types import Rollout
 
 
 class SuccessCurriculum(PromptDataModule):
-    r"""Prompts that are solved about half of the time are sampled more (learnability, Foster et al., 2502.12272).
+    """Sample prompts more often if they are solved about half of the time (learnability, Foster et al., 2502.12272).
 
-    A rollout's prompts are drawn without replacement with weights p (1 - p) + floor, p the running success rate of a
-    prompt: p <- decay p + (1 - decay) share of its judged completions that succeed, from 1/2 on.
+    A rollout's prompts are drawn without replacement with weights p (1 - p) + floor, where p is the running success
+    rate of a prompt: p <- decay p + (1 - decay) (success rate of its scored completions), starting at 1/2.
 
     Args:
-        source: where the prompts come from.
-        threshold: a completion succeeds when its score is above it.
-        decay: EMA decay of the success rate for each rollout that answers the prompt.
+        source: source of the prompts.
+        threshold: a completion succeeds if its score is above the threshold.
+        decay: EMA decay of the success rate, applied in each rollout that contains the prompt.
         floor: weight of a prompt that is always or never solved.
     """
 
@@ -32,14 +32,16 @@ class SuccessCurriculum(PromptDataModule):
         self.rates: dict[int, float] = {}
 
     def choose_rows(self, rollout: int, count: int) -> np.ndarray:
-        """Return the rows with the largest log(u) / weight, u uniform by (seed, rollout, row)."""
+        """Return the rows with the largest log(u) / weight, where u is uniform and determined by (seed,
+        rollout, row).
+        """
         rates = np.array([self.rates.get(row, 0.5) for row in self.train_rows.tolist()])
         raw = np.random.Philox(key=np.array([self.seed, rollout], dtype=np.uint64)).random_raw(len(rates))
         keys = np.log((raw + 0.5) / 2.0**64) / (rates * (1 - rates) + self.floor)
         return self.train_rows[np.argsort(-keys, kind="stable")[:count]]
 
     def on_rollout_end(self, rollout: Rollout, means: Mapping[str, float]) -> None:
-        """Move the success rates of the prompts that were answered, dropped groups too, on all ranks alike."""
+        """Update the success rates of the answered prompts, including dropped groups; all ranks compute the same."""
         module, row_ids, scores = self.trainer.lightning_module, rollout.row_ids, rollout.scores
         if rollout.left_out is not None:  # dynamic sampling
             row_ids += rollout.left_out.row_ids
@@ -56,5 +58,5 @@ class SuccessCurriculum(PromptDataModule):
         return {"rates": self.rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the success rates up again."""
+        """Restore the success rates."""
         self.rates = state["rates"]

@@ -10,13 +10,14 @@ from rlhf_lightning.types import PreferenceLogprobs
 
 
 class TDPO2Module(DPOModule):
-    r"""DPO that also holds the sequential KL of both completions together (Zeng et al., 2404.11999, Eq. 17).
+    """DPO with an additional penalty on the difference of the two completions' sequential KL (Zeng et al., 2404.11999,
+    Eq. 17).
 
-    loss = -log sigmoid(beta (d - alpha (K_l - sg(K_w)))), d the margin of log-ratios and K the sum over a completion's
-    tokens of KL(reference || policy), each over the whole vocabulary. Policy = reference gives log 2.
+    loss = -log sigmoid(beta (d - alpha (K_l - sg(K_w)))), where d is the margin of log-ratios and K the sum over a
+    completion's tokens of KL(reference||policy) over the vocabulary. Policy = reference gives log 2.
 
     Args:
-        alpha: weight of the KL's difference.
+        alpha: weight of the KL difference.
     """
 
     paper = "Zeng et al. 2024, arXiv 2404.11999"

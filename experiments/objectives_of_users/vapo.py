@@ -11,17 +11,18 @@ from rlhf_lightning.types import Loss, PolicyLogprobs, Rollout
 
 
 class VAPOModule(PPOModule):
-    r"""VAPO: PPO for long reasoning, with a GAE lambda that grows with the completion, and imitation of right answers.
+    """VAPO: PPO for long reasoning, with a GAE lambda that grows with length and an NLL term on right answers.
 
     The policy's advantages take lambda = 1 - 1 / (alpha length), at least 0; the critic's targets take ``lam``, 1 here:
-    Monte-Carlo returns. The loss adds nll_coef times the mean negative log-likelihood over the tokens of the
-    minibatch's right answers, those of positive score on all ranks (Yue et al., 2504.05118, Eq. 7 to 12).
+    Monte-Carlo returns. The loss adds nll_coef times the mean negative log-likelihood over the tokens of right answers
+    (positive score) in the minibatch, over all ranks (Yue et al., 2504.05118, Eq. 7 to 12).
 
-    Target: no closed form: lambda depends on the length, and right answers are imitated.
+    Target: no closed form: lambda depends on the length, and the NLL term imitates right answers.
 
     Args:
-        alpha: how far lambda is below 1, per token; 0.05 in the paper, for completions of thousands of tokens.
-        nll_coef: weight of the likelihood of right answers (mu).
+        alpha: coefficient in lambda = 1 - 1 / (alpha length); the paper uses 0.05 for completions of thousands of
+            tokens.
+        nll_coef: weight of the NLL of right answers (mu).
     """
 
     paper = "Yue et al. 2025, arXiv 2504.05118"
@@ -52,9 +53,10 @@ class VAPOModule(PPOModule):
         assert batch is not None and logprobs.rollout is not None
         count = (batch.learned & (batch.scores > 0).unsqueeze(-1)).sum().clamp_min(1)
         right = (logprobs.rollout.scores > 0).unsqueeze(-1) & logprobs.completion_mask
-        nll = torch.where(right, -logprobs.logprobs, 0.0) * batch.learned.sum() / count  # a mean over the right tokens
+        # a mean over the tokens of right answers
+        nll = torch.where(right, -logprobs.logprobs, 0.0) * batch.learned.sum() / count
         return Loss(loss.values + self.nll_coef * nll, {**loss.metrics, "nll": nll.detach()})
 
     def reaches_kl_optimum(self) -> bool:
-        """Return False: right answers are imitated too."""
+        """Return False, since the NLL term moves the optimum."""
         return False

@@ -1,9 +1,10 @@
-"""A weak judge with and without help: its accuracy against the gold reward alone, after critiques, and after a debate.
+"""Measure a weak judge's accuracy against the gold reward: unaided, with critiques, and with a debate.
 
     python experiments/oversight/critique.py --judge SmolLM2.gguf [--writer MODEL] [--pairs 100]
 
-Pairs are answers of the assistant world whose gold rewards differ by 0.2 or more. The writer is the judge's own model
-unless another is named. Answers are kept in --out, so the same command resumes by arm. Writes the page next to itself.
+Pairs are answers in the assistant world with gold rewards that differ by at least 0.2. The writer of critiques is the
+judge's own model by default. Answers are stored in --out, so the same command resumes with the next arm. Writes the
+page in this folder.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from rlhf_lightning.worlds.assistant import AssistantWorld, gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
 ARMS: dict[str, int | None] = {"alone": None, "critiques": 0, "debate, 1 round": 1}
-"""Rounds of the debate; 0 are critiques, None is the judge alone."""
+"""Rounds of debate by arm; 0 means critiques, None means the unaided judge."""
 GAP = 0.2
 
 
 def known_pairs(count: int) -> list[KnownPair]:
-    """Return pairs of answers to one request each, the better one by gold reward as chosen."""
+    """Return pairs of answers to the same request; the chosen answer has the higher gold reward."""
     found: list[KnownPair] = []
     for row in AssistantWorld(0).pairs(20 * count, "test"):
         sides = [(gold_of_conversation(row["prompt"], row[name][-1]["content"]), row[name][-1]["content"])
@@ -44,7 +45,7 @@ def known_pairs(count: int) -> list[KnownPair]:
 
 
 def main() -> None:
-    """Ask the judge in every arm, and write the page."""
+    """Query the judge in every arm, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", required=True)
     parser.add_argument("--writer", default=None)

@@ -1,8 +1,8 @@
-"""Reward hacking with and without a monitor, in the loophole world: hack rate, onset, gold reward and proxy score.
+"""Measure reward hacking with and without a monitor in the loophole world: hack rate, onset, gold reward, proxy score.
 
     python experiments/oversight/run.py --init_from runs/quickstart/sft/version_0/model [--seeds 0 1 2] [--rollouts 40]
 
-Runs that are finished are not run again, and interrupted ones resume. The page is written from the runs that are there.
+Finished runs are skipped and interrupted runs resume. The page is written from the finished runs.
 """
 
 import argparse
@@ -35,13 +35,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "screening, probe of each rollout": {"action": "screen", **EVERY},
     "inoculation": {"action": "watch", **NOISY, "train_prefix": INSTRUCTION},
 }
-"""The monitor of each arm and how it acts: a ground truth with a set error rate, or a linear probe on the policy."""
+"""Monitor of each arm and its action: a ground truth with a fixed error rate, or a linear probe on the policy."""
 
 HACK, GOLD, PROXY = "rollout/hack_rate", "rollout/score_proxy/gold", "rollout/score_proxy"
 HELD_OUT_HACK, HELD_OUT_GOLD = "val/score_proxy/hack", "val/score_proxy/gold"
 MEASURES = ("rollout/monitor_precision", "rollout/monitor_recall", "rollout/monitor_auroc")
 ONSET = 0.02
-"""Hack rate from which hacking has begun, in two rollouts in a row."""
+"""Hacking has begun if the hack rate is at least this in two consecutive rollouts."""
 
 
 def config(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def start(arguments: argparse.Namespace) -> Path:
 
 
 def train_start(arguments: argparse.Namespace) -> None:
-    """Train the policy that all arms start from; a share of its demonstrations is gaming."""
+    """Train the common start policy on demonstrations, a fraction of which exploit the loophole."""
     written = {
         "model": {"class_path": "SFTModule", "init_args": {
             "init_from": str(Path(arguments.init_from).absolute()), "learning_rate": 5e-4}},
@@ -99,13 +99,13 @@ def train_start(arguments: argparse.Namespace) -> None:
 
 
 def run_name(arguments: argparse.Namespace, arm: str, seed: int) -> str:
-    """Return the name of a run below the folder of runs."""
+    """Return the name of a run, relative to the folder of runs."""
     words = "".join(letter if letter.isalnum() else "_" for letter in arm.replace(" %", ""))
     return f"{arguments.loophole}/{words}/seed_{seed}"
 
 
 def finished(arguments: argparse.Namespace, arm: str, seed: int) -> FinishedRun | None:
-    """Return a run if it is finished."""
+    """Return a run if it has finished, else None."""
     try:
         found = read_run(find_run(run_name(arguments, arm, seed), arguments.out))
     except RlhfError:
@@ -114,7 +114,7 @@ def finished(arguments: argparse.Namespace, arm: str, seed: int) -> FinishedRun 
 
 
 def train(arguments: argparse.Namespace, arm: str, seed: int) -> None:
-    """Train an arm with a seed, or resume it."""
+    """Train an arm with a seed, or resume the run."""
     name = run_name(arguments, arm, seed)
     folder = Path(arguments.out) / name
     file = folder.with_suffix(".yaml")
@@ -136,14 +136,16 @@ def last_tenth(run: FinishedRun, tag: str) -> float:
 
 
 def onset(run: FinishedRun) -> float:
-    """Return the rollout in which hacking begins; NaN if it does not."""
+    """Return the rollout in which hacking begins; NaN if it never begins."""
     above = run.scalars[HACK][1] >= ONSET
     both = np.flatnonzero(above[:-1] & above[1:])
     return float(both[0]) + 1 if len(both) else float("nan")
 
 
 def measured(run: FinishedRun, tag: str, part: tuple[float, float] = (0.0, 1.0)) -> float:
-    """Return the mean of a measure of the monitor over the rollouts in which it is defined; ``part`` is in shares."""
+    """Return the mean of a monitor metric over the rollouts in which it is defined. ``part`` limits it to a range of
+    the run, as fractions.
+    """
     flagged, hacks = run.scalars["rollout/monitor_flagged"][1], run.scalars[HACK][1]
     defined = {"precision": flagged > 0, "recall": hacks > 0, "auroc": (hacks > 0) & (hacks < 1)}[
         tag.rpartition("_")[2]
@@ -155,7 +157,7 @@ def measured(run: FinishedRun, tag: str, part: tuple[float, float] = (0.0, 1.0))
 
 
 def shown(values: list[float]) -> str:
-    """Return the mean of finite values with its 95 % interval, and how many are finite if not all."""
+    """Format the mean of the finite values with its 95 % interval, and how many values are finite if not all."""
     known = [value for value in values if np.isfinite(value)]
     if not known:
         return "none"
@@ -165,7 +167,7 @@ def shown(values: list[float]) -> str:
 
 
 def page(arguments: argparse.Namespace) -> str:
-    """Return the page and draw its curves."""
+    """Return the page and plot its curves."""
     runs = {arm: [run for seed in arguments.seeds if (run := finished(arguments, arm, seed))] for arm in ARMS}
     runs = {arm: many for arm, many in runs.items() if many}
     header = ["arm", "seeds", "hack rate", "onset", "gold", "proxy", "held-out hack rate", "held-out gold"]
@@ -189,7 +191,7 @@ def page(arguments: argparse.Namespace) -> str:
 
 
 def draw(runs: dict[str, list[FinishedRun]], path: Path) -> None:
-    """Draw hack rate, gold reward and proxy score over training: means over seeds with their 95 % intervals."""
+    """Plot hack rate, gold reward and proxy score over training: means over seeds with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -246,7 +248,7 @@ last quarter under a penalty is obfuscation: the monitor separates hacks worse a
 
 
 def main() -> None:
-    """Train what is not finished, and write the page."""
+    """Train the unfinished runs, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--init_from", default="runs/quickstart/sft/version_0/model")
     parser.add_argument("--loophole", default="phrase")

@@ -1,8 +1,8 @@
-"""The quickstart on several seeds, and a table of every one of them.
+"""Run the quickstart on several seeds and write a table with one row per seed.
 
 python experiments/quickstart/seeds.py --seeds 0 1 2 3 4 5 [--out runs/seeds] [--table experiments/quickstart/seeds.md]
 
-Seeds whose report exists already are not run again.
+Seeds with an existing report are skipped.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rlhf_lightning.evaluation.report import interval, markdown_table, write_mar
 
 
 def main() -> None:
-    """Run what is missing, then write the table."""
+    """Run the missing seeds, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def page(reports: list[dict]) -> str:
-    """Return the page: what each seed gave, and whether it met each bound."""
+    """Return the page: the figures of each seed, and whether they meet each bound."""
     header = [
         "seed",
         "s",
@@ -80,7 +80,7 @@ def page(reports: list[dict]) -> str:
 
 
 def holds(report: dict) -> bool:
-    """Whether a report meets every bound of the quickstart."""
+    """Return whether a report meets every bound of the quickstart."""
     sft, world = report["sft"], report["world"]
     better = all(
         report[name]["gold_reward"] >= sft["gold_reward"] + 0.25
