@@ -22,7 +22,9 @@ GYM = "reasoning_gym:"
 
 
 class GuessTheNumber:
-    """Guessing game: the policy guesses a number and reads "higher", "lower" or "right"; other turns get a hint.
+    """Guessing game: the policy guesses a number and reads "higher", "lower" or "right".
+
+    After a turn without a number, the reply asks for a number.
 
     Args:
         most: the number lies in 1 to ``most``.

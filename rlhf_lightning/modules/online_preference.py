@@ -84,8 +84,8 @@ class OnlineDPOModule(PairObjective, RolloutModule):
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return reference * exp(score / beta), normalised; known for soft labels at temperature 1.
 
-        At this policy x equals the score difference of every pair, so the gradient is 0. At any other policy, every
-        pair lowers the completion with the largest beta log(policy / reference) - score.
+        At this policy x equals the score difference of every pair, so the gradient is 0. At any other policy,
+        every pair with the completion of the largest beta log(policy / reference) - score lowers that completion.
         """
         known = self.soft_labels and self.sampling.temperature == 1
         return super().target_policy(problem) if known else None

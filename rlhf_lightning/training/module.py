@@ -334,7 +334,7 @@ class AlignmentModule(LightningModule):
         return lay_out(sequences, self.packs_rows).to(self.device)
 
     def slots_of(self, batch: Any) -> dict[str, Tensor]:
-        """Return the extra tensors of a batch on the module's device."""
+        """Return the slots of a batch (its additional tensors) on the module's device."""
         return {name: values.to(self.device) for name, values in batch.extras.items()}
 
     def load_models(self) -> None:
@@ -578,15 +578,15 @@ class AlignmentModule(LightningModule):
     # -- inputs of the objective --------------------------------------------------------------------------------------
 
     data_columns: ClassVar[tuple[str, ...]] = ()
-    """Numeric data columns that the objective receives as extra tensors, one value per row, pair, group or prompt. Rows
-    without a number in such a column are dropped and counted."""
+    """Numeric data columns that the objective receives as slots, one value per row, pair, group or prompt. Rows without
+    a number in such a column are dropped and counted."""
 
     needs_reference_logits: ClassVar[bool] = False
     """Whether ``token_statistics`` needs the reference's logits, which cost a forward pass."""
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
-    """Layers whose hidden states the objective receives as ``hidden_N``, at the positions that predict each token,
-    without gradient, shape (rows, length, hidden size); -1 is the last layer."""
+    """Layers whose hidden states the objective receives as slots ``hidden_N``, at the positions that predict each
+    token, without gradient, shape (rows, length, hidden size); -1 is the last layer."""
 
     def token_statistics(
         self, policy_logits: Tensor, reference_logits: Tensor | None, targets: Tensor

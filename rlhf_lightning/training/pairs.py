@@ -74,7 +74,7 @@ class PairObjective(AlignmentModule):
 
     @property
     def value_at_reference(self) -> float | None:
-        """L_0, the loss of each pair when policy = reference; None if it depends on the pair or its extra tensors.
+        """L_0, the loss of each pair when policy = reference; None if it depends on the pair or its slots.
 
         It is computed from three pairs with unequal lengths and log-probabilities.
         """
@@ -86,7 +86,7 @@ class PairObjective(AlignmentModule):
         try:
             with torch.no_grad():
                 values = as_loss(self.preference_loss(pairs)).values
-        except (KeyError, AttributeError):  # the loss reads an extra tensor, or an attribute of its own input type
+        except (KeyError, AttributeError):  # the loss reads a slot, or an attribute of its own input type
             return None
         return float(values[0]) if values.allclose(values[0]) else None
 
@@ -122,7 +122,7 @@ def stacked_pairs(
 ) -> PreferenceLogprobs:
     """Return pairs with certain labels and weight 1, from tensors of shape (2 pairs, length): chosen, then rejected.
 
-    Statistics of the rows become the extra tensors ``chosen_NAME`` and ``rejected_NAME``.
+    Statistics of the rows become the slots ``chosen_NAME`` and ``rejected_NAME``.
     """
     count = len(mask) // 2
     ones = policy.new_ones(count)
@@ -202,7 +202,7 @@ class WholeStep(NamedTuple):
 
 
 def _differentiable_parts(logprobs: PreferenceLogprobs) -> dict[str, Tensor]:
-    """Return by name the tensors that may carry a gradient to the policy: log-probabilities and token statistics."""
+    """Return by name the tensors that may carry a gradient to the policy: log-probabilities and token slots."""
     slots = {
         name: values for name, values in logprobs.extras.items() if values.dim() > 1 and values.is_floating_point()
     }

@@ -47,7 +47,7 @@ from rlhf_lightning.training.optimization import rows_of_step
 from rlhf_lightning.types import NO_LIMITS, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 FIELDS = {"completion_mask", "logprobs", "entropy", "values", "reference_logprobs"}
-"""Statistics that are fields of the rollout; all other statistics go to ``extras``."""
+"""Statistics that are fields of the rollout; all other statistics are slots in ``extras``."""
 
 MINIBATCHES = 2**31
 """Position that seeds the random order of minibatches; it is beyond the length of any completion."""

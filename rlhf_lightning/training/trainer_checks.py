@@ -66,7 +66,7 @@ EXTENDED = (
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_test_start",
     "on_test_epoch_start", "on_test_epoch_end", "on_predict_start", "on_save_checkpoint", "on_load_checkpoint",
 )  # fmt: skip
-"""Hooks in which modules of this package do something that a subclass must not lose."""
+"""Hooks that this package's modules implement, so that a subclass must call ``super()``."""
 
 PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train", "val", "test", "rollout")
 """Packages whose classes log only metrics named GROUP/NAME, and the groups."""
@@ -87,7 +87,7 @@ def check_trainer(trainer: Trainer, module: Any) -> None:
 
 
 def check_hooks(module: Any) -> None:
-    """Refuse a hook of a subclass that would silently take the place of this package's own.
+    """Refuse a subclass's hook that would silently replace this package's implementation.
 
     Raises:
         ContractError: ``hook-without-super``.
@@ -106,7 +106,7 @@ def check_hooks(module: Any) -> None:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """Return the names that a function uses, those within its inner functions too."""
+    """Return the names used in a function and its inner functions."""
     inner = (one for one in code.co_consts if isinstance(one, CodeType))
     return set(code.co_names).union(*map(_names_in, inner))
 
