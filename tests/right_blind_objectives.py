@@ -4,9 +4,14 @@ import torch
 import torch.nn.functional as F
 from right_objectives import right
 
-from rlhf_lightning.functional.policy_gradient import generalized_advantages
+from rlhf_lightning.functional.policy_gradient import (
+    generalized_advantages,
+    leave_one_out_advantages,
+    over_tokens,
+)
 from rlhf_lightning.functional.ranking import untied_pairs
 from rlhf_lightning.modules import (
+    BCOModule,
     CriticFreeModule,
     DPOModule,
     DrGRPOModule,
@@ -225,3 +230,108 @@ class EveryPair(OnlineDPOModule):
         gap = scores[chosen] - scores[rejected]
         ones = torch.ones_like(gap)
         return Pairs(chosen, rejected, torch.sigmoid(gap) if self.soft_labels else ones, gap, ones)
+
+
+@right
+class SureVerdicts(KTOModule):
+    """KTO's logistic sibling whose rows say how sure their verdict is, from 1/2 to 1."""
+
+    no_target = "no closed form: the reference point is that of the policy"
+    data_columns = ("sureness",)
+
+    def unpaired_loss(self, logprobs):
+        lead = self.beta * (logprobs.logratio - logprobs.reference_point)
+        sure = logprobs.extras["sureness"].to(lead).clamp(0.5, 1.0)
+        q = torch.where(logprobs.desirable, sure, 1 - sure)
+        return -q * F.logsigmoid(lead) - (1 - q) * F.logsigmoid(-lead)
+
+
+@right
+class SureBinary(BCOModule):
+    """BCO weighted by a sureness that moves rows of both kinds towards each other."""
+
+    value_at_reference = None
+    no_target = "no closed form: delta is that of the policy"
+    data_columns = ("sureness",)
+
+    def unpaired_loss(self, logprobs):
+        lead = self.beta * logprobs.logratio - logprobs.reference_point
+        sure = 2 * logprobs.extras["sureness"].to(lead).clamp(0.5, 1.0) - 1
+        return sure * -F.logsigmoid(torch.where(logprobs.desirable, lead, -lead)) + (1 - sure) * lead.square() / 8
+
+
+class Tilted(OnPolicyDistillationModule):
+    """Distillation of whole completions that earn a score too, by its share."""
+
+    needs_group = True
+
+    def __init__(self, teacher, share=1.0, aggregation="sequence_mean_token_sum", **kwargs):
+        super().__init__(teacher=teacher, aggregation=aggregation, **kwargs)
+        self.share = share
+
+    def gains(self, rollout):
+        said = torch.where(rollout.completion_mask, rollout.reference_logprobs - rollout.old_logprobs, 0.0).sum(-1)
+        return self.share * rollout.scores + said
+
+    def advantages(self, rollout, rewards):
+        found = leave_one_out_advantages(self.gains(rollout), rollout.group)
+        return Advantages(over_tokens(found, rollout.completion_mask), None)
+
+    def target_policy(self, problem):
+        return torch.softmax(problem.teacher.log() + self.share * problem.rewards, -1)
+
+
+@right
+class TiltedByScores(Tilted):
+    """With leave-one-out as baseline."""
+
+
+@right
+class TiltedByTheGroup(Tilted):
+    """With the group's mean as baseline."""
+
+    def advantages(self, rollout, rewards):
+        total = self.gains(rollout)
+        mean = total.new_zeros(len(total)).index_add(0, rollout.group, total) / torch.bincount(
+            rollout.group, minlength=len(total)
+        ).clamp_min(1)
+        lead = torch.nan_to_num(total - mean[rollout.group])
+        return Advantages(over_tokens(lead, rollout.completion_mask), None)
+
+
+class Probed(SFTModule):
+    """Demonstrations weighted by a probe of the last layer's states, which learns their scores."""
+
+    no_target = "no closed form: the demonstrations are tilted by bounded weights"
+    data_columns = ("score",)
+    hidden_layers = (-1,)
+    means_it = {"list at rest": "there are no lists"}
+
+    def load_models(self):
+        super().load_models()
+        self.probe = torch.nn.Linear(self.policy.model.config.hidden_size, 1)
+        torch.nn.init.zeros_(self.probe.weight)
+        torch.nn.init.zeros_(self.probe.bias)
+
+    def weight(self, lead):
+        return lead.clamp_max(3.0).exp()
+
+    def token_loss(self, logprobs):
+        first = logprobs.completion_mask & (logprobs.completion_mask.cumsum(-1) == 1)
+        states = (logprobs.extras["hidden_-1"].to(self.probe.weight) * first.unsqueeze(-1)).sum(1)
+        value, score = self.probe(states).squeeze(-1), logprobs.extras["score"].to(self.probe.weight)
+        error = first * ((value - score).square() * logprobs.weights).unsqueeze(-1)
+        return super().token_loss(logprobs) * self.weight(score - value.detach()).unsqueeze(-1) + 0.1 * error
+
+
+@right
+class ProbeWeighted(Probed):
+    """Exponential weights."""
+
+
+@right
+class ProbeGated(Probed):
+    """Weights between 0 and 1."""
+
+    def weight(self, lead):
+        return lead.sigmoid()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from functional.pair_losses import dpo_loss
 from wrong_objectives import caught_by
 
-from rlhf_lightning.functional.ranking import ranked_pairs_loss, untied_pairs
+from rlhf_lightning.functional.ranking import mean_by_group, ranked_pairs_loss, untied_pairs
 from rlhf_lightning.modules import (
     CriticFreeModule,
     DAPOModule,
@@ -236,3 +236,40 @@ class WeightWithGradient(DAPOModule):
 
     def objective(self, ratio, logprobs):
         return -ratio.clamp(max=self.cispo_high) * logprobs.advantages * logprobs.logprobs
+
+
+# -- kinds that a fifth set of strangers' classes showed ---------------------------------------------------------------
+
+
+@caught_by("labels", "the expectation over both orders")
+class LabelScalesTheGap(RewardModule):
+    target_of = RewardModule
+
+    def ranking_loss(self, scores):
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        gap = (2 * scores.target - 1)[scores.group[better]] * (scores.scores[better] - scores.scores[worse])
+        return mean_by_group(-F.logsigmoid(gap), scores.group[better], len(scores.target))
+
+
+@caught_by("reference moves", "declare reference_moves")
+class ReferenceReplaced(DPOModule):
+    no_target = "no closed form: the reference is replaced"
+
+    def __init__(self, every: int = 64, **kwargs):
+        super().__init__(**kwargs)
+        self.every = every
+
+    def training_step(self, step, batch_idx):
+        outputs = super().training_step(step, batch_idx)
+        if self.updates % self.every == 0:
+            self.reference.follow(1.0)
+        return outputs
+
+
+@caught_by("known mistake", "the lower side of the clip is missing")
+class ClippedAbove(GRPOModule):
+    target_of = GRPOModule
+
+    def objective(self, ratio, logprobs):
+        clipped = ratio.clamp(max=1 + (self.clip_high or self.clip))
+        return torch.maximum(-logprobs.advantages * ratio, -logprobs.advantages * clipped)

@@ -114,10 +114,10 @@ def widened(given: Any, place: int | None = None, columns: int = 3) -> Any:
     """Return an input or a rollout with masked columns inserted in its grids, at a place or at the end."""
 
     def insert(part: Any) -> Any:
-        if not isinstance(part, Tensor) or part.dim() != 2:
+        if not isinstance(part, Tensor) or part.dim() < 2:
             return part
         at = part.shape[1] if place is None else place
-        return torch.cat([part[:, :at], part.new_zeros(len(part), columns), part[:, at:]], 1)
+        return torch.cat([part[:, :at], part.new_zeros(len(part), columns, *part.shape[2:]), part[:, at:]], 1)
 
     extras = {name: insert(part) for name, part in given.extras.items()}
     return given._replace(

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.verification.cases import Update, some_rows, step_gradient
-from rlhf_lightning.verification.convergence import Convergence, converge, small_world
+from rlhf_lightning.verification.convergence import Convergence, converge, law_of, small_world
 from rlhf_lightning.verification.diagnosis import mistakes_of, shipped_base
 from rlhf_lightning.verification.distillation_checks import (
     divergence_checks,
@@ -156,7 +157,8 @@ def verify(
             mistakes = mistakes_of(subject) if own or fails else []
             checks += [known_mistake_check(mistakes, says_nothing(kind, found))] if own else []
             checks = with_reasons(kind, checks, found)
-            done = Verification(kind.__name__, subject.settings, checks, found, control, 0.0, [], notes_on(subject))
+            notes = notes_on(subject, checks)
+            done = Verification(kind.__name__, subject.settings, checks, found, control, 0.0, [], notes)
     finally:
         torch.set_num_threads(threads)
     adapter = getattr(kind, "adapter", None)
@@ -188,14 +190,11 @@ def known_mistake_check(mistakes: list[str], every: bool) -> Check:
     return at_most("known mistake", len(certain), 0, advice)
 
 
-def notes_on(subject: Subject) -> list[str]:
-    """Say which checks could not be made, and why."""
-    if subject.unseen:
-        return [
-            f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
-            "single rows, tokens and slopes are left out; move the loss there to have them"
-        ]
-    return []
+def notes_on(subject: Subject, checks: list[Check]) -> list[str]:
+    """Say what fails no check, and which checks could not be made."""
+    absent = sorted(subject.kind.means_it.keys() - {check.name for check in checks})
+    said = [f"means_it names {', '.join(absent)}: not among the checks of this class"] if absent else []
+    return [*subject.notes, *said]
 
 
 def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]:
@@ -333,15 +332,14 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     if not reached and kind.target_of is None and inherits_target(kind) and found.source == "declared":
         advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
         return [at_least("target", 0, 1, advice)]
+    law = law_of(found.target, subject.world).removeprefix(",")
+    advice = (
+        f"the policy it comes to rest at is not its target ({found.source}): it earns {found.gold_after:.3f} at KL "
+        f"{found.kl:.3f}{found.law}{f'; the target has{law}' if law else ''}"
+    )
     return [
         at_least("target", 1, 1, "where training should come to rest is known"),
-        at_most(
-            "convergence",
-            found.distance,
-            REACHED,
-            f"the policy it comes to rest at is not its target ({found.source}): it earns {found.gold_after:.3f} at "
-            f"KL {found.kl:.3f}",
-        ),
+        at_most("convergence", found.distance, REACHED, advice),
     ]
 
 
@@ -351,16 +349,17 @@ def with_reasons(kind: type[AlignmentModule], checks: list[Check], found: Conver
     Where a class reaches a target that it declares itself, the checks in `BY_DESIGN` are advice without a reason.
 
     Raises:
-        ContractError: ``means_it`` names a check that does not exist or always has to hold.
+        ContractError: ``means_it`` misspells a check, or names one that always has to hold.
     """
     names = {check.name for check in checks}
-    unknown = sorted(name for name in kind.means_it if name not in names or name in ALWAYS)
-    if unknown:
-        raise ContractError(
-            "unknown-check",
-            f"{kind.__name__}.means_it names {unknown[0]!r}: it must be one of {', '.join(sorted(names))}, and "
-            f"{' and '.join(ALWAYS)} always count",
-        )
+    for name in kind.means_it:  # a check that is not made here may be made at other settings
+        meant = name if name in ALWAYS else next(iter(get_close_matches(name, names - {name}, cutoff=0.8)), "")
+        if meant and (name not in names or name in ALWAYS):
+            raise ContractError(
+                "unknown-check",
+                f"{kind.__name__}.means_it names {name!r}: it must be one of {', '.join(sorted(names))}, and "
+                f"{' and '.join(ALWAYS)} always count",
+            )
     targets = [check for check in checks if check.name in ALWAYS]
     if not targets or not all(check.held or check.meant for check in targets):
         return checks

@@ -128,7 +128,7 @@ def probe_input(subject: Subject, module: Any) -> Any:
     wide = {n: pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
     if not hasattr(given, "extras") or isinstance(given, RankedScores):
         return given._replace(**plain)
-    slots = {n: pad(p, (0, 3)) if p.dim() == 2 else p for n, p in given.extras.items()}
+    slots = {n: pad(p, (0, 0) * (p.dim() - 2) + (0, 3)) if p.dim() > 1 else p for n, p in given.extras.items()}
     return given._replace(**{**plain, **wide}, extras=slots)
 
 

@@ -244,9 +244,12 @@ def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
 
 def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
     """Good completions rise, bad ones fall."""
-    rows = slopes_of(subject, given, list(SIDES))["policy_logprobs"].sum(-1)
-    wanted = torch.where(given.desirable, -rows, rows)
-    return at_least("direction", wanted.min(), 1e-12, "good completions must rise and bad ones fall: look at the sign")
+    certain = {name: torch.ones_like(given.extras[name]) for name in subject.kind.data_columns}  # a column of sureness
+    least = []
+    for one in (given, given._replace(extras={**given.extras, **certain})):
+        rows = slopes_of(subject, one, list(SIDES))["policy_logprobs"].sum(-1)
+        least.append(float(torch.where(given.desirable, -rows, rows).min()))
+    return at_least("direction", max(least), 1e-12, "good completions must rise and bad ones fall: look at the sign")
 
 
 def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
@@ -265,10 +268,23 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
         used += by_point != 0
         wrong += by_point * by_ratio >= 0
         if slopes[1] is not None:
-            units += (-nats * by_point / slopes[1][row][given.completion_mask[row]]).tolist()
-    mixed = bool(odd) and any(all(abs(unit - factor) < 1e-6 for unit in units) for factor in (ODD_BETA, 1 / ODD_BETA))
+            unit = -nats * by_point / slopes[1][row][given.completion_mask[row]]
+            units += [unit] if bool(unit.isfinite().all()) else []
+    lengths = given.completion_mask.sum(-1)
+    mixed = bool(odd) and any(
+        all(bool(((unit - factor).abs() < 1e-6).all()) for unit in units) for factor in (ODD_BETA, 1 / ODD_BETA)
+    )
+    averaged = len(units) == len(lengths) and all(
+        bool(((unit / units[0][0] - length / lengths[0]).abs() < 1e-6).all())
+        for unit, length in zip(units, lengths, strict=True)
+    )
     advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
     checks = [at_most("reference point", wrong, 0, advice)] if used else []
+    if averaged:  # people do this on purpose too
+        subject.notes.append(
+            "log-ratios are averaged over tokens and compared with a reference point that is the mean of sums: the "
+            "longer the completion, the less its log-ratio counts against the point"
+        )
     advice = "a point in nats is multiplied by beta as the log-ratio is, and one in rewards is not: beta is misplaced"
     checks += [at_most("point unit", float(mixed), 0, advice)] if used else []
     few, many = (torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5], [1.1, 0.9]))

@@ -275,6 +275,8 @@ class Fit:
             with contextlib.suppress(*UNFIT):
                 wrong = self.slopes(partial(self._mistaken, change))
                 for name, slopes in further.items():
+                    if "squared" in name:  # two squares differ by a square
+                        continue
                     found = torch.linalg.lstsq(torch.stack([wrong, slopes], -1), self.measured.unsqueeze(-1)).solution
                     rest = found[0, 0] * wrong + found[1, 0] * slopes - self.measured
                     if float(rest.norm() / self.measured.norm()) < FITS and float(found[0, 0]) > 0:

@@ -46,7 +46,7 @@ CERTAIN = (
     "weights of the rows", "the step counts", "is minus", "is exchanged with", "is taken for",
     "which makes it",
     ", which is beta", ", which is 1 / beta", "beta is squared", "beta is inverted", "rewards of the past",
-    "own reward included",
+    "own reward included", "side of the clip is missing",
 )  # fmt: skip
 """Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
 with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""

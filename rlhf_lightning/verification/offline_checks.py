@@ -20,7 +20,10 @@ def offline_checks(subject: Subject) -> list[Check]:
     module, batch = subject.module, some_rows(subject)
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     if given is None:  # the loss is all in `loss_sum`
-        subject.unseen = True
+        subject.notes.append(
+            f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
+            "single rows, tokens and slopes are left out; move the loss there to have them"
+        )
         return cut_checks(subject, batch)
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, batch)]
     if not isinstance(given, RankedScores):

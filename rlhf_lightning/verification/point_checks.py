@@ -231,7 +231,8 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
         turned, values = turned.sum(), values.sum()
     advice = "each row's loss must depend on that row alone, or on all of them alike: not on its place"
     residual = (turned.flip(0) - values if turned.dim() else turned - values).abs().max()
-    return [*checks, at_most("row order", residual, 1e-12 * max(1, len(given.weights)), advice)]
+    bound = 1e-12 * max(1, len(given.weights)) * max(1.0, float(values.abs().max()))
+    return [*checks, at_most("row order", residual, bound, advice)]
 
 
 def draws(given: Any, sides: list[tuple[str, str, str]]) -> list[Any]:

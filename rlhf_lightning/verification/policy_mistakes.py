@@ -73,6 +73,9 @@ def policy_mistakes(given: PolicyLogprobs) -> Iterator[Mistake]:
             lambda r, g, m: -r.clamp(max=m.cispo_high) * g.advantages * g.logprobs
         ),
         "only the clipped ratio counts": _objective(lambda r, g, m: -g.advantages * _held(r, m)),
+        "the lower side of the clip is missing": _objective(
+            lambda r, g, m: torch.maximum(-g.advantages * r, -g.advantages * r.clamp(max=1 + (m.clip_high or m.clip)))
+        ),
         "the logarithm of the ratio is clipped": _objective(
             lambda r, g, m: torch.maximum(-g.advantages * r, -g.advantages * r.log().clamp(-m.clip, m.clip).exp())
         ),

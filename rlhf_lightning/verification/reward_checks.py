@@ -243,11 +243,32 @@ def comparison_checks(subject: Subject, given: RankedScores) -> list[Check]:
         return []
     hard, soft = (subject.values(subject.module, one).detach() for one in unsure)
     turned = unsure[1]._replace(ranks=1 - given.ranks, target=1 - unsure[1].target)
-    residual = (subject.values(subject.module, turned).detach() - soft).abs().max()
+    residual = float((subject.values(subject.module, turned).detach() - soft).abs().max())
+    if not has_outputs(given):
+        residual = max(residual, soft_label_residual(subject, unsure[0]))
+    advice = (
+        "target is the probability that the better one is better: the gradient is the expectation over both orders, or "
+        "vanishes where the gap is its log-odds; a label p of one order is a label 1 - p of the other"
+    )
     return [
         at_least("soft label", (hard - soft).abs().max(), 1e-9, "a soft label must change the loss: use target"),
-        at_most("labels", residual, 1e-9, "a label p of one order must be a label 1 - p of the other: use target"),
+        at_most("labels", residual, 1e-9, advice),
     ]
+
+
+def soft_label_residual(subject: Subject, certain: RankedScores) -> float:
+    """Return how far soft labels are from the expectation over both orders, or from rest at their log-odds."""
+    share = torch.full_like(certain.target, 0.7)
+
+    def slope(one: RankedScores) -> Tensor:
+        return slopes_of_scores(subject, one)
+
+    soft, right = slope(certain._replace(target=share)), slope(certain)
+    wrong = slope(certain._replace(ranks=1 - certain.ranks))
+    gap = orientation(subject) * torch.logit(share)[certain.group]
+    there = certain._replace(scores=torch.where(certain.ranks == 0, gap / 2, -gap / 2), target=share)
+    residuals = ((soft - 0.7 * right - 0.3 * wrong).abs().max(), slope(there).abs().max())
+    return float(min(residuals) / torch.maximum(right.abs().max(), wrong.abs().max()).clamp_min(1e-300))
 
 
 def list_weight_check(subject: Subject) -> list[Check]:

@@ -52,6 +52,8 @@ def state_checks(subject: Subject) -> list[Check]:
     unread = unread_settings(subject.kind)
     advice = f"nothing reads the setting {', '.join(unread)}: use it, or leave it out"
     checks.append(at_most("settings read", len(unread), 0, advice))
+    if getattr(module, "reference", None) is not None and not module.reference_moves:
+        checks.append(reference_check(subject))
     if "kl_coef" in trained:
         checks.append(kl_coef_check(subject))
     return checks
@@ -200,6 +202,22 @@ def learned(subject: Subject, module: Any) -> Tensor:
         return torch.cat([found.flatten(), losses.flatten()])
     batch = step_of(subject).micro_batches[0]
     return subject.gradients(module, lambda: module.loss_sum(batch, Meter()))
+
+
+def reference_check(subject: Subject) -> Check:
+    """Check that training leaves the reference alone where the class does not declare that it moves.
+
+    Whole numbers among the class's own settings are 1, so that what is done in every 64th step is done in each.
+    """
+    own = {name: one.default for base in own_bases(subject.kind) for name, one in parameters_of(base).items()}
+    often = {name: 1 for name, default in own.items() if type(default) is int and default > 1}
+    module = subject.fresh(moved=True, **often)
+    before = [part.detach().clone() for model in module.frozen_models() for part in model.parameters()]
+    train(subject, module)
+    after = [part for model in module.frozen_models() for part in model.parameters()]
+    moved = sum(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    advice = "training changes the reference, whose log-probabilities are kept: declare reference_moves = True"
+    return at_most("reference moves", moved, 0, advice)
 
 
 def kl_coef_check(subject: Subject) -> Check:

