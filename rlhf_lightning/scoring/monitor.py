@@ -1,4 +1,4 @@
-"""Monitors: a second scorer that detects reward hacking and changes the score of suspicious completions."""
+"""Monitors: a second scorer that detects reward hacking and acts on suspicious completions."""
 
 from __future__ import annotations
 

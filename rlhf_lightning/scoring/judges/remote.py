@@ -113,9 +113,9 @@ class RemoteJudge:
     """Model on an OpenAI-compatible server that is asked for a letter.
 
     The answer's tokens are read up to the letter, which marks may precede. At that position the probabilities of the
-    most probable tokens that spell a letter are summed. A letter that is not among these tokens gets the probability of
-    the least probable of them as an upper bound, and the answer is marked as bounded. An answer without a letter counts
-    as missing.
+    most probable tokens that spell a letter are summed. A letter that is missing from the reported tokens gets the
+    probability of the least probable of them as an upper bound, and the answer is marked as bounded. An answer without
+    a letter counts as missing.
 
     Args:
         url: address without the route, such as ``http://host:8000``.
