@@ -1,4 +1,6 @@
-"""What the whole suite shares: a quiet, offline environment, a tokenizer one can encode by hand, and the real data."""
+"""Shared fixtures of the suite: a quiet offline environment, a tokenizer that is easy to encode by
+hand, and real data.
+"""
 
 import os
 
@@ -16,12 +18,12 @@ from typing import Any
 import hypothesis
 import pytest
 
-# The same examples in every run: HYPOTHESIS_PROFILE=default draws new ones.
+# Use the same examples in every run; HYPOTHESIS_PROFILE=default draws new examples.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 CACHE = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf_lightning").expanduser()
-"""Where real runs keep what they convert; tests have caches of their own."""
+"""Cache in which real runs keep converted models; tests use separate caches."""
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>")
 PAD, BOS, EOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
@@ -32,18 +34,20 @@ TEMPLATE = (
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in byte-level vocabularies."""
+    """Return the letter that represents each byte in byte-level vocabularies."""
     letters = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
     hidden = [byte for byte in range(256) if byte not in letters]
     return letters | {byte: chr(256 + number) for number, byte in enumerate(hidden)}
 
 
 BC = len(SPECIAL) + 256
-"""Id of the only token of two bytes."""
+"""Id of the only token that covers two bytes."""
 
 
 def make_tiny_tokenizer(template: str | None = TEMPLATE, adds_bos: bool = False, **changes: Any) -> Any:
-    """A token a byte (ids 7 to 262, by value), and ``bc`` (263); special tokens are ids 0 to 6."""
+    """Build a tokenizer with one token per byte (ids 7 to 262, by value) and ``bc`` (263); ids 0 to 6 are special
+    tokens.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -62,26 +66,26 @@ def make_tiny_tokenizer(template: str | None = TEMPLATE, adds_bos: bool = False,
 
 
 def spell(*parts: str | int) -> list[int]:
-    """Ids of texts, spelt byte by byte, and of special tokens given as ids."""
+    """Return ids: texts are encoded byte by byte, special tokens are given as ids."""
     return [index for part in parts for index in ([part] if isinstance(part, int) else [7 + b for b in part.encode()])]
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer with a chat template; do not change it."""
+    """Return a byte-level tokenizer with a chat template. It is shared, so tests must not change it."""
     return make_tiny_tokenizer()
 
 
 @pytest.fixture(autouse=True)
 def no_shared_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a cache that would make a later test measure nothing, nor the seed that a test before left behind."""
+    """Clear caches that would make a later test measure nothing, and the seed left by an earlier test."""
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """Return a cache folder for this test only."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("RLHF_CACHE", str(folder))
     return folder
@@ -89,7 +93,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows to a JSONL file and returns its path."""
+    """Return a function that writes rows to a JSONL file and returns its path."""
 
     def write(rows: Iterable[Any], name: str = "rows.jsonl") -> str:
         file = tmp_path / name
@@ -101,7 +105,7 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """Finds a file of real data, or skips the test."""
+    """Return a function that finds a file of real data, or skips the test."""
     root = Path(__file__).resolve().parents[1]
     folder = root / os.environ.get("RLHF_DATA", "../shared/data")
 
@@ -116,7 +120,9 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    """The tokenizer of SmolLM2-135M-Instruct: of the folder that is named, or that a real run converted; or a skip."""
+    """Return the tokenizer of SmolLM2-135M-Instruct, from the folder in the environment or from an earlier real run;
+    else skip.
+    """
     from rlhf_lightning.tokenization import load_tokenizer
 
     named = os.environ.get("RLHF_SMOLLM2")
@@ -129,7 +135,7 @@ def smollm2() -> Any:
 
 @contextmanager
 def refused(code: str, *words: str) -> Iterator[None]:
-    """Assert that an error with this code is raised, and that its sentence holds the words (names, values)."""
+    """Assert that an error with this code is raised, and that its message contains the words (names, values)."""
     from rlhf_lightning.errors import RlhfError
 
     with pytest.raises(RlhfError) as caught:

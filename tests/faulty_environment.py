@@ -1,4 +1,4 @@
-"""Environments for tests, importable in other processes: one that talks, and one that fails."""
+"""Environments for tests, importable in other processes: working ones and failing ones."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from rlhf_lightning.types import Episode, Reply
 
 
 class Talks:
-    """Pays each turn by its last token, and ends with one that is divisible by 5."""
+    """Rewards each turn by its last token, and ends after a token divisible by 5."""
 
     def reset(self, row: Any) -> Any:
         return row["prompt"]
@@ -21,7 +21,7 @@ class Talks:
 
 
 class Faulty(Talks):
-    """Fails in the episodes with an odd number."""
+    """Fails in episodes with an odd number."""
 
     def __init__(self, how: str = "raises") -> None:
         self.how = how
@@ -37,7 +37,7 @@ class Faulty(Talks):
 
 
 class ManyEnds(SlotEngine):
-    """Slots in which a third of all tokens end a turn, so that random weights take several."""
+    """Ends a turn on a third of all tokens, so that random weights produce several turns."""
 
     def sample(self, model: Any, prompts: Any, episodes: Any, settings: Any, seed: int, ends: Any, *args: Any,
                **further: Any) -> Any:  # fmt: skip
@@ -45,7 +45,7 @@ class ManyEnds(SlotEngine):
 
 
 class Deadly(Talks):
-    """Kills the process after as many replies as are left in the file named by DEADLY_REPLIES, if there is one."""
+    """Kills the process after the number of replies in the file named by DEADLY_REPLIES, if the file exists."""
 
     def reply(self, episode: Episode) -> Reply:
         name = os.environ.get("DEADLY_REPLIES")
@@ -68,5 +68,5 @@ class Opens(Talks):
 
 
 def words_of_prompts(prompts: Any, completions: Any, kind: Any, **columns: Any) -> list[float]:
-    """Score by the words of what is answered, which are more than the first prompt's after some turns."""
+    """Score by the number of words in the conversation, which grows after some turns."""
     return [float(len(prompt.split())) for prompt in prompts]

@@ -1,4 +1,6 @@
-"""A copy of the test's own process, for what must not happen to that one: no stack has to be imported again."""
+"""Run code in a fork of the test process, for effects that must not reach the test process. A fork needs no new
+imports.
+"""
 
 import os
 import sys
@@ -8,11 +10,11 @@ from pathlib import Path
 
 
 def forked(work: Callable[[], int | None], output: Path) -> tuple[int, str]:
-    """Run ``work`` in a fork; return its exit status (negative: the signal it died of) and what it said.
+    """Run ``work`` in a fork; return its exit status (negative: the signal that killed it) and its output.
 
     Args:
-        work: what to do there.
-        output: a file for what it says.
+        work: function to run in the fork.
+        output: file that receives the output.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Words in which `rlhf verify` names the mistake of each wrong class, as a mistake or in the advice of a check."""
+"""Words with which `rlhf verify` describes the mistake of each wrong class, as a mistake or in a check's advice."""
 
 WORDS = {
     # pairs

@@ -1,4 +1,4 @@
-"""Further rows of `outside_reports`: what an earlier search among other projects found wrong here, and small inputs."""
+"""Additional rows of `outside_reports`: bugs found here by an earlier search of other projects, and small inputs."""
 
 import inspect
 import json

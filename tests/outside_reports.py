@@ -1,4 +1,4 @@
-"""Reports that users of other projects made in public, and small inputs that broke this one, each tried here.
+"""Try public bug reports of other projects, and small inputs that broke this project, each with a check.
 
 ``python tests/outside_reports.py`` runs all of them and writes experiments/outside_reports.md.
 """
@@ -54,7 +54,7 @@ Check = Callable[[Path], None]
 
 
 class Tried(NamedTuple):
-    """A report, what happens here in its place, and the check of that."""
+    """A report, the behaviour of this project, and the check of that behaviour."""
 
     source: str
     there: str
@@ -74,7 +74,7 @@ def report(source: str, there: str, here: str) -> Callable[[Check], Check]:
 
 
 def learned(tokenizer: Any, row: dict[str, Any], kind: str = "sft", **settings: Any) -> tuple[list[Any], Report]:
-    """For each example of a row its prompt, completion and learned part, as texts."""
+    """Return the prompt, completion and trained part of each example of a row, as texts."""
     counts, found = Report(), []
     for outcome in encoder_for(kind, **settings).counted(tokenizer, [row], counts):
         for one in outcome.encoded:
@@ -330,7 +330,7 @@ def stopped_is_finished(folder: Path) -> None:
 
 
 class Spelt(SamplingEngine):
-    """An engine whose samples no tokenizer would encode so."""
+    """An engine that samples token sequences which no tokenizer would produce for their text."""
 
     def complete(self, model: CausalLM, request: Any) -> Completions:
         ids = torch.tensor([8, 7, EOS])
@@ -373,7 +373,7 @@ def long_rope(folder: Path) -> None:
 
 
 def agrees(policy: CausalLM, rows: list[Any], layout: Any) -> None:
-    """Compare log-probabilities with the model's own forward of each row alone."""
+    """Compare log-probabilities with the model's own forward pass of each row alone."""
     with torch.no_grad():
         found = policy(layout).logprobs
         for row, (prompt, completion) in enumerate(rows):
@@ -434,7 +434,7 @@ def moved(policy: CausalLM) -> CausalLM:
 
 
 def merged_as_trained(folder: Path, base: str, **lora: Any) -> None:
-    """Export an adapter, merge it, and compare what transformers loads with what was trained."""
+    """Export an adapter, merge it, and compare the model that transformers loads with the trained model."""
     policy = moved(load_policy(base, lora=LoraSettings(r=4, alpha=8, **lora)))
     export_policy(policy, tiny_tokenizer(), folder / "adapter")
     assert merge_adapter(folder / "adapter", folder / "merged") < 1e-3
@@ -625,7 +625,7 @@ this page. A number after `#` is an issue or a pull request of the repository be
 
 
 def page() -> str:
-    """The page of all reports, then the small inputs."""
+    """Return the page of all reports, followed by the small inputs."""
     tried = everything()
     rows = [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in (one.source, one.there, one.here)) + " |"
@@ -637,15 +637,15 @@ def page() -> str:
 
 
 def everything() -> list[Tried]:
-    """All rows, those of `outside_cases` too."""
-    import outside_cases  # it adds its rows to those of this module
+    """Return all rows, including those of `outside_cases`."""
+    import outside_cases  # adds its rows to this module's list
 
     assert outside_cases.report is report
     return sorted(REPORTS, key=lambda one: "#" not in one.source)
 
 
 def failures() -> Iterator[str]:
-    """Yield what fails."""
+    """Yield the failing rows."""
     for one in everything():
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -662,6 +662,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from outside_reports import main as run  # under its own name, which outside_cases imports
+    from outside_reports import main as run  # under its own module name, which outside_cases imports
 
     sys.exit(run())

@@ -1,4 +1,4 @@
-"""Pickles that run code when they are loaded: each makes a file, so that a test can see it happen."""
+"""Pickles that run code when they are loaded. Each creates a file, so that a test can detect the execution."""
 
 import pickle
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -16,7 +16,7 @@ class Bomb:
 
 
 def calling(module: str, name: str, *arguments: Any) -> bytes:
-    """A pickle that calls ``module.name``, in which the name may have dots, as a pickle of protocol 4 may write it."""
+    """Return a pickle that calls ``module.name``; the name may contain dots, as protocol 4 allows."""
     return (
         b"\x80\x04" + b"".join(_text(part) for part in (module, name)) + b"\x93"
         + b"(" + b"".join(_plain(argument) for argument in arguments) + b"tR."
@@ -24,7 +24,7 @@ def calling(module: str, name: str, *arguments: Any) -> bytes:
 
 
 def by_attribute(module: str, holder: str, name: str, *arguments: Any) -> bytes:
-    """A pickle that calls ``getattr(module.holder, name)``."""
+    """Return a pickle that calls ``getattr(module.holder, name)``."""
     return (
         b"\x80\x04" + _text("builtins") + _text("getattr") + b"\x93"
         + b"(" + _text(module) + _text(holder) + b"\x93" + _text(name) + b"tR"

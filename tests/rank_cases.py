@@ -1,4 +1,4 @@
-"""What tests have each rank do. Every function is called on all ranks of a group, or alone, with the same settings."""
+"""Functions that tests run on ranks. Each is called on all ranks of a group, or alone, with the same arguments."""
 
 import importlib
 import os
@@ -58,11 +58,11 @@ from rlhf_lightning.types import (
 )
 
 ROWS = 7
-"""Rows of an optimizer step: neither 2 nor 4 ranks get equal shares."""
+"""Rows of an optimizer step; 2 or 4 ranks get unequal numbers of rows."""
 
 
 def here() -> tuple[int, int]:
-    """This rank and how many there are."""
+    """Return this rank and the world size."""
     distributed = torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
 
@@ -71,7 +71,9 @@ def here() -> tuple[int, int]:
 
 
 def shares(count: int, accumulation: int, rank: int, ranks: int) -> list[list[int]]:
-    """This rank's micro-batches of rows ``0 .. count - 1``: as many on every rank, some of them empty."""
+    """Return this rank's micro-batches of rows ``0 .. count - 1``. All ranks have the same number, some
+    of them empty.
+    """
     size = -(-count // (ranks * accumulation))
     cuts = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
     cuts += [[]] * (ranks * accumulation - len(cuts))
@@ -81,15 +83,15 @@ def shares(count: int, accumulation: int, rank: int, ranks: int) -> list[list[in
 def offline_step(
     kind: type, seed: int, accumulation: int, rank: int, ranks: int, columns: Sequence[str] = ()
 ) -> Step[Any]:
-    """This rank's share of a step of random rows.
+    """Return this rank's part of a step of random rows.
 
     Args:
-        kind: type of its batches.
-        seed: of the rows.
+        kind: batch type.
+        seed: random seed of the rows.
         accumulation: micro-batches of a step on each rank.
-        rank: this one.
-        ranks: how many there are.
-        columns: numbers that the objective asks for, other ones for each row and each column.
+        rank: index of this rank.
+        ranks: world size.
+        columns: columns that the objective needs, with different values for each row and column.
     """
     pairs = random_pairs(ROWS, seed)
     rows = [(prompt, chosen) for prompt, chosen, _ in pairs]
@@ -123,12 +125,12 @@ def offline_step(
 
 
 def column_value(row: int, place: int) -> float:
-    """Number in [0, 1] of a row in the column at a place."""
+    """Return the value in [0, 1] of a row in the column at an index."""
     return (3 * row + 5 * place) % 8 / 7
 
 
 def judged_steps(rows: Sequence[Any], weights: list[float]) -> ProcessBatch:
-    """Every second token and the last one ends a step, right where the token's number is even."""
+    """Return steps that end at every second token and at the last token; a step is right if the token's id is even."""
     made, labels, supervised = sequences(rows), [], []
     for completion in made.completions:
         ends = torch.arange(len(completion)) % 2 == 1
@@ -151,7 +153,7 @@ PROMPTS, SAMPLES = 4, 2
 
 
 def rollout_step(index: int, rank: int, ranks: int, multi_turn: MultiTurn | None = None) -> Step[PromptBatch]:
-    """This rank's prompts of a rollout, all samples of a prompt on one rank, with some text to pretrain on."""
+    """Return this rank's prompts of a rollout with all samples of each prompt, and text to pretrain on."""
     prompts = [prompt for prompt, _ in random_rows(PROMPTS, seed=300 + index)]
     mine = list(range(PROMPTS))[rank::ranks]
     episodes = [index * PROMPTS * SAMPLES + i * SAMPLES + k for i in mine for k in range(SAMPLES)]
@@ -169,19 +171,21 @@ def rollout_step(index: int, rank: int, ranks: int, multi_turn: MultiTurn | None
 
 
 def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """Score a completion by the share of its words below 60."""
+    """Score a completion by its fraction of words with a number below 60."""
     words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
     return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
 
 
 def share_of_words(text: str, low: int, high: int) -> float:
-    """Share of a text's words from ``low`` to below ``high``."""
+    """Return the fraction of a text's words from ``low`` up to but excluding ``high``."""
     words = [int(word[1:]) for word in text.split() if word.startswith("w")]
     return sum(low <= word < high for word in words) / max(len(words), 1)
 
 
 def low_words_with_feedback(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
-    """Score a completion by the share of its words below 60, and name its first word where that is below a half."""
+    """Score a completion by its fraction of words below 60; give feedback with its first word if the score is below
+    0.5.
+    """
     scores = low_words(prompts, list(completions))
     return [
         Judgement(score, feedback=text.split()[0] if score < 0.5 and text.split() else None)
@@ -190,7 +194,7 @@ def low_words_with_feedback(prompts: Any, completions: Sequence[str], **columns:
 
 
 def low_words_at_a_cost(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
-    """Score a completion by the share of its words below 60; words from 30 to 89 are its cost."""
+    """Score a completion by its fraction of words below 60; the fraction of words from 30 to 89 is its cost."""
     parts = [{"low": share_of_words(text, 0, 60), "cost": share_of_words(text, 30, 90)} for text in completions]
     return [Judgement(one["low"], one) for one in parts]
 
@@ -199,7 +203,7 @@ def low_words_at_a_cost(prompts: Any, completions: Sequence[str], **columns: Any
 
 
 class Recorder(pl.Callback):
-    """Keeps the first update's gradients, whole, and what was drawn."""
+    """Records the full gradients of the first update and the drawn completions."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -223,7 +227,7 @@ def trainer_of(strategy: str, ranks: int, sharding: dict[str, Any] | None = None
 
 
 class ForgetfulModule(modules.DPOModule):
-    """A loss of the whole batch by a class that does not declare that it couples pairs."""
+    """A loss over the whole batch, in a class that does not declare that it couples pairs."""
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
         margin = logprobs.margin
@@ -231,7 +235,7 @@ class ForgetfulModule(modules.DPOModule):
 
 
 class Looking:
-    """Looks at whole distributions of policy and reference, and at the states of a layer."""
+    """Reads the full distributions of policy and reference, and the hidden states of a layer."""
 
     needs_reference_logits = True
     hidden_layers = (0,)
@@ -250,7 +254,7 @@ class LookingDPOModule(Looking, modules.DPOModule):
 
 
 class LookingMeanModule(LookingDPOModule):
-    """Couples the pairs of a step by a mean that carries gradient."""
+    """Couples the pairs of a step by a mean that carries gradients."""
 
     batch_coupled = True
 
@@ -269,7 +273,7 @@ class LookingGRPOModule(Looking, modules.GRPOModule):
 
 
 class OwnForward:
-    """Logits come from the model's own forward of whole sequences."""
+    """Computes logits by the model's own forward pass of whole sequences."""
 
     policy: Any
 
@@ -279,11 +283,11 @@ class OwnForward:
 
 
 class OwnForwardDPOModule(OwnForward, modules.DPOModule):
-    """DPO by the model's own forward."""
+    """DPO with the model's own forward pass."""
 
 
 class OwnForwardPPOModule(OwnForward, modules.PPOModule):
-    """PPO by the model's own forward."""
+    """PPO with the model's own forward pass."""
 
 
 OWN = {
@@ -299,7 +303,7 @@ USERS = Path(__file__).resolve().parents[1] / "experiments" / "objectives_of_use
 
 
 def kind_of(name: str) -> Any:
-    """A class of this file, of the package, or of a user's file as ``file.Class``."""
+    """Return a class of this file, of the package, or of a user's file given as ``file.Class``."""
     if "." in name:
         file, _, kind = name.partition(".")
         with patch.object(sys, "path", [*sys.path, str(USERS)]):
@@ -308,11 +312,11 @@ def kind_of(name: str) -> Any:
 
 
 ENDS = (EOS, *range(FIRST_WORD, FIRST_WORD + 30))
-"""Ends of a completion that are drawn often: completions of a rollout have other lengths on every rank."""
+"""Tokens that end a completion. They are drawn often, so completion lengths differ between ranks."""
 
 
 def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0.05, **settings: Any) -> Any:
-    """A module in double precision under plain gradient descent, so that ranks can be compared to 1e-9."""
+    """Return a module in double precision with plain gradient descent, so that ranks can be compared to 1e-9."""
     kind = kind_of(name)
     if issubclass(kind, modules.RolloutModule):
         settings = {"scorer": low_words, "max_new_tokens": 6, "ppo_epochs": 3} | settings
@@ -330,14 +334,14 @@ def module_of(name: str, folder: str, double: bool = True, sgd: float | None = 0
 def steps_of(
     module: Any, count: int, accumulation: int, together: int = 1, max_tokens: int | None = None
 ) -> list[Step[Any]]:
-    """This rank's share of some steps; on-policy modules cut their rollouts themselves, by the step's limits.
+    """Return this rank's part of some steps. On-policy modules split their rollouts themselves, by the step's limits.
 
     Args:
-        module: what they are for.
-        count: how many steps.
-        accumulation: micro-batches of each.
-        together: ranks that hold one model together, and see the same rows.
-        max_tokens: most tokens of a micro-batch of a rollout.
+        module: module that will be trained.
+        count: number of steps.
+        accumulation: micro-batches per step.
+        together: number of ranks that hold one model jointly and read the same rows.
+        max_tokens: maximum tokens of a micro-batch of a rollout.
     """
     rank, ranks = (place // together for place in here())
     if module.batch_type is PromptBatch:
@@ -353,7 +357,7 @@ def weights_of(module: pl.LightningModule) -> dict[str, Tensor]:
 
 
 class Drawn(pl.Callback):
-    """Keeps the completions of each episode that this rank draws."""
+    """Records the completions of each episode drawn by this rank."""
 
     def __init__(self, module: Any) -> None:
         self.completions: dict[int, list[int]] = {}
@@ -382,10 +386,10 @@ def train(
     max_tokens: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Take some updates; return the first one's gradients, the weights after the last, what was drawn and logged."""
+    """Run some updates; return the first gradients, the final weights, the drawn completions and the logged metrics."""
     module = module_of(name, folder, **settings)
     recorder, drawn = Recorder(), Drawn(module)
-    training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has an update an epoch, or more
+    training_steps = -(-updates // getattr(module, "ppo_epochs", 1))  # a rollout has one or more updates per epoch
     steps = steps_of(module, training_steps, accumulation, (sharding or {}).get("tensor_parallel_size", 1), max_tokens)
     trainer = trainer_of(
         strategy, here()[1], sharding, callbacks=[recorder], precision=precision, accelerator=accelerator
@@ -402,7 +406,7 @@ class Poisoned(modules.DPOModule):
 
     poison: tuple[int, ...] = ()
     masked = False
-    """Whether the gradient is a good one all the same."""
+    """Whether only the loss is NaN and the gradient is valid."""
 
     def preference_loss(self, pairs: PreferenceLogprobs) -> Loss:
         loss = as_loss(super().preference_loss(pairs))
@@ -413,7 +417,9 @@ class Poisoned(modules.DPOModule):
 
 
 def skip(folder: str, strategy: str, poison: Sequence[int], masked: bool, updates: int = 6) -> dict[str, Any]:
-    """Take updates, some spoiled by one rank; return the weights, the skipped updates, and why the run ended."""
+    """Run updates, some of them spoiled by one rank; return the weights, the skipped updates and the reason for the
+    run's end.
+    """
     module = Poisoned(init_from=folder, learning_rate=1e-3, lr_schedule="constant")
     module.poison, module.masked = tuple(poison), masked
     failure = ""
@@ -437,7 +443,7 @@ class Killing(pl.Callback):
 
 
 def lose(name: str, folder: str, strategy: str, rank: int) -> str:
-    """Train until a rank is killed; return what a survivor says."""
+    """Train until a rank is killed; return the error message of a surviving rank."""
     module = module_of(name, folder, double=False)
     callbacks: list[pl.Callback] = [RankWatch(), Killing(rank, 1)]
     try:
@@ -448,7 +454,7 @@ def lose(name: str, folder: str, strategy: str, rank: int) -> str:
 
 
 def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings: Any) -> dict[str, float]:
-    """Return the metrics of held-out rows; of prompts there may be fewer than ranks."""
+    """Return the metrics of held-out rows; there may be fewer prompts than ranks."""
     module = module_of(name, folder, **settings)
     rank, ranks = here()
     if module.batch_type is PromptBatch:
@@ -463,14 +469,14 @@ def validate(name: str, folder: str, strategy: str, prompts: int = 3, **settings
 
 
 def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list[Any]:
-    """Return what the policy answers to this rank's prompts, in single precision."""
+    """Return the policy's answers to this rank's prompts, in single precision."""
     answers: list[Any] = []
 
     class Asks(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
             if (
                 module.device_mesh is None
-            ):  # as read from a file they lie at odd addresses, where products round otherwise
+            ):  # tensors read from a file have odd memory addresses, where matrix products round differently
                 for weight in module.parameters():
                     weight.data = weight.data.clone()
             sampling = SamplingSettings(max_new_tokens=12, batch_size=2)
@@ -487,7 +493,7 @@ def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list
 
 
 def reference_left(folder: str, strategy: str) -> tuple[int, int]:
-    """Return how many weights of the reference this rank holds, and how many there are."""
+    """Return the number of the reference's weights held by this rank, and the total number."""
     module = module_of("DPOModule", folder, double=False)
     trainer_of(strategy, here()[1]).fit(module, StepData(steps_of(module, 1, 1)))
     weights = list(module.reference.copy.parameters())
@@ -511,7 +517,9 @@ class Snapshot(pl.Callback):
 
 
 def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **settings: Any) -> dict[str, Any]:
-    """Train whole, and again from the checkpoint in the middle; return both runs' weights and counters."""
+    """Train without interruption, and again from a checkpoint in the middle; return weights and
+    counters of both runs.
+    """
     sharding = settings.pop("sharding", None)
     found: dict[str, Any] = {}
     for kind in ("whole", "resumed"):
@@ -527,11 +535,11 @@ def resume(name: str, folder: str, path: str, strategy: str, steps: int = 4, **s
 
 
 class Killed(Exception):
-    """What ends a run in its middle."""
+    """Raised to stop a run in the middle."""
 
 
 class Dies(Snapshot):
-    """Saves a checkpoint after some training steps and ends the run one later."""
+    """Saves a checkpoint after some training steps and stops the run one step later."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_batch_end(trainer)
@@ -550,18 +558,18 @@ def together(
     max_tokens: int | None = None,
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """Train with everything at once; return the weights.
+    """Train with all options combined; return the weights.
 
     Args:
-        name: the class.
-        folder: the policy it starts from.
-        strategy: over the ranks that call this.
-        path: where to keep the checkpoint of a run that is killed and resumed; None for no kill.
-        chunk_tokens: tokens whose logits are held at a time.
-        accumulation: micro-batches of a step.
-        steps: how many.
-        max_tokens: most tokens of a micro-batch of a rollout.
-        settings: arguments of the class.
+        name: class name.
+        folder: folder of the initial policy.
+        strategy: strategy of the calling ranks.
+        path: checkpoint path of a run that is killed and resumed; None does not kill the run.
+        chunk_tokens: tokens per chunk of logits.
+        accumulation: micro-batches per step.
+        steps: number of steps.
+        max_tokens: maximum tokens of a micro-batch of a rollout.
+        settings: settings of the class.
     """
 
     def fit(callbacks: list[pl.Callback], checkpoint: str | None) -> dict[str, Tensor]:
@@ -584,14 +592,14 @@ def together(
 
 
 class ResumableData(StepData):
-    """Steps through the package's own loader."""
+    """Serves steps through the package's own loader."""
 
     def train_dataloader(self) -> StepLoader:  # type: ignore[override]
         return StepLoader(lambda epoch: self.steps, len(self.steps), "tiny")
 
 
 def export(name: str, folder: str, out: str, strategy: str, **settings: Any) -> dict[str, Tensor]:
-    """Train a little and export; return the weights that should be in the folder."""
+    """Train briefly and export; return the weights that the folder should have."""
     module = module_of(name, folder, double=False, **settings)
     trainer = trainer_of(strategy, here()[1])
     trainer.fit(module, StepData(steps_of(module, 2, 1)))
@@ -603,7 +611,7 @@ def export(name: str, folder: str, out: str, strategy: str, **settings: Any) -> 
 
 
 def fails(name: str, folder: str, path: str, strategy: str, **settings: Any) -> str:
-    """Return the error of a resume that must not work."""
+    """Return the error of a resume that must fail."""
     module = module_of(name, folder, sgd=None, **settings)
     try:
         trainer_of(strategy, here()[1]).fit(

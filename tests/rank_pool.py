@@ -1,7 +1,7 @@
-"""Groups of gloo ranks that stay warm: importing the stack takes longer than all that tests have them do.
+"""Keep groups of gloo ranks running between tests, because importing the stack takes longer than the test cases.
 
-One process imports everything and forks the ranks of a group when it is first asked for; each rank then runs functions
-of `rank_cases` by name, as often as a test asks. Run as a script it is that process.
+One process imports everything and forks the ranks of a group on first use. Each rank then runs functions of
+`rank_cases` by name. Run as a script, this file is that process.
 """
 
 import os
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 180.0
-"""Seconds after which a case counts as hanging."""
+"""Seconds after which a case is treated as hanging."""
 
 
 class RankPool:
-    """The groups, started on first use."""
+    """The groups of ranks, started on first use."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -29,17 +29,17 @@ class RankPool:
         self._listener: Listener | None = None
 
     def run(self, ranks: int, case: str, **settings: Any) -> list[Any]:
-        """Run a case on every rank of a group; return what each returned, rank after rank."""
+        """Run a case on every rank of a group; return the results in rank order."""
         if ranks not in self._groups:
             self._start(ranks)
         try:
             return self._run(self._groups[ranks], case, settings)
-        except BaseException:  # the other ranks of the group may wait in a collective for ever
+        except BaseException:  # the other ranks of the group may block in a collective
             self.close()
             raise
 
     def lose(self, ranks: int, case: str, rank: int, **settings: Any) -> list[Any]:
-        """Run a case in which a rank is killed; return what the others returned. The pool is closed then."""
+        """Run a case in which a rank is killed; return the results of the others. The pool is closed afterwards."""
         if ranks not in self._groups:
             self._start(ranks)
         try:
@@ -73,7 +73,7 @@ class RankPool:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
             if sys.platform == "linux":  # independent of the machine's network
                 environment["GLOO_SOCKET_IFNAME"] = "lo"
-            quiet = subprocess.DEVNULL  # what a rank has to say of a failure comes back over its connection
+            quiet = subprocess.DEVNULL  # error messages of a rank are sent over its connection
             self._process = subprocess.Popen(
                 [sys.executable, __file__, address],
                 env=environment, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True,
@@ -104,7 +104,7 @@ class RankPool:
 
 
 def serve(address: str, ranks: int, rank: int) -> None:
-    """Be one rank until the pool goes."""
+    """Serve as one rank until the pool closes."""
     import rank_cases
     import torch
 
@@ -131,7 +131,7 @@ def serve(address: str, ranks: int, rank: int) -> None:
 
 
 def fork_ranks(address: str) -> None:
-    """Import everything once, and fork the ranks of each group that is asked for."""
+    """Import everything once, and fork the ranks of each requested group."""
     import ctypes
     import signal
 
@@ -140,7 +140,7 @@ def fork_ranks(address: str) -> None:
     for line in sys.stdin:
         for rank in range(int(line)):
             if os.fork() == 0:
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank that hangs in a collective goes with its parent
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a rank that hangs in a collective ends with its parent
                 serve(address, int(line), rank)
                 os._exit(0)
 

@@ -1,6 +1,6 @@
-"""A process that scores over HTTP, to be killed and started again. Run as a script it serves; it imports nothing heavy.
+"""A scoring server over HTTP that tests can kill and restart. Run as a script, it serves; it imports no large packages.
 
-A completion's score is its number of words. Some words make it misbehave: see `answer`.
+A completion's score is its number of words. Some words trigger faults, see `answer`.
 """
 
 import json
@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class ScoreServer:
-    """The process, and its address."""
+    """The server process and its address."""
 
     def __init__(self) -> None:
         with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks vLLM's routes, or those of a server that knows text alone, over a tiny model."""
+"""A local server over a tiny model with vLLM's routes, or with the routes of a server that supports only text."""
 
 import json
 import threading
@@ -21,12 +21,13 @@ BASE = "base"
 
 
 class SmallServer:
-    """Answers completion requests by a tiny model of its own.
+    """Answers completion requests with its own tiny model.
 
     Args:
-        folder: the model's.
-        noise: standard deviation of what is added to its weights, so that it computes other numbers than the trainer.
-        text: take and return text alone.
+        folder: folder of the model.
+        noise: standard deviation of noise added to its weights, so that its log-probabilities differ from the
+            trainer's.
+        text: accept and return only text.
     """
 
     def __init__(self, folder: str, noise: float = 0.0, text: bool = False) -> None:
@@ -34,9 +35,9 @@ class SmallServer:
         self.models = {BASE: CausalLM(self.backbone())}
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.busy = 0  # requests to turn away before the next is answered
-        self.knows_stops = True  # whether it ends completions at the texts of a request's ``stop``
-        self.deaf = False  # whether it reports new weights as loaded, and keeps the old ones
+        self.busy = 0  # number of requests to reject before the next answer
+        self.knows_stops = True  # whether completions end at the texts in a request's ``stop``
+        self.deaf = False  # whether it reports new weights as loaded but keeps the old weights
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.lock = threading.Lock()
         self.url = ""
@@ -81,7 +82,7 @@ class SmallServer:
             return 200, self.spoil(self.in_text(body) if self.text else self.in_tokens(body))
 
     def top_tokens(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The most probable tokens after each prompt, the last prompt first."""
+        """Return the most probable tokens after each prompt, last prompt first."""
         with torch.no_grad():
             logits = self.models[body["model"]].model(torch.tensor(body["prompt"])).logits[:, -1]
         found = logits.log_softmax(-1).topk(body["logprobs"])
@@ -124,7 +125,7 @@ class SmallServer:
 
 @contextmanager
 def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer]:
-    """Run a small server while the block runs, on a port that is free or on the one given."""
+    """Run a small server during the block, on a free port or on the given port."""
     small = SmallServer(folder, **settings)
 
     class Handler(BaseHTTPRequestHandler):

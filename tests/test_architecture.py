@@ -1,4 +1,4 @@
-"""Rules of the house that no type checker knows: imports point one way, losses are pure, everything is described."""
+"""Check rules that no type checker covers: the import order of packages, pure losses, and complete docstrings."""
 
 import ast
 import importlib

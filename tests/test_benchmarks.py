@@ -1,4 +1,4 @@
-"""The comparison of speed and memory counts, compares and remembers as it says."""
+"""Test the counting, comparison and storage of the speed and memory benchmarks."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def record(seconds, tokens=(), loss=(0.5,) * 5, peak=1.0, **more):
 
 RUNS = {
     "ours": [record([9, 1, 1, 0.5, 0.5], [10, 30, 70, 90, 130])],
-    PEER: [record([9, 4, 4, 4, 4], peak=4.0)],  # it does not say its tokens, and read the same rows
+    PEER: [record([9, 4, 4, 4, 4], peak=4.0)],  # the peer does not report its tokens; it read the same rows
     LIMIT: [record([9, 0.5, 0.5, 0.5, 0.5], [10, 30, 70, 90, 130], shared_prompt=True)],
 }
 
@@ -58,7 +58,8 @@ def test_speeds_are_those_of_the_steps_that_a_goal_reads():
     assert first["peer"].value == pytest.approx(60 / 8)
     assert first["speed"].value == pytest.approx(4.0)
     assert later["speed"].value == pytest.approx(8.0)
-    assert first["share"].value == pytest.approx(30 / 60)  # of the limit all warm steps: 120 tokens in two seconds
+    # all steps of the limit after warm-up: 120 tokens in two seconds
+    assert first["share"].value == pytest.approx(30 / 60)
     assert later["share"].value is None
     assert first["memory"].value == pytest.approx(0.25)
 
@@ -121,7 +122,7 @@ def test_goals_read_sides_and_steps_that_their_case_has(device, name):
         assert goal.side in case.ours
         assert goal.memory_of in case.sides
         assert goal.share is None or case.limit is not None
-        assert len(range(steps)[goal.steps]) >= 2  # and medians are over the steps of three runs
+        assert len(range(steps)[goal.steps]) >= 2  # medians are taken over the steps of three runs
     assert {goal.side for goal in case.goals} == set(case.ours)
 
 
@@ -132,7 +133,7 @@ STAGE = "import json\nprint('some words')\nprint('PEER ' + json.dumps({}))\n"
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """A comparison of two sides that are scripts of one line."""
+    """Return a comparison of two sides, each a one-line script."""
     data = tmp_path / "rows.jsonl"
     data.write_text("{}\n")
     for name, seconds in (("peer", [3, 2]), ("limit", [2, 1])):
@@ -195,7 +196,7 @@ def test_a_run_that_takes_too_long_is_ended(bench):
 
 
 def test_the_process_that_starts_the_others_stays_small():
-    """A process begins with the peak of resident memory of its parent, which would count as its own."""
+    """A child process inherits the peak resident memory of its parent, which would be counted as its own."""
     program = "import sys, compare; print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=compare.HERE, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -218,7 +219,7 @@ def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
 
 
 def test_a_fresh_reward_adapter_shares_the_policys_backbone(tmp_path):
-    """It scores as the whole reward model does: an adapter that was never trained changes nothing."""
+    """It scores like the full reward model, because an untrained adapter changes nothing."""
     source = save_policy(tmp_path / "policy")
     folders.reward(tmp_path / "whole", Path(source))
     folders.reward(tmp_path / "adapter", Path(source), adapter=True)
@@ -233,7 +234,7 @@ def test_a_fresh_reward_adapter_shares_the_policys_backbone(tmp_path):
 
 
 def test_a_stage_prints_figures_of_each_rollout(tmp_path):
-    """PPO with everything on one backbone, through the command that users type."""
+    """PPO with all roles on one backbone, through the users' command."""
     small = folders.written("small", tmp_path / "small")
     weights = safetensors.torch.load_file(small / "model.safetensors")
     assert 0.9e6 < sum(weight.numel() for weight in weights.values()) < 1.1e6
@@ -258,7 +259,7 @@ def test_points_have_the_tokens_that_their_axis_says():
     points = scaling.SWEEPS["length"].points
     assert [point.tokens for point in points.values()] == [4 * length for length in points]
     spreads = [point.tokens for point in scaling.SWEEPS["spread"].points.values()]
-    assert max(spreads) - min(spreads) <= 8  # the same work, spread otherwise
+    assert max(spreads) - min(spreads) <= 8  # the same work with a different spread
     assert scaling.spread(0.5, 3, 100) == (50, 100, 150)
 
 
@@ -294,7 +295,7 @@ def two_and_three_layers(tmp_path_factory):
 
 @pytest.mark.parametrize("case", operations.CASES)
 def test_no_change_adds_operations(case, two_and_three_layers):
-    """At most 2 % more than operations.json says, over what transformers and peft dispatch."""
+    """Allow at most 2 % more than in operations.json, relative to transformers and peft."""
     if case.startswith("qlora"):
         pytest.importorskip("bitsandbytes")
     found = operations.ratios(operations.measured(case, two_and_three_layers))
@@ -341,7 +342,7 @@ def test_every_cell_of_the_gpu_report_is_a_case_for_both_devices():
 
 
 def modules_of(program, *names):
-    """Which of the named modules a fresh interpreter has imported after a program."""
+    """Return which of the named modules a fresh interpreter has imported after running a program."""
     shown = f"import sys; {program}; print('LOADED', *[name for name in {names} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(compare.ROOT)}
     done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Private API of other packages: one test for each function of compat.py, which says in one sentence what changed."""
+"""Test the use of other packages' private API: one test per function of compat.py, whose message says what changed."""
 
 import inspect
 import signal
@@ -26,7 +26,7 @@ from rlhf_lightning.commands.train_settings import SettingsCLI
 
 
 class Line(LightningModule):
-    """One weight, which takes its own steps."""
+    """A model with one weight that takes its own optimizer steps."""
 
     def __init__(self) -> None:
         super().__init__()

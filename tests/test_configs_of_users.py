@@ -28,7 +28,7 @@ def users_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def class_of(file: str) -> Any:
-    """The objective of a user's file; None where the file holds a scorer or a DataModule."""
+    """Return the objective in a user's file; None if the file has a scorer or a DataModule."""
     kinds = [kind for kind in vars(__import__(file)).values() if isinstance(kind, type) and kind.__module__ == file]
     return next((kind for kind in kinds if issubclass(kind, AlignmentModule)), None)
 
@@ -56,7 +56,7 @@ def test_verify_accepts_every_objective(file: str) -> None:
 
 
 def verdict(found: Verification) -> str:
-    """What the README says of a class."""
+    """Return the README's verdict on a class."""
     meant = sorted(check.name for check in found.checks if check.meant and check.name != "target")
     text = f"meant: {', '.join(meant)}" if meant else "every check holds"
     target = next(check for check in found.checks if check.name == "target")
@@ -85,7 +85,7 @@ def test_the_readme_says_what_is_so(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A byte-level policy of two layers, and a reward model."""
+    """Return folders of a byte-level policy with two layers and of a reward model."""
     tokenizer, found = make_tiny_tokenizer(), {}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -101,12 +101,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def vowels(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """A score that random text earns in part."""
+    """Score by vowels, so that random text earns part of the score."""
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
 
 
 def rows_of(datamodule: str) -> list[dict[str, Any]]:
-    """Rows with every column that one of the configs asks for."""
+    """Return rows with every column that any of the configs needs."""
     ratings = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
     shared = {"weight_helpful": 0.8, "weight_short": 0.2, "rubric": "It is short.", **dict.fromkeys(ratings, 1.0)}
     rows = []
@@ -124,7 +124,7 @@ def rows_of(datamodule: str) -> list[dict[str, Any]]:
 
 
 def overlay(config: dict[str, Any], folders: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Return what makes a config small: tiny models, few rows, short completions."""
+    """Return overrides that make a config small: tiny models, few rows, short completions."""
     model, data = config["model"], config["data"]
     prompts = "samples_per_prompt" in data["init_args"]
     rows = folder / "rows.jsonl"

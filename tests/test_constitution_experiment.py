@@ -1,4 +1,4 @@
-"""The recipe of Constitutional AI: all of its stages in small, and its claim in full (slow)."""
+"""Test the recipe of Constitutional AI: all stages in small, and the full claim (slow)."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "constitution"
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The modules of the recipe, imported as its script imports them."""
+    """Return the modules of the recipe, imported as its script imports them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(FOLDER))
     found = {}
@@ -56,7 +56,7 @@ def test_all_stages_in_small(recipe: Any, tmp_path: Path) -> None:
 
 
 def test_a_real_model_s_part_in_small(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a small model in the real one's place: what is asked, and what the page says of it."""
+    """Use a small model instead of the real model; check the requests and the page's text."""
     from conftest import make_tiny_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""The exact table of sampler corrections: what holds in every world."""
+"""Test properties of the exact sampler correction table that hold in every world."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_only_the_weight_of_whole_completions_has_no_bias(scenes):
 
 
 def test_the_mean_and_the_variance_are_those_of_samples(scenes):
-    """Against a million draws of one prompt's completions."""
+    """Compare with a million draws of one prompt's completions."""
     scene = scenes["4 bits (noise 0.3)"]
     weights = corrections.CORRECTIONS["`token_truncate`, 2"](scene.drawn)
     count = len(scene.drawn.chance) // 2

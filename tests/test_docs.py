@@ -1,4 +1,4 @@
-"""The documentation builds offline with strict links, and its tutorials do what they show."""
+"""Build the documentation offline with strict links, and run the tutorials."""
 
 import os
 import re
@@ -17,7 +17,7 @@ TUTORIALS = (
     "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "tools",
     "constraint", "labels", "constitutional-ai", "resume", "memory", "elsewhere",
 )  # fmt: skip
-"""In the order in which a reader takes them: each uses what earlier ones left behind."""
+"""Tutorials in reading order; later ones use files of earlier ones."""
 LEFT_BEHIND = {
     "first-run": "runs/quickstart/report.md",
     "stages": "runs/dpo_beta_0.2/version_0/model",
@@ -35,7 +35,7 @@ LEFT_BEHIND = {
     "memory": "merged/config.json",
     "elsewhere": "dpo_model/config.json",
 }
-"""What a reader has after each."""
+"""Files that exist after each tutorial."""
 
 
 def test_pages_build_with_strict_links(tmp_path):
@@ -52,7 +52,7 @@ def test_pages_build_with_strict_links(tmp_path):
 
 
 def blocks_of(page: str) -> list[tuple[str, str]]:
-    """Every fenced block of a tutorial as (what stands behind the fence, its text)."""
+    """Return every fenced block of a tutorial as (info string, text)."""
     text = (ROOT / "docs" / "tutorials" / f"{page}.md").read_text()
     return re.findall(r"^```(\w+[^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
@@ -62,13 +62,13 @@ def test_every_tutorial_is_listed():
 
 
 def without_numbers(text: str) -> list[str]:
-    """Return the lines of an output with every number as #: numbers differ between machines, words do not."""
+    """Return the output lines with every number replaced by #, because numbers differ between machines."""
     return [" ".join(re.sub(r"-?[\d.]+(e-\d+)?", "#", line).split()) for line in text.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """An empty folder, and a function that runs one line of shell in it as a reader would."""
+    """Return an empty folder and a function that runs one shell line in it."""
     folder = tmp_path_factory.mktemp("reader")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_CACHE": str(folder / "cache"), "COLUMNS": "120"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -111,7 +111,9 @@ def test_the_architecture_page_lists_every_room():
 
 
 def functions_called(argv: list[str]) -> list[tuple[str, str]]:
-    """Run a command in process; return (file, qualified name) of the package's functions in order of first call."""
+    """Run a command in process; return the called package functions as (file, qualified name), in order
+    of first call.
+    """
     called: dict[tuple[str, str], None] = {}
     package = f"{ROOT / 'rlhf_lightning'}{os.sep}"
 

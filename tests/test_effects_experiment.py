@@ -1,4 +1,4 @@
-"""The script of the effects' pages: every arm is a module that is accepted, and the pages say what the runs say."""
+"""Test the script of the effects pages: every arm is a valid config, and the pages show the runs' figures."""
 
 import importlib.util
 import json

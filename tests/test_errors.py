@@ -1,4 +1,4 @@
-"""Errors carry a code that survives a process boundary, under every builtin base."""
+"""Errors carry a code that survives a process boundary, for every builtin base class."""
 
 import pickle
 

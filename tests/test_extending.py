@@ -1,4 +1,4 @@
-"""docs/extending.md names what exists, shows what runs, and leaves out nothing that may be overridden."""
+"""Check docs/extending.md: all names exist, the examples run, and every overridable method is listed."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ CLASSES = {base for kind in objective_classes() for base in kind.__mro__ if base
 
 
 def public_methods() -> dict[str, list[Any]]:
-    """Every public method and property of the module classes except Lightning's hooks, with its definitions."""
+    """Return public methods and properties of the module classes with their definitions, except Lightning's hooks."""
     found: dict[str, list[Any]] = {}
     for base in sorted(CLASSES, key=lambda kind: kind.__name__):
         for name, value in vars(base).items():
@@ -58,13 +58,14 @@ def test_signatures_are_those_of_the_code(name: str, arguments: str):
 
 
 def test_every_name_exists():
-    """Names in code font are methods, attributes or classes of the package, or fields of its tuples."""
+    """Names in code font must be methods, attributes or classes of the package, or fields of its tuples."""
     known = {*METHODS, *dir(AlignmentModule), *vars(types), *vars(data), *(kind.__name__ for kind in CLASSES)}
     known |= {name for kind in CLASSES for name in dir(kind)}
     known |= {field for kind in vars(types).values() for field in getattr(kind, "_fields", ())}
     known |= {name for kind in CLASSES for name in inspect.signature(kind.__init__).parameters}
     known |= set(dir(types.Environment)) | set(dir(data.PromptDataModule))
-    further = {"kl", "chosen_kl", "rejected_kl", "class_path", "TokenOutputs", "Judgements"}  # of the text or of others
+    # names from the text or from other packages
+    further = {"kl", "chosen_kl", "rejected_kl", "class_path", "TokenOutputs", "Judgements"}
     for name in re.findall(r"`([A-Za-z_]+(?:\.\w+)*)`", PROSE):
         last = name.split(".")[-1]
         assert last in known | further or name == "torch.optim", name

@@ -1,4 +1,4 @@
-"""Micro-batches: every row once, nothing over the limits, as few and as even as they allow."""
+"""Test micro-batches: every row once, within the limits, as few and as even as possible."""
 
 import pytest
 from hypothesis import given, settings
@@ -36,7 +36,7 @@ def test_cuts_are_no_more_than_filling_each_micro_batch_makes(costs: list[int], 
         filled[-1].append(cost)
     cuts = cut_micro_batches(costs, MicroBatchLimits(max_tokens=most), packed=packed)
     assert len(cuts) == len(filled)
-    if cuts:  # and their largest takes no more cells
+    if cuts:  # and the largest micro-batch has no more cells
         largest = max(cells_of([costs[row] for row in cut], packed) for cut in cuts)
         assert largest <= max(cells_of(part, packed) for part in filled)
 
@@ -44,7 +44,7 @@ def test_cuts_are_no_more_than_filling_each_micro_batch_makes(costs: list[int], 
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        (MicroBatchLimits(max_tokens=16), [[1], [4], [2, 3, 0]]),  # 12 cells at most; filled in turn it would be 16
+        (MicroBatchLimits(max_tokens=16), [[1], [4], [2, 3, 0]]),  # 12 cells at most; filling in order would need 16
         (MicroBatchLimits(max_tokens=5), [[1], [4], [2], [3], [0]]),
         (MicroBatchLimits(micro_batch_size=2), [[1], [4, 2], [3, 0]]),
     ],

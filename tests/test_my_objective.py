@@ -1,4 +1,4 @@
-"""The objective that README shows is trained as a user would: by its file in the working directory and `rlhf fit`."""
+"""Train the objective shown in README as a user would: a file in the working directory and `rlhf fit`."""
 
 import math
 import sys
@@ -39,7 +39,7 @@ def test_the_readme_s_objective_trains_from_the_command_line(
 
 
 def test_the_critic_free_example_trains_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its scorer is a function in the working directory; it counts the courtesy of an answer's length."""
+    """The scorer is a function in the working directory."""
     (tmp_path / "short_answers.py").write_text(
         "def brevity(prompts, completions, **columns):\n    return [-len(text.split()) / 10 for text in completions]\n"
     )
@@ -54,4 +54,4 @@ def test_the_critic_free_example_trains_too(world: Path, tmp_path: Path, monkeyp
         --trainer.max_epochs 1"""
     done = train.run(flags.split())
     metrics = {name: float(value) for name, value in done.trainer.callback_metrics.items()}
-    assert metrics["val/score"] > -0.7  # 8 words a completion at the start
+    assert metrics["val/score"] > -0.7  # 8 words per completion at the start

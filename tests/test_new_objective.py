@@ -1,4 +1,4 @@
-"""A new shipped objective is a class, a YAML file and a test: everything else finds it by itself."""
+"""A new shipped objective needs only a class, a YAML file and a test; everything else discovers it."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Objectives as users write them, in files of their own: each is trained, its gradient is an independent one's."""
+"""Train objectives from users' files, and compare their gradients with independent ones."""
 
 import ast
 import math
@@ -39,7 +39,7 @@ def class_of(file: str, name: str) -> Any:
 
 
 def gradients(kind: Any, folder: str, step: Step[Any], **settings: Any) -> dict[str, Tensor]:
-    """Of one step in double precision, with the policy moved away from its reference where it has one."""
+    """Return the gradients of one step in double precision, with the policy moved away from its reference, if any."""
     module = doubled(kind(init_from=folder, max_grad_norm=None, **settings))
     module.cache_reference = False
     load = module.load_models
@@ -66,7 +66,7 @@ def plain_model(folder: str) -> Any:
 
 
 def distributions(model: Any, prompt: Any, completion: Any) -> Tensor:
-    """Log-probabilities over the vocabulary before each completion token, of one unpadded sequence."""
+    """Return log-probabilities over the vocabulary before each completion token of one unpadded sequence."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
@@ -142,7 +142,7 @@ def alphapo(now: list[Tensor], then: list[Tensor]) -> Tensor:
 
 
 def chi_po(now: list[Tensor], then: list[Tensor]) -> Tensor:
-    """Huang et al., Algorithm 1: phi(z) = z + log z; beta 0.7, R 0.5, beyond which nothing is learned."""
+    """Huang et al., Algorithm 1: phi(z) = z + log z; beta 0.7, R 0.5 (no gradient beyond)."""
     ratios = [(one.sum() - other.sum()).exp() for one, other in zip(now, then, strict=True)]
     won, lost = (0.7 * (z + z.log()) for z in ratios)
     return -torch.log(1 / (1 + torch.exp(-(won - lost).clip(-1.0, 1.0))))
@@ -164,7 +164,7 @@ PAIRED: dict[str, tuple[Any, str, dict[str, float]]] = {
         {"beta": 0.7, "preference_weight": 0.5, "quality_weight": 0.3, "generation_weight": 2.0},
     ),
 }  # fmt: skip
-"""Loss of (chosen, rejected) token log-probabilities of policy and reference, by file."""
+"""Loss of (chosen, rejected) token log-probabilities under policy and reference, by file."""
 
 
 @pytest.mark.parametrize("micro", [None, 2])

@@ -1,4 +1,4 @@
-"""Public reports of other projects' users, each tried here; see `outside_reports`."""
+"""Run the checks of public bug reports of other projects; see `outside_reports`."""
 
 from pathlib import Path
 

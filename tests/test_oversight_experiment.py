@@ -1,4 +1,4 @@
-"""The script of the oversight page: its configs are accepted, and its measures are right."""
+"""Test the script of the oversight page: its configs are valid and its metrics are right."""
 
 import importlib.util
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""The comparison with another library notices what differs."""
+"""The comparison with another library detects differences."""
 
 import argparse
 import json

@@ -1,6 +1,6 @@
-"""Policy gradients as users write them, in files of their own: each trains, and its gradient is an independent one's.
+"""Train policy-gradient objectives from users' files, and compare their gradients with independent ones.
 
-The transcriptions are of the papers' loss over a whole minibatch, in fp64, from the rollout that the module collected.
+The references implement the papers' loss over a whole minibatch in fp64, from the rollout collected by the module.
 """
 
 import math
@@ -56,7 +56,7 @@ def step(first: int = 0, **limits: Any) -> Any:
 
 
 def module_of(file: str, folder: str, **settings: Any) -> Any:
-    """In double precision, so that a gradient can be compared to its last digits."""
+    """Return the module in double precision, so that gradients can be compared exactly."""
     kind = getattr(__import__(file), NAMES[file])
     defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, **SETTINGS[file]}
     module = kind(init_from=folder, scorer=low_words, **{**defaults, **settings})
@@ -134,7 +134,9 @@ TRANSCRIPTIONS: dict[str, Callable[[list[Tensor], list[Tensor], Rollout], Tensor
 
 
 def second_gradients(file: str, folder: str, **limits: Any) -> tuple[dict[str, Tensor], Rollout, dict[str, Tensor]]:
-    """Gradients of a rollout's second update, where ratios are not 1; the rollout, and the weights it started from."""
+    """Return the gradients of a rollout's second update, where ratios differ from 1; the rollout; and the initial
+    weights.
+    """
     module = module_of(file, folder, ppo_epochs=2, learning_rate=0.05, adam_eps=1.0)
     untouched: list[Rollout] = []
     collect = module.collect

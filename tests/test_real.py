@@ -1,4 +1,4 @@
-"""The real run's own arithmetic, data and command lines; the training itself is `make real`."""
+"""Test the arithmetic, data and command lines of the real run; `make real` does the training."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def pair(question, chosen, rejected, category="Science"):
 
 
 def test_one_pair_of_words_gives_the_weights_solved_by_hand():
-    """One pair, words a and b: by symmetry weights are (w, -w), and w solves w = sigmoid(-2 w)."""
+    """One pair with words a and b: by symmetry the weights are (w, -w), and w solves w = sigmoid(-2 w)."""
     weights = bag_of_words.fit_word_weights([("A", "b")])
     assert weights["a"] == pytest.approx(-weights["b"])
     assert weights["a"] == pytest.approx(1 / (1 + math.exp(2 * weights["a"])), abs=1e-7)
@@ -69,7 +69,7 @@ def test_the_weights_are_those_of_another_library():
         for chosen, rejected in pairs
     ]
     both_ways = counts + [[-count for count in row] for row in counts]
-    # Each pair stands there twice, once a side, so half the weight of the data is the same objective.
+    # Each pair appears twice, once per side, so half the data weight gives the same objective.
     theirs = linear_model.LogisticRegression(C=0.35, fit_intercept=False, tol=1e-10, max_iter=1000)
     theirs.fit(both_ways, [1] * len(pairs) + [0] * len(pairs))
     assert [ours[word] for word in words] == pytest.approx(theirs.coef_[0].tolist(), abs=1e-5)
@@ -79,7 +79,7 @@ def test_the_weights_are_those_of_another_library():
 
 
 def test_a_change_is_paired():
-    """A shift by one of wildly different rows has an interval of width zero; unpaired it would be wide."""
+    """A shift by 1 of very different rows has an interval of width zero; an unpaired interval would be wide."""
     before = [-100.0, 0.0, 3.0, 50.0]
     part = real_figures.change(before, [value + 1 for value in before])
     assert part["before"] == pytest.approx(-11.75) and part["after"] == pytest.approx(-10.75)
@@ -87,7 +87,9 @@ def test_a_change_is_paired():
 
 
 def test_the_interval_of_a_change_has_the_width_of_the_normal_one():
-    """Differences -1 and 1 in equal parts, 400 rows: the mean's deviation is 1/20, so 95 % is about 0 +- 0.098."""
+    """Differences -1 and 1 in equal parts, 400 rows: the standard error is 1/20, so the 95 % interval is about 0 +-
+    0.098.
+    """
     part = real_figures.change([0.0] * 400, [(-1.0) ** row for row in range(400)])
     assert part["change"] == 0.0
     assert part["change_ci"] == pytest.approx([-0.098, 0.098], abs=0.008)
@@ -119,7 +121,7 @@ def test_ppo_figures_refuse_answers_to_other_prompts():
 
 
 def test_ppo_figures_are_of_the_scorers_own_score():
-    """The penalty for answers that do not end must not pass for a better score."""
+    """The penalty for unfinished answers must not be reported as a better score."""
 
     def rows(score, ruled, finished, length, kl):
         return {
@@ -228,7 +230,7 @@ def test_arguments_have_defaults_that_need_nothing(monkeypatch):
 
 
 def parsed(arguments, capsys):
-    """What `rlhf` makes of a command line, as the YAML it would write."""
+    """Return the YAML that `rlhf` would write for a command line."""
     from rlhf_lightning.commands import train
 
     with pytest.raises(SystemExit) as stopped:
@@ -239,7 +241,7 @@ def parsed(arguments, capsys):
 
 
 def holds(found, written):
-    """Whether what the parser made of a setting is what was written, but for defaults that it filled in."""
+    """Return whether the parsed setting equals the written one, except for filled-in defaults."""
     if isinstance(written, dict):
         return all(name in found and holds(found[name], value) for name, value in written.items())
     return found == written

@@ -1,4 +1,4 @@
-"""The GRPO run's own rows, arithmetic and command line; the training itself is `make real-grpo`."""
+"""Test the rows, arithmetic and command line of the GRPO run; `make real-grpo` does the training."""
 
 import json
 import sys
@@ -77,7 +77,7 @@ def test_held_out_figures_are_paired_and_resample_questions(tmp_path, monkeypatc
     after = one_pass(lambda row: float(row["question"] == first))
     found = grpo.held_out_figures([before, after], rows, None, seed=0)
     assert found["change"]["score_after"] == pytest.approx(0.1) and found["eval_questions"] == 10
-    # One question of ten changed, all its rows alike: about 0.1 +- 0.19; rows drawn alone would give half the width.
+    # One question of ten changed, in all its rows: about 0.1 +- 0.19. Resampling rows would halve the interval.
     assert found["change"]["score_ci"] == pytest.approx([0.0, 0.3], abs=0.01)
     assert found["kept"]["digits"] == [0.0, pytest.approx(0.1)]
     with pytest.raises(ValueError, match="came in another order"):

@@ -1,4 +1,4 @@
-"""Every objective's YAML trains unedited on real rows, through `rlhf fit`: weights move, metrics and model appear."""
+"""Every recipe trains unedited on real rows through `rlhf fit`: weights move, and metrics and a model are written."""
 
 import json
 import math
@@ -29,19 +29,19 @@ ROWS = {
     "PromptDataModule": "svamp_train.jsonl",
     "ProcessDataModule": "gsm8k_solution_pref.jsonl",
 }
-"""Real rows of each kind."""
+"""Files with real rows of each kind."""
 
 
 SCORER = "test_recipes.vowels"
 
 
 def vowels(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """A score that random text earns in part."""
+    """Score by vowels, so that random text earns part of the score."""
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
 
 
 def judged(prompts: Any, completions: list[str], **columns: Any) -> list[Judgement]:
-    """The same score with the parts that recipes weigh and constrain, and feedback."""
+    """Return the same score with feedback and with the parts that recipes weight and constrain."""
     scores = vowels(prompts, completions)
     return [Judgement(s, {"helpful": s, "short": -s, "cost": s - 0.2}, feedback="More vowels.") for s in scores]
 
@@ -51,9 +51,9 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def rows_for(datamodule: str, file: Path, folder: Path, columns: Sequence[str] = ()) -> Path:
-    """Return rows that the DataModule reads: the file's with further columns, or its solutions step by step.
+    """Return rows for the DataModule: the file's rows with additional columns, or its solutions split into steps.
 
-    A right solution's steps are all right; of a wrong one it is known that its last one is wrong.
+    All steps of a right solution are right; the last step of a wrong solution is wrong.
     """
     if columns:
         numbers = {name: place % 2 for place, name in enumerate(columns)}
@@ -77,13 +77,13 @@ def rows_for(datamodule: str, file: Path, folder: Path, columns: Sequence[str] =
 
 def test_every_objective_has_a_yaml() -> None:
     named = {config_of(path)["model"]["class_path"].split(".")[-1] for path in CONFIGS}
-    stages = {"SFTModule", "RewardModule", "DPOModule", "PPOModule"}  # theirs are in NOT_HERE
+    stages = {"SFTModule", "RewardModule", "DPOModule", "PPOModule"}  # their recipes are in NOT_HERE
     assert {kind.__name__ for kind in objective_classes()} - stages - named == set()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A byte-level policy of two layers, another one to be taught by, and a reward model."""
+    """Return folders of a byte-level policy with two layers, a teacher, and a reward model."""
     tokenizer, found = make_tiny_tokenizer(), {}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -104,7 +104,7 @@ METRICS = Path(__file__).resolve().parents[1] / "docs" / "metrics.yaml"
 
 
 def undescribed(tags: Iterable[str]) -> set[str]:
-    """Return the tags that the page of metrics does not describe."""
+    """Return the tags that are missing from the page of metrics."""
     groups = yaml.safe_load(METRICS.read_text(encoding="utf-8"))
     known = [tag for group in groups.values() for tag in group if tag not in ("about", "val/*")]
     named = {tag: [tag, tag.replace("val/", "rollout/"), tag.replace("val/", "train/")] for tag in tags}
@@ -138,7 +138,7 @@ def test_it_trains_on_real_rows(
             "test_recipes.judged" if {"parts", "constraints", "context"} & set(arguments) else SCORER
         )
     if "columns" in config["data"]["init_args"]:
-        flags["data.columns"] = "null"  # the file's own names are the right ones
+        flags["data.columns"] = "null"  # the file's column names are already right
     if "teacher" in arguments:
         flags["model.teacher"] = folders["teacher"]
     if datamodule == "PromptDataModule":

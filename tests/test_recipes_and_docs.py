@@ -1,4 +1,4 @@
-"""What is written down works: every YAML file and every command of README is read by the parser that will read it."""
+"""Parse every YAML file and every command in README and docs with the parser that users run."""
 
 import re
 import shlex
@@ -22,17 +22,19 @@ LOOPS = sorted(RECIPES.rglob("loop*.yaml"))
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
 GUIDES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What a stage takes from the one before it, or from the user: a file may leave these to the command line.
+# Settings taken from the previous stage or from the user; a file may leave them to the command line.
 FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
 
 
 class Accepted(BaseException):
-    """Raised in place of running: the whole command line was understood."""
+    """Raised instead of running, once the whole command line has been parsed."""
 
 
 @pytest.fixture(scope="module")
 def train_parser():
-    """The parser of `rlhf fit`, taken on its way to building a trainer; making it takes longer than using it."""
+    """Return the parser of `rlhf fit`, captured while it builds a trainer; building the parser is
+    slower than using it.
+    """
 
     class ParserAlone(RlhfCLI):
         def instantiate_classes(self):
@@ -50,7 +52,7 @@ def train_parser():
 
 @pytest.fixture
 def accepted(train_parser, monkeypatch, capsys):
-    """Call ``accepted(argv)``: what `rlhf` is asked for is read to its end, and not run."""
+    """Return a function ``accepted(argv)`` that parses a command line of `rlhf` without running it."""
 
     def stop(*args, **kwargs):
         raise Accepted
@@ -65,18 +67,18 @@ def accepted(train_parser, monkeypatch, capsys):
         assert argv[0] in {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
         try:
             if argv[0] in cli.TRAINING_COMMANDS:
-                if "--resume" in argv:  # which puts the config of its run in front
+                if "--resume" in argv:  # puts the config of the resumed run first
                     argv = [argv[0], "--config", resolve_recipe("recipe:dpo"), *argv[1:]]
                 train_parser.parse_args(with_underscores(argv))
                 return
             monkeypatch.setattr(PlainParser, "parse_args", stop_after_parsing)
-            monkeypatch.setattr(quickstart, "fresh_folder", stop)  # it parses by itself, and would run
+            monkeypatch.setattr(quickstart, "fresh_folder", stop)  # it parses its own arguments and would run
             status = cli.main(argv)
         except Accepted:
             return
         except SystemExit as end:
             status = end.code
-        if status:  # `rlhf verify` reads its own arguments and runs, in seconds
+        if status:  # `rlhf verify` parses its own arguments and runs, in seconds
             pytest.fail(f"rlhf {shlex.join(argv)} ended with {status}: {capsys.readouterr().err.strip()}")
 
     return check
@@ -87,7 +89,7 @@ def relative(path: Path) -> str:
 
 
 def completed_by_the_user(path: Path) -> list[str]:
-    """Flags for what the file leaves open, of what its classes need."""
+    """Return flags for the settings that the file leaves open, according to its classes."""
     config = yaml.safe_load(path.read_text())
     flags = []
     for group, values in FROM_THE_USER.items():
@@ -127,7 +129,7 @@ def test_config_is_short(path):
 
 
 def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
-    """The check above can fail."""
+    """The parsing check can fail."""
     text = (RECIPES / "dpo.yaml").read_text()
     path = tmp_path / "dpo.yaml"
     path.write_text(text.replace("learning_rate:", "learning_rat:"))
@@ -137,7 +139,9 @@ def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
 
 
 def readme_commands() -> list[str]:
-    """Every command in the bash blocks of README and docs: continued lines joined, comments and output left out."""
+    """Return every command in the bash blocks of README and docs, with continued lines joined, without comments and
+    output.
+    """
     said = "\n".join(guide.read_text() for guide in GUIDES)
     blocks = re.findall(r"^```bash\n(.*?)^```", said, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -178,7 +182,7 @@ def makefile_targets() -> set[str]:
 
 
 def without_placeholders(arguments: list[str]) -> list[str]:
-    """README writes ``runs/sft/.../model`` for a folder whose name depends on the run; any path is read alike."""
+    """Replace placeholders such as ``runs/sft/.../model``; the parser accepts any path."""
     return [argument.replace("...", "version_0") for argument in arguments]
 
 
@@ -189,7 +193,7 @@ def test_links_lead_somewhere(guide):
 
 
 def settings_of(room) -> set[str]:
-    """The names of all arguments of the classes that a room exports, inherited ones included."""
+    """Return the argument names of all classes that a room exports, including inherited arguments."""
     classes = [found for found in vars(room).values() if isinstance(found, type)]
     names = {name for found in classes for base in found.__mro__ for name in signature(base.__init__).parameters}
     return {name for name in names if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""The drill of experiments/reliability, shortened: runs that are killed and torn for real end in the same bits."""
+"""Run the drills of experiments/reliability in small: killed and torn runs end with bit-identical results."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 
 @pytest.fixture(scope="module")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The drill's own module, and its world in a folder."""
+    """Return the drill's module, and its world in a folder."""
     sys.path.insert(0, str(FOLDER))
     import drill
     from world import make_world
@@ -27,7 +27,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def drilled(drill: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs a drill and asserts that nothing was lost."""
+    """Return a function that runs a drill and asserts that nothing was lost."""
 
     def run(name: str, strategy: str, lora: bool, kills: int, further: bool = True) -> dict[str, Any]:
         record = drill.Drill(name, strategy, lora, tmp_path, drill.WORLD).run(kills, further)
@@ -64,7 +64,7 @@ def test_the_whole_drill(drilled: Any, name: str, strategy: str, lora: bool) -> 
 
 
 def test_a_difference_is_seen(drill: Any, tmp_path: Path) -> None:
-    """The comparison can fail: another seed of the samples is another run."""
+    """The comparison can fail: a different sampling seed gives a different run."""
     subject = drill.Drill("sft", "single", False, tmp_path, drill.WORLD)
     whole = subject.whole("one")
     subject.argv += ["--samples.seed", "1", "--model.betas", "[0.9, 0.998]"]
@@ -89,7 +89,7 @@ def test_probes_of_every_front_have_names_of_their_own_and_a_sample(front: str, 
 
 
 def test_a_probe_judges_what_a_command_says(tmp_path: Path, drill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted code, tracebacks, hangs and false success are seen; a sentence holds."""
+    """It detects planted code, tracebacks, hangs and false success, and accepts a one-sentence error."""
     import probing
 
     monkeypatch.setattr(probing, "IDLE_SECONDS", 0.5)

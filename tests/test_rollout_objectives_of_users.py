@@ -1,6 +1,6 @@
-"""REBEL and VAPO as users write them: each trains, and its gradient is an independent one's.
+"""Train REBEL and VAPO from users' files, and compare their gradients with independent ones.
 
-The transcriptions are of the papers' losses over a whole rollout, in fp64, from the samples and the critic's values.
+The references implement the papers' losses over a whole rollout in fp64, from the samples and the critic's values.
 """
 
 import re
@@ -67,7 +67,7 @@ def step(first: int = 0, **limits: Any) -> Any:
 
 
 def module_of(file: str, folder: str, **settings: Any) -> Any:
-    """In double precision, so that a gradient can be compared to its last digits."""
+    """Return the module in double precision, so that gradients can be compared exactly."""
     kind = getattr(__import__(file), NAMES[file])
     defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, **SETTINGS[file]}
     module = kind(init_from=folder, **{"scorer": SCORERS[file], **defaults, **settings})
@@ -82,7 +82,7 @@ def at_end(reward: float, rewards: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of a completion, by the sum over later errors."""
+    """Return advantages and returns of a completion, computed as sums over later TD errors."""
     errors = rewards + torch.cat([values[1:], values.new_zeros(1)]) - values
     count = range(len(values))
     advantages = torch.stack([sum(lam ** (s - t) * errors[s] for s in count if s >= t) for t in count])
@@ -136,7 +136,9 @@ TRANSCRIPTIONS = {"rebel": rebel, "vapo": vapo}
 
 
 def second_gradients(file: str, folder: str, **limits: Any) -> tuple[dict[str, Tensor], Rollout, dict[str, Tensor]]:
-    """Gradients of a rollout's second update, where ratios are not 1; the rollout, and the weights it started from."""
+    """Return the gradients of a rollout's second update, where ratios differ from 1; the rollout; and the initial
+    weights.
+    """
     module = module_of(file, folder, ppo_epochs=2, learning_rate=0.05, adam_eps=1.0)
     rollouts: list[Rollout] = []
     collect, update = module.collect, module.update
@@ -155,7 +157,7 @@ def second_gradients(file: str, folder: str, **limits: Any) -> tuple[dict[str, T
 
 
 def loaded(kind: Any, folder: str, weights: dict[str, Tensor], prefix: str, **settings: Any) -> Any:
-    """A plain transformers model in fp64 with the weights of that name."""
+    """Return a plain transformers model in fp64 with the named weights."""
     plain = kind.from_pretrained(folder, dtype=torch.float64, **settings)
     own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     plain.load_state_dict({**plain.state_dict(), **own})
@@ -209,7 +211,7 @@ def test_scores_rise(policy_folder: str, file: str) -> None:
     logged = MetricsLog()
     settings = {"learning_rate": 6e-3, "max_new_tokens": 4, "max_grad_norm": 1.0, "ppo_epochs": 2}
     if file == "rebel":
-        settings |= {"eta": 5.0}  # a step that this learning rate can take
+        settings |= {"eta": 5.0}  # a step size that works with this learning rate
     fit(module_of(file, policy_folder, **settings), [step(8 * i) for i in range(32)], callbacks=[logged])
     scores = logged.column("rollout/score")
     assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.1, scores

@@ -1,4 +1,4 @@
-"""Scorers and data as users write them, in files of their own: each trains, its values are checked."""
+"""Train with scorers and data from users' files, and check their values."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ def users_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Rollouts(pl.Callback):
-    """Keeps every training rollout."""
+    """Records every training rollout."""
 
     def __init__(self) -> None:
         self.kept: list[Rollout] = []
@@ -45,7 +45,7 @@ class Rollouts(pl.Callback):
 
 
 def solved(prompts: Any, completions: list[str], **columns: Any) -> list[float | None]:
-    """The kind of a prompt says whether it is always, never or sometimes solved; a few completions are not judged."""
+    """Score prompts that are always, never or sometimes solved, by their kind; a few completions have no score."""
     by_text = [sum(map(ord, text)) for text in completions]
     chance = {"always": lambda n: 1.0, "never": lambda n: 0.0, "sometimes": lambda n: None if n % 7 == 0 else n % 2}
     return [chance[kind](n) for kind, n in zip(columns["kind"], by_text, strict=True)]
@@ -57,7 +57,7 @@ KINDS = ["always", "never", "never", "sometimes"] * 4
 def curriculum(
     folder: str, tmp_path: Path, rollouts: int, resume: str | None = None, callbacks: Any = (), **trainer: Any
 ) -> Any:
-    """Return the rollouts, the weights and the DataModule of a run."""
+    """Return the rollouts, weights and DataModule of a run."""
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"w{20 + n} w9", "kind": kind}) + "\n" for n, kind in enumerate(KINDS)]
     file.write_text("".join(lines))

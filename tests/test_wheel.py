@@ -1,4 +1,4 @@
-"""An installed wheel works from an empty folder: packaged recipes, commands, and a small run."""
+"""An installed wheel works from an empty folder: recipes, commands, and a small run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder that a wheel of this checkout was installed into."""
+    """Return the folder into which a wheel of this checkout was installed."""
     folder, pip = tmp_path_factory.mktemp("wheel"), [sys.executable, "-m", "pip", "-q"]
     source = folder / "source"  # setuptools would leave build/ in the checkout
     source.mkdir()
@@ -34,7 +34,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def rlhf(site, tmp_path):
-    """Runs ``rlhf`` of the wheel in an empty folder, without the checkout on its path."""
+    """Return a function that runs ``rlhf`` of the wheel in an empty folder, without the checkout on its path."""
     (tmp_path / "empty").mkdir()
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:

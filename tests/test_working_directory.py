@@ -1,4 +1,4 @@
-"""The working directory is importable for the names that a user typed, and for nothing else."""
+"""The working directory is importable for names that the user typed, and for nothing else."""
 
 import json
 import os
@@ -33,7 +33,7 @@ OPTIONAL = (
 
 
 def looked_for(argv: list[str], folder: Path) -> str:
-    """Run a command in a fresh process; return which modules were looked for in the working directory."""
+    """Run a command in a fresh process; return the modules that were looked up in the working directory."""
     for name in OPTIONAL:
         (folder / f"{name}.py").write_text(PLANTED)
     code = RUN.format(argv=argv, here=str(folder))
@@ -47,7 +47,7 @@ def looked_for(argv: list[str], folder: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model's folder that is the working directory."""
+    """Return a model folder that is the working directory."""
     config = LlamaConfig(
         vocab_size=120, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, pad_token_id=0, bos_token_id=2, eos_token_id=3,

@@ -1,4 +1,4 @@
-"""Fixtures that the rooms with models share; each room's conftest imports those it uses."""
+"""Fixtures shared by test folders that use models; each conftest imports the ones it needs."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same architecture with other weights."""
+    """Return a model of the same architecture with different weights."""
     return save_policy(tmp_path_factory.mktemp("tiny") / "other", seed=5)
 
 
@@ -32,5 +32,5 @@ def tokenizer(policy_folder: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Models this small are slower on several threads."""
+    """Use one thread, because models this small are slower on several."""
     torch.set_num_threads(1)

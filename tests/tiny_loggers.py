@@ -1,4 +1,4 @@
-"""Loggers that a user might write."""
+"""Loggers as a user might write them."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from lightning.pytorch.loggers import Logger
 
 
 class MemoryLogger(Logger):
-    """A user's logger that keeps everything in memory.
+    """A logger that stores everything in memory.
 
     Args:
-        save_dir: where it would write.
-        colour: a setting of its own.
+        save_dir: folder of the logger.
+        colour: a setting without effect.
     """
 
     def __init__(self, save_dir: str, colour: str = "red") -> None:
@@ -36,14 +36,14 @@ class MemoryLogger(Logger):
 
 
 class TableLogger(MemoryLogger):
-    """A MemoryLogger that takes tables, as W&B's does."""
+    """A MemoryLogger that accepts tables, like W&B's logger."""
 
     def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int) -> None:
         self.tables = [*getattr(self, "tables", []), (key, columns, data, step)]
 
 
 class TextLogger(MemoryLogger):
-    """A MemoryLogger that takes text."""
+    """A MemoryLogger that accepts text."""
 
     def log_text(self, key: str, text: str, step: int) -> None:
         self.texts = [*getattr(self, "texts", []), (key, text, step)]

@@ -1,7 +1,7 @@
-"""Tiny language models, a tokenizer and batches for them, and fits that take milliseconds.
+"""Tiny language models with a tokenizer and batches, and training runs that take milliseconds.
 
-Weights are drawn ten times wider than a fresh model's, so that next-token distributions are far from uniform and a test
-that mixes up two tokens, rows or models cannot pass by accident.
+Initial weights have ten times the usual standard deviation, so that next-token distributions are far from uniform. A
+test that mixes up two tokens, rows or models then cannot pass by accident.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ from rlhf_lightning.types import (
 
 
 def keep_double(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    """Root-mean-square norm in float32 or wider. As it comes it narrows a model in double to float32 at every norm, and
-    comparisons to 1e-9 would measure that.
+    """Compute the root-mean-square norm in float32 or wider. The original casts a double model to float32 at every
+    norm, which would dominate comparisons to 1e-9.
     """
     wide = hidden if hidden.dtype == torch.float64 else hidden.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
@@ -45,8 +45,8 @@ LlamaRMSNorm.forward = keep_double
 
 
 def rotated_in_double(rotary: LlamaRotaryEmbedding, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, in the precision of a model in double; as they come they are float32, and of
-    that the last bit is another on a GPU.
+    """Compute cosines and sines of the positions in the model's precision. The original uses float32, whose last bit
+    differs on a GPU.
     """
     if hidden.dtype != torch.float64:
         return in_single(rotary, hidden, position_ids)
@@ -61,7 +61,7 @@ LlamaRotaryEmbedding.forward = rotated_in_double
 
 SPECIAL = ("<|pad|>", "<|unk|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
 PAD, EOS, FIRST_WORD, VOCABULARY = 0, 3, 6, 120
-"""Ids from FIRST_WORD on are words: the token with id 17 is the text ``w17``."""
+"""Ids from FIRST_WORD on are words; the token with id 17 has the text ``w17``."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -127,7 +127,7 @@ def save_reward_model(folder: Path, seed: int = 1, **changes: Any) -> str:
 def sequences(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], supervised: Sequence[Sequence[bool]] | None = None
 ) -> Sequences:
-    """Prompts and completions as written, one prompt a row."""
+    """Return sequences of the given prompts and completions, one prompt per row."""
     completions = tuple(torch.tensor(completion, dtype=torch.long) for _, completion in rows)
     flags = [[True] * len(c) for c in completions] if supervised is None else supervised
     return Sequences(
@@ -152,7 +152,7 @@ def random_rows(count: int, seed: int = 0, prompt: int = 6, completion: int = 9)
 def plain_logprobs(
     model: Any, prompt: Sequence[int] | Tensor, completion: Sequence[int] | Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability of each completion token, from the logits of one unpadded sequence."""
+    """Return the log-probability of each completion token, from the logits of one unpadded sequence."""
     ids = torch.tensor([*map(int, prompt), *map(int, completion)])
     logprobs = torch.log_softmax(model(ids.unsqueeze(0)).logits[0] / temperature, dim=-1)
     return torch.stack([logprobs[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
@@ -187,13 +187,13 @@ Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def random_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Random (prompt, chosen, rejected)."""
+    """Return random (prompt, chosen, rejected) rows."""
     chosen, rejected = random_rows(count, seed), random_rows(count, seed + 1000)
     return [(prompt, first, second) for (prompt, first), (_, second) in zip(chosen, rejected, strict=True)]
 
 
 def pair_sequences(pairs: Sequence[Pair]) -> Sequences:
-    """Chosen completions stacked on rejected ones, both halves on the same prompts."""
+    """Stack chosen completions on rejected ones, with the same prompts in both halves."""
     completions = [torch.tensor(pair[side]) for side in (1, 2) for pair in pairs]
     return Sequences(
         prompts=tuple(torch.tensor(pair[0]) for pair in pairs),
@@ -231,7 +231,7 @@ def ranked_step(
     margin: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Step[RankedBatch]:
-    """Each group is (prompt, completions, ranks)."""
+    """Return a step of groups, each given as (prompt, completions, ranks)."""
     ones, zeros = [1.0] * len(groups), [0.0] * len(groups)
     columns = (target or ones, margin or zeros, weights or ones)
     batches = []
@@ -276,7 +276,7 @@ def prompt_step(
 def within(
     steps: Sequence[Step[Any]], micro_batch_size: int | None = None, max_tokens: int | None = None
 ) -> list[Step[Any]]:
-    """Steps whose forward passes keep to bounds."""
+    """Return the steps with limits on their forward passes."""
     return [step._replace(limits=MicroBatchLimits(micro_batch_size, max_tokens)) for step in steps]
 
 
@@ -284,7 +284,7 @@ def within(
 
 
 class StepData(pl.LightningDataModule):
-    """Steps as they are given, the same in every epoch."""
+    """Returns the given steps, the same in every epoch."""
 
     def __init__(self, steps: Sequence[Step[Any]], evaluation: Sequence[Step[Any]] = ()) -> None:
         super().__init__()
@@ -331,24 +331,24 @@ def fit(
 
 
 def evaluate(module: pl.LightningModule, steps: Sequence[Step[Any]]) -> dict[str, float]:
-    """Metrics of a validation pass."""
+    """Return the metrics of a validation pass."""
     return quiet_trainer().validate(module, DataLoader(list(steps), batch_size=None), verbose=False)[0]
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of the trainable weights."""
+    """Return a copy of the trainable weights."""
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def gradients_of_step(module: pl.LightningModule, step: Step[Any], **trainer: Any) -> dict[str, Tensor]:
-    """The gradients that one training step leaves behind, after clipping."""
+    """Return the gradients after one training step, after clipping."""
     kept = LastGradients()
     fit(module, [step], callbacks=[kept], **trainer)
     return kept.gradients
 
 
 class LastGradients(pl.Callback):
-    """Keeps the gradients of the last optimizer step, which the Trainer frees when a fit ends."""
+    """Keeps the gradients of the last optimizer step, which the Trainer frees at the end of fit."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -365,7 +365,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: flo
 
 
 class MetricsLog(pl.Callback):
-    """Keeps what was logged at the end of each training step."""
+    """Records the metrics logged at the end of each training step."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -378,7 +378,7 @@ class MetricsLog(pl.Callback):
 
 
 def doubled(module: Any) -> Any:
-    """Have a module load its models in double precision; return it."""
+    """Make a module load its models in double precision; return the module."""
     load = module.load_models
 
     def load_in_double() -> None:

@@ -1,4 +1,4 @@
-"""A run that takes milliseconds, through the real seams: one weight to fit, the package's own bases."""
+"""A run that takes milliseconds through the real interfaces: one weight to fit, on the package's base classes."""
 
 import json
 from abc import abstractmethod
@@ -18,18 +18,18 @@ from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.types import Step
 
 UPDATES = 8
-"""Updates of an epoch."""
+"""Updates per epoch."""
 
 
 class TinyBatch(tuple):
-    """Numbers to be predicted from themselves."""
+    """Numbers that are predicted from themselves."""
 
 
 class SlopeModule(OfflineModule):
     """Fit y = 2 x with one weight: loss (w x - 2 x)^2 / 2.
 
     Args:
-        slope: where the weight starts.
+        slope: initial value of the weight.
         offset: added to each prediction.
         scorer: scores an answer.
     """
@@ -55,7 +55,7 @@ class SlopeModule(OfflineModule):
         nn.init.constant_(self.line.weight, self.slope)
 
     crash_at: ClassVar[int | None] = None
-    """Update before which training dies, as if the machine had gone."""
+    """Update before which training dies, as if the machine had failed."""
 
     def training_step(self, step: Step[Any], batch_idx: int) -> Any:
         if self.crash_at is not None and self.updates >= self.crash_at:
@@ -89,7 +89,7 @@ class SlopeModule(OfflineModule):
 
 
 class ScoredSlopeModule(SlopeModule):
-    """A SlopeModule that has no policy."""
+    """A SlopeModule without a policy."""
 
     has_policy = False
 
@@ -103,8 +103,8 @@ class PoisonedModule(SlopeModule):
 
     Args:
         poison: the updates, from 0.
-        value: what the loss is multiplied with there.
-        masked: add the value instead, which leaves the gradient unchanged.
+        value: factor applied to the loss at these updates.
+        masked: add the value to the loss instead, which leaves the gradient unchanged.
     """
 
     def __init__(self, poison: list[int], value: str = "nan", masked: bool = False, **kwargs: Any) -> None:
@@ -119,10 +119,10 @@ class PoisonedModule(SlopeModule):
 
 
 class HungryModule(SlopeModule):
-    """A SlopeModule whose fourth update asks for a gigabyte.
+    """A SlopeModule that requests a gigabyte in its fourth update.
 
     Args:
-        kind: who asks.
+        kind: library that requests the memory.
     """
 
     def __init__(self, kind: str, **kwargs: Any) -> None:
@@ -137,7 +137,7 @@ class HungryModule(SlopeModule):
 
 
 class RolloutModule(SlopeModule):
-    """Three updates in each training step, as on-policy modules take."""
+    """Three updates in each training step, like on-policy modules."""
 
     def training_step(self, step: Step[Any], batch_idx: int) -> None:
         meter = Meter()
@@ -149,14 +149,14 @@ class RolloutModule(SlopeModule):
 
 
 class PoisonedRollouts(RolloutModule, PoisonedModule):
-    """Three updates in each training step, some of them spoilt."""
+    """Three updates in each training step, some of them with NaN losses."""
 
 
 class NumbersDataModule(AlignmentDataModule):
-    """Numbers, shuffled anew each epoch; two of them a step.
+    """Numbers, reshuffled in each epoch, two per step.
 
     Args:
-        count: numbers of an epoch.
+        count: numbers per epoch.
     """
 
     batch_types = (TinyBatch,)
@@ -200,11 +200,11 @@ class NumbersDataModule(AlignmentDataModule):
 
 
 BASIC = ["--model", "tiny_run.SlopeModule", "--data", "tiny_run.NumbersDataModule", "--model.learning_rate", "0.1"]
-"""The shortest command line, after the command's name."""
+"""The shortest valid flags, after the command's name."""
 
 
 class UnfinishedDataModule(NumbersDataModule):
-    """Lacks a method that its base asks for."""
+    """Lacks a method that its base class requires."""
 
     @abstractmethod
     def further(self) -> None: ...
@@ -215,7 +215,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def events_of(folder: Path) -> Any:
-    """What TensorBoard reads of a run."""
+    """Return the TensorBoard events of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
