@@ -175,7 +175,7 @@ def generate(
 
 
 def refuse_overwriting(source: str, out: str) -> None:
-    """Refuse to overwrite the input file, and what is not a file."""
+    """Refuse to overwrite the input file, and to write to a pipe, a device or a folder."""
     refuse_special(Path(out))
     if Path(source).is_file() and Path(out).is_file() and Path(source).samefile(out):
         raise SettingError("out-is-input", f"--out {out} is the file that is read; name another one")
