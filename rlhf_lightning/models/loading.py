@@ -207,7 +207,8 @@ def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **options)
+        on_meta = {**options, "device_map": "meta"}  # the wrong shapes may be too large for the memory
+        _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **on_meta)
         key, found, wanted = min(report["mismatched_keys"])
         raise ModelError(
             "unreadable-model",

@@ -126,6 +126,14 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) 
         load_policy(str(tmp_path / "x"))
 
 
+def test_shapes_that_no_memory_holds_are_named_too(tmp_path: Path, policy_folder: str) -> None:
+    shutil.copytree(policy_folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": 10**12}
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with refused("unreadable-model", "(120, 32)", "(1000000000000, 32)"):
+        load_policy(str(tmp_path / "x"))
+
+
 def test_a_file_of_4_bit_weights_trains_an_adapter_where_that_is_said(tmp_path: Path, policy_folder: str) -> None:
     load_policy(policy_folder, LoadSettings(quantization="nf4"), LoraSettings(r=2)).model.unload().save_pretrained(
         tmp_path
