@@ -1,4 +1,4 @@
-"""Each test runs where nothing is, as a user would in a fresh folder; and models that take milliseconds."""
+"""Run each test in an empty folder, as a user would, with models that take milliseconds."""
 
 import sys
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    # Set by every run; setting it here puts it back for the tests that follow.
+    # Every run sets this; setting it here restores it for the following tests.
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.delenv("RLHF_DEBUG", raising=False)
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]  # a test's own objective must not stand in for another's of the same name
+            del sys.modules[name]  # a test's own objective must not replace another test's objective of the same name
 
 
 def save(folder: Path, kind: Any, template: bool = True, seed: int = 0) -> str:
-    """Write a tiny Llama over bytes with its tokenizer; weights are wide, so that no distribution is uniform."""
+    """Write a tiny byte-level Llama with its tokenizer; large weights keep its distributions far from uniform."""
     settings = make_tiny_tokenizer() if template else make_tiny_tokenizer(template=None)
     config = LlamaConfig(
         vocab_size=len(settings), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -46,7 +46,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A policy whose tokenizer has no chat template."""
+    """Return a policy whose tokenizer has no chat template."""
     return save(tmp_path_factory.mktemp("plain") / "model", LlamaForCausalLM, template=False)
 
 

@@ -1,4 +1,4 @@
-"""`rlhf best-of-n`: what is kept of worked samples, and a whole round through to supervised fine-tuning."""
+"""Test `rlhf best-of-n`: which worked samples it keeps, and a whole round up to supervised fine-tuning."""
 
 import json
 from pathlib import Path

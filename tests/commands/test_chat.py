@@ -1,4 +1,4 @@
-"""`rlhf chat`: turns, commands, and answers that are the policy's."""
+"""Test `rlhf chat`: turns, commands, and answers equal to the policy's."""
 
 import io
 
@@ -14,7 +14,7 @@ from rlhf_lightning.tokenization import encode_prompt, load_tokenizer
 
 
 class Shown:
-    """What a terminal would show."""
+    """Output as a terminal would show it."""
 
     def __init__(self):
         self.text = ""
@@ -30,7 +30,7 @@ def conversation(policy_folder):
 
 
 def greedy(folder, prompt, tokens):
-    """The likeliest continuation, by the plain model."""
+    """Return the greedy continuation of the plain model."""
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = encode_prompt(tokenizer, prompt)
     start = len(ids)
@@ -96,7 +96,7 @@ def test_a_stop_ends_a_chat_that_reads_from_a_pipe(conversation, monkeypatch):
 
 
 def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypatch):
-    """Eight tokens at a time, a token a byte: the sixteen bytes end inside a character of three bytes."""
+    """Tokens are printed in chunks of eight, one byte each: sixteen bytes end inside a character of three bytes."""
     from rlhf_lightning.sampling import slot_engine
 
     wanted = ("a" * 7 + "€" + "b" * 3 + "ü").encode()
@@ -153,7 +153,7 @@ def test_help_and_errors(capsys):
 
 
 def test_an_answer_cannot_act_on_the_terminal():
-    """A model, or the server behind an engine, may write control sequences: they are written out."""
+    """A model or a server may write control sequences; they are printed as visible text."""
 
     class Hostile:
         def answer(self, text):

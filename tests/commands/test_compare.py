@@ -1,4 +1,6 @@
-"""`rlhf compare`: runs found and grouped, curves over seeds, tests against the first arm, and a page that is whole."""
+"""Test `rlhf compare`: discovery and grouping of runs, curves over seeds, tests against the first arm,
+a complete page.
+"""
 
 import json
 import os
@@ -17,7 +19,7 @@ from rlhf_lightning.evaluation.run_curves import RunComparison, read_run, run_fo
 
 
 def write_run(folder: Path, beta: float, seed: int, status: str = "finished", lr: float = 0.1, every: int = 1) -> Path:
-    """A run whose score rises to 10 beta + seed, and whose completions carry markup."""
+    """Write a run whose score rises to 10 beta + seed, and whose completions contain markup."""
     folder.mkdir(parents=True)
     model = {"class_path": "PPOModule", "init_args": {"beta": beta, "lr": lr, "seed": seed}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "run_name": "x", "model": model}))
@@ -107,7 +109,7 @@ def test_folders_without_runs_or_events_are_refused(tmp_path):
 
 
 def damaged(folder: Path, file: str, content: str | bytes | None) -> list[str]:
-    """Return the command over a run with a damaged file; None makes it a pipe."""
+    """Return the command on a run with a damaged file; None replaces the file by a pipe."""
     run = write_run(folder / "run" / "version_0", 0.1, 0)
     place = next(run.glob("events*")) if file == "events" else run / file
     place.unlink()
@@ -119,7 +121,7 @@ def damaged(folder: Path, file: str, content: str | bytes | None) -> list[str]:
 
 
 def record_of(length: int) -> bytes:
-    """The beginning of a TensorBoard record that says how long it is."""
+    """Return the start of a TensorBoard record with the given length field."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     head = struct.pack("<Q", length)
@@ -156,7 +158,7 @@ def test_a_manifest_without_a_status_is_of_an_unfinished_run(tmp_path: Path, fil
 
 
 def test_hostile_texts_become_text(tmp_path: Path) -> None:
-    """Markup, formulas, ends of lines that JSON keeps, and long names: in the page, the tables and the pictures."""
+    """Markup, formulas, line ends that JSON keeps, and long names appear as text in the page, tables and plots."""
     evil = "<img src=x onerror=alert(1)> $\\frac$ \u2028 \x85 | `"
     for seed, loss in enumerate([evil, "<b>" * 2000]):
         run = write_run(tmp_path / f"run{seed}" / "version_0", 0.1, seed)
@@ -182,7 +184,7 @@ def test_arms_are_runs_of_tensorboard_with_settings_and_final_means(sweep):
         assert main([str(sweep), "--by", "model.beta"]) == 0
     first, second = sorted(Path("comparison/tensorboard").iterdir())
     events = EventAccumulator(str(first)).Reload()
-    assert events.Scalars("val/score")[0].value == pytest.approx(2.0)  # finals 1, 2, 3
+    assert events.Scalars("val/score")[0].value == pytest.approx(2.0)  # final values 1, 2, 3
     low, high = (events.Scalars(f"val/score ({end})")[0].value for end in ("low", "high"))
     assert (low + high) / 2 == pytest.approx(2.0) and high - low == pytest.approx(2 * 4.303 / 3**0.5, rel=1e-3)
     assert events.Scalars("mean/val/score")[-1].value == pytest.approx(2.0)

@@ -1,4 +1,4 @@
-"""Checkpoints and manifests that were tampered with: resumed and exported, each ends in one sentence."""
+"""Resuming or exporting a damaged checkpoint or manifest ends with a one-sentence error."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_a_tampered_checkpoint_is_refused_in_one_sentence(name: str, trained: No
     capsys.readouterr()
     try:
         status = rlhf(RESUME)
-    except SystemExit as end:  # the parser's
+    except SystemExit as end:  # raised by the parser
         status = end.code  # type: ignore[assignment]
     said = capsys.readouterr().err
     assert status in (1, 2) and said.startswith("rlhf") and "checkpoint" in said and "Traceback" not in said, said
@@ -155,7 +155,7 @@ def test_a_run_whose_folder_is_deleted_ends_and_says_so(monkeypatch: pytest.Monk
 
     def deletes(self: Any, trainer: Any, *_: Any) -> None:
         if trainer.lightning_module.updates == 3:
-            Path(RUN).rename("gone")  # at once: the event writer's thread may add a file while a tree is removed
+            Path(RUN).rename("gone")  # rename first: the event writer's thread may add a file while a tree is removed
             shutil.rmtree("gone", ignore_errors=True)
 
     monkeypatch.setattr(ModelExport, "on_train_batch_end", deletes)

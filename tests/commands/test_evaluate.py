@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: table, JSON, completions and a page, on tiny models."""
+"""Test `rlhf evaluate` on tiny models: table, JSON, completions and page."""
 
 import json
 import re

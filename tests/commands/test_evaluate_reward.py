@@ -1,4 +1,4 @@
-"""`rlhf evaluate-reward`: baselines that catch a length-only model, lists, ties and implicit rewards."""
+"""Test `rlhf evaluate-reward`: baselines that expose a length-only model, ranked lists, ties and implicit rewards."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from rlhf_lightning.evaluation import reward_models as room
 
 @pytest.fixture
 def pairs(monkeypatch, tmp_path):
-    """Pairs whose longer completion wins 8 times of 10, and a scorer that sees the length alone."""
+    """Return pairs in which the longer completion wins 8 times of 10, and a scorer that sees only the length."""
     lot, rows = random.Random(0), []
     for n in range(100):
         long, short = f"good {'x ' * lot.randint(5, 9)}end", "good end"

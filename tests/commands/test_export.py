@@ -1,4 +1,4 @@
-"""`rlhf export`: the folder gives what the checkpoint gave."""
+"""Test `rlhf export`: the exported folder gives the same outputs as the checkpoint."""
 
 import base64
 import json
@@ -143,7 +143,7 @@ def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, 
 
 
 def test_an_adapter_that_peft_wrote_itself_is_merged_too(policy_folder):
-    """Without backbone.json only the backbone's path is known."""
+    """Without backbone.json only the path of the backbone is known."""
     base = AutoModelForCausalLM.from_pretrained(policy_folder)
     model = get_peft_model(
         base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server of the Hub's upload API: creates repositories, takes every file inline, and keeps the commits."""
+    """Serve the Hub's upload API: create repositories, accept every file inline, and record the commits."""
     kept = {"created": [], "files": {}}
 
     class Api(BaseHTTPRequestHandler):
@@ -256,7 +256,7 @@ def hub(monkeypatch):
 
 
 def is_private(created):
-    """Whether a repository was asked for as private; the field's name depends on the version of huggingface_hub."""
+    """Return whether a private repository was requested; the field's name depends on the huggingface_hub version."""
     return created.get("private", False) or created.get("visibility") == "private"
 
 

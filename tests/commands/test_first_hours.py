@@ -1,4 +1,6 @@
-"""Mistakes of the first hours, each answered by a sentence with the remedy; and what a run leaves for the next."""
+"""Mistakes of the first hours get a sentence with the remedy; also test the files that a run leaves for
+the next stage.
+"""
 
 import json
 from pathlib import Path

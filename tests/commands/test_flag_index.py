@@ -1,4 +1,4 @@
-"""The index of settings: current, fast, and with the names of other libraries."""
+"""Test the index of settings: up to date, fast, and with the names used by other libraries."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ REMEDY = "run `python -m rlhf_lightning.commands.objectives` and commit flag_ind
 
 @pytest.fixture(autouse=True)
 def current(monkeypatch):
-    """Sources that were edited a minute ago must not turn the index off."""
+    """Recently edited sources must not disable the index."""
     monkeypatch.setattr(flag_index, "is_stale", lambda: False)
 
 

@@ -1,4 +1,4 @@
-"""Flags: config files come first wherever they stand, and nested settings are reached."""
+"""Test flags: config files come first in any order of flags, and nested settings can be set."""
 
 import json
 from pathlib import Path
@@ -135,7 +135,7 @@ LISTED = {"class_path": "Ensemble", "init_args": {"scorers": [{"class_path": "Ze
 @pytest.mark.parametrize("scorer", [SUM, TOLERANT, LISTED, "ZeroScorer"])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_shipped_scorers_and_engines_go_by_short_names_at_every_depth(scorer, in_file, policy_folder, capsys):
-    """In a file, in a flag, alone, within each other, in a list."""
+    """In a file, as a flag, alone, nested, and in a list."""
     arguments = {"init_from": policy_folder, "engine": {"class_path": "GenerateEngine"}}
     config = {
         "model": {"class_path": "GRPOModule", "init_args": arguments | ({"scorer": scorer} if in_file else {})},

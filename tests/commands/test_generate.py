@@ -1,4 +1,4 @@
-"""`rlhf generate`: every prompt answered, in order, with log-probabilities and scores that are the models' own."""
+"""Test `rlhf generate`: every prompt is answered, in order, with the models' own log-probabilities and scores."""
 
 import json
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""A project from the template: its files, its names, and its own tests."""
+"""Test a project created from the template: its files, its names, and its own tests."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a wrong command line is told: one sentence, the nearest right name, exit status 2."""
+"""Test the reply to a wrong command line: one sentence, the nearest right name, exit status 2."""
 
 import pytest
 from tiny_run import BASIC
@@ -94,7 +94,7 @@ def test_wrong_yaml_is_said_in_one_sentence(text, sentence, capsys, tmp_path):
 
 
 def test_real_arguments_are_suggested(capsys):
-    """The names that users of other libraries type first."""
+    """Names that users of other libraries type first."""
     for flag, suggestion in (("--data.batchsize", "data.batch_size"), ("--model.bta", "model.beta")):
         with pytest.raises(SystemExit):
             main(["fit", "--model", "DPOModule", "--model.init_from", "x", "--data", "PreferenceDataModule", flag, "1"])

@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make: each is answered by one sentence that names the remedy, without a traceback."""
+"""Newcomers' mistakes get a one-sentence error with the remedy and no traceback."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ MISTAKES = {
     "a stop string without brackets": (f"{SCORED}.good --model.stop_strings User:", "a list such as '[a, b]'"),
     "an empty stop string": (f"{SCORED}.good --model.stop_strings ['']", "a stop string is empty"),
     "a stop token of two tokens": (f"{SCORED}.good --model.stop_tokens [zzz]", "name a single token"),
-    # settings that cannot be
+    # impossible settings
     "a GPU that is not there": (f"{DPO} --trainer.devices -1", "trainer.devices must be"),
     "a strategy that spawns": (f"{DPO} --trainer.strategy ddp_spawn", "use ddp"),
     "a strategy of DeepSpeed": (f"{DPO} --trainer.strategy zero3", "ModelParallelStrategy"),

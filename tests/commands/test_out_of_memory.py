@@ -1,4 +1,4 @@
-"""Memory that runs out, really: one line says what to lower."""
+"""Run out of memory for real: one line says which setting to lower."""
 
 import resource
 from pathlib import Path
@@ -10,7 +10,7 @@ from tiny_run import BASIC
 from rlhf_lightning.cli import main as rlhf
 
 ROOM = 2**28
-"""Bytes beyond what the process has already."""
+"""Bytes beyond the current size of the process."""
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "python"])

@@ -1,4 +1,4 @@
-"""The quickstart's report: what it says of figures that are made up, and its figure."""
+"""Test the quickstart's report and plot on made-up figures."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def policy(gold: float) -> dict[str, Any]:
 
 
 def made_up(*path: tuple[int, float, float]) -> dict[str, Any]:
-    """A report; ``path`` is update, score and gold reward of the run without KL penalty."""
+    """Return a report; ``path`` has update, score and gold reward of the run without KL penalty."""
     world = {"bayes_accuracy": 0.87, "demonstrations_gold": 0.5, "demonstrations_gold_ci": [0.49, 0.51]}
     for n in (4, 16):
         world |= {f"best_of_{n}_gold": 0.7, f"best_of_{n}_gold_ci": [0.69, 0.71], f"best_of_{n}_score": 0.1}

@@ -1,4 +1,4 @@
-"""A run interrupted anywhere and resumed equals the uninterrupted one: samples, logs, exports."""
+"""A run that is interrupted anywhere and resumed equals the uninterrupted run: samples, logs, exports."""
 
 import json
 import os
@@ -27,11 +27,13 @@ from rlhf_lightning.training import checkpoint_state
 
 
 class Gone(Exception):
-    """What ends a run in its middle."""
+    """Raised to stop a run in the middle."""
 
 
 class DrawingModule(SlopeModule):
-    """Adds to each gradient what every generator draws, and reads what makes Lightning forget where the data stands."""
+    """Adds draws of every generator to each gradient, and reads properties that make Lightning lose the
+    data position.
+    """
 
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches > 0
@@ -59,7 +61,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, fault: Calla
 
 
 def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> bool:
-    """Start a run that dies when a hook is called for the ``times``-th time; return whether it got so far."""
+    """Start a run that dies when a hook is called for the ``times``-th time; return whether it got that far."""
 
     def die() -> None:
         raise Gone
@@ -73,7 +75,7 @@ def ends_before(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: li
 
 
 def told_to_stop(monkeypatch: pytest.MonkeyPatch, hook: str, times: int, argv: list[str]) -> Any:
-    """Start a run that gets SIGTERM when a hook is called for the ``times``-th time; return its exit status."""
+    """Start a run that gets SIGTERM when a hook is called for the ``times``-th time; return the exit status."""
     fault = partial(os.kill, os.getpid(), signal.SIGTERM)
     with at_call(monkeypatch, hook, times, fault), pytest.raises(SystemExit) as status:
         rlhf(argv)
@@ -86,7 +88,7 @@ def assert_same(whole: Path, resumed: Path) -> None:
         assert repr(states[0][part]) == repr(states[1][part]), part
     assert (whole / "model" / "weight.json").read_text() == (resumed / "model" / "weight.json").read_text()
     one, other = (
-        [tag for tag in events_of(run).Tags()["scalars"] if not tag.startswith("perf/")]  # which tell the time
+        [tag for tag in events_of(run).Tags()["scalars"] if not tag.startswith("perf/")]  # perf/ metrics depend on time
         for run in (whole, resumed)
     )
     assert one == other and "vs_tokens/train/loss" in one
@@ -206,7 +208,9 @@ def test_later_checkpoints_are_given_up_before_anything_is_cut_back(chosen: bool
 
 
 def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch: Any) -> None:
-    """Told to stop before a validation, then killed between saving behind it and pointing the link there."""
+    """The run gets SIGTERM before a validation, then is killed between the following save and the
+    update of the link.
+    """
     argv = [*DRAWING, "--trainer.max_epochs", "2"]
     whole = run([*argv, "--run_name", "whole"]).folder
     told_to_stop(monkeypatch, "on_validation_batch_end", 1, [*argv, "--run_name", "cut"])
@@ -230,7 +234,7 @@ def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch:
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) -> None:
-    """Bits of headers say how a part is packed: any change of them is reported as damage."""
+    """Header bits describe the packing of a part; any change of them is reported as damage."""
     assert ends_before(monkeypatch, "on_train_batch_end", 2, [*DRAWING, *OFTEN, "--run_name", "cut"])
     file = last_checkpoint(Path("runs/cut/version_0"))
     content, places = file.read_bytes(), []
@@ -342,7 +346,9 @@ def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
 
 
 def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: Any) -> None:
-    """Told to stop before a validation, resumed, and cut off behind it: the checkpoint has it, so it does not recur."""
+    """The run gets SIGTERM before a validation, is resumed, and is killed after it: the checkpoint records the
+    validation.
+    """
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"]
     whole = run([*argv, "--run_name", "whole"]).folder
     told_to_stop(monkeypatch, "on_validation_batch_end", 1, [*argv, "--run_name", "cut"])
@@ -351,7 +357,7 @@ def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: A
 
 
 def in_a_child(work: Any) -> int:
-    """Fork, have the child do something, and return how it ended."""
+    """Run a function in a forked child, and return how the child ended."""
     child = os.fork()
     if child == 0:
         try:
@@ -389,7 +395,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(monkeypatch: Any) -
 
 
 class Module(torch.nn.Module):
-    """As much of a module as random numbers need."""
+    """The parts of a module that random number handling needs."""
 
     device_mesh = None
 
@@ -399,7 +405,7 @@ class Module(torch.nn.Module):
         self.trainer = SimpleNamespace(world_size=ranks, fit_loop=SimpleNamespace(_combined_loader_states_to_load=[]))
 
     def resume(self) -> None:
-        """Begin a run whose checkpoint was written by 2 ranks."""
+        """Start a run from a checkpoint written by 2 ranks."""
         module: Any = self
         state = checkpoint_state.ResumeState()
         state.restore(module, {"random": [checkpoint_state.random_state(self.device) for _ in range(2)]})

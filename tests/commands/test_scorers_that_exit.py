@@ -1,4 +1,4 @@
-"""A user's code that calls sys.exit ends no command as a success, wherever it stands."""
+"""User code that calls sys.exit never makes a command succeed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Keys in the environment stay there, and nothing is told to anybody: no file, no line, no connection."""
+"""API keys stay in the environment: they appear in no file, no output line and no connection."""
 
 import json
 import socket
@@ -37,7 +37,7 @@ def judge() -> Iterator[ScoreServer]:
 
 
 def config_of(policy: str, server: str, judge: str, **settings: Any) -> list[str]:
-    """A run whose sampling engine and whose scorer are both behind an address, each with a key."""
+    """Return a config whose sampling engine and scorer are remote, each with a key."""
     Path("rows.jsonl").write_text('{"prompt": "a question"}\n' * 4)
     engine = {"class_path": "rlhf_lightning.sampling.remote_engine.RemoteEngine",
               "init_args": {"url": server, "model": BASE, "shared_folder": "adapters", "api_key": "VLLM_API_KEY",
@@ -78,7 +78,7 @@ def test_no_key_is_written_or_said(
 def test_a_failure_says_no_key_either(
     policy_folder: str, judge: ScoreServer, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The judge refuses, and repeats the key that it was sent."""
+    """The judge refuses, and repeats the key of the request."""
     with serving(policy_folder) as server:
         command = config_of(policy_folder, server.url, judge.url)
         config = json.loads(Path("grpo.yaml").read_text())
@@ -115,7 +115,7 @@ def test_a_key_in_the_place_of_its_name_is_refused_before_anything_is_written(
 def test_a_run_opens_no_connection(
     policy_folder: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the Hub allowed, on models and data that are here: no telemetry, no look-up, no advert."""
+    """With the Hub allowed and local models and data: no telemetry and no look-ups."""
     opened: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:

@@ -1,6 +1,6 @@
 """lm-eval and Inspect on `rlhf serve`: their figures equal our own on the same prompts.
 
-Each tool runs in an environment of its own: RLHF_LM_EVAL names the program lm_eval, RLHF_INSPECT the program inspect.
+Each tool runs in a separate environment: RLHF_LM_EVAL names the program lm_eval, RLHF_INSPECT the program inspect.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""``rlhf show``: what becomes of every token of a row."""
+"""Test ``rlhf show``: how every token of a row is used."""
 
 import json
 

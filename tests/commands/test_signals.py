@@ -1,6 +1,6 @@
-"""Signals at any moment: a command ends with 75 and what can be resumed, or with a status that is neither 0 nor 75.
+"""A command that gets a signal at any moment exits with 75 and a resumable run, or with a status other than 0 and 75.
 
-Moments are calls of Python functions, counted by a profiler, so that they do not depend on the machine's speed.
+Moments are counted in calls of Python functions by a profiler, so they do not depend on machine speed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from rlhf_lightning.errors import TerminatedError
 FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
 RESUMABLE = 75
 FIRST = 100
-"""Calls until the handlers are there; before them a signal has its usual effect."""
+"""Calls before the signal handlers are installed; before that a signal has its default effect."""
 
 
 class Moments:
@@ -51,11 +51,11 @@ class Moments:
 
 
 def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[int, str, int]:
-    """Run a command in a fork; return its status (negative: the signal it died of), output, and number of calls."""
+    """Run a command in a fork; return its status (negative: the signal that killed it), output, and number of calls."""
 
     def work() -> int:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores it
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # and one in the background of a script this one
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores this signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script ignores this signal
         sys.stdin = open(os.devnull)  # noqa: SIM115 - pytest's own refuses to be read
         moments = Moments(signals)
         sys.setprofile(moments)
@@ -75,7 +75,7 @@ def spread(calls: int, count: int) -> list[int]:
 
 
 def half_made(folder: str = ".") -> list[str]:
-    """Run folders without a manifest, and partial files."""
+    """Return run folders without a manifest, and partial files."""
     runs = [path for path in Path(folder).glob("runs/*/version_*") if not (path / "manifest.json").is_file()]
     return [str(path) for path in (*runs, *Path(folder).rglob("*.partial"), *Path(folder).rglob(".training"))]
 
@@ -92,7 +92,7 @@ _calls: dict[tuple[str, ...], int] = {}
 
 
 def count_of(argv: list[str]) -> int:
-    known = tuple(argv[:-1])  # but for the name of the run
+    known = tuple(argv[:-1])  # without the name of the run
     if known not in _calls:
         status, said, _calls[known] = run_with(argv)
         assert status == 0, said

@@ -1,4 +1,4 @@
-"""Values that would be kept, or a run that would end, without a word."""
+"""Settings are never ignored silently, and a run never ends early without a message."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_what_belongs_to_the_run_is_kept_between_on_policy_objectives() -> None:
 
 
 def test_what_the_user_raised_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    """Three steps, which an epoch of eight bounds too; then more than one epoch has."""
+    """Three steps, within an epoch of eight; then more steps than an epoch has."""
     run(["fit", *BASIC, "--run_name", "raised", "--trainer.max_steps", "3"])
     resumed = run(["fit", "--resume", "runs/raised", "--trainer.max_steps", str(UPDATES + 2)])
     assert resumed.model.updates == UPDATES + 2

@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite costs an update and no more; update after update of them ends the run."""
+"""A NaN or infinite loss or gradient skips one update; several consecutive skips end the run."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def optimizer_of(folder: Path, update: int) -> dict[str, torch.Tensor]:
     return {**checkpoint["optimizer_states"][0]["state"][0], "weight": checkpoint["state_dict"]["line.weight"]}
 
 
-@pytest.mark.parametrize("masked", ["false", "true"])  # where it is masked the gradient is a good one
+@pytest.mark.parametrize("masked", ["false", "true"])  # with true, only the loss is NaN and the gradient is valid
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_spoilt_update_changes_neither_weights_nor_moments(value, masked):
     settings = [
@@ -56,7 +56,7 @@ def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, 
     assert [row["rows"] for row in rows_of(folder / "skipped_updates.jsonl")] == [[0, 1], [8, 9], [10, 11], [12, 13]]
     session = json.loads((folder / "manifest.json").read_text())["sessions"][0]
     assert session["status"].startswith("DivergenceError") and session["updates"] == 7
-    # What the named checkpoint holds is good: the run continues from it.
+    # The named checkpoint is good: the run continues from it.
     resumed = run(["fit", "--resume", "runs/poisoned", "--model.poison", "[]"])
     assert resumed.model.updates == UPDATES and resumed.model.skipped_updates == 3
 

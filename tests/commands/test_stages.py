@@ -1,4 +1,4 @@
-"""The real stages through `rlhf fit`: what is kept of a rollout, and that a cut run ends in the same bits."""
+"""Run the real stages through `rlhf fit`: what a rollout stores, and that an interrupted run ends bit-identically."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ PROMPTS = [f"ask for thing {number}" for number in range(20)]
 
 @pytest.fixture
 def ppo(tmp_path, monkeypatch):
-    """Command line of a short PPO run: 4 rollouts of 4 episodes, 2 updates each."""
+    """Return the command line of a short PPO run: 4 rollouts of 4 episodes, 2 updates each."""
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     rows = "".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS)
     Path("prompts.jsonl").write_text(rows)
@@ -131,7 +131,7 @@ def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, mo
 # -- seeds ------------------------------------------------------------------------------------------------------------
 
 SEEN: list[tuple[str, str]] = []
-"""Prompts and completions that `recorded_score` was asked for."""
+"""Prompts and completions passed to `recorded_score`."""
 
 
 def recorded_score(prompts, completions, **columns):
@@ -140,7 +140,7 @@ def recorded_score(prompts, completions, **columns):
 
 
 def drawn_by(ppo, *seeds):
-    """Prompts in the order they were trained on, completions, weights and settings of a short run from new weights."""
+    """Return training prompts in order, completions, weights and settings of a short run from new weights."""
     SEEN.clear()
     scorer = ppo.index("--model.scorer") + 1
     argv = [*ppo[:scorer], "commands.test_stages.recorded_score", *ppo[scorer + 1 :], "--model.from_scratch", "true"]

@@ -1,4 +1,4 @@
-"""`rlhf sweep`: arms and seeds, resume after kills, status 75, failures that are named, and SLURM's script."""
+"""Test `rlhf sweep`: arms and seeds, resuming after kills, status 75, named failures, and the SLURM script."""
 
 import json
 import os
@@ -40,7 +40,7 @@ end("finished", 0)
 
 @pytest.fixture(autouse=True)
 def fake_training(tmp_path, monkeypatch):
-    """`rlhf fit` is a script; a folder with the word preempted, broken or slow in its name behaves like that."""
+    """Replace `rlhf fit` by a script that behaves as the folder's name says: preempted, broken or slow."""
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "rlhf_lightning.py").write_text(FAKE)
     (tmp_path / "c.yaml").write_text("model: {beta: 1}\n")

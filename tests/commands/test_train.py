@@ -1,4 +1,4 @@
-"""Runs from the command line: their folder, overlaid configs, resuming, what wins over what."""
+"""Test runs from the command line: run folder, overlaid configs, resuming, and precedence of settings."""
 
 import json
 import logging
@@ -119,7 +119,7 @@ def test_short_names_of_the_package_work(capsys):
 
 @pytest.mark.parametrize("every", [3, 4, 5])
 def test_a_run_that_was_cut_off_ends_in_the_same_bits(every, crash):
-    """Killed in the second epoch, between checkpoints; the samples and curves join without gap or overlap."""
+    """Killed in the second epoch between checkpoints; samples and curves continue without gap or overlap."""
     settings = [
         "--trainer.max_epochs",
         "3",
@@ -324,7 +324,7 @@ def test_a_plain_trainer_that_resumes_gives_back_the_callers_random_numbers():
     data = tiny_run.NumbersDataModule()
     trainer.fit(module, datamodule=data, ckpt_path="runs/slope/version_0/checkpoints/last.ckpt", weights_only=True)
     assert module.updates == 2 * UPDATES
-    assert next_random_numbers()[:2] == expected[:2]  # torch drew the weight of the module
+    assert next_random_numbers()[:2] == expected[:2]  # torch's random numbers initialised the module's weight
 
 
 def test_nothing_but_the_run_is_said(capsys, recwarn):

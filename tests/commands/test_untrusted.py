@@ -1,6 +1,6 @@
-"""Weights, checkpoints, tokenizers and data that would run code: each is refused, and its code has not run.
+"""Weights, checkpoints, tokenizers and data that contain code are refused, and the code does not run.
 
-Every file here makes another one, ``ran``, when it is believed; the tests of the files themselves show that.
+Every planted file creates the file ``ran`` if its code runs; tests of the planted files check this.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ CHECKPOINT = "runs/slope/version_0/checkpoints/last.ckpt"
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must not do it; return the one line that it says."""
+    """Run a command that must be refused; return its one-line message."""
     capsys.readouterr()
     try:
         status = rlhf(argv)
@@ -90,7 +90,7 @@ def test_a_checkpoint_that_is_a_bomb(make: Callable[[Path], None], capsys: pytes
         said = refused([command, *BASIC, "--ckpt_path", "bomb.ckpt"], capsys)
         assert re.search("not a checkpoint|cannot be read as a checkpoint", said)
     assert "cannot be read as a checkpoint of plain tensors" in refused(["export", "bomb.ckpt", "--out", "out"], capsys)
-    for other in Path(CHECKPOINT).parent.glob("*.ckpt"):  # an older one would be taken in its place
+    for other in Path(CHECKPOINT).parent.glob("*.ckpt"):  # otherwise an older checkpoint would be used
         other.unlink()
     make(Path(CHECKPOINT))
     for command in (["fit", "--resume", "runs/slope"], ["export", "runs/slope", "--out", "out"]):
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_a_bomb(make: Callable[[Path], None], capsys: pytes
 
 
 def test_an_archive_that_writes_outside(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is ever unpacked: neither a checkpoint, which is an archive, nor data."""
+    """Nothing is ever unpacked to disk: neither checkpoints, which are archives, nor data."""
     run(["fit", *BASIC])
     for name in ("slip.ckpt", "slip.zip"):
         with zipfile.ZipFile(name, "w") as archive, zipfile.ZipFile(CHECKPOINT) as good:
@@ -136,7 +136,7 @@ def test_a_runs_newest_checkpoint_is_no_link_to_elsewhere(capsys: pytest.Capture
 
 
 PEDDLER = "peddler"
-"""A module that makes the file when it is imported."""
+"""A module that creates the file when it is imported."""
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_code_that_a_checkpoint_names_is_not_imported(
     command = ["test", "--model", "GRPOModule", "--data", "PromptDataModule", "--data.source", "rows.jsonl",
                "--model.init_from", policy_folder, "--ckpt_path", "named.ckpt"]  # fmt: skip
     refused(command, capsys)
-    with contextlib.suppress(RuntimeError):  # it has no weights either
+    with contextlib.suppress(RuntimeError):  # the folder has no weights either
         refused(["export", "named.ckpt", "--out", "out"], capsys)
     assert not Path(RAN).exists() and PEDDLER not in sys.modules
 
@@ -282,7 +282,7 @@ def test_an_adapter_that_is_a_pickle(policy_folder: str, capsys: pytest.CaptureF
 
 @pytest.fixture
 def with_code(policy_folder: str) -> str:
-    """A model of a kind that transformers does not have, and a tokenizer of its own, in Python files next to them."""
+    """Write a model of a type unknown to transformers, with its modelling and tokenizer code in Python files."""
     shutil.copytree(policy_folder, "with_code")
     folder = Path("with_code")
     config = json.loads((folder / "config.json").read_text())
@@ -302,7 +302,7 @@ def test_a_models_own_code_runs_only_where_it_is_named(
     with_code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # no prompt appears
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # no question is asked
     for command in commands_on(with_code):
         refused(command, capsys)
     said = refused(fit_on(with_code), capsys)
@@ -320,7 +320,7 @@ def test_a_tokenizers_own_code_is_not_run(policy_folder: str, capsys: pytest.Cap
     (folder / "tokenizer_config.json").write_text(json.dumps(changed))
     (folder / "own.py").write_text(f"open({str(Path(RAN).absolute())!r}, 'w').close()\n")
     for command in commands_on("own_tokenizer"):
-        with contextlib.suppress(AssertionError):  # transformers may well do without it
+        with contextlib.suppress(AssertionError):  # transformers may not need the file
             refused(command, capsys)
         assert not Path(RAN).exists()
 
@@ -362,7 +362,7 @@ def test_data_is_never_run(capsys: pytest.CaptureFixture[str], policy_folder: st
 
 
 def test_a_cached_row_store_is_no_pickle(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept between runs is read as plain arrays: somebody else may write into a shared cache."""
+    """The row cache is read as plain arrays, because other users may write into a shared cache."""
     import numpy as np
 
     monkeypatch.setenv("RLHF_CACHE", "cache")

@@ -1,4 +1,4 @@
-"""A judge as labeller: its preferences are in the store and do not depend on the order."""
+"""Test a judge as labeller: its preferences are stored and do not depend on the order."""
 
 from pathlib import Path
 

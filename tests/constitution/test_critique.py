@@ -1,4 +1,6 @@
-"""`rlhf critique`: demonstrations that train as they are, the same again after a kill; counts; errors of one line."""
+"""Test `rlhf critique`: its demonstrations train unchanged, a killed run gives the same rows, counts,
+one-line errors.
+"""
 
 import json
 from pathlib import Path

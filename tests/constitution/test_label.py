@@ -1,4 +1,4 @@
-"""`rlhf label`: rows train unchanged and name their origin; killed runs continue; errors are one line."""
+"""Test `rlhf label`: rows train unchanged and record their origin, killed runs continue, errors have one line."""
 
 import json
 import math

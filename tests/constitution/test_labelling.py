@@ -1,4 +1,4 @@
-"""From a judge's answers to labels: worked numbers, debiasing of a judge whose bias is known, failures, metrics."""
+"""Test labels from a judge's answers: worked numbers, debiasing of a judge with known bias, failures, metrics."""
 
 import math
 import random
@@ -18,7 +18,7 @@ RULES = Constitution("test", 1, "en", comparing=tuple(ComparingPrinciple(name, f
 
 
 class Scripted:
-    """Answers by a table from (first completion, principle)."""
+    """A judge that answers from a table keyed by (first completion, principle)."""
 
     name = "scripted"
 
@@ -33,7 +33,7 @@ class Scripted:
         ]
 
 
-# The worked comparison: l_A, l_B = -1.2, -2.0 where x stands first, -1.5, -1.0 where y does.
+# Worked comparison: l_A, l_B = -1.2, -2.0 with x first, and -1.5, -1.0 with y first.
 WORKED = {"x": JudgeAnswer(-1.2, -2.0), "y": JudgeAnswer(-1.5, -1.0)}
 PAIR = Pair("p", "x", "y", 1.0, {"source": "test"})
 
@@ -168,12 +168,14 @@ def test_a_judge_of_too_few_answers_is_named():
 
 
 def gold(prompt, completion):
-    """The number that a completion is."""
+    """Return the number that is written in a completion."""
     return float(completion)
 
 
 def known_pairs(count: int) -> list[Pair]:
-    """Pairs of numbers whose difference, the log-odds, is spread over [-3, 3]; people choose by them."""
+    """Return pairs of numbers with log-odds (their difference) spread over [-3, 3], labelled by people according to
+    them.
+    """
     rng = random.Random(0)
     pairs = []
     for number in range(count):
@@ -189,13 +191,13 @@ def truth(pairs: list[Pair]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("bias", "average", "worst"),
-    # The least upper bounds of |p - truth| over log-odds in [-3, 3], by the formula, rounded up.
+    # Least upper bounds of |p - truth| over log-odds in [-3, 3] by the formula, rounded up.
     [(0.5, "logit", 1e-9), (2.0, "logit", 1e-9), (0.5, "probability", 0.012), (0.6, "probability", 0.017),
      (1.0, "probability", 0.045), (2.0, "probability", 0.151)],
 )  # fmt: skip
 def test_both_orders_remove_a_place_s_bias(bias, average, worst):
-    """One order alone is off by up to tanh(bias / 4). The logit average is exact; the probability average is within
-    0.02 of what is true for a bias up to 0.6, and leaves more of a larger one.
+    """A single order is off by up to tanh(bias / 4). The logit average is exact. The probability average is within 0.02
+    of the truth for a bias up to 0.6, and worse for a larger bias.
     """
     pairs = known_pairs(2000)
     found = label_pairs(SimulatedJudge(gold, 1.0, bias), RULES, pairs, LabelSettings(average=average))
@@ -209,7 +211,7 @@ def test_both_orders_remove_a_place_s_bias(bias, average, worst):
 
 
 def test_a_judge_of_known_accuracy_with_a_bias():
-    """The judge's own noise adds no bias to the mean over pairs of one gap."""
+    """The judge's own noise adds no bias to the mean over pairs with the same gap."""
     pairs = [Pair(f"prompt {number}", "1.5", "0.5", 1.0) for number in range(4000)]
     judge = SimulatedJudge(gold, 1.0, position_bias=0.8, noise=1.0)
     found = label_pairs(judge, RULES, pairs, LabelSettings(average="logit"))

@@ -1,4 +1,4 @@
-"""DataModules without a Trainer."""
+"""Use DataModules without a Trainer."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def ready(tiny_tokenizer: Any, cache: Any) -> Any:
-    """Prepares a DataModule by hand, on some rank, for some batch."""
+    """Return a function that prepares a DataModule for a rank and a batch type."""
 
     def prepare(data: Any, rank: int = 0, ranks: int = 1, batch_type: type | None = None, tokenizer: Any = None) -> Any:
         kind = type(data)

@@ -1,4 +1,4 @@
-"""The plan: the same rows a step however it is cut, nothing lost, nothing twice, nothing over the limits."""
+"""Test the batching plan: the same rows per step for every split, no row lost or repeated, all limits kept."""
 
 import numpy as np
 import pytest
@@ -27,14 +27,14 @@ def test_a_step_is_sorted_by_length_and_cut():
 
 
 def test_a_token_budget_counts_pads():
-    # 9 alone fills 10 cells, 5 and 3 together are 2 x 5, and 1 is left: three micro-batches; three of at most 9 cells
-    # are 9, 5 and 3 + 1, the costliest first
+    # 9 alone fills 10 cells, 5 and 3 together 2 x 5, and 1 is left: three micro-batches. Three micro-batches of at most
+    # 9 cells are 9, 5 and 3 + 1, the most expensive first.
     found = plan([3, 9, 1, 5], max_tokens=10, shuffle=False).step(0, 0)
     assert found.micro_batches == ((1,), (0, 2), (3,))
 
 
 def test_ranks_share_a_step_evenly():
-    # 8 + 1 short rows against 2 long ones: as many micro-batches, and about as many cells for each rank
+    # 8 + 1 short rows against 2 long rows: the same number of micro-batches, and about as many cells on each rank.
     lengths = [8, 8, 2, 2, 2, 2, 2, 2, 2, 2]
     found = plan(lengths, batch_size=10, ranks=2, shuffle=False)
     assert [share.micro_batches for share in shares(found, 0)] == [((0, 1),), ((2, 3, 4, 5, 6, 7, 8, 9),)]

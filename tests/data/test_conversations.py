@@ -1,4 +1,4 @@
-"""Conversations as people bring them: each case is learned as the template writes it, or dropped and counted."""
+"""Conversations in many formats are trained on as the template writes them, or dropped and counted."""
 
 import json
 import os
@@ -51,7 +51,7 @@ NESTED = json.loads("[" * 600 + "]" * 600)
 
 
 def learned(tokenizer, row, kind="sft", **settings):
-    """For each row that a row becomes its prompt, its completions, and what of them is learned, as texts."""
+    """Return the prompt, completions and trained parts of each resulting row, as texts."""
     report = Report()
     found = []
     for outcome in encoder_for(kind, **settings).counted(tokenizer, [row], report):
@@ -207,7 +207,7 @@ def test_columns_of_another_form_are_null_in_a_table(tiny_tokenizer):
     assert demonstration(row).completions == ["yo"]
     assert demonstration({"messages": turns, "prompt": None, "completion": None}).prompt == turns[:1]
     assert demonstration({"messages": None, "conversations": turns}).prompt == turns[:1]
-    with pytest.raises(RowRefused):  # a form that is there in part is not passed over for another
+    with pytest.raises(RowRefused):  # an incomplete format does not fall back to another format
         demonstration({"prompt": "hi", "completion": None, "text": "hi yo"})
     assert learned(tiny_tokenizer, {**row, "source": None})[1].unused == {}
 
@@ -366,7 +366,7 @@ def test_variables_of_a_row_are_those_of_its_rendering(row):
     asked = prompt({"prompt": QUESTION["messages"][:1]})
     pair = {"prompt": asked.prompt, "chosen": "Ann.", "rejected": "Bob.", **row}
     assert learned(tokenizer, pair, "preference")[0][0][0] == wanted
-    stored = read_row({**QUESTION, **row}, demonstration).prompt  # as an annotation store hands it on
+    stored = read_row({**QUESTION, **row}, demonstration).prompt  # as an annotation store returns the row
     assert tokenizer.decode(encode_prompt(tokenizer, read_row({"prompt": stored}, prompt).prompt)) == wanted
 
 
@@ -481,7 +481,7 @@ def test_pairs_of_more_than_256_learned_turns_are_cut_alike(tiny_tokenizer, thin
     found, report = learned(tiny_tokenizer, pair, kind="preference")
     assert report.turns_cut == report.kept == 1 and report.last_turn == 0
     assert found == learned(tiny_tokenizer, {**pair, "chosen": turns[1:512]}, kind="preference")[0]
-    found, report = learned(thinking, pair, kind="preference")  # earlier turns are rendered otherwise
+    found, report = learned(thinking, pair, kind="preference")  # earlier turns are rendered differently
     assert report.last_turn == report.kept == 1 and report.turns_cut == 0
     assert found[0][3] == "<think>\n\n</think>\n\na513<|im_end|>"
 

@@ -1,4 +1,6 @@
-"""Columns that an objective asks for travel with their rows: cut, sharded, shuffled, streamed, resumed, cached."""
+"""Columns needed by an objective stay with their rows when rows are split, sharded, shuffled, streamed, resumed,
+cached.
+"""
 
 import json
 
@@ -23,7 +25,7 @@ def asking(data, *names):
 
 
 def seen(loader, tokenizer, field="sequences"):
-    """The slots of each row by the text of its prompt."""
+    """Return the columns of each row, keyed by the text of its prompt."""
     found = {}
     for step in loader:
         for batch in step.micro_batches:
@@ -97,7 +99,7 @@ def test_a_column_that_is_not_there_is_refused(ready, write_rows):
 def test_the_cache_knows_which_columns_it_holds(ready, write_rows, tiny_tokenizer):
     source = write_rows(ROWS)
     for names in (("helpful",), ("brief", "helpful"), ()):
-        for _ in range(2):  # made, then read
+        for _ in range(2):  # first written, then read
             data = ready(asking(SFTDataModule(source, batch_size=4, shuffle=False), *names))
             assert data.store.slots == names
             (first, *_) = data.train_dataloader()

@@ -1,4 +1,4 @@
-"""Every example row of docs/data.md is read, or dropped for the reason that the page gives."""
+"""Every example row of docs/data.md is read, or dropped for the reason given on the page."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def test_example_rows_are_read(kind, row, tiny_tokenizer):
     if kind != "prompt" and "chosen" not in row:
         assert kind_of(row, "the page") == kind
     (outcome,) = encoder_for(kind).outcomes(tiny_tokenizer, [row])
-    needs_more = {"tool_calls_left_out", "thought_left_out"}  # of the template of that tokenizer
+    needs_more = {"tool_calls_left_out", "thought_left_out"}  # these need another template than this tokenizer's
     assert outcome.encoded or outcome.reason in needs_more, outcome.reason
 
 

@@ -1,4 +1,4 @@
-"""A row that cannot be read is counted; a file that cannot be is an error that names it, and the place."""
+"""An unreadable row is counted; an unreadable file is an error that names the file and the place."""
 
 import bz2
 import gzip
@@ -96,7 +96,7 @@ ROWS = [{"a": 1}, {"a": "\u00fc"}]
         (".xz", lzma.compress),
         (".zst", lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)),
         (".ZST", lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)),
-        ("", gzip.compress),  # what a file begins with says it, too
+        ("", gzip.compress),  # the first bytes of a file identify its format too
     ],
 )
 def test_compressed_files_are_read(tmp_path, suffix, pack):
@@ -112,7 +112,7 @@ def test_compressed_files_are_read(tmp_path, suffix, pack):
 
 def test_suffixes_in_capitals_and_tables_of_every_kind(tmp_path):
     table = pyarrow.table({"a": [1, 2]})
-    pyarrow.parquet.write_table(table, tmp_path / "part-0")  # no suffix
+    pyarrow.parquet.write_table(table, tmp_path / "part-0")  # without a suffix
     pyarrow.feather.write_feather(table, tmp_path / "rows.feather")
     with pyarrow.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -145,7 +145,7 @@ def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
 
 
 LONG = 1000
-"""Bytes of a row in the tests of the bound."""
+"""Bytes of a row in the tests of the size limit."""
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "pretty.jsonl", "rows.jsonl.gz", "rows.json.xz"])

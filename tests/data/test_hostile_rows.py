@@ -1,4 +1,4 @@
-"""Unchecked rows pass from file to model: none is lost, and none adds to another."""
+"""Unchecked rows pass from file to model without any row being lost or affecting another row."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Loaders inside Lightning: exact resume, one owner of the order, and the right partner for each module."""
+"""Test loaders inside Lightning: exact resume, one owner of the row order, and the matching DataModule
+of each module.
+"""
 
 from typing import Any, ClassVar
 
@@ -18,7 +20,7 @@ SOURCE = [{"prompt": f"p{i}:", "completion": "x" * (1 + i % 4)} for i in range(1
 
 
 class Watcher(L.LightningModule):
-    """Writes down what it is given, and stops where it is told."""
+    """Records the batches that it gets, and stops at a given step."""
 
     data_needs: ClassVar[DataNeeds] = DataNeeds(DemonstrationBatch)
 
@@ -170,7 +172,7 @@ def test_without_a_trainer_the_tokenizer_is_set_by_hand(write_rows):
 
 @pytest.mark.parametrize("data", [SFTDataModule, PreferenceDataModule, PromptDataModule])
 def test_the_command_line_knows_every_argument(data):
-    """All arguments of the base are offered, described, and read from plain YAML."""
+    """All arguments of the base class are offered, documented, and read from plain YAML."""
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(data, "data")
     text = parser.format_help()

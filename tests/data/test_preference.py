@@ -1,4 +1,4 @@
-"""Pairs and ranked groups by value, and prompts for a policy to answer."""
+"""Test pairs and ranked groups by value, and prompts for a policy to answer."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_a_ranked_list_is_all_its_untied_pairs(ready, write_rows):
         (batch,) = step.micro_batches
         chosen, rejected = batch.sequences.completions
         found.append((batch.sequences.prompts[0].tolist(), chosen.tolist(), rejected.tolist()))
-    wanted = [("l:", "1", "22"), ("l:", "1", "333")]  # the other two are tied
+    wanted = [("l:", "1", "22"), ("l:", "1", "333")]  # the other two completions are tied
     wanted += [("m:", better, worse) for better, worse in ("ab", "ac", "ad", "bc", "bd", "cd")]
     assert found == [(spell(p), spell(better, EOS), spell(worse, EOS)) for p, better, worse in wanted]
     assert (data.report.read, data.report.kept, data.steps_per_epoch) == (2, 2, 8)
@@ -97,7 +97,7 @@ def test_a_token_budget_counts_both_sides(ready, write_rows):
     data = ready(PreferenceDataModule(write_rows(rows), max_tokens=24, batch_size=4))
     (step,) = data.train_dataloader()
     sizes = [[len(c) for c in batch.sequences.completions] for batch in step.micro_batches]
-    # a pair of 7 + 1 tokens on a prompt of 2 is 2 x 10 cells, the others 2 x 6 and 2 x 4
+    # A pair of 7 + 1 tokens with a prompt of 2 takes 2 x 10 cells, the others 2 x 6 and 2 x 4.
     assert sorted(sizes, reverse=True) == [[8, 2], [4, 4, 2, 2], [2, 2]]
 
 

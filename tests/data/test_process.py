@@ -1,4 +1,4 @@
-"""Completions judged step by step: which token ends a step, whose label it gets, and what truncation leaves."""
+"""Test step-wise labels: which token ends a step, which label it gets, and the effect of truncation."""
 
 import pytest
 import torch
@@ -30,10 +30,11 @@ def test_steps_end_with_the_separator_and_the_last_with_the_end_token(ready, wri
 
 
 def test_steps_are_encoded_apart(ready, write_rows):
-    """b and c of two steps are one token of the vocabulary where they meet: here they never do."""
+    """The vocabulary has a token "bc"; b and c of two adjacent steps must never become that token."""
     row = {"prompt": "p", "completions": ["ab", "cd"], "labels": [1, 0]}
     data = ready(ProcessDataModule(write_rows([row])))
-    type(data).needs = DataNeeds(step_separator="")  # no module allows it: the hardest case for the boundary
+    # no module allows an empty separator; it is the hardest case for the boundary
+    type(data).needs = DataNeeds(step_separator="")
     (batch,) = batches(data)
     assert ends(batch) == [2, 5]
 

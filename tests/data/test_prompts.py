@@ -1,4 +1,4 @@
-"""Rollouts: which prompts, how often, numbered how, on which rank."""
+"""Test rollout prompts: which prompts, how often, their numbering, and their rank."""
 
 import pytest
 from conftest import ASSISTANT, END, EOS, SYSTEM, USER, make_tiny_tokenizer, refused, spell
@@ -134,7 +134,7 @@ def test_ranks_that_cannot_share_a_rollout_are_refused(ready, write_rows):
 
 
 class Chosen(PromptDataModule):
-    """Rollout n answers rows that its state names."""
+    """Rollout n uses the rows named by the state."""
 
     named = [1, 3]
     asked = ()

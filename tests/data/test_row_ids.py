@@ -1,4 +1,4 @@
-"""A step names its rows, over all ranks, by their place among those that were kept."""
+"""A step identifies its rows over all ranks by their index among the kept rows."""
 
 import pytest
 

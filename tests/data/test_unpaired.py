@@ -1,4 +1,4 @@
-"""Rows judged alone: read, encoded, and paired with another prompt's completion."""
+"""Test rows with one judged completion: reading, encoding, and pairing with another prompt's completion."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_mismatched_completions_follow_the_prompt_and_fit(ready, write_rows):
     everything = set().union(*own.values())
     for prompt, ids in zip(batch.mismatched.prompts, batch.mismatched.completions, strict=True):
         assert len(prompt) + len(ids) <= 6
-        # Cut to the room there is, but another prompt's.
+        # Truncated to the available room, but still another prompt's completion.
         assert any(tuple(ids.tolist()) == full[: len(ids)] for full in everything - own[tuple(prompt.tolist())])
 
 

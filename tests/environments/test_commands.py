@@ -1,4 +1,4 @@
-"""Commands that sample converse with an environment: generate, best-of-n, evaluate, chat, and the sample table."""
+"""Test sampling commands with an environment: generate, best-of-n, evaluate, chat, and the sample table."""
 
 import json
 from pathlib import Path

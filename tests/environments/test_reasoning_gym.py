@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym as rows and as an environment; skipped where the package is missing."""
+"""Test tasks of reasoning-gym as rows and as an environment; skipped if the package is missing."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run that is killed in the middle of an episode and resumed equals the uninterrupted one."""
+"""A run killed in the middle of an episode and resumed equals the uninterrupted run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def fit(folder: Path, *further: str, deadly: Path | None = None) -> int:
-    """Train in a process of its own; return its exit status."""
+    """Train in a separate process; return its exit status."""
     environment = {
         **os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "DEADLY_REPLIES": str(deadly or ""),
         "RLHF_CACHE": str(folder / "cache"),
@@ -56,7 +56,7 @@ def state(folder: Path, name: str) -> dict[str, Any]:
     ],
 )
 def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path, kills: list[int], rollouts: int) -> None:
-    """A process dies while it replies for the 25th time or later, in its second rollout or later."""
+    """The process dies at its 25th reply or later, in its second rollout or later."""
     save_policy(tmp_path / "policy")
     rows = [{"prompt": f"w{10 + number} w{20 + number}"} for number in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Tools: how they are described, how calls are read, what a wrong call is told, and a whole episode over tokens."""
+"""Test tools: their descriptions, parsing of calls, messages for wrong calls, and a whole episode of tokens."""
 
 import asyncio
 import math
@@ -279,7 +279,7 @@ def test_the_game_tells_and_pays(reward: Any) -> None:
         game.reply(Episode({"prompt": "guess"}, messages, [], [], 0))
 
 
-# -- tools as strangers write them ------------------------------------------------------------------------------------
+# -- tools written by users -------------------------------------------------------------------------------------------
 
 
 def many(*numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""Completions compared: diversity, pass@k, win rates with planted differences, and a judge in both orders."""
+"""Test metrics of completions: diversity, pass@k, win rates with planted differences, and a judge in both orders."""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Tests of differences: a planted difference is found as often as theory says, a planted zero as rarely as stated."""
+"""Test significance tests: a planted difference is found as often as theory predicts, a true null as
+rarely as stated.
+"""
 
 import math
 
@@ -12,13 +14,13 @@ COMPARISONS = 300
 
 
 def within(found: int, rate: float) -> bool:
-    """Whether a count of `COMPARISONS` is one that the rate gives in 999 of 1000 cases."""
+    """Return whether a count out of `COMPARISONS` is in the central 99.9 % range for the rate."""
     low, high = stats.binom.ppf([0.0005, 0.9995], COMPARISONS, rate)
     return low <= found <= high
 
 
 def arms(rng, gap, seeds=5, spread=1.0):
-    """Two arms whose seeds share half of their variance, as with equal data order."""
+    """Return two arms whose seeds share half of their variance, as with equal data order."""
     shared = rng.normal(size=seeds)
     first, second = (shared + rng.normal(size=seeds) * spread / math.sqrt(2) for _ in range(2))
     return dict(enumerate(first)), dict(enumerate(second + gap))

@@ -1,4 +1,4 @@
-"""The losses of pair objectives as functions of log-ratios or log-probabilities: no model is loaded."""
+"""Pair losses as functions of log-ratios or log-probabilities, without loading a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlhf_lightning.types import PreferenceLogprobs
 
 
 def dpo_loss(margin: Tensor, beta: float, target: Tensor | None = None) -> Tensor:
-    """DPO's loss written out, which other objectives are compared with; a target of None is a certain label."""
+    """Return DPO's loss written out, for comparison with other objectives; a target of None is a certain label."""
     agrees, disagrees = F.softplus(-beta * margin), F.softplus(beta * margin)
     return agrees if target is None else target * agrees + (1 - target) * disagrees
 
 
 @cache
 def unloaded(name: str, **settings: Any) -> Any:
-    """An objective that has no model."""
+    """Return an objective without a model."""
     return getattr(modules, name)(init_from="nowhere", **settings)
 
 
@@ -36,7 +36,9 @@ def certain_pairs(
     reference_rejected: Tensor | None = None,
     **extras: Tensor,
 ) -> PreferenceLogprobs:
-    """Pairs whose sequence log-probabilities are these, all on the first token; one token each without lengths."""
+    """Return pairs with these sequence log-probabilities, all on the first token; without lengths, each
+    has one token.
+    """
     lengths = [torch.ones_like(chosen) if n is None else n for n in (chosen_lengths, rejected_lengths)]
     width = max(int(torch.cat(lengths).max().ceil()), 1)
     masks = [torch.arange(width) < n.unsqueeze(-1) for n in lengths]
@@ -47,12 +49,12 @@ def certain_pairs(
 
 
 def loss_of(name: str, **settings: Any) -> Callable[..., Tensor]:
-    """The loss of certain pairs as a function of what `certain_pairs` takes."""
+    """Return the loss of certain pairs as a function of the arguments of `certain_pairs`."""
     module = unloaded(name, **settings)
     return lambda *given, **named: as_loss(module.preference_loss(certain_pairs(*given, **named))).values
 
 
 def of_margin(name: str, **settings: Any) -> Callable[[Tensor], Tensor]:
-    """The loss of certain pairs as a function of their margin."""
+    """Return the loss of certain pairs as a function of their margin."""
     loss = loss_of(name, **settings)
     return lambda margin: loss(margin, torch.zeros_like(margin))

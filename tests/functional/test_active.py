@@ -1,4 +1,4 @@
-"""How much a label would tell: values worked by hand, limits, and the order that covers most."""
+"""Test the information of a label: hand-computed values, limits, and the order with the best coverage."""
 
 import math
 
@@ -7,7 +7,7 @@ from conftest import refused
 
 from rlhf_lightning.functional.selection import disagreement, farthest_first, preference_probabilities, uncertainty
 
-LOG3 = math.log(3.0)  # a margin that makes one side three times as likely
+LOG3 = math.log(3.0)  # this margin makes one side three times as likely
 
 
 def test_probabilities_of_a_list_are_those_of_its_pairs():
@@ -17,9 +17,9 @@ def test_probabilities_of_a_list_are_those_of_its_pairs():
 
 def test_uncertainty_by_hand():
     torch.testing.assert_close(uncertainty(torch.tensor([[LOG3, 0.0]])), torch.tensor(0.5))
-    # The mean of 3/4 and 1/4 is a coin, however sure each member is.
+    # The mean of 3/4 and 1/4 is 1/2, however certain each ensemble member is.
     torch.testing.assert_close(uncertainty(torch.tensor([[LOG3, 0.0], [0.0, LOG3]])), torch.tensor(1.0))
-    # Pairs of the list have 1 - |2 p - 1| of 1/2, 1/2 and 1.
+    # The pairs in the list have 1 - |2 p - 1| equal to 1/2, 1/2 and 1.
     torch.testing.assert_close(uncertainty(torch.tensor([[LOG3, 0.0, 0.0]])), torch.tensor(2 / 3))
     assert uncertainty(torch.tensor([[50.0, -50.0]])) == 0
 
@@ -39,7 +39,7 @@ def test_neither_depends_on_which_completion_comes_first():
 
 def test_farthest_first_by_hand():
     points = torch.tensor([[0.0], [1.0], [9.0], [10.0], [4.0]])
-    # The mean is 4.8 and 4 the nearest to it; then 10 (6 away), 0 (4 away), 1 and 9 (1 away each, the first of equals).
+    # The mean is 4.8, and 4 is nearest; then 10 (6 away), 0 (4 away), 1 and 9 (1 away each; the first of equals).
     assert farthest_first(points, torch.empty(0, 1)).tolist() == [4, 3, 0, 1, 2]
     assert farthest_first(points, torch.tensor([[10.0]])).tolist() == [0, 4, 1, 2, 3]
     assert farthest_first(points[:0], points).tolist() == []

@@ -20,7 +20,7 @@ def wpo_of_two_tokens(t):
 
 
 def beta_dpo(margin, mean=0.0, std=0.0, **settings):
-    """A fresh module, its moving values set, and the loss of one training step."""
+    """Return the loss of one training step of a fresh module with given running values."""
     module = BetaDPOModule(init_from="nowhere", beta=0.1, alpha=0.6, **settings)
     module.margin_mean, module.margin_std = mean, std
     with torch.enable_grad():
@@ -28,7 +28,7 @@ def beta_dpo(margin, mean=0.0, std=0.0, **settings):
 
 
 def followed(t):
-    """Beta and loss where the moving mean stays at 0.2."""
+    """Return beta and loss with the running mean fixed at 0.2."""
     return beta_dpo(t(MARGIN), 0.2, keep=1.0, momentum=1.0)[1]
 
 
@@ -56,7 +56,7 @@ def test_collision_probability_is_the_expected_probability_of_a_sample(seed):
 
 
 def ld_dpo_token_weights(chosen, rejected, alpha):
-    """How much each token's log-ratio counts: the gradient of the reward by it, divided by beta."""
+    """Return the weight of each token's log-ratio: the gradient of the reward with respect to it, divided by beta."""
     grids = [torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True) for mask in (chosen, rejected)]
     module, ones = unloaded("LDDPOModule", beta=1.0, alpha=alpha), torch.ones(len(chosen), dtype=torch.float64)
     given = certain_pairs(ones, ones)._replace(
@@ -92,7 +92,7 @@ def test_beta_dpo_statistics_move_a_tenth_of_the_way_from_zero():
 
 
 def test_beta_dpo_keeps_typical_pairs_and_never_lets_beta_vanish():
-    """The pair at 4 deviations has a weight of e^-8, among ones of e^0 and e^-2: it is left out."""
+    """The pair at 4 deviations has a weight of e^-8, against e^0 and e^-2 of the others: it is dropped."""
     margin = torch.tensor([0.2, 1.2, -1.8], dtype=torch.float64)
     left_out = []
     for seed in range(300):

@@ -1,4 +1,4 @@
-"""Agreement against Krippendorff's own example, and reliabilities against what the annotators were made to be."""
+"""Test agreement on Krippendorff's own example, and reliabilities against simulated annotators."""
 
 import math
 
@@ -15,7 +15,7 @@ EXAMPLE = [
     [NAN, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NAN],
     [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NAN],
 ]
-"""Four observers on twelve units, from the paper; its alphas are given to three digits."""
+"""Four observers on twelve units, from the paper, which gives its alphas to three digits."""
 
 
 @pytest.mark.parametrize(("metric", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
@@ -45,7 +45,7 @@ def test_order_of_annotators_and_empty_units_change_nothing():
 
 
 def simulated(seed, pairs=400, rates=(0.9, 0.85, 0.8, 0.5, 0.5)):
-    """Pairs of feature vectors, whether the first is better, and the votes of annotators who are right at some rate."""
+    """Return pairs of feature vectors, whether the first is better, and votes of annotators with given accuracies."""
     generator = torch.Generator().manual_seed(seed)
     difference = torch.randn(pairs, 8, generator=generator, dtype=torch.float64)
     gold = torch.randn(8, generator=generator, dtype=torch.float64)
@@ -72,7 +72,9 @@ def test_ties_and_missing_votes_say_nothing():
 
 
 def test_a_reward_model_of_reliability_labels_beats_one_of_the_majority():
-    """Two of five answer at random; a linear reward model learns from either label and meets unseen pairs."""
+    """Two of five annotators answer at random; a linear reward model trains on either label and is tested on unseen
+    pairs.
+    """
 
     def held_out_accuracy(difference, gold, target):
         weights = torch.zeros(8, dtype=torch.float64, requires_grad=True)

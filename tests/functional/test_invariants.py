@@ -1,6 +1,6 @@
-"""What must hold for every objective: properties over random log-probabilities, masks and cuts.
+"""Test properties of every objective over random log-probabilities, masks and micro-batch splits.
 
-Each shipped class is asked through its override points, on inputs made here: no model is loaded.
+Each shipped class is called through its override points on generated inputs, without loading a model.
 """
 
 from functools import cache
@@ -61,7 +61,9 @@ def unloaded(kind: type, **settings: Any) -> Any:
 
 
 def changed(parts: Any, change: Any, least: int) -> Any:
-    """The same tuple with every tensor of so many dimensions changed, slots among them."""
+    """Return the same tuple with a function applied to every tensor of the given number of dimensions,
+    including slots.
+    """
 
     def of(named: Any) -> dict[str, Tensor]:
         return {n: change(p) for n, p in named.items() if isinstance(p, Tensor) and p.dim() >= least}
@@ -70,17 +72,17 @@ def changed(parts: Any, change: Any, least: int) -> Any:
 
 
 def padded(parts: Any, left: int, right: int) -> Any:
-    """The same tuple with grids enlarged by cells without tokens."""
+    """Return the same tuple with padding cells added to its grids."""
     return changed(parts, lambda grid: F.pad(grid, (left, right)), 2)
 
 
 def rows(parts: Any, chosen: slice | Tensor) -> Any:
-    """Some rows of a tuple of tensors."""
+    """Return some rows of a tuple of tensors."""
     return changed(parts, lambda part: part[chosen], 1)
 
 
 def grid(seed: int, mask: Tensor) -> Tensor:
-    """Log-probabilities, 0 where the mask is False."""
+    """Return log-probabilities, 0 where the mask is False."""
     return torch.where(mask, -normal(seed, *mask.shape).abs() - 0.05, 0.0)
 
 
@@ -143,7 +145,7 @@ def sampler(kind: type, **settings: Any) -> Any:
 
 
 def update(module: Any, drawn: Rollout, moved: float = 0.0) -> PolicyLogprobs:
-    """What a loss sees of a rollout, its policy moved by so much on every token."""
+    """Return the loss inputs of a rollout whose policy moved by the given amount on every token."""
     found = module.advantages(drawn, module.shape_rewards(drawn))
     now = torch.where(drawn.completion_mask, drawn.old_logprobs + moved, 0.0)
     return PolicyLogprobs(
@@ -152,7 +154,7 @@ def update(module: Any, drawn: Rollout, moved: float = 0.0) -> PolicyLogprobs:
 
 
 def token_gradient(module: Any, logprobs: PolicyLogprobs, aggregated: bool = True) -> Tensor:
-    """Gradient of a step's loss, aggregated as the module does or summed, by each token's log-probability."""
+    """Return the gradient of a step's loss with respect to each token's log-probability, aggregated or summed."""
     leaf = logprobs.logprobs.clone().requires_grad_()
     losses = as_loss(module.policy_loss(logprobs._replace(logprobs=leaf))).values
     weights = logprobs.completion_mask.double()
@@ -161,7 +163,7 @@ def token_gradient(module: Any, logprobs: PolicyLogprobs, aggregated: bool = Tru
     return torch.autograd.grad((torch.where(logprobs.completion_mask, losses, 0.0) * weights).sum(), leaf)[0]
 
 
-# -- 1: pads ----------------------------------------------------------------------------------------------------------
+# -- 1: padding -------------------------------------------------------------------------------------------------------
 
 
 @paired
@@ -205,7 +207,7 @@ def test_pads_on_either_side_change_no_reward_advantage_or_gradient(kind: type, 
     assert slopes[~wide.completion_mask].abs().sum().item() == 0
 
 
-# -- 2: cuts ----------------------------------------------------------------------------------------------------------
+# -- 2: micro-batch splits --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PAIRED if not kind.batch_coupled], ids=lambda kind: kind.__name__)
@@ -227,7 +229,7 @@ def test_a_cut_step_has_the_gradient_of_the_whole(kind: type, seed: int, cut: in
 @property_test
 @given(seed=seeds, cut=st.integers(1, 5))
 def test_a_cut_minibatch_has_the_gradient_of_the_whole(kind: type, seed: int, cut: int):
-    """Advantages are the rollout's; weights of tokens and the divisor add up over any cut."""
+    """Advantages are those of the whole rollout; token weights and the divisor add up over any split."""
     module, drawn = sampler(kind), rollout(seed)
     given = update(module, drawn, 0.1)
     parts = [rows(given, slice(0, cut)), rows(given, slice(cut, None))]

@@ -1,4 +1,4 @@
-"""Formulas of constraints, groups of parts, turns, cost and variance models, and routers, by worked numbers."""
+"""Test formulas of constraints, groups of parts, turns, cost and variance models, and routers by worked numbers."""
 
 import math
 

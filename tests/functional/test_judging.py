@@ -83,10 +83,12 @@ def test_agreement_counts_who_cannot_tell_half():
 
 @each([
     Worked("unbiased", lambda t: debiased_probability(t([0.7310585786]), t([0.2689414214])), [0.7310585786]),
-    # sigmoid(2) and sigmoid(0) are what a bias of 1 makes of log-odds of 1 in the two orders.
+    # A bias of 1 turns log-odds of 1 into sigmoid(2) and sigmoid(0) in the two orders.
     Worked("probability average", lambda t: debiased_probability(t([0.8807970780]), t([0.5])), [0.6903985390]),
     Worked("logit average", lambda t: debiased_probability_from_logits(t([2.0]), t([0.0])), [0.7310585786]),
 ])  # fmt: skip
 def test_what_averages_leave_of_a_bias_of_one(case, dtype):
-    """The probability average halves the error of one order, 0.14974, to -0.04066; the logit average has none."""
+    """The probability average reduces the error of one order from 0.14974 to -0.04066; the logit
+    average has no error.
+    """
     check(case, dtype)

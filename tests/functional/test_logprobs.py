@@ -39,7 +39,7 @@ ALL_THREE = torch.ones(3, dtype=torch.bool)
 
 
 def one_hot_head(t):
-    """Hidden states and a head whose logits are LOGITS."""
+    """Return hidden states and a head whose logits are LOGITS."""
     return t(LOGITS), torch.eye(3, dtype=t(0.0).dtype)
 
 
@@ -214,7 +214,7 @@ def test_k1_and_k3_average_to_the_kl_and_k3_is_never_negative(seed):
 @given(seed=st.integers(0, 2**31))
 def test_gradients_of_the_estimators_as_losses(seed):
     logits, q = normal(seed, 6), normal(seed + 1, 6).log_softmax(-1)
-    samples = logits.softmax(-1)  # how often each id is sampled, itself without gradient
+    samples = logits.softmax(-1)  # expected frequency of each id, without gradient
 
     def slope(estimator):
         return gradient(lambda z: samples * estimator(z.log_softmax(-1), q), logits)[0]
@@ -364,7 +364,7 @@ def test_chunked_head_under_autocast_computes_logits_in_its_dtype_and_returns_gr
 
 
 class LiveElements(TorchDispatchMode):
-    """Counts the elements of all tensors made while it is active and still alive, and remembers the highest count."""
+    """Tracks the number of elements of live tensors created while active, and records the maximum."""
 
     def __init__(self):
         super().__init__()
@@ -395,4 +395,4 @@ def test_neither_pass_holds_the_logits_of_all_tokens(monkeypatch, head_trains):
     assert sum(x.numel() for x in saved) < 4 * tokens * width
     with LiveElements() as plain:
         token_logprobs(F.linear(hidden, weight), targets).sum().backward()
-    assert plain.peak > tokens * vocabulary  # the measure sees what it should
+    assert plain.peak > tokens * vocabulary  # the tracker sees the full logits

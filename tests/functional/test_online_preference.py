@@ -16,7 +16,7 @@ from .worked import gradient, normal, property_test
 def test_best_and_worst_of_each_group():
     scores = torch.tensor([0.1, 5.0, 0.9, 5.0, 0.4, float("nan")])
     group = torch.tensor([0, 1, 0, 1, 0, 0])
-    chosen, rejected = best_and_worst(scores, group)  # group 1 ties
+    chosen, rejected = best_and_worst(scores, group)  # group 1 is tied
     assert (chosen.tolist(), rejected.tolist()) == ([2], [0])
 
 
@@ -26,7 +26,7 @@ def test_a_group_of_unscorable_samples_makes_no_pair():
 
 
 def xpo(margin, explored, target=1.0):
-    """XPO's loss where the reference wrote the chosen side, whose log-ratio is the margin."""
+    """Return XPO's loss with the reference's sample as chosen, whose log-ratio is the margin."""
     module = unloaded("XPOModule", scorer="nothing", max_new_tokens=4, beta=0.1, alpha=1e-3)
     by = torch.ones(1, dtype=torch.bool)
     given = certain_pairs(

@@ -185,6 +185,6 @@ def test_value_loss_is_pessimistic_and_plain_without_a_clip():
     torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=0.2).item(), 0.5 * 1.8**2)
     torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=None).item(), 0.5)
     (slope,) = gradient(lambda v: clipped_value_loss(v, old, returns, clip=0.2), values)
-    assert slope.item() == 0  # moved far enough towards the return for this rollout
+    assert slope.item() == 0  # already moved far enough towards the return in this rollout
     (slope,) = gradient(lambda v: clipped_value_loss(v, old, returns, clip=0.2), -values)
-    assert slope.item() == -3  # moved the wrong way: pulled back in full
+    assert slope.item() == -3  # moved in the wrong direction: full gradient

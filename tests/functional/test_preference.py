@@ -41,17 +41,17 @@ AVERAGED = {"chosen_lengths": torch.full((4,), 3), "rejected_lengths": torch.ful
 
 
 def sums(name, **settings):
-    """The loss of chosen and rejected log-ratios at beta 0.1."""
+    """Return the loss of chosen and rejected log-ratios at beta 0.1."""
     return loss_of(name, beta=BETA, **settings)
 
 
 def averages(name):
-    """The same for completions of 3 and of 2 tokens."""
+    """Return the same loss for completions of 3 and 2 tokens."""
     return lambda c, r: sums(name)(c, r, **AVERAGED)
 
 
 def smoothed(chosen, rejected):
-    """cDPO's loss at a tenth of wrong labels."""
+    """Return cDPO's loss with a tenth of wrong labels."""
     module, pairs = unloaded("ConservativeDPOModule", beta=BETA), certain_pairs(chosen, rejected)
     return as_loss(module.preference_loss(pairs._replace(target=module.smoothed(pairs.target)))).values
 
@@ -62,13 +62,13 @@ def aot_of_margins(policy_margin, reference_margin, beta=BETA):
 
 
 def bco(chosen, rejected, delta=None):
-    """With a shift of its own in place of the step's mean."""
+    """Return BCO's loss with a given shift instead of the step's mean."""
     shift = torch.zeros_like(chosen) if delta is None else delta.expand(len(chosen))
     return unloaded("BCOPairModule", beta=BETA).pair_loss(certain_pairs(chosen, rejected, delta=shift))
 
 
 def rpo(margin, sequence_logprobs, mean_length, alpha=1.0):
-    """The reference is moved so that the margin is the given one."""
+    """Return RPO's loss with the reference chosen to give the margin."""
     of_pairs = loss_of("RPOModule", beta=BETA, alpha=alpha)
     return of_pairs(
         sequence_logprobs, torch.zeros_like(margin), mean_length, reference_chosen=sequence_logprobs - margin
@@ -171,11 +171,11 @@ def test_chosen_is_pushed_up_and_rejected_down(name):
     loss, _ = OF_LOG_RATIOS[name]
     chosen, rejected = torch.tensor([0.5, -0.2, 0.1, 0.3]), torch.tensor([-0.4, 0.3, 0.2, 0.0])
     up, down = gradient(loss, chosen.double(), rejected.double())
-    if name == "discopop":  # not monotone: about the start it pushes the margin down
+    if name == "discopop":  # not monotone: near 0 it pushes the margin down
         assert torch.equal(down < 0, chosen - rejected < 0.5)
         return
     assert (down > 0).all()
-    if name == "apo down":  # chosen follows rejected down, or up where rejected is still ahead
+    if name == "apo down":  # chosen goes down with rejected, or up if rejected is still ahead
         assert torch.equal(up > 0, (rejected - chosen).abs() > chosen.abs())
     else:
         assert (up < 0).all()
@@ -196,7 +196,7 @@ def test_a_pair_sees_itself_alone_unless_the_batch_is_coupled(name):
     whole = loss(chosen, rejected)
     order = torch.tensor([2, 0, 3, 1])
     if name.startswith("aot"):
-        torch.testing.assert_close(loss(chosen[order], rejected[order]), whole)  # sorting forgets the order
+        torch.testing.assert_close(loss(chosen[order], rejected[order]), whole)  # sorting removes the order
     else:
         torch.testing.assert_close(loss(chosen[order], rejected[order]), whole[order])
 

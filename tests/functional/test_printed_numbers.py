@@ -1,7 +1,7 @@
-"""Every worked number that the formulas of this project were written against is asserted, and counted.
+"""Every worked number behind the formulas of this project is asserted and counted.
 
-``printed_numbers.json`` lists them by topic, under the test module and the worked number that asserts
-them. Those that no function of this room gives are worked here, by the code that does.
+``printed_numbers.json`` lists them by topic, under the test module and the worked number that asserts them. Numbers
+that no function of this folder computes are computed here by the responsible code.
 """
 
 import importlib
@@ -39,11 +39,11 @@ COUNTS = {
     "10 distillation": 7,
     "12 options of 2025-26": 27,
 }
-"""Printed numbers by section."""
+"""Printed numbers, by section."""
 
 
 def laid_out():
-    """A prompt of three tokens with a completion of three, in a batch with a longer row."""
+    """Return a prompt and a completion of three tokens each, in a batch with a longer row."""
     return padded_layout(sequences([([5, 6, 7], [8, 9, 2]), ([5, 6, 7, 8], [8, 9, 9, 2])]))
 
 
@@ -60,7 +60,7 @@ def real_tokens(t):
 
 
 def boundary(t):
-    """Where the encoding of a prompt and that of prompt and completion part, if the two are encoded together."""
+    """Return where the encoding of the prompt and the joint encoding of prompt and completion diverge."""
     tokenizer = make_tiny_tokenizer()
     prompt, both = (tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "abc"))
     assert (prompt, both) == (spell("ab"), [*spell("a"), BC])
@@ -78,7 +78,7 @@ def bias_of_demonstrations(t):
 
 
 def token_accuracy(t):
-    """What SFT's evaluation adds up, of three tokens."""
+    """Return the sums of SFT's evaluation over three tokens."""
     with torch.no_grad():
         asked = SFTModule(init_from="nowhere").statistics_asked(laid_out())
         assert asked is not None
@@ -103,7 +103,7 @@ def test_worked_number(case, dtype):
 
 
 def asserted() -> Iterator[tuple[str, list[float]]]:
-    """Every worked number of this folder, under its test module and name, with the values it must have."""
+    """Return every worked number of this folder under its test module and name, with the expected values."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         for case in getattr(importlib.import_module(f".{path.stem}", __package__), "WORKED", []):
             values = torch.tensor(case.expected, dtype=torch.float64).flatten().tolist()

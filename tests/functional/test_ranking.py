@@ -196,9 +196,9 @@ def test_davidson_s_three_outcomes_are_all_there_is(seed, share):
         davidson_loss(chosen, rejected, torch.full((4,), p, dtype=torch.float64), share) for p in (1.0, 0.0, 0.5)
     )
     torch.testing.assert_close((-win).exp() + (-loss).exp() + (-tie).exp(), torch.ones(4, dtype=torch.float64))
-    torch.testing.assert_close(loss - win, chosen - rejected)  # the odds of winning are Bradley-Terry's
+    torch.testing.assert_close(loss - win, chosen - rejected)  # the odds of winning equal Bradley-Terry's
     (pull,) = gradient(lambda s: davidson_loss(s, rejected, torch.full((4,), 0.5).double(), share).sum(), chosen)
-    assert (pull * (chosen - rejected) > 0).all()  # a tie draws scores together
+    assert (pull * (chosen - rejected) > 0).all()  # a tie pulls scores together
     swapped = davidson_loss(rejected, chosen, torch.zeros(4, dtype=torch.float64), share)
     torch.testing.assert_close(swapped, win)
 

@@ -10,7 +10,7 @@ from .worked import Worked, check, each, gradient, normal, property_test
 
 
 def log_odds_ratio(*given):
-    """The difference of ORPO's implicit rewards."""
+    """Return the difference of ORPO's implicit rewards."""
     return unloaded("ORPOModule").reward_margin(certain_pairs(*given))
 
 

@@ -1,4 +1,4 @@
-"""Every function of the room is tested in this folder, whose files are about one topic each."""
+"""Every function of the package `functional` is tested in this folder; each file covers one topic."""
 
 import ast
 from pathlib import Path

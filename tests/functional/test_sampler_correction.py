@@ -20,7 +20,7 @@ def weights(t, correction, **bounds):
 
 
 def geometric_means(t):
-    """The lower bounds at which each completion ceases to be kept."""
+    """Return the lower bounds below which each completion is dropped."""
     means = [1.94773404, 1.18136041]
     for row, mean in enumerate(means):
         kept = [weights(t, "geometric_mask", low=mean * (1 + e), high=9.0)[row, 0].item() for e in (-1e-6, 1e-6)]

@@ -32,7 +32,7 @@ from .worked import Worked, check, each, normal, property_test
 
 DELTA = [0.8, -0.2, 2.0, 0.1, -1.5]
 PROXY, GOLD = [0.1, 0.4, 0.35, 0.8], [1, 3, 2, 2.5]
-# The last two lengths bring the deviation of all five to 1, so that the first three are standardised as they stand.
+# The last two lengths make the standard deviation of all five 1, so the first three are already standardised.
 FAR = math.sqrt((5 * (1 + 0.16**2) - 1.34) / 2)
 LENGTHS = [1, -0.5, 0.3, FAR, -FAR]
 
@@ -88,7 +88,7 @@ def test_length_controlled_win_rate():
 
 def test_a_calibrated_reward_model_has_no_calibration_error():
     confident = torch.full((10,), math.log(0.7 / 0.3), dtype=torch.float64)
-    confident[:3] *= -1  # 70 % sure, wrong three times in ten
+    confident[:3] *= -1  # 70 % confident, wrong in 30 % of cases
     torch.testing.assert_close(calibration_error(confident, bins=10).item(), 0.0, atol=1e-12, rtol=0)
     torch.testing.assert_close(calibration_error(confident.abs(), bins=10).item(), 0.3)
 
@@ -170,7 +170,7 @@ def test_a_clean_sweep_and_equal_lengths_stay_finite():
 
 
 def test_length_bias_is_taken_out():
-    lengths = torch.tensor([1.0, 1.0, 1.0, -1.0] * 25)  # mostly longer, and the judge likes length alone
+    lengths = torch.tensor([1.0, 1.0, 1.0, -1.0] * 25)  # mostly longer, with a judge that prefers length only
     verdicts = torch.where(lengths > 0, 0.8, 0.2)
     assert win_rate(verdicts).item() == pytest.approx(0.65)
     theta, phi = length_controlled_fit(verdicts, lengths - lengths.mean())
@@ -195,7 +195,7 @@ def test_best_of_n_curve_is_the_mean_over_all_subsets(seed, samples, levels):
         for subset in itertools.combinations(range(samples), n):
             index = torch.tensor(subset)
             best = proxy[index] == proxy[index].max()
-            picked.append(gold[index][best].mean())  # ties: each as likely
+            picked.append(gold[index][best].mean())  # ties are equally likely
         torch.testing.assert_close(curve[n - 1], torch.stack(picked).mean())
 
 

@@ -85,7 +85,7 @@ def test_worked_number(case, dtype):
 
 
 def check_printed(case, dtype):
-    """One of these is printed to 6 digits."""
+    """Check a value that is printed to 6 digits."""
     found = case.compute(lambda x: torch.tensor(x, dtype=dtype)).double()
     torch.testing.assert_close(found, torch.tensor(case.expected).double(), rtol=0, atol=5e-6)
 
@@ -159,8 +159,8 @@ def test_ratios_by_name():
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "slope"),
     [
-        (0.5, 1.0, 0.0),  # already much likelier: no more
-        (0.5, -1.0, math.exp(0.5)),  # went up by mistake: pushed back in full
+        (0.5, 1.0, 0.0),  # already much more likely: no gradient
+        (0.5, -1.0, math.exp(0.5)),  # became more likely by mistake: full gradient
         (-0.5, 1.0, -math.exp(-0.5)),
         (-0.5, -1.0, 0.0),
         (0.1, 1.0, -math.exp(0.1)),  # inside the clip
@@ -211,7 +211,7 @@ def test_the_soft_gate_fades_where_the_clip_stops():
     (good,) = gradient(lambda x: soft_gate_loss(x, ones), ratio)
     (bad,) = gradient(lambda x: soft_gate_loss(x, -ones), ratio)
     assert good[0] == -1 and good[0] < good[1] < good[2] < 0
-    assert (bad[1:] < -good[1:]).all()  # the larger temperature fades faster
+    assert (bad[1:] < -good[1:]).all()  # the larger temperature decays faster
 
 
 def test_cispo_keeps_the_gradient_of_bounded_tokens():

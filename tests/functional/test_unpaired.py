@@ -17,7 +17,7 @@ def kto_reference_point(mismatched):
 
 
 def kto_loss(ratios, labels, reference_point, beta=0.1, **weights):
-    """The module's loss of completions of one token with these log-ratios."""
+    """Return the module's loss of one-token completions with these log-ratios."""
     grid, ones = ratios.unsqueeze(-1), torch.ones_like(ratios)
     given = UnpairedLogprobs(grid, torch.zeros_like(grid), grid == grid, labels, ones, reference_point)
     return as_loss(unloaded("KTOModule", beta=beta, **weights).unpaired_loss(given)).values

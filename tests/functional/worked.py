@@ -1,4 +1,4 @@
-"""Worked numbers: what each function must return on inputs small enough to follow by hand.
+"""Worked numbers: the result of each function on inputs small enough to follow by hand.
 
 Every test module of this folder lists its own in ``WORKED``; each is asserted in float64 and again in float32.
 """
@@ -23,9 +23,9 @@ class Worked(NamedTuple):
     """A number to reproduce.
 
     Attributes:
-        name: what it is.
-        compute: given a function that makes tensors of the dtype under test, the value found.
-        expected: the value it must have, to the printed digits.
+        name: name of the number.
+        compute: function that gets a tensor constructor of the tested dtype and returns the value.
+        expected: expected value, to the printed digits.
     """
 
     name: str
@@ -49,17 +49,17 @@ def check(case: Worked, dtype: torch.dtype) -> None:
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers in float64, the same for the same seed."""
+    """Return standard normal numbers in float64 that depend only on the seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def right_padded_mask(seed: int, rows: int, length: int, least: int = 1) -> Tensor:
-    """A bool mask of random lengths from ``least`` to ``length``."""
+    """Return a bool mask of random lengths from ``least`` to ``length``."""
     lengths = torch.randint(least, length + 1, (rows, 1), generator=torch.Generator().manual_seed(seed))
     return torch.arange(length) < lengths
 
 
 def gradient(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the summed function at detached copies of the inputs."""
+    """Return gradients of the summed function at detached copies of the inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     return torch.autograd.grad(function(*leaves).sum(), leaves)
