@@ -208,13 +208,12 @@ def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any
         if "ignore_mismatched_sizes" not in str(error):
             raise
         on_meta = {**options, "device_map": "meta"}  # the wrong shapes may be too large for the memory
-        _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **on_meta)
-        key, found, wanted = min(report["mismatched_keys"])
-        raise ModelError(
-            "unreadable-model",
-            f"{name}: the weight {key} has the shape {tuple(found)}, and by config.json it is {tuple(wanted)}; use the "
-            "config of these weights",
-        ) from error
+        found = "the weights have other shapes than config.json says"
+        with contextlib.suppress(MemoryError, RuntimeError):
+            _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **on_meta)
+            key, had, wanted = min(report["mismatched_keys"])
+            found = f"the weight {key} has the shape {tuple(had)}, and by config.json it is {tuple(wanted)}"
+        raise ModelError("unreadable-model", f"{name}: {found}; use the config of these weights") from error
 
 
 def _refuse_foreign_weights(name: str, model: Any, unread: list[str]) -> None:

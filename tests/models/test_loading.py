@@ -17,7 +17,13 @@ from rlhf_lightning.models.adapters import read_adapter
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.export import export_policy, export_reward_model
 from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings, load_hf_model, load_reward_hf_model, prepare_for_training
+from rlhf_lightning.models.loading import (
+    LoadSettings,
+    _from_pretrained,
+    load_hf_model,
+    load_reward_hf_model,
+    prepare_for_training,
+)
 from rlhf_lightning.models.lora import LoraSettings, add_lora
 from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder
 from rlhf_lightning.models.roles import load_policy, load_reference
@@ -128,10 +134,20 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) 
 
 def test_shapes_that_no_memory_holds_are_named_too(tmp_path: Path, policy_folder: str) -> None:
     shutil.copytree(policy_folder, tmp_path / "x")
-    config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": 10**12}
+    config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": 10**9}
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
-    with refused("unreadable-model", "(120, 32)", "(1000000000000, 32)"):
+    with refused("unreadable-model", "(120, 32)", "(1000000000, 32)"):
         load_policy(str(tmp_path / "x"))
+
+
+def test_shapes_that_cannot_be_named_for_want_of_memory_are_refused(tmp_path: Path) -> None:
+    class Kind:
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> None:
+            raise MemoryError if options else RuntimeError("set ignore_mismatched_sizes to True")
+
+    with refused("unreadable-model", "x: the weights have other shapes than config.json says"):
+        _from_pretrained("x", Kind, {})
 
 
 def test_a_file_of_4_bit_weights_trains_an_adapter_where_that_is_said(tmp_path: Path, policy_folder: str) -> None:
