@@ -1,7 +1,7 @@
-"""Every decoder family of the installed transformers, built small, and what our paths give against its own forward.
+"""Build every decoder family of the installed transformers in small, and compare our code paths with its own forward.
 
-``python tests/models/families.py`` measures all of them and writes docs/families.md; names of families or of columns
-as arguments measure these alone.
+``python tests/models/families.py`` measures all of them and writes docs/families.md; names of families or of columns as
+arguments measure these alone.
 """
 
 import copy
@@ -93,7 +93,7 @@ MATTER = (
     "deepseek_v32", "glm4", "glm4_moe", "smollm3", "olmo2", "olmo3", "granite", "granitemoehybrid", "cohere2", "lfm2",
     "falcon_h1", "nemotron_h", "mamba", "mamba2", "bamba", "jamba", "gpt2", "gpt_neox", "stablelm", "falcon", "opt",
 )  # fmt: skip
-"""The families that people train most; the quick test measures them."""
+"""The most commonly trained families; the quick test measures these."""
 
 
 def ids(*lengths: int) -> list[torch.Tensor]:
@@ -118,7 +118,7 @@ def names() -> list[str]:
 
 
 def build(name: str, kind: Any, **changes: Any) -> Any:
-    """A random small model of a family."""
+    """Return a random small model of a family."""
     config = small_config(AutoConfig.for_model(name, **COMPLETED.get(name, {})), each=2 if name == "zamba" else 1)
     for key, value in changes.items():
         setattr(config, key, value)

@@ -1,4 +1,4 @@
-"""Forms of adapters (DoRA, rsLoRA, patterns, experts, whole modules, rows of tokens): trained, handed over, merged."""
+"""Train, export and merge all forms of adapters: DoRA, rsLoRA, patterns, experts, full modules, token rows."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def backbone(folder: Path, form: str, tied: bool = True) -> str:
 
 
 def moved(policy: CausalLM) -> CausalLM:
-    """The policy with every trained weight changed."""
+    """Return the policy with every trained weight changed."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -23,7 +23,7 @@ LAYOUT = padded_layout(sequences(random_rows(4, seed=31)))
 
 
 def with_critic(folder: str, settings: LoadSettings | None = None, dropout: float = 0.0) -> CausalLM:
-    """A policy with a second trainable adapter, both moved from where they start."""
+    """Return a policy with a second trainable adapter, both moved from their initial weights."""
     policy = load_policy(folder, settings, LoraSettings(r=4, dropout=dropout))
     add_adapter(policy.model, CRITIC, policy.model.peft_config[POLICY], trainable=True, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -108,7 +108,7 @@ def test_an_adapter_of_another_architecture_is_refused(policy_folder: str, tmp_p
 
 
 def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_forward(policy_folder: str) -> None:
-    """One backward pass through three forwards, each with another adapter, long after the switches are back."""
+    """One backward pass through three forward passes with different adapters, long after switching back."""
     found = []
     for checkpointing in (False, True):
         policy = with_critic(policy_folder, LoadSettings(activation_checkpointing=checkpointing)).train()
@@ -150,7 +150,7 @@ def test_mlps_that_read_a_long_row_in_chunks_give_the_same_gradients(
 
 
 def test_an_update_holds_no_tensor_of_length_times_vocabulary_and_no_whole_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor of a forward and a backward pass over one row of 1,200 tokens."""
+    """Check the largest tensor of a forward and a backward pass over one row of 1,200 tokens."""
     length, vocabulary = 1200, 20_000
 
     class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Attention by lengths, with a kernel written out in plain PyTorch: what a packed row tells such a kernel is enough."""
+"""Test variable-length attention with a kernel in plain PyTorch: the lengths of a packed row suffice."""
 
 import functools
 from collections.abc import Callable
@@ -41,13 +41,13 @@ def by_lengths(
 
 
 def by_lengths_head_by_head(*states: Any, scale: float | None, window_size: tuple[int, int]) -> Tensor:
-    """An older kernel, which wants as many heads of keys as of queries."""
+    """An older kernel that needs as many key heads as query heads."""
     return by_lengths(*states, scale=scale, window_size=window_size)
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a kernel in the place of PyTorch's."""
+    """Replace PyTorch's kernel by the given one."""
     packing.takes_lengths.cache_clear()
 
     def put(found: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compiled layers compute what they computed, from few graphs; where they cannot be compiled, that is said."""
+"""Compiled layers give the same results with few graphs; layers that cannot be compiled are reported."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +79,7 @@ def test_graphs_are_as_many_as_kinds_of_pass_and_not_as_shapes(folder: str, lora
 
 
 def test_sampling_runs_as_it_is(folder: str, quick: None) -> None:
-    """Each token would be a shape of its own; and rollouts must be those of the model that is not compiled."""
+    """Each token would be a new shape, and rollouts must equal those of the uncompiled model."""
     prompts = [[6, 7, 8], [9, 10], [11, 12, 13, 14]]
     rollouts = []
     for compiled in (False, True):

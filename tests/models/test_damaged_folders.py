@@ -1,4 +1,6 @@
-"""Damaged, odd and hostile files of models and adapters: one sentence with a code, before a library reads them."""
+"""Damaged, odd and hostile model and adapter files give a one-sentence error with a code before a
+library reads them.
+"""
 
 import contextlib
 import json
@@ -224,7 +226,7 @@ LOADERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each kind of `LOADERS`."""
+    """Return a folder of each kind in `LOADERS`."""
     root = tmp_path_factory.mktemp("whole")
     policy, reward = save_policy(root / "policy"), save_reward_model(root / "reward")
     load_policy(policy, lora=LoraSettings(r=2)).model.save_pretrained(root / "adapter")

@@ -24,7 +24,7 @@ IDS = torch.tensor([prompt + completion for prompt, completion in random_rows(1,
 
 
 def disturbed(model: nn.Module, seed: int = 0) -> None:
-    """Move every trainable weight, as training would."""
+    """Change every trainable weight, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
-    """The rows as a padded batch in plain transformers' way."""
+    """Return the rows as a padded batch for plain transformers."""
     rows = [prompt + completion for prompt, completion in ROWS]
     width = max(map(len, rows)) + 1
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
@@ -118,7 +118,7 @@ def test_an_adapters_folder_names_its_backbone_and_holds_no_other_weights(
 
 
 def test_only_an_adapter_keeps_the_path_of_its_backbone(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
-    """A folder may be shared or pushed: a path of this machine stands where peft needs it, and nowhere else."""
+    """A folder may be shared or pushed: local paths appear only where peft needs one."""
 
     def naming(folder: Path) -> set[str]:
         return {file.name for file in folder.iterdir() if policy_folder.encode() in file.read_bytes()}

@@ -1,4 +1,4 @@
-"""Model families of transformers, small: what is right, what is refused, and that nothing is wrong in silence."""
+"""Test small models of transformers' families: results are right or refused, never silently wrong."""
 
 import re
 from pathlib import Path

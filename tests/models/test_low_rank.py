@@ -1,4 +1,4 @@
-"""An adapted layer's product and its gradients are peft's, in every form a layer takes."""
+"""The product and gradients of an adapted layer equal peft's, for every form of a layer."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def outcome(model: Any, x: Tensor) -> list[Tensor]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often the product of this project has been used."""
+    """Count the calls of this project's low-rank product."""
     calls: list[int] = []
     apply = LowRankProduct.apply
     monkeypatch.setattr(LowRankProduct, "apply", lambda *args: calls.append(1) or apply(*args))
@@ -68,7 +68,7 @@ def test_output_and_gradients_are_peft_s(counted: list[int], shape: tuple[int, .
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_mixed_precision_gives_peft_s_gradients_up_to_bf16(counted: list[int], base: torch.dtype) -> None:
-    """Against single precision, the product's error is at most 1.5 times that of peft's form."""
+    """Relative to single precision, the error is at most 1.5 times that of peft's implementation."""
     model, x = adapted(), torch.randn(16, 6)
     exact = outcome(model, x)
     for name, parameter in model.named_parameters():

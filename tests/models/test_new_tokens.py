@@ -1,4 +1,4 @@
-"""New tokens, stop tokens, vocabularies of other sizes and rows beyond a switch of rotary positions."""
+"""Test new tokens, stop tokens, vocabularies of other sizes, and rows beyond a switch of rotary positions."""
 
 import json
 from pathlib import Path
@@ -155,7 +155,9 @@ def ppo(folder: str, reward: str, **settings: Any) -> PPOModule:
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_vocabularies_padded_to_different_sizes(tmp_path: Path, critic: Any) -> None:
-    """Ids of padding rows can be sampled; critic and reward model of a smaller vocabulary read them all the same."""
+    """Ids of padding rows can be sampled; a critic and a reward model with a smaller vocabulary must
+    still read them.
+    """
     folder = save_policy(tmp_path / "policy", vocab_size=VOCABULARY + 400, initializer_range=0.01)
     reward = save_reward_model(tmp_path / "reward")
     module = ppo(folder, reward, critic=critic)

@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite are named before anything is sampled, scored or validated with them."""
+"""NaN or infinite weights are reported by name before anything is sampled, scored or validated with them."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_an_adapter_is_refused_merged_and_continued(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_finite(tmp_path: Path) -> None:
-    """Their sum overflows, and none of them is infinite."""
+    """Their sum overflows, although no weight is infinite."""
     folder = save_policy(tmp_path / "policy")
     file = tmp_path / "policy" / "model.safetensors"
     weights = load_file(file)

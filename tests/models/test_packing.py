@@ -1,4 +1,4 @@
-"""Sequences that share a row, and completions that share a prompt, give what each gives alone."""
+"""Packed sequences and completions with a shared prompt give the same results as each sequence alone."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 
 def shared_layout(batch: Sequences) -> Layout:
-    """Each prompt once, its completions behind it."""
+    """Return a layout with each prompt once, followed by its completions."""
     return packed_layout(batch, list(trees_of(batch)))
 
 
 def separate(batch: Sequences) -> Layout:
-    """Each prompt once for each of its completions."""
+    """Return a layout with each prompt repeated for each of its completions."""
     return packed_layout(batch, [[member] for member in range(len(batch.completions))])
 
 
@@ -60,7 +60,7 @@ def test_a_worked_row_of_two_trees() -> None:
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9, 4, 3, 2]]
     assert row.positions is not None and row.packed is not None
     assert row.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 0, 1, 2]]
-    # Completions in the order they were given: the third hangs on the first prompt.
+    # Completions in the given order: the third belongs to the first prompt.
     assert row.predictors.tolist() == [2, 3, 4, 7, 8, 2]
     assert row.targets.tolist() == [8, 9, 2, 3, 2, 9]
     assert row.cells.tolist() == [0, 1, 2, 3, 4, 6]

@@ -1,4 +1,4 @@
-"""What a frozen reference says of fixed data is computed once, for as long as its weights and the rows are the same."""
+"""The reference's log-probabilities of fixed data are computed once, while its weights and the rows stay the same."""
 
 import sqlite3
 import warnings
@@ -20,7 +20,7 @@ ROWS = sequences([([5, 6], [7, 8, 2]), ([5, 6], [9]), ([5], [6, 7, 8])])
 
 
 def calls_of(module: Any) -> list[Any]:
-    """Every forward pass of the reference, as it comes."""
+    """Record every forward pass of the reference."""
     calls: list[Any] = []
     original = module.reference.logprobs
 

@@ -29,7 +29,7 @@ LORA = LoraSettings(r=4)
 
 
 def moved(model: Any, seed: int = 3) -> Any:
-    """Every trainable weight drawn anew, as after training."""
+    """Redraw every trainable weight, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -176,7 +176,7 @@ def test_a_critic_on_another_backbone_is_refused_with_the_way_out(
 def test_a_merged_adapter_loses_nothing_to_the_precision_it_is_merged_in(
     policy_folder: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """An update of a thousandth of each weight is below bf16's resolution; it is rounded once, not dropped."""
+    """An update of a thousandth of each weight is below bf16's resolution; merging rounds once and does not drop it."""
     trained = load_policy(policy_folder, lora=LORA)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():

@@ -1,4 +1,4 @@
-"""A model is compared with its own forward; what disagrees falls back with a line, and the rest is refused."""
+"""A model is compared with its own forward pass; disagreement causes a reported fallback or a refusal."""
 
 import logging
 import time
@@ -37,7 +37,7 @@ class Doubled(LlamaForCausalLM):
 
 
 class SeesIds(LlamaForCausalLM):
-    """Logits that depend on more than the states."""
+    """A model whose logits depend on token ids as well as on hidden states."""
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         found = super().forward(input_ids=input_ids, **kwargs)
@@ -93,7 +93,7 @@ def test_what_was_found_is_kept_by_class_and_config(policy_folder: str, monkeypa
 
 
 def seconds_of(action: Callable[[], Any]) -> float:
-    """Seconds of this process's own work, on one thread, so that a loaded machine does not count."""
+    """Return processor seconds of this process on one thread, so that machine load does not count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.process_time()

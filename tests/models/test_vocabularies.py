@@ -1,4 +1,4 @@
-"""Heads, embeddings and special tokens: adapted, merged, exported and loaded by the next stage."""
+"""Adapt, merge, export and reload LM heads, embeddings and special tokens."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_a_merge_that_changes_the_model_fails(tmp_path: Path, monkeypatch: pytes
 
 
 def tokenizer_without_spare_token() -> PreTrainedTokenizerFast:
-    """Every token of the vocabulary has its use, and one of them is beginning, end and unknown."""
+    """Return a tokenizer without an unused token; one token is beginning, end and unknown."""
     words = ["<|end|>", *(f"w{index}" for index in range(40))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<|end|>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -182,7 +182,7 @@ def test_a_row_that_the_model_has_no_positions_for_is_refused_before_training(tm
 
 
 def test_streamed_rows_and_scored_texts_beyond_a_model_are_refused(tmp_path: Path) -> None:
-    """Where no rows can be looked at before training, the forward pass says it."""
+    """If rows cannot be checked before training, the forward pass raises the error."""
     positions = {"max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1,
                                   num_attention_heads=2, num_labels=1, **positions)  # fmt: skip

@@ -1,4 +1,4 @@
-"""In every arrangement of rows, a token is predicted from its prompt and its completion so far, nothing else."""
+"""In every layout of rows, a token is predicted from its prompt and its preceding completion tokens only."""
 
 import torch
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ COMPLETION = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, m
 
 
 def seen(layout, predictor):
-    """Ids that a cell looks at, in the order of their positions."""
+    """Return the ids that a cell attends to, in position order."""
     row, place = divmod(predictor, layout.input_ids.shape[1])
     if layout.packed is None:
         return layout.input_ids[row, : place + 1].tolist()
@@ -32,7 +32,7 @@ def seen(layout, predictor):
 
 
 def by_length(pieces, place):
-    """Cells that a cell looks at, as kernels read it that take lengths."""
+    """Return the cells that a cell attends to, as read by variable-length kernels."""
     piece = int((pieces.asking <= place).sum()) - 1
     first, last = pieces.seen[piece : piece + 2].tolist()
     cells = torch.arange(first, last) if pieces.cells is None else pieces.cells[first:last]

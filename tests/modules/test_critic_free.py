@@ -1,4 +1,4 @@
-"""The critic-free family: worked advantages and losses, plain gradients however cut, draws of several rounds."""
+"""Test the critic-free family: worked advantages and losses, gradients for every split, sampling in several rounds."""
 
 import math
 from functools import partial
@@ -243,7 +243,7 @@ def candidates(rounds: int, first: int = 0) -> Step[PromptBatch]:
 
 
 def scored_after(failures: int) -> Any:
-    """All completions of the first calls score alike, so that no group differs."""
+    """Give equal scores to all completions of the first calls, so that every group is tied."""
     calls: list[int] = []
 
     def scorer(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
@@ -347,14 +347,14 @@ class LateScoreModule(modules.RLOOModule):
 
 
 class WarmerModule(modules.RLOOModule):
-    """Forwards at another temperature when it learns."""
+    """Uses a different temperature in training forward passes."""
 
     def policy_outputs(self, layout: Any, temperature: float = 1.0, **asked: Any) -> Any:
         return super().policy_outputs(layout, 1.0 if torch.is_grad_enabled() is False else 0.7, **asked)
 
 
 class WarmSamplerModule(modules.RLOOModule):
-    """Takes all its statistics at another temperature than it samples at."""
+    """Uses a different temperature for all statistics than for sampling."""
 
     def policy_outputs(self, layout: Any, temperature: float = 1.0, **asked: Any) -> Any:
         return super().policy_outputs(layout, 0.7, **asked)
@@ -401,7 +401,7 @@ def test_an_aggregation_of_one_s_own(policy_folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["GRPOModule", "RLOOModule", "OnlineDPOModule"])
 def test_what_sampling_found_spares_a_forward_of_the_policy(policy_folder: str, name: str) -> None:
-    """The same rollouts, losses and weights up to rounding, with one forward less for each rollout."""
+    """The same rollouts, losses and weights up to rounding, with one forward pass less per rollout."""
     found = []
     for reuse in (False, True):
         module = getattr(modules, name)(
@@ -575,7 +575,7 @@ def test_the_optimum_is_declared_by_settings(name: str, settings: dict[str, Any]
 
 
 def test_tokens_that_are_not_learned_from_count_in_no_metric(policy_folder: str) -> None:
-    """Every completion is truncated and masked: nothing is left to average over."""
+    """Every completion is truncated and masked, so no token is left to average over."""
     logged = MetricsLog()
     module = module_of("GRPOModule", policy_folder, mask_truncated=True, max_new_tokens=1, kl_coef=0.0)
     fit(module, [grouped(prompt_step(GROUPED))], callbacks=[logged])

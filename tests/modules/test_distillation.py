@@ -1,4 +1,6 @@
-"""Distillation: divergences by an independent formula, a bound on memory, whose completions, and what stays frozen."""
+"""Test distillation: divergences by an independent formula, a memory bound, the source of completions,
+frozen weights.
+"""
 
 import math
 from pathlib import Path
@@ -55,7 +57,7 @@ ROWS = random_rows(5, seed=31)
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A wider teacher with other weights and a vocabulary padded to a rounder size."""
+    """Return a wider teacher with other weights and a vocabulary padded to a rounder size."""
     return save_policy(
         tmp_path_factory.mktemp("teacher") / "model", seed=9, hidden_size=48, vocab_size=128, intermediate_size=64
     )
@@ -67,7 +69,7 @@ def gkd(folder: str, teacher: str, kind: type[GKDModule] = GKDModule, **settings
 
 
 def distributions(folder: str, rows: Any = ROWS) -> list[Tensor]:
-    """Log-probabilities over the common vocabulary at each completion token, one unpadded row at a time."""
+    """Return log-probabilities over the common vocabulary at each completion token, one unpadded row at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
     for prompt, completion in rows:
@@ -78,7 +80,7 @@ def distributions(folder: str, rows: Any = ROWS) -> list[Tensor]:
 
 
 def divergences(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward KL, reverse KL and Jensen-Shannon divergence of each token, from probabilities."""
+    """Return forward KL, reverse KL and Jensen-Shannon divergence of each token, from probabilities."""
     q, p = student.exp(), teacher.exp()
     m = 0.5 * (p + q)
     forward, reverse = (p * (p / q).log()).sum(-1), (q * (q / p).log()).sum(-1)
@@ -89,7 +91,7 @@ def divergences(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class Hinted(GKDModule):
-    """The teacher reads more before each prompt, of another length in each row."""
+    """The teacher reads additional text before each prompt, of a different length in each row."""
 
     def teacher_sequences(self, sequences: Sequences) -> Sequences:
         prompts = (torch.cat([torch.arange(20, 21 + len(one)), one]) for one in sequences.prompts)
@@ -172,7 +174,7 @@ def test_the_gradient_is_that_of_the_plain_mean(
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most rows of any tensor of a vocabulary's width, a head's own weight left out."""
+    """Records the maximum rows of any tensor of vocabulary width, except the head's own weight."""
 
     def __init__(self, *heads: tuple[int, int]) -> None:
         super().__init__()
@@ -213,7 +215,7 @@ def test_equals_have_nothing_to_learn(policy_folder: str) -> None:
 
 
 class Crossed(GKDModule):
-    """Cross-entropy with the teacher's likeliest token, and a metric."""
+    """Cross-entropy with the teacher's most likely token, and a metric."""
 
     def distillation_loss(self, logits: DistillationLogits) -> Loss:
         best = logits.teacher_logits.argmax(-1, keepdim=True)
@@ -406,7 +408,7 @@ def text_step(first_episode: int = 0, **columns: Any) -> Step[Any]:
 
 
 class Learned(SelfDistillationModule):
-    """Keeps the rollout and its gradients."""
+    """Records the rollout and its gradients."""
 
     def learn(self, rollout: Rollout, *rest: Any) -> float:
         self.__dict__["kept"] = rollout

@@ -1,4 +1,4 @@
-"""Preferences on-policy: pairs by value, gradients of plain PyTorch however cut, rounds and references, opponents."""
+"""Test on-policy preferences: pairs by value, gradients for every split, rounds and references, opponents."""
 
 import math
 from pathlib import Path

@@ -38,7 +38,7 @@ PROMPTS = [prompt for prompt, _ in random_rows(8, seed=61)]
 
 
 def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """Share of words with a number below 60: no two completions of a rollout score alike by design."""
+    """Score by the fraction of words with a number below 60; any two completions of a rollout have different scores."""
     words = [[int(word[1:]) for word in text.split() if word.startswith("w")] for text in completions]
     return [sum(w < 60 for w in many) / max(len(many), 1) for many in words]
 
@@ -73,7 +73,7 @@ def rollouts(count: int, size: int = 8) -> list[Any]:
 
 @pytest.fixture
 def many_ends(monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
-    """Let a twelfth of all tokens end a completion."""
+    """Make a twelfth of all tokens end a completion."""
     ends = (EOS, *range(20, 28))
     monkeypatch.setattr(Facts, "ends", ends)
     return ends
@@ -261,7 +261,7 @@ def test_completions_that_did_not_end_by_themselves(
 
 
 class OrderedModule(PPOModule):
-    """Learns nothing and writes down which rows it would have learned from."""
+    """Trains nothing and records the order of the rows."""
 
     def learn_minibatch(self, rollout: Rollout, advantages: Any, rows: list[int], *_: Any) -> float:
         self.__dict__.setdefault("order", []).append(rows)
@@ -571,7 +571,7 @@ def test_predictions_of_a_policy_come_with_their_logprobs(policy_folder: str) ->
 def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
     policy_folder: str, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    """A critic of another architecture than the policy's may need rows of its own."""
+    """A critic of another architecture than the policy's may need its own layout."""
     module = ppo(policy_folder, pack_rows=asked)
     assert not module.packs_rows  # nothing is loaded, so nothing is known
     module.configure_model()
@@ -601,7 +601,7 @@ def test_a_shared_trunk_is_forwarded_for_its_values_whatever_sampling_found(poli
 
 
 class WithoutRowsModule(KeepingModule):
-    """Its policy and value losses are NaN; each minibatch is one of a rank without rows."""
+    """Its policy and value losses are NaN; each minibatch belongs to a rank without rows."""
 
     def policy_loss(self, logprobs: PolicyLogprobs) -> Loss:
         return Loss(logprobs.logprobs * math.nan)

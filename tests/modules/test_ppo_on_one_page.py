@@ -1,4 +1,4 @@
-"""The page that shows a whole PPO update takes the module's own update, and trains as a script."""
+"""The one-page PPO script computes the module's own update, and trains as a script."""
 
 import importlib.util
 import json

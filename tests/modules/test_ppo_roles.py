@@ -1,4 +1,4 @@
-"""PPO with everything on one backbone, against the same run with a copy for each role."""
+"""Compare PPO with all roles on one backbone with the same run with a model copy per role."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def stages(policy_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 class CopiesReference:
-    """A reference of its own weights, behind the interface of the shared one."""
+    """A reference with its own weights, behind the interface of the shared reference."""
 
     def __init__(self, init_from: str) -> None:
         self.copy = load_reference(init_from)
@@ -74,7 +74,7 @@ class CopiesReference:
 
 
 class CopiesModule(PPOModule):
-    """The same PPO with a model in memory for each role; the critic is an adapter on a backbone of its own."""
+    """The same PPO with a separate model per role; the critic is an adapter on its own backbone."""
 
     def load_models(self) -> None:
         super().load_models()
@@ -134,7 +134,9 @@ def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> No
 
 @pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])
 def test_the_first_gradient_is_that_of_separate_copies(stages: dict[str, str], critic: str) -> None:
-    """Whoever is the critic, sharing the backbone with reference and reward model changes no gradient of the first."""
+    """For every kind of critic, sharing the backbone with reference and reward model leaves the first gradient
+    unchanged.
+    """
     found = []
     for scorer in (stages["reward"], LearnedScorer(stages["reward"], dtype="float32")):
         if isinstance(scorer, LearnedScorer):
@@ -278,7 +280,7 @@ def test_a_checkpoint_without_its_critic_is_refused(
 def test_frozen_weights_that_changed_since_are_refused_by_both_fingerprints(
     policy_folder: str, other_folder: str, tmp_path: Path
 ) -> None:
-    """No checkpoint holds the backbone, so nothing else would tell."""
+    """No checkpoint holds the backbone, so only the fingerprint can detect the change."""
     base, step = tmp_path / "base", demonstration_step(random_rows(4, seed=1))
     shutil.copytree(policy_folder, base)
     saved(SFTModule(init_from=str(base), lora=LORA), [step], tmp_path / "run.ckpt")
@@ -289,7 +291,7 @@ def test_frozen_weights_that_changed_since_are_refused_by_both_fingerprints(
 
 
 def test_an_adapter_that_changed_since_is_refused(stages: dict[str, str], tmp_path: Path) -> None:
-    """It is what the KL is measured from."""
+    """The KL is measured from this adapter."""
     start, step = tmp_path / "start", demonstration_step(random_rows(4, seed=1))
     shutil.copytree(stages["sft"], start)
     saved(SFTModule(init_from=str(start), lora=LORA), [step], tmp_path / "run.ckpt")

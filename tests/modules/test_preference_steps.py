@@ -1,4 +1,4 @@
-"""Every objective on pairs through whole training steps: cuts, ranks, references, checkpoints, and that it learns."""
+"""Test every objective on pairs in whole training steps: splits, ranks, references, checkpoints, and learning."""
 
 import inspect
 import math
@@ -49,7 +49,7 @@ def made(name: str, policy_folder: str, **settings: Any) -> Any:
 
 
 def moved(module: Any) -> Any:
-    """Load in fp64 and take the policy away from its reference by a fixed random step."""
+    """Load in fp64 and move the policy away from its reference by a fixed random step."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in in_double(module).parameters():
@@ -125,7 +125,7 @@ def some_logprobs(pairs: int, width: int, seed: int) -> PreferenceLogprobs:
 
 
 def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
-    """Collectives take equal shapes alone: ranks with 3 + 0, 1 + 4 pairs, and completions of other lengths."""
+    """Collectives need equal shapes: ranks have 3 + 0 and 1 + 4 pairs, and completions of different lengths."""
     parts = [[some_logprobs(3, 4, 1), some_logprobs(0, 1, 2)], [some_logprobs(1, 2, 3), some_logprobs(4, 6, 4)]]
     table: list[Any] = [None, None]
     barrier = threading.Barrier(2, timeout=20)
@@ -369,7 +369,7 @@ def test_a_resumed_beta_dpo_run_follows_the_margins_from_where_they_were(policy_
 
 WORDS = 24
 WORTH = torch.randn(WORDS, generator=torch.Generator().manual_seed(17))
-"""What each word is worth: an answer is better if its words are worth more."""
+"""Value of each word; an answer is better if its words have a higher total value."""
 
 
 def judged_pairs(count: int, seed: int, told: bool = True) -> list[Any]:
@@ -387,7 +387,7 @@ def judged_pairs(count: int, seed: int, told: bool = True) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def short_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that knows little: one layer, narrow weights."""
+    """Return a weak model: one layer, small weights."""
     return save_policy(tmp_path_factory.mktemp("short") / "policy", num_hidden_layers=1, initializer_range=0.02)
 
 

@@ -1,4 +1,4 @@
-"""All four stages, really trained on a backbone in 4 bits, each from the folder of the one before."""
+"""Train all four stages on a 4-bit backbone, each from the folder of the previous stage."""
 
 import json
 from pathlib import Path
@@ -138,7 +138,9 @@ def test_the_next_stage_starts_where_the_last_ended(stages: dict[str, Trained]) 
 
 
 def test_sampling_does_not_change_what_training_computes(base: str) -> None:
-    """After a forward in eval mode, without gradient, logits and gradients are those of a model that had none."""
+    """After a forward pass in eval mode without gradients, logits and gradients equal those of a model without such a
+    pass.
+    """
     layout, found = padded_layout(ranked_step(ranked_pairs(PAIRS)).micro_batches[0].sequences), []
     for sampled in (False, True):
         policy = load_policy(base, LoadSettings(quantization="nf4"), LoraSettings(r=4)).train()

@@ -1,4 +1,4 @@
-"""Reward models of several outputs, and the cost model: gradients of independent formulas, judgements, caution."""
+"""Test multi-output reward models and the cost model: gradients of independent formulas, judgements, caution."""
 
 import math
 from pathlib import Path

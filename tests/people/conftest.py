@@ -1,4 +1,4 @@
-"""A store with items, and people who label it."""
+"""Provide a store with items, and annotators who label it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def label(store: FeedbackStore, annotator: str, answer: Answer | Callable[[Any],
 
 
 def prefer(place: int, **details: Any) -> Callable[[Any], Answer]:
-    """Choose one of the item's completions, wherever it is shown."""
+    """Choose one of the item's completions, wherever it is displayed."""
     return lambda asked: Answer("ranking", tuple(int(shown != place) for shown in asked.shown), **details)
 
 

@@ -1,4 +1,4 @@
-"""`rlhf annotate`: what is sampled or given, what is refused, and the server from the command line to the export."""
+"""Test `rlhf annotate`: sampled or given completions, refusals, and the server from the command line to the export."""
 
 import functools
 import json

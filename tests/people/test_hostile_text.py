@@ -1,4 +1,4 @@
-"""What annotators see of a text: all of it, hidden characters written out, and nothing that acts."""
+"""Annotators see the whole text with hidden characters written out, and nothing in the text is active."""
 
 import random
 import sys
@@ -12,7 +12,7 @@ from rlhf_lightning.people.hostile_text import completion_shown, shown_text, to_
 
 
 class Seen(HTMLParser):
-    """Text of a page as a browser draws it, with the numbers of lists."""
+    """Text of a page as a browser draws it, with list numbers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Annotators at once on a real server that is killed on the way: experiments/feedback/load.py, shortened and whole."""
+"""Run experiments/feedback/load.py, shortened and in full: concurrent annotators on a real server that is killed."""
 
 import sys
 from collections.abc import Iterator

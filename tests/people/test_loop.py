@@ -1,4 +1,4 @@
-"""`rlhf loop`: what a round does, and that a loop which is killed anywhere ends in the bits of one that is not."""
+"""Test `rlhf loop`: the steps of a round; a loop killed anywhere ends bit-identical to an uninterrupted loop."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_packaged_recipe_counts_by_its_content(flags):
 
 
 def cut(argv, number, holder, name, times):
-    """Run a loop that sends itself a signal when a function has returned for the ``times``-th time."""
+    """Run a loop that sends itself a signal after a function has returned for the ``times``-th time."""
     left = [times]
 
     def work():

@@ -1,4 +1,4 @@
-"""The page in a real browser: everything by keyboard, and texts that try to take it over."""
+"""Test the page in a real browser: keyboard operation, and texts that try to inject markup."""
 
 import threading
 import time

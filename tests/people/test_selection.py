@@ -1,4 +1,4 @@
-"""Which item comes next: the selectors, the order they bring about, and the error where one lacks something."""
+"""Test which item comes next: the selectors, the resulting order, and the error if a selector lacks an input."""
 
 import math
 import time
@@ -89,7 +89,7 @@ def test_the_unlike_comes_first():
 
 
 def test_what_somebody_has_been_given_is_finished_first(make_store):
-    """Two are to judge each item: the second one gets what the first one has had, also after a restart."""
+    """Each item needs two annotators: the second annotator gets the first one's items, also after a restart."""
     store = make_store(4, annotators=2)
     store.rank(UncertaintySelector(Given([3.0, -1.0, 0.1, -2.0])))
     assert order_of(store, "ann", 2) == [2, 1]

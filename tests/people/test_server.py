@@ -1,4 +1,4 @@
-"""The routes: what a page may do, what another site may not, and eight people at once."""
+"""Test the routes: permissions of the page and of other sites, and eight concurrent annotators."""
 
 import json
 import re

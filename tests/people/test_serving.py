@@ -1,4 +1,4 @@
-"""The server behind the page: requests that never end, connections that are too many, and answers to garbage."""
+"""Test the annotation server with endless requests, too many connections, and malformed input."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Annotators who do not exist: how they err, that they use the page, and that a kill changes nothing they say."""
+"""Test simulated annotators: their errors, their use of the page, and identical judgements after a kill."""
 
 import math
 import os

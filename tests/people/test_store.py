@@ -1,4 +1,4 @@
-"""The store: who is given what, what a judgement is, and that none is lost, doubled or changed."""
+"""Test the store: assignments, judgements, and that no judgement is lost, duplicated or changed."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The arithmetic of memory, against what torch does: every figure is compared with the real model's."""
+"""Compare every figure of the memory estimate with the real model in torch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`rlhf plan`: what it reads, what it prints, and that a run really takes what was planned."""
+"""Test `rlhf plan`: its inputs and output, and that real runs use the estimated memory."""
 
 import json
 import os

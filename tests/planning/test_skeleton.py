@@ -1,4 +1,4 @@
-"""Weights that are only counted, against those of real models."""
+"""Compare counted weights with those of real models."""
 
 import pytest
 import torch

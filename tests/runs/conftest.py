@@ -1,4 +1,4 @@
-"""Each test runs where nothing is, as a user would in a fresh folder."""
+"""Run each test in an empty folder, as a user would."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Which checkpoints are kept, when they are written, and that a name always stands for a whole file."""
+"""Test which checkpoints are kept, when they are written, and that a checkpoint name always refers to a
+complete file.
+"""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Progress: lines where there is no terminal, figures that are right."""
+"""Test progress: plain lines without a terminal, and correct figures."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Other engines than the slots: transformers' generate, and a server that computes elsewhere."""
+"""Test engines other than SlotEngine: transformers' generate, and a server with different log-probabilities."""
 
 import os
 import shutil
@@ -350,7 +350,7 @@ def test_versions_of_an_adapter_stay_registered_while_episodes_need_them(
 
 @pytest.fixture
 def tied(policy_folder: str, tmp_path: Path) -> tuple[CausalLM, Path]:
-    """A policy whose head is its embeddings, and the folder that servers start from."""
+    """Return a policy whose head is tied to its embeddings, and the folder that servers start from."""
     model = load_policy(policy_folder)
     config = model.model.config
     config.tie_word_embeddings = True
@@ -387,7 +387,7 @@ def test_all_weights_are_handed_over_in_a_folder_with_a_head_of_its_own(tied: tu
 
 @pytest.mark.parametrize("size", [1e-4, 0.05])
 def test_a_server_that_kept_the_old_weights_is_caught(tied: tuple[CausalLM, Path], size: float) -> None:
-    """However little the update moved: the probe differs by far less than its bound."""
+    """The probe detects an update of any size, even if the log-probabilities differ by far less than its bound."""
     model, folder = tied
     with serving(str(folder)) as server:
         engine = RemoteEngine(server.url, BASE, str(folder), sync_bound=10.0)

@@ -1,4 +1,4 @@
-"""Servers that trickle, never end, say nonsense, repeat a key or speak to the terminal."""
+"""Test servers that answer slowly, endlessly or with nonsense, repeat a key, or send control sequences."""
 
 import base64
 import html

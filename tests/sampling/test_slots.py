@@ -1,4 +1,4 @@
-"""The engine's slots: who enters, who leaves, what is read, and that no episode shows it."""
+"""Test the engine's slots: entering and leaving rows, tokens read, and unchanged episodes."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -76,7 +76,7 @@ def as_lists(drawn: Completions) -> list[list[int]]:
 
 
 def naive(model: CausalLM) -> list[list[int]]:
-    """One token at a time, each after a forward over the whole text so far."""
+    """Sample one token at a time, each with a forward pass over the whole text so far."""
     found = []
     for prompt, episode in zip(GROUPS, EPISODES, strict=True):
         ids: list[int] = []

@@ -1,4 +1,4 @@
-"""Episodes of several turns: token in, token out, the same for every engine, batch and number of slots."""
+"""Test multi-turn episodes as token sequences, equal for every engine, batch and number of slots."""
 
 from typing import Any
 

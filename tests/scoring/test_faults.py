@@ -1,4 +1,6 @@
-"""A scorer that hangs, dies, raises or returns nonsense costs one completion, and is not counted as a wrong answer."""
+"""A scorer that hangs, dies, raises or returns nonsense loses one completion, which is not counted as a
+wrong answer.
+"""
 
 import math
 import sys

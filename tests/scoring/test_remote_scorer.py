@@ -1,4 +1,4 @@
-"""A scorer behind an address: away, back again, gone for good, talking nonsense, asking for the key."""
+"""Test a remote scorer: unavailable, back again, gone for good, sending nonsense, asking for the key."""
 
 import threading
 import time

@@ -108,7 +108,7 @@ def test_one_call_by_lengths_attends_as_blocks_do(dtype: torch.dtype, heads: tup
 
 @pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared", "grpo"])
 def test_cut_weights_on_one_gpu_give_the_same(policy_folder: str, family: str) -> None:
-    """FSDP2 and its NCCL group, as far as one device shows them."""
+    """FSDP2 and its NCCL group, as far as one device can test them."""
     name, settings = FAMILIES[family]
     found = train(name, policy_folder, strategy="fsdp", accelerator=GPU, **settings)
     assert_equal([found], train(name, policy_folder, **settings))
@@ -203,7 +203,7 @@ def test_compiled_layers_take_the_same_steps(policy_folder: str, family: str) ->
 
 
 class GreedyModule(SlopeModule):
-    """Asks the GPU for more than it may have."""
+    """Requests more GPU memory than it may have."""
 
     def loss_sum(self, batch: Any, meter: Any) -> torch.Tensor:
         torch.cuda.set_per_process_memory_fraction(1e-3)

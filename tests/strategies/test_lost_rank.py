@@ -1,4 +1,4 @@
-"""A rank that is killed: the others end soon, and say which one is gone."""
+"""When a rank is killed, the others end soon and name the lost rank."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from rank_pool import RankPool
 
 @pytest.fixture(scope="module")
 def own_pool() -> Iterator[RankPool]:
-    """A group in which a rank was killed is not used again."""
+    """Return a separate pool, because a group with a killed rank cannot be reused."""
     pool = RankPool()
     yield pool
     pool.close()

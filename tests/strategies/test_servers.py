@@ -1,4 +1,4 @@
-"""Weights of several ranks reach a server: the first rank gathers and hands over, and all of them sample there."""
+"""Sharded weights reach a server: the first rank gathers and sends them, and all ranks sample there."""
 
 from pathlib import Path
 from typing import Any

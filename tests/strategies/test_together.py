@@ -1,4 +1,4 @@
-"""All at once: an adapter, ranks, layouts, ways to save memory and interruptions end where the plain run does."""
+"""Combine an adapter, ranks, layouts, memory-saving options and interruptions: the result equals the plain run's."""
 
 import functools
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_all_of_it_together_is_the_plain_run(
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_plain_run_moves(policy_folder: str, name: str) -> None:
-    """A comparison of weights that stay where they are would say nothing."""
+    """Comparing weights that do not move would prove nothing."""
     begun = rank_cases.together(name, policy_folder, "auto", None, steps=1, lora=LORA, **OBJECTIVES[name])
     for weight, value in plain(name, policy_folder).items():
         assert float((value - begun[weight]).norm()) > 1e-4, weight

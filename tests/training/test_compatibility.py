@@ -1,4 +1,4 @@
-"""Combinations that do not work are refused before anything is read, with the nearest one that does."""
+"""Unsupported combinations are refused before anything is read, with the nearest supported combination."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ SIZES = {"data_parallel_size": 2, "tensor_parallel_size": 1}
 
 
 def trainer_with(strategy: Any, ranks: int = 1, precision: str = "32-true") -> Any:
-    """What the check reads of a trainer; a real one wants the devices it is asked for."""
+    """Return the trainer attributes that the check reads; a real trainer needs the requested devices."""
     return SimpleNamespace(strategy=strategy, num_devices=ranks, num_nodes=1, precision=precision)
 
 

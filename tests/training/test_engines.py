@@ -1,4 +1,4 @@
-"""Learning from samples of a server whose numbers are not the trainer's."""
+"""Train on samples of a server whose log-probabilities differ from the trainer's."""
 
 import math
 from dataclasses import replace
@@ -132,7 +132,7 @@ def test_a_bypass_takes_the_engine_s_numbers_as_the_old_ones(policy_folder: str,
 
 
 class Nucleus(SlotEngine):
-    """An engine of a user that draws from a part of the vocabulary."""
+    """A user's engine that samples from a part of the vocabulary."""
 
     exact = False
 

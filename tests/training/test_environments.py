@@ -1,4 +1,4 @@
-"""Training on episodes of several turns: the rollout, where rewards go, and what a failing environment costs."""
+"""Train on multi-turn episodes: the rollout, credit assignment, and failing environments."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Completions that cannot be judged: nothing is learned from them; they are not counted as wrong."""
+"""Completions without a score are excluded from training and not counted as wrong."""
 
 import math
 from typing import Any
@@ -102,7 +102,7 @@ def ppo(folder: str, scorer: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("slot", ["end", "after_eos"])
 def test_ppo_learns_nothing_from_a_completion_without_a_score(policy_folder: str, critic: str, slot: str) -> None:
-    """Neither policy nor critic, nor what whitening measures: as if the completion had never been drawn."""
+    """Neither policy, critic nor whitening use it, as if the completion had never been sampled."""
     settings: dict[str, Any] = {"critic": critic, "reward_slot": slot, "whiten_rewards": True, "entropy_coef": 0.1}
     found = gradients_of_step(ppo(policy_folder, gap(3, 6), **settings), prompt_step(GROUPED))
     expected = dropped(ppo(policy_folder, low_words, **settings), 3, 6)

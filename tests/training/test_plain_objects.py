@@ -1,4 +1,4 @@
-"""Objects that other libraries' users have at hand: loaded models, data sets, peft's settings, Lightning's hooks."""
+"""Accept objects of other libraries: loaded models, data sets, peft's settings, Lightning's hooks."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is trained is fp32 in every precision, and so is the arithmetic of the losses."""
+"""Trained weights are fp32 in every precision, and so is the arithmetic of the losses."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""One optimizer step of each stage against the same step written in plain PyTorch, and however it was cut."""
+"""Compare one optimizer step of each stage, for every split, with the same step in plain PyTorch."""
 
 import copy
 from collections.abc import Callable, Sequence
