@@ -33,6 +33,15 @@ TEMPLATE = (
 )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a CI job (environment variable CI) whose selected tests were all skipped: it has shown nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    counts = reporter.stats if reporter and not hasattr(session.config, "workerinput") else {}
+    if os.environ.get("CI") and exitstatus == 0 and counts.get("skipped") and not counts.get("passed"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 def byte_letters() -> dict[int, str]:
     """Return the letter that represents each byte in byte-level vocabularies."""
     letters = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}

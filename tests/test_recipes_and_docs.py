@@ -1,5 +1,7 @@
 """Parse every YAML file and every command in README and docs with the parser that users run."""
 
+import ast
+import json
 import re
 import shlex
 from inspect import signature
@@ -13,6 +15,7 @@ from rlhf_lightning.commands import quickstart
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.train import RlhfCLI
+from rlhf_lightning.loading import import_path, shipped_classes
 from rlhf_lightning.recipes import resolve_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +25,7 @@ LOOPS = sorted(RECIPES.rglob("loop*.yaml"))
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
 GUIDES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = ("experiments", "tests", ".github")  # MkDocs checks the links of docs, some of which lead to generated pages
 # Settings taken from the previous stage or from the user; a file may leave them to the command line.
 FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
 
@@ -186,10 +190,60 @@ def without_placeholders(arguments: list[str]) -> list[str]:
     return [argument.replace("...", "version_0") for argument in arguments]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=relative)
+PAGES = sorted({*GUIDES, *ROOT.glob("*.md"), *(page for room in ROOMS for page in (ROOT / room).rglob("*.md"))})
+
+
+@pytest.mark.parametrize("guide", PAGES, ids=relative)
 def test_links_lead_somewhere(guide):
     missing = [path for path in re.findall(r"\]\(([^)#:]+)\)", guide.read_text()) if not (guide.parent / path).exists()]
     assert not missing
+
+
+def classes_in(settings) -> list[tuple[str, dict]]:
+    """Return every (class_path, init_args) of nested settings."""
+    if isinstance(settings, list):
+        return [found for value in settings for found in classes_in(value)]
+    if not isinstance(settings, dict):
+        return []
+    own = [(settings["class_path"], settings.get("init_args", {}))] if "class_path" in settings else []
+    return own + [found for value in settings.values() for found in classes_in(value)]
+
+
+def shipped(name: str):
+    """Return the class of a short name or of an import path; None for those that a page's reader writes."""
+    if "." in name:
+        return None if name.startswith("my_") else import_path(name)
+    rooms = ("modules", "data", "scoring", "sampling", "environments")
+    return next(found[name] for room in rooms if name in (found := shipped_classes(f"rlhf_lightning.{room}", object)))
+
+
+TESTED_ELSEWHERE = ("extending.md", "conformance.md")  # by test_extending.py and verification/test_foreign.py
+BLOCKS = [
+    pytest.param(kind, text, id=f"{guide.stem}-{number}")
+    for guide in GUIDES
+    if guide.name not in TESTED_ELSEWHERE
+    for number, (kind, text) in enumerate(
+        re.findall(r"^```(python|yaml|json)\b.*\n((?:.*\n)*?)```", guide.read_text(), re.MULTILINE)
+    )
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), BLOCKS)
+def test_code_of_a_guide_reads(kind, text):
+    if kind == "json":
+        assert all(json.loads(line) for line in text.splitlines())
+    elif kind == "yaml":
+        for name, arguments in classes_in(yaml.safe_load(text)):
+            known = {argument for base in getattr(shipped(name), "__mro__", ()) for argument in parameters(base)}
+            assert not known or set(arguments) <= known, f"{name} takes no {sorted(set(arguments) - known)}"
+    else:
+        tree = ast.parse(text)
+        imports = [part for part in tree.body if isinstance(part, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "guide", "exec"), {})
+
+
+def parameters(kind) -> list[str]:
+    return list(signature(kind.__init__).parameters)
 
 
 def settings_of(room) -> set[str]:
