@@ -25,8 +25,7 @@ LOOPS = sorted(RECIPES.rglob("loop*.yaml"))
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
 GUIDES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-ROOMS = ("experiments", "tests", ".github")  # MkDocs checks the links of docs, some of which lead to generated pages
-ROOMS = ("experiments", "tests", ".github")  # MkDocs checks the links of docs, some of which lead to generated pages
+ROOMS = ("experiments", "tests", ".github")  # MkDocs checks the links of docs/, some into generated pages
 # Settings taken from the previous stage or from the user; a file may leave them to the command line.
 FROM_THE_USER = {"model": {"init_from": "a_model", "scorer": "a_reward_model"}, "data": {"source": "rows.jsonl"}}
 

@@ -350,7 +350,7 @@ def _unpacked_bytes(array: Any) -> int:
 
 
 def without_filled_nulls(row: RawRow) -> RawRow:
-    """Drop the nulls that a table fills into nested objects of turns for keys of other rows."""
+    """Drop nulls from the nested objects of turns: a table fills in every key that any row has."""
 
     def dropped(value: Any) -> Any:
         if isinstance(value, dict):

@@ -30,7 +30,7 @@ UPDATES = 400
 
 
 def divergence_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a divergence between student and teacher, convergence left out."""
+    """Return the checks of a divergence between student and teacher, without convergence."""
     batch = some_rows(subject)
     module = subject.module
     given: DistillationLogits = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
@@ -44,7 +44,7 @@ def divergence_checks(subject: Subject) -> list[Check]:
 
 
 def self_distillation_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a policy that learns from a teacher which reads more, convergence left out."""
+    """Return the checks of a policy that learns from a teacher which reads more, without convergence."""
     module, everything = subject.module, SelfTaught(subject.module, subject.world)
     rollout, sequences = everything.rollout(), everything.sequences
     read, taught = module.read_by_teacher(rollout)
@@ -227,7 +227,7 @@ def at_teacher(subject: Subject, given: DistillationLogits) -> tuple[float, floa
 
 
 def sampled_distillation_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a distillation by samples, convergence left out."""
+    """Return the checks of distillation on sampled completions, without convergence."""
     case = Case(subject, subject.module)
     return [*mask_checks(case), *teacher_checks(case), *loss_checks(case), *update_checks(subject)]
 

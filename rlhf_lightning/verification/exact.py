@@ -99,7 +99,7 @@ class PolicyGradient:
         return found.view(-1, length)
 
     def likelihood(self, sequence_logprobs: Tensor) -> Tensor:
-        """Return the probability of each row's group, that of all its members, shape (rows,)."""
+        """Return for each row the probability that all members of its group are drawn, shape (rows,)."""
         total = torch.zeros(int(self.group[-1]) + 1, dtype=sequence_logprobs.dtype)
         return total.index_add(0, self.group, sequence_logprobs).exp()[self.group]
 

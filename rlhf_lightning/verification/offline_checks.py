@@ -16,7 +16,7 @@ from rlhf_lightning.verification.subject import Check, Subject, at_least, at_mos
 
 
 def offline_checks(subject: Subject) -> list[Check]:
-    """Return the checks of an objective on fixed data, convergence left out."""
+    """Return the checks of an objective on fixed data, without convergence."""
     module, batch = subject.module, some_rows(subject)
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
     if given is None:  # the loss is all in `loss_sum`

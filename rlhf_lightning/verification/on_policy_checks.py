@@ -34,7 +34,7 @@ FAR = 3.0
 
 
 def on_policy_checks(subject: Subject) -> list[Check]:
-    """Return the checks of an objective on samples, convergence left out."""
+    """Return the checks of an objective on samples, without convergence."""
     case = Case(subject, subject.module)
     checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
     checks += [missing_score_check(case), learned_check(case), aggregation_check(case)]

@@ -33,7 +33,7 @@ class PairedSequences(NamedTuple):
 
 
 def online_checks(subject: Subject) -> list[Check]:
-    """Return the checks of an objective on pairs of its own samples, convergence left out."""
+    """Return the checks of an objective on pairs of its own samples, without convergence."""
     module = subject.module
     rollout = PairPopulation(module, subject.world).rollout()
     pairs = module.pairs(rollout)
@@ -69,7 +69,7 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
 
 
 def three_samples_check(module: Any, rollout: Rollout) -> Check:
-    """Check that of three samples every pair has the better one as chosen, and each prompt forms one."""
+    """Check with three samples per prompt: each prompt forms a pair, and its chosen completion is the better one."""
     few = part_of(rollout, list(range(12)))
     scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 2.0, -1.0, 0.0, 5.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     pairs = module.pairs(few._replace(scores=scores, group=torch.arange(12) // 3))

@@ -227,5 +227,5 @@ def joint_loss(name: str, policy: Array, pairs: StepPairs, module: Any) -> float
 
 
 COUPLED: dict[str, JointLoss] = {"AOTModule": aot, "UnpairedAOTModule": unpaired_aot}
-"""Losses that sort a step's pairs, by the class that they judge: one loss of all prompts together, not convex in the
-policy. Sorted values belong to no pair, so pairs are repeated instead of weighted."""
+"""Losses that sort the pairs of a step, by objective class. Each is one loss over all prompts and not convex in the
+policy. A sorted value has no weight of its own, so pairs are repeated instead of weighted."""

@@ -28,7 +28,7 @@ from rlhf_lightning.verification.subject import (
 
 
 def process_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a process reward model, convergence left out."""
+    """Return the checks of a process reward model, without convergence."""
     batch = some_rows(subject)
     module = subject.module
     given: ProcessScores = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
@@ -106,7 +106,7 @@ def slopes_of_scores(subject: Subject, given: Any) -> Tensor:
 
 
 def reward_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a reward model of whole completions, convergence left out."""
+    """Return the checks of a reward model of whole completions, without convergence."""
     batch, module = some_rows(subject), subject.module
     if isinstance(batch, DemonstrationBatch):
         return [*cut_checks(subject, batch), *rating_checks(subject, batch)]
