@@ -220,6 +220,12 @@ def terminable(received: list[int]) -> Iterator[None]:
         received.append(number)
         raise TerminatedError(number)
 
+    def unraisable(failure: sys.UnraisableHookArgs) -> None:
+        """Print no traceback if the signal arrived in a destructor or callback, whose exceptions Python discards."""
+        if not isinstance(failure.exc_value, TerminatedError):
+            hook(failure)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
     with contextlib.suppress(ValueError):  # handlers belong to the main thread
         # Keep handlers that were set elsewhere, and ignore SIGHUP under nohup.
@@ -228,6 +234,7 @@ def terminable(received: list[int]) -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

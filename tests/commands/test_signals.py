@@ -302,6 +302,20 @@ def test_handlers_are_the_callers_again_and_workers_die_as_before() -> None:
     assert signal.getsignal(signal.SIGTERM) is before and received == [signal.SIGTERM]
 
 
+def test_a_signal_in_a_destructor_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    received: list[int] = []
+    with terminable(received):
+        del (last := [Dying()])[:]
+    assert received == [signal.SIGTERM] and not last and not printed
+
+
 def test_a_signal_that_a_library_suppresses_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_lightning.commands import objectives
 
