@@ -1,4 +1,4 @@
-"""``rlhf audit`` on a terminal: numbers, never texts."""
+"""Test ``rlhf audit`` on a terminal: it prints numbers, never texts."""
 
 import json
 

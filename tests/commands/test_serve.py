@@ -1,4 +1,4 @@
-"""`rlhf serve`: answers equal our own samples and log-probabilities; hostile requests are answered."""
+"""Test `rlhf serve`: answers equal our own samples and log-probabilities, and hostile requests are answered."""
 
 import http.client
 import json
@@ -43,7 +43,7 @@ def client(api):
 
 @pytest.fixture(scope="module")
 def ours(policy_folder):
-    """Our own samples: texts, ids and log-probabilities of a prompt."""
+    """Return our own samples of a prompt: texts, ids and log-probabilities."""
     policy = load_policy(policy_folder).eval()
     tokenizer = tokenization.load_tokenizer(policy_folder)
 
@@ -68,7 +68,7 @@ def ask(client, chat=True, status=200, **body):
 
 
 def events(text):
-    """The pieces of a stream, without its end."""
+    """Return the events of a stream, without the final marker."""
     lines = [line for line in text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
@@ -92,7 +92,7 @@ def test_chat_and_completions_equal_our_own_samples(client, ours, settings):
 
 
 def test_requests_at_a_time_are_decoded_in_one_batch(api, ours):
-    """Twelve clients at once get what each gets alone."""
+    """Twelve concurrent clients get the same answers as each client alone."""
     steps, step = [], api.batch._step
 
     def counted():
@@ -312,7 +312,7 @@ def test_odd_json_is_refused(client, content):
 
 
 def test_random_bodies_never_fail_the_server(client, api):
-    """A fifth of the fields hold anything; answers are 200 or 400, and the batch is empty afterwards."""
+    """A fifth of the fields have arbitrary values; answers are 200 or 400, and the batch is empty afterwards."""
     lot = random.Random(0)
     odd = [None, True, -1, 0, 1, 2.5, 10**20, "", "x", [], {}, [1], ["x"], {"a": None}, [None], "\u0000", [[1]]]
     fields = sorted(CHAT_FIELDS | COMPLETION_FIELDS)
@@ -383,7 +383,7 @@ def test_a_client_that_goes_frees_its_slots(api):
 
 
 def test_our_own_remote_engine_samples_from_it(api, ours):
-    """The ids and log-probabilities that a trainer gets from the server are those of the policy."""
+    """The trainer gets ids and log-probabilities from the server that equal the policy's."""
     with served(make_app(api), listen("127.0.0.1", 0)) as port:
         engine = RemoteEngine(f"http://localhost:{port}", "tiny", requests=4)
         prompts = [torch.tensor([20, 30, 40]), torch.tensor([50])]

@@ -1,4 +1,6 @@
-"""Constitutions: what ships is whole, what is wrong in a file is named in one line, and nothing in it runs."""
+"""Test constitutions: shipped files are complete, errors in a file are reported in one line, and
+nothing is executed.
+"""
 
 import json
 from pathlib import Path
@@ -127,7 +129,7 @@ def test_another_language_says_all_of_it(tmp_path):
     assert asked[-2]["content"] == "Besser ist (B)"
 
 
-# -- what critics and judges read -------------------------------------------------------------------------------------
+# -- prompts of critics and judges ------------------------------------------------------------------------------------
 
 KIND = RevisingPrinciple("kind", "What is unkind?", "Say it kindly.")
 

@@ -1,4 +1,4 @@
-"""Critique and revision in rounds: what is asked, what is kept out; how work is parted changes nothing."""
+"""Test rounds of critique and revision: the requests, the excluded answers, and independence of how work is split."""
 
 import pytest
 from conftest import refused
@@ -20,7 +20,7 @@ PROMPTS = [[{"role": "user", "content": f"question {number}"}] for number in ran
 
 
 class Echo:
-    """Writes what it was asked for and in which episode."""
+    """Writes the request that it got and its episode number."""
 
     name = "echo"
 
@@ -33,7 +33,7 @@ class Echo:
         for prompt, episode in zip(prompts, episodes, strict=True):
             said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             self.asked.append((said, episode))
-            last = said.rstrip(":").splitlines()[-1]  # of a transcript the head of what is to be written
+            last = said.rstrip(":").splitlines()[-1]  # the last line of a transcript is the header of the text to write
             kind = "critique" if last.startswith("Crit") else "revision" if last.startswith("Revis") else "answer"
             written.append(self.spoilt.get(kind, Written(f" {kind} in episode {episode} ", True)))
         return written

@@ -1,4 +1,4 @@
-"""What an audit finds in rows where it was put, and that it finds nothing where nothing is."""
+"""An audit finds planted problems in rows, and reports nothing on clean rows."""
 
 import os
 import signal
@@ -139,7 +139,7 @@ def test_long_runs_take_linear_time(filler):
 
 def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
     rows = [
-        {"prompt": "p" * 6, "completion": "c" * 5},  # 12 tokens with the end
+        {"prompt": "p" * 6, "completion": "c" * 5},  # 12 tokens including the end token
         {"prompt": "p" * 30, "completion": "c" * 3},
         {"prompt": "p" * 30, "completion": "c" * 10},
         {"prompt": "p", "completion": "<eos>"},

@@ -1,4 +1,4 @@
-"""Every form a row may have, and every reason to refuse one."""
+"""Test every row format, and every reason to refuse a row."""
 
 import json
 
@@ -62,11 +62,11 @@ def test_demonstrations(row, wanted):
             {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]},
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
-        (  # the prompt is what both conversations begin with
+        (  # the prompt is the common start of both conversations
             {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
-        (  # and some sets repeat it in both, next to a prompt of plain text
+        (  # some data sets repeat it in both, next to a plain-text prompt
             {"prompt": "p", "chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]},
             ([user("p")], [[assistant("c")], [assistant("r")]], [0, 1]),
         ),
@@ -221,7 +221,7 @@ def test_misnamed_columns_are_named_with_the_nearest_right_one():
 
 @pytest.mark.real
 def test_real_transcripts_are_parsed_or_refused(shared_data):
-    """The parsed rows are the very rows of the parsed files, and ten are refused for the known reasons."""
+    """The parsed rows equal the rows of the parsed files; ten rows are refused for known reasons."""
     parsed = set()
     for name in ("hh_harmless_train.jsonl", "hh_harmless_test.jsonl"):
         parsed |= {line.strip() for line in shared_data(name).read_text(encoding="utf-8").splitlines()}

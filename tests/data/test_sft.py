@@ -1,4 +1,4 @@
-"""Demonstrations: what a batch holds, how rows are held out, weighted, cached and counted."""
+"""Test demonstrations: batch contents, held-out rows, weights, caching and counting."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def completions_of(step):
 
 
 def prompts_of(step):
-    """The prompts of a step as text, in the order of its micro-batches."""
+    """Return the prompts of a step as text, in micro-batch order."""
     tokenizer = make_tiny_tokenizer()
     return [tokenizer.decode(ids) for batch in step.micro_batches for ids in batch.sequences.prompts]
 
@@ -48,7 +48,7 @@ def test_a_batch_by_value(ready, write_rows):
     by_length = [
         (spell(USER, "\nq", END, "\n", ASSISTANT, "\n"), spell("a", END), 2.0),
         (spell("p:"), spell(" c", EOS), 1.0),
-        (spell("h"), spell("ey", EOS), 1.0),  # nothing predicts the first token of a text
+        (spell("h"), spell("ey", EOS), 1.0),  # the first token of a text is never predicted
     ]
     assert [p.tolist() for p in batch.sequences.prompts] == [prompt for prompt, _, _ in by_length]
     assert [c.tolist() for c in batch.sequences.completions] == [completion for _, completion, _ in by_length]
@@ -152,7 +152,7 @@ def test_truncated_rows_are_counted(ready, write_rows):
     found = [(prompts_of(step)[0], completions_of(step)[0]) for step in steps(data)]
     assert found == [
         ("uvwxyz", spell("x", EOS)),
-        ("uv", spell("xxxxxx")),  # cut off: no end token
+        ("uv", spell("xxxxxx")),  # truncated: no end token
         ("wxyz", spell("xxxx")),
         ("u", spell("x", EOS)),
     ]
@@ -176,7 +176,7 @@ def test_the_report_is_read_aloud(ready, write_rows, caplog):
 
 
 def garbage(number):
-    """An unchecked row."""
+    """Return an unchecked row."""
     draw = random.Random(number)
     pieces = [*SPECIAL, "\n\nHuman: ", "\n\nAssistant:", "\ud800", "\x00", "{{ 7 * 7 }}", "a" * 50, "\ufeff", "🦆", " "]
     text = lambda: "".join(draw.choice([*pieces, *string.printable]) for _ in range(draw.randrange(12)))
@@ -185,7 +185,7 @@ def garbage(number):
         + ([[value(0)], {text(): value(0)}, [{"role": text(), "content": value(0)}]] if deep else [])
         + [[{"role": r, "content": text()} for r in draw.choices(["user", "assistant", "system", text()], k=3)]]
     )
-    if draw.random() < 0.4:  # of the right form, but with anything in it
+    if draw.random() < 0.4:  # a valid format with arbitrary contents
         return {"messages": [{"role": role, "content": "x" + text()} for role in ("user", "assistant") * 2]}
     names = ["prompt", "completion", "messages", "text", "input", "output", "weight", text()]
     return {name: value(1) for name in draw.sample(names, draw.randrange(1, 6))}
@@ -297,7 +297,7 @@ def test_rows_are_encoded_once(ready, write_rows, cache, monkeypatch):
     first = ready(SFTDataModule(source))
     assert len(folders(cache)) == 1
     monkeypatch.setattr(RowStore, "build", lambda *_: pytest.fail("encoded again"))
-    again = ready(SFTDataModule(source, batch_size=2, seed=3))  # neither changes what is encoded
+    again = ready(SFTDataModule(source, batch_size=2, seed=3))  # batch size and seed do not change the encoding
     assert [again.store.prompt(row).tolist() for row in range(5)] == [spell(f"p{i}:") for i in range(5)]
     assert again.report == first.report and again.fingerprint != first.fingerprint
 

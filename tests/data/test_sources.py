@@ -1,4 +1,4 @@
-"""Rows from every kind of source, and every line of them counted."""
+"""Test rows from every kind of source; every line is counted."""
 
 import json
 

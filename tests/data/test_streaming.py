@@ -1,4 +1,6 @@
-"""Streams: every row of a pass once, the same steps on any ranks, and the very next step after a resume."""
+"""Test streams: every row once per pass, the same steps on any number of ranks, and exact continuation
+after a resume.
+"""
 
 import copy
 import json
@@ -12,7 +14,7 @@ from rlhf_lightning.types import PreferenceBatch
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four files of six rows; every fifth row is unusable."""
+    """Return four files of six rows; every fifth row is unusable."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(4):
@@ -26,7 +28,7 @@ USABLE = {f"s{n // 6}r{n % 6}" for n in range(24) if n % 5 != 4}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of seven rows, so that steps lie across them."""
+    """Use blocks of seven rows, so that steps span blocks."""
     init = streaming.RowStream.__init__
     monkeypatch.setattr(streaming.RowStream, "__init__", lambda *a, **k: init(*a, **{**k, "block": 7}))
 

@@ -1,6 +1,6 @@
 """Constraints: multipliers follow mean costs, and the gradient is that of the constrained objective.
 
-The transcription is of the loss over a whole rollout, in fp64, from the samples and the critics' values.
+The reference implements the loss over a whole rollout in fp64, from the samples and the critics' values.
 """
 
 import math
@@ -28,7 +28,7 @@ COST = {"limit": 0.4, "multiplier": LAMBDA, "learning_rate": 0.5}
 
 
 def module_of(folder: str, kind: Any = PPOModule, **settings: Any) -> Any:
-    """In double precision, so that a gradient can be compared to its last digits."""
+    """Return the module in double precision, so that gradients can be compared exactly."""
     defaults = {"max_new_tokens": 6, "lr_schedule": "constant", "max_grad_norm": None, "scorer": low_words_at_a_cost}
     module = kind(init_from=folder, **{**defaults, "constraints": {"cost": COST}, **settings})
     return doubled(module)
@@ -152,7 +152,7 @@ def test_lagrangian_multipliers_are_bounded() -> None:
 
 
 def test_a_limit_holds_and_scores_rise(policy_folder: str) -> None:
-    """Low words pay, words from 30 to 89 cost: the words below 30 do neither harm nor lose."""
+    """Words below 60 are rewarded, and words from 30 to 89 have a cost, so words below 30 earn reward without cost."""
     logged = MetricsLog()
     constraint = {"limit": 0.2, "learning_rate": 0.5}
     settings = {"learning_rate": 6e-3, "max_new_tokens": 4, "max_grad_norm": 1.0, "kl_coef": 0.0, "ppo_epochs": 2}

@@ -275,7 +275,7 @@ class TestItIsARealProblem:
 
 
 def imitate(world: AssistantWorld, updates: int, rows: int) -> torch.nn.Module:
-    """A small policy after plain supervised learning, no framework needed."""
+    """Return a small policy after plain supervised learning, without a framework."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
