@@ -213,9 +213,9 @@ DTYPES = {torch.float32: b"4", torch.float64: b"8"}
 class ReferenceCache:
     """A cache of a frozen reference's log-probabilities in one SQLite file, which several processes may share.
 
-    With fixed data, the reference is then forwarded once instead of once per epoch. The file is named by the content
-    and precision of the reference's weights, a row by the token ids of prompt and completion. Tokenizer, template and
-    data set need no key, since they act only through the ids. A cache failure never fails a run: an entry that cannot
+    With fixed data, the reference is then forwarded once instead of once per epoch. The file name
+    identifies the reference's weights and precision; the key of a row is a hash of the token ids of prompt and
+    completion. Tokenizer, template and data set act only through these ids, so they are not part of the key. A cache failure never fails a run: an entry that cannot
     be read is computed, and a failed write is reported once.
 
     Args:
