@@ -213,10 +213,10 @@ DTYPES = {torch.float32: b"4", torch.float64: b"8"}
 class ReferenceCache:
     """A cache of a frozen reference's log-probabilities in one SQLite file, which several processes may share.
 
-    With fixed data, the reference is then forwarded once instead of once per epoch. The file name
-    identifies the reference's weights and precision; the key of a row is a hash of the token ids of prompt and
-    completion. Tokenizer, template and data set act only through these ids, so they are not part of the key. A cache failure never fails a run: an entry that cannot
-    be read is computed, and a failed write is reported once.
+    With fixed data, the reference is then forwarded once instead of once per epoch. The file name identifies the
+    reference's weights and precision; the key of a row is a hash of the token ids of prompt and completion. Tokenizer,
+    template and data set act only through these ids, so they are not part of the key. A cache failure never fails a
+    run: an entry that cannot be read is computed, and a failed write is reported once.
 
     Args:
         file: path of the SQLite file.
