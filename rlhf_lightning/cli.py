@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
@@ -221,9 +222,15 @@ def terminable(received: list[int]) -> Iterator[None]:
         raise TerminatedError(number)
 
     def unraisable(failure: sys.UnraisableHookArgs) -> None:
-        """Print no traceback if the signal arrived in a destructor or callback, whose exceptions Python discards."""
-        if not isinstance(failure.exc_value, TerminatedError):
-            hook(failure)
+        """Send a signal again that arrived in a destructor or callback: Python discards their exceptions."""
+        error = failure.exc_value
+        if not isinstance(error, KeyboardInterrupt | TerminatedError):
+            return hook(failure)
+        number = error.signal if isinstance(error, TerminatedError) else signal.SIGINT
+        if number in before:
+            signal.signal(number, terminate)
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return None
 
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
