@@ -186,7 +186,7 @@ def test_class_help_prints_the_docstring(capsys):
         main(["fit", "--model.help", "tiny_run.SlopeModule"])
     assert exit_status.value.code == 0
     shown = capsys.readouterr().out
-    assert "where the weight starts" in shown and "--model.learning_rate" in shown
+    assert "initial value of the weight" in shown and "--model.learning_rate" in shown
 
 
 def test_class_help_prints_usage_paper_equation_and_target_before_the_settings(capsys):

@@ -314,9 +314,13 @@ def test_a_signal_in_a_destructor_still_ends_the_command(
         def __del__(self) -> None:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(raised), terminable([]):
-        [Dying()].clear()
-        time.sleep(10)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(raised), terminable([]):
+            [Dying()].clear()
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not printed
 
 

@@ -90,7 +90,8 @@ def test_ppo_steps_the_schedule_at_each_of_its_updates(policy_folder: str) -> No
 
 def test_a_schedule_without_an_end_is_refused_unless_it_is_constant(policy_folder: str) -> None:
     class StoppedSFTModule(SFTModule):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, *given: Any) -> None:
+            super().on_train_batch_end(*given)
             self.trainer.should_stop = True
 
     with pytest.raises(ValueError, match="lr_schedule='linear' needs an end: set trainer.max_epochs or max_steps"):
