@@ -1,4 +1,4 @@
-"""The small batches, rollouts and steps that checks are made on, and two ranks that run as threads."""
+"""Small batches, rollouts and steps for the checks, and two ranks that run as threads."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from rlhf_lightning.verification.exact import PolicyGradient, minibatch_of
 from rlhf_lightning.verification.subject import Subject, differentiate
 
 PICKED = (2, 11, 30, 48, 60, 75)
-"""Groups of a rollout of all groups that an update is taken on."""
+"""Groups selected for an update, from a rollout that contains all groups."""
 
 FIRSTS = ((0, 0), (0, 3), (1, 1), (1, 5), (0, 6), (1, 0))
 SECONDS = ((0, 2), (0, 0), (1, 4), (1, 0), (0, 1), (1, 6))
-"""Prompt and completion of the rows of small batches, and of what the rows are compared with."""
+"""Prompt and completion of the rows of small batches, and of the completions that the rows are compared with."""
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
 def some_rows(subject: Subject) -> Any:
-    """Return a small batch of rows of unequal length, soft labels and unequal weights, with the class's columns."""
+    """Return a small batch with unequal lengths, soft labels, unequal weights and the data columns of the class."""
     world, kind = subject.world, subject.kind.batch_type
     weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0], dtype=torch.float64)
     target = torch.tensor([1.0, 0.7, 1.0, 0.2, 1.0, 0.9], dtype=torch.float64)
@@ -77,7 +77,7 @@ def some_rows(subject: Subject) -> Any:
 
 
 def judged_steps(sequences: Sequences, weights: Tensor) -> ProcessBatch:
-    """Return completions of one and two steps with soft labels, and a step without a label."""
+    """Return completions of one and two steps with soft labels, and one step without a label."""
     flags = [flag.clone() for flag in sequences.supervised]
     flags[3][0] = False
     labels = torch.linspace(0.05, 0.95, 12, dtype=torch.float64)
@@ -86,13 +86,13 @@ def judged_steps(sequences: Sequences, weights: Tensor) -> ProcessBatch:
 
 
 def cut(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """Cut a batch into parts of so many rows."""
+    """Split a batch into parts with the given numbers of rows."""
     starts = accumulate(sizes, initial=0)
     return [rows_of_batch(batch, range(start, start + size)) for start, size in zip(starts, sizes, strict=False)]
 
 
 def rows_of_batch(batch: Any, rows: Sequence[int]) -> Any:
-    """Return some rows of a batch, in rising order."""
+    """Select rows of a batch, in ascending order."""
     count, index, members = len(batch.weights), torch.tensor(list(rows)), list(rows)
     fields: dict[str, Any] = {
         name: part[index] for name, part in batch._asdict().items() if isinstance(part, Tensor) and name != "ranks"
@@ -111,7 +111,7 @@ def rows_of_batch(batch: Any, rows: Sequence[int]) -> Any:
 
 
 def widened(given: Any, place: int | None = None, columns: int = 3) -> Any:
-    """Return an input or a rollout with masked columns inserted in its grids, at a place or at the end."""
+    """Insert masked columns into the grids of an input or a rollout, at a position or at the end."""
 
     def insert(part: Any) -> Any:
         if not isinstance(part, Tensor) or part.dim() < 2:
@@ -126,7 +126,7 @@ def widened(given: Any, place: int | None = None, columns: int = 3) -> Any:
 
 
 def narrowed(values: Tensor, place: int, columns: int = 3) -> Tensor:
-    """Return a grid without the columns that `widened` inserts at a place."""
+    """Remove the columns that `widened` inserted at a position."""
     return torch.cat([values[:, :place], values[:, place + columns :]], 1)
 
 
@@ -134,7 +134,7 @@ def narrowed(values: Tensor, place: int, columns: int = 3) -> Tensor:
 
 
 def gradient_of(subject: Subject, module: Any, run: Callable[[], Any]) -> Tensor:
-    """Return the gradient of the optimizer step that ``run`` comes to, which is not made."""
+    """Return the gradient of the optimizer step in ``run``, without applying the step."""
     found: list[Tensor] = []
 
     def update(losses: Any, count: float) -> float:
@@ -150,16 +150,18 @@ def gradient_of(subject: Subject, module: Any, run: Callable[[], Any]) -> Tensor
 
 
 def step_gradient(subject: Subject, batches: Sequence[Any], rows: int, tokens: int, module: Any = None) -> Tensor:
-    """Return the gradient of one whole training step over micro-batches, through the module's own step."""
+    """Return the gradient of a whole training step over micro-batches, through the module's own ``training_step``."""
     module = subject.fresh(moved=True) if module is None else module
     return gradient_of(subject, module, lambda: module.training_step(Step(tuple(batches), rows, tokens), 0))
 
 
 def in_ranks(modules: Sequence[Any], run: Callable[[Any, Any], Tensor], shares: Sequence[Any]) -> tuple[Tensor, str]:
-    """Return the sum of what ``run`` gives on ranks, each a thread with a module and a share of the data of its own.
+    """Run ``run`` on several ranks and return the sum of its results.
 
-    Their collectives exchange values as those of processes do. Where a rank fails, or waits for a collective that the
-    other does not make, the sum is infinite, and the error is returned too.
+    Each rank is a thread with its own module and data.
+
+    The collectives exchange values as between processes. If a rank fails, or waits for a collective that another rank
+    never enters, the sum is infinite and the error message is returned.
     """
     barrier = threading.Barrier(len(modules), timeout=60)
     given: list[Any] = [None] * len(modules)
@@ -168,7 +170,7 @@ def in_ranks(modules: Sequence[Any], run: Callable[[Any, Any], Tensor], shares: 
         given[rank] = value.detach()
         barrier.wait()
         everyone = torch.stack(given)
-        barrier.wait()  # before the next value takes this one's place
+        barrier.wait()  # before this value is overwritten by the next
         return everyone
 
     def reduced(rank: int, value: Tensor, group: Any = None, reduce_op: str = "mean") -> Tensor:
@@ -182,7 +184,7 @@ def in_ranks(modules: Sequence[Any], run: Callable[[Any, Any], Tensor], shares: 
         try:
             return run(module, share)
         except BaseException:
-            barrier.abort()  # the others wait for this rank
+            barrier.abort()  # release the waiting ranks
             raise
 
     for rank, module in enumerate(modules):
@@ -202,10 +204,10 @@ def in_ranks(modules: Sequence[Any], run: Callable[[Any, Any], Tensor], shares: 
 
 
 class Case:
-    """A rollout of every completion in groups, by the subject's own code, with its rewards and advantages.
+    """A rollout of every completion in groups, computed by the subject's own code, with its rewards and advantages.
 
     Args:
-        subject: the class.
+        subject: the class under verification.
         module: an instance with its models loaded.
     """
 
@@ -217,7 +219,7 @@ class Case:
         self.advantages: Advantages = module.advantages(self.rollout, self.rewards)
 
     def logprobs(self, **changes: Any) -> PolicyLogprobs:
-        """The input of the policy loss at ratio 1, with changes."""
+        """Return the input of the policy loss at ratio 1, with changed fields."""
         rollout = self.rollout
         plain = PolicyLogprobs(
             rollout.old_logprobs.clone(),
@@ -231,14 +233,19 @@ class Case:
             rollout=rollout,
             minibatch=minibatch_of(self.module, rollout, self.advantages),
         )
-        # What changes for the rows changes for the minibatch that they are of.
+        # A field that the rows and their minibatch share is changed in both.
         shared = {name: part for name, part in changes.items() if name in Minibatch._fields}
         if plain.minibatch is not None:
             plain = plain._replace(minibatch=plain.minibatch._replace(**shared))
         return plain._replace(**changes)
 
     def moved_by(self, nats: float | Tensor, sign: float | None = None) -> PolicyLogprobs:
-        """The input where tokens are e^nats times as likely as at the rollout; ``sign`` is every token's advantage."""
+        """Return the input where tokens are e^nats times as likely as at the rollout.
+
+        Args:
+            nats: log-ratio of the tokens.
+            sign: advantage of every token; None keeps the advantages.
+        """
         mask = self.rollout.completion_mask
         old = torch.where(mask, self.rollout.old_logprobs - nats, 0.0)
         changes: dict[str, Any] = {"old_logprobs": old, "behaviour_logprobs": old}
@@ -247,22 +254,22 @@ class Case:
         return self.logprobs(**changes)
 
     def loss(self, given: PolicyLogprobs) -> Tensor:
-        """Return the loss of each token, 0 under the mask."""
+        """Return the loss of each token, 0 where masked."""
         return torch.where(given.completion_mask, self.subject.values(self.module, given), 0.0)
 
     def slopes(self, given: PolicyLogprobs) -> Tensor:
-        """Return the slope of the summed loss by each token's log-probability."""
+        """Return the gradient of the summed loss with respect to each token's log-probability."""
         return differentiate(self.loss, given, ["logprobs"])[1]["logprobs"]
 
     def advantages_of(self, **changes: Any) -> Tensor:
-        """Return the advantages that the rollout would have with changes."""
+        """Return the advantages of the rollout with changed fields."""
         changed = self.rollout._replace(**changes)
         found: Tensor = self.module.advantages(changed, self.module.shape_rewards(changed)).advantages
         return found.detach()
 
 
 def subject_rollout(expected: PolicyGradient) -> Rollout:
-    """Return the rollout that an expectation is taken over, with values that a critic might have given."""
+    """Return the rollout that an expectation sums over, with random values for the critic."""
     found: list[Rollout] = []
     module = expected.module
     original = module.advantages
@@ -285,17 +292,13 @@ def subject_rollout(expected: PolicyGradient) -> Rollout:
 
 
 def part_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
-    """Return the named rows of a rollout; groups are numbered anew."""
+    """Select rows of a rollout and renumber the groups."""
     part = select_episodes(rollout, rows)
     return part._replace(group=torch.unique(part.group, return_inverse=True)[1])
 
 
 class Update:
-    """One update on a few groups of a rollout, by the module's own code, after the policy has moved from the rollout's.
-
-    Args:
-        subject: the class.
-    """
+    """One update on a few groups of a rollout, by the module's own code; the policy has moved since the rollout."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -326,7 +329,7 @@ class Update:
         )
 
     def over_ranks(self) -> tuple[Tensor, str]:
-        """Return the sum of the gradients of two ranks with unequal shares, and the error where one fails."""
+        """Return the summed gradient of two ranks with unequal shares, and the error message if a rank fails."""
         place = 2 * len(self.rows) // 3
         modules = [self.subject.fresh(moved=True) for _ in range(2)]
         return in_ranks(modules, self.gradient, [range(place), range(place, len(self.rows))])

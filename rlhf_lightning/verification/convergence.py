@@ -1,8 +1,8 @@
-"""Where an objective ends up: a module trained in an enumerable world on exact expectations, compared with its target.
+"""Convergence: train a module in an enumerable world on exact expectations, and compare the result with its target.
 
-The module's own, unedited code gives every loss: fixed data are the whole population, each row weighted by how often it
-is drawn; rollouts are all groups of completions there are, weighted by their probability under the policy. What is left
-is optimisation without noise.
+The module's own, unmodified code computes every loss. Fixed data are the whole population, each row weighted by its
+probability. Rollouts contain all groups of completions, weighted by their probability under the policy. The
+optimisation is therefore noise-free.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from rlhf_lightning.verification.targets import demonstrated, judged, outputs_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 PATH_EVERY = 5
-"""Updates between two points of the path of training."""
+"""Updates between two recorded points of the training path."""
 
 ROUNDS = 3
 STILL, SETTLED = 1e-7, 1e-6
-"""Largest slope at rest: of a fixed function, and of losses that follow the samples."""
+"""Largest gradient component at convergence: for a fixed function, and for losses that follow the samples."""
 
 
 class Convergence(NamedTuple):
-    """Where training came to rest.
+    """Result of training to convergence.
 
     Attributes:
         policy: probability of each completion, shape (prompts, completions); for a reward model the softmax of its
-            scores, or of minus its costs.
-        target: what it should be; None where nothing says so.
+            scores, or of its negated costs.
+        target: the policy that training should reach; None if it is unknown.
         source: where the target comes from: "declared" by the class, or a "transcription" of its paper.
-        distance: largest total variation distance over prompts; where minimisers are not unique, how far the loss is
-            above its minimum instead; for `population.SCORES` the largest difference of what minimisers share; NaN
+        distance: largest total variation distance over prompts. If minimisers are not unique: the loss minus its
+            minimum. For `population.SCORES`: the largest difference in the quantity that all minimisers share. NaN
             without a target.
         gold_before: expected reward of the reference.
         gold_after: expected reward of the policy.
         kl: KL(policy || reference), nats.
-        seconds: of training.
-        path: (update, gold reward, KL) along the way.
-        law: the rule of rewards and lengths that the policy at rest follows, in words; empty where it follows none.
-        outputs: what the head of a reward model returns, shape (prompts, completions, outputs); None for a policy.
+        seconds: training time.
+        path: (update, gold reward, KL) during training.
+        law: formula in rewards and lengths that the converged policy follows, as text; empty if none fits.
+        outputs: outputs of a reward model's head, shape (prompts, completions, outputs); None for a policy.
     """
 
     policy: Tensor
@@ -78,12 +78,12 @@ class Convergence(NamedTuple):
 
 
 def small_world(seed: int = 0) -> EnumerableWorld:
-    """The world that objectives are verified in: 2 prompts, 3 tokens, 2 long; 7 completions, 84 labelled pairs."""
+    """Return the world used for verification: 2 prompts, 3 tokens, length 2; 7 completions, 84 labelled pairs."""
     return EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, seed=seed)
 
 
 def quiet_trainer() -> Trainer:
-    """Return a trainer that only answers what modules ask of one."""
+    """Return a minimal trainer that answers the modules' queries."""
     return Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, barebones=False, max_epochs=1,
@@ -98,18 +98,18 @@ def converge(
     shuffled: bool = False,
     judge: AlignmentModule | None = None,
 ) -> Convergence:
-    """Train a module to rest on exact expectations and compare with its target.
+    """Train a module to convergence on exact expectations and compare it with its target.
 
     Args:
-        module: made with ``init_from`` the world's folder; trained in place, in fp64.
+        module: created with the world's folder as ``init_from``; trained in place, in fp64.
         world: the world of that folder.
-        steps: updates of a round; the learning rate falls to 0 along a cosine.
-        learning_rate: of Adam at the start.
-        shuffled: take labels or scores that say nothing (all equally likely), as a control.
-        judge: module whose target it is compared with; None takes its own.
+        steps: updates per round; the learning rate follows a cosine schedule down to 0.
+        learning_rate: initial learning rate of Adam.
+        shuffled: train on uninformative labels or scores (all equally likely), as a control.
+        judge: module that defines the target; None takes the target of ``module``.
 
     Raises:
-        TypeError: no population is known for the batch that the module takes.
+        ContractError: no population is known for the batch type of the module.
     """
     started = time.perf_counter()
     prepare(module)
@@ -132,7 +132,7 @@ def converge(
 
 
 def law_of(policy: Tensor, world: EnumerableWorld) -> str:
-    """Say which rule of rewards and lengths a policy follows; empty where it follows neither."""
+    """Describe the formula in rewards and lengths that a policy follows, or report divergence; empty if no form fits."""
     if not bool(policy.isfinite().all()):
         return ", and training diverged: its scores or probabilities are not finite"
     ratio = (policy.clamp_min(1e-300) / world.problem.reference).log().double()
@@ -148,9 +148,9 @@ def law_of(policy: Tensor, world: EnumerableWorld) -> str:
 
 
 def prepare(module: AlignmentModule) -> AlignmentModule:
-    """Load a module's models in fp64 and give it a trainer to ask."""
+    """Load a module's models in fp64 and attach a minimal trainer."""
     module.trainer = quiet_trainer()
-    module.load_settings = replace(module.load_settings, self_check=False)  # a table has too few tokens for it
+    module.load_settings = replace(module.load_settings, self_check=False)  # the table has too few tokens for it
     module.configure_model()
     module.train()
     module.double()
@@ -161,7 +161,7 @@ def prepare(module: AlignmentModule) -> AlignmentModule:
 
 
 def remembered(lay_out: Callable[[Any], Layout]) -> Callable[[Any], Layout]:
-    """Return a function that lays out the same sequences once: a population is the same in every update."""
+    """Cache the layout of sequences: a population is the same in every update."""
     kept: dict[int, tuple[Any, Layout]] = {}
 
     def of(sequences: Any) -> Layout:
@@ -182,16 +182,15 @@ def minimise(
     learning_rate: float,
     watch: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Run rounds of Adam until the loss is at rest, each with a quarter of the learning rate of the one before.
+    """Run rounds of Adam until the loss has converged, each at a quarter of the previous learning rate.
 
-    Where the loss is a fixed function, L-BFGS follows each round. Losses of samples, or with statistics of the step in
-    them, are left to Adam.
+    For a fixed function, L-BFGS follows each round. Losses of samples, or with statistics of the step, use Adam alone.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    shares = hasattr(module, "adapter")  # a mean of another project: its gradient is exact, and no row has a value
+    shares = hasattr(module, "adapter")  # an adapter's mean has an exact gradient but no values per row
     fixed = not (isinstance(module, RolloutModule | GKDModule) or module.batch_coupled or shares)
     still = STILL if fixed else SETTLED
-    for place in range(ROUNDS * (2 if module.batch_coupled else 1)):  # sorting makes kinks
+    for place in range(ROUNDS * (2 if module.batch_coupled else 1)):  # sorting makes the loss non-smooth
         descend(
             loss, parameters, steps, learning_rate / 4 ** (place % ROUNDS), watch if place == 0 else lambda step: None
         )
@@ -200,7 +199,7 @@ def minimise(
             before = [parameter.detach().clone() for parameter in parameters]
             finish(loss, parameters)
             fixed = steepest(parameters) < left / 10
-            if not fixed:  # a weight without gradient, say: it goes where the value is lower, not where the slope is 0
+            if not fixed:  # for example a detached weight: L-BFGS lowers the value, not the gradient
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.data.copy_(value)
                 continue
@@ -210,7 +209,7 @@ def minimise(
 
 
 def steepest(parameters: list[Any]) -> float:
-    """Return the largest slope by a weight."""
+    """Return the largest gradient component."""
     return max((float(p.grad.abs().max()) for p in parameters if p.grad is not None), default=0.0)
 
 
@@ -242,14 +241,14 @@ def descend(
     learning_rate: float,
     watch: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Run Adam on a function without noise, its learning rate falling to 0 along a cosine."""
+    """Run Adam on a deterministic loss with a cosine schedule down to 0."""
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99), eps=1e-12)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         watch(step)
         optimizer.zero_grad()
         value = loss()
-        if value.requires_grad:  # labels that say nothing may leave nothing to learn
+        if value.requires_grad:  # uninformative labels may leave a loss without gradient
             value.backward()
         optimizer.step()
         schedule.step()
@@ -291,9 +290,9 @@ def expected_loss(module: AlignmentModule, world: EnumerableWorld, shuffled: boo
 
 
 def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[], Tensor]:
-    """Return the loss over demonstrations and over the student's samples, weighted by how often each is learned from.
+    """Return the loss over demonstrations and student samples, weighted by how often each is trained on.
 
-    The samples are drawn from the student of the moment, and no gradient goes through that.
+    The samples are drawn from the current student, without gradient through the sampling.
     """
     data = world.demonstrations(demonstrated(world))
     student: Any = module.policy
@@ -308,11 +307,11 @@ def expected_divergence(module: GKDModule, world: EnumerableWorld) -> Callable[[
 
 
 def with_columns(batch: Any, names: Sequence[str], world: EnumerableWorld, informative: bool = True) -> Any:
-    """Return a batch with the columns that an objective declares: the reward of each row's completion in the first.
+    """Return a batch with the data columns that an objective declares.
 
-    Of pairs and groups it is the reward of the first completion less that of the last; further columns hold it plus 1,
-    plus 2 and so on. Uninformative columns hold 0. The columns in `SAFETY` say instead whether a completion is safe, 0
-    or 1; uninformative ones hold 0.5.
+    The first column holds the reward of each row's completion. For pairs and groups it is the reward of the first
+    completion minus that of the last. The k-th column (k = 0, 1, ...) holds this value plus k; uninformative columns
+    hold k. The columns in `SAFETY` hold instead whether a completion is safe, 0 or 1; uninformative ones hold 0.5.
     """
     if not names:
         return batch
@@ -336,11 +335,11 @@ def with_columns(batch: Any, names: Sequence[str], world: EnumerableWorld, infor
 
 
 SAFETY = {"chosen_safe": 0, "rejected_safe": -1}
-"""Columns of safety labels, by the place of the completion in its pair."""
+"""Columns of safety labels, with the position of their completion in the pair."""
 
 
 @torch.no_grad()
 def say_nothing(module: Any, world: EnumerableWorld) -> None:
-    """Let a module's teacher say what the reference says, from which nothing can be learned."""
+    """Copy the reference into a module's teacher, so that there is nothing to learn from it."""
     table = module.teacher.model.model.model.table.weight
     table.copy_(world.reference_table.to(table))

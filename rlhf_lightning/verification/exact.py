@@ -1,4 +1,4 @@
-"""Exact expectations of on-policy and online preference objectives, over all completions there are."""
+"""Exact expectations of on-policy and online preference objectives, summed over all completions."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from rlhf_lightning.verification.world import END, EnumerableWorld
 
 
 class PolicyGradient:
-    """The exact expectation of an on-policy module's loss, as a function whose gradient is the estimator's mean.
+    """The exact expectation of an on-policy module's loss. Its gradient is the mean of the sampled gradient estimator.
 
-    Every group of ``group_size`` completions of every prompt is one group of a rollout, weighted by its probability
-    under the policy of the moment. Statistics over a whole rollout (whitening) see all groups alike.
+    Every group of ``group_size`` completions of every prompt is one group of a rollout. Groups are weighted by their
+    probability under the current policy. Statistics over a whole rollout (whitening) weight all groups equally.
 
     Args:
         module: the module.
         world: the world.
-        shuffled: scores that say nothing.
+        shuffled: replace all scores by 0, so that they carry no information.
     """
 
     def __init__(self, module: OnPolicyModule, world: EnumerableWorld, shuffled: bool = False) -> None:
@@ -53,7 +53,7 @@ class PolicyGradient:
         self.finished = ended[self.index[1]]
 
     def loss(self) -> Tensor:
-        """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
+        """Return the expected loss. Only its gradient is meaningful: it equals the mean of the gradient estimator."""
         module, layout = self.module, padded_layout(self.sequences)
         outputs = module.policy_outputs(layout, module.sampling.temperature, with_entropy=True)
         old, mask = outputs.logprobs.detach(), layout.completion_mask
@@ -80,7 +80,7 @@ class PolicyGradient:
     def values(self, rewards: Tensor, logprobs: Tensor) -> Tensor:
         """Return the exact value of the state before each token under the policy, shape of ``rewards``.
 
-        They are 0 for groups, without a critic, and where a state has read the end.
+        Values are 0 for groups, without a critic, and in states after the end token.
         """
         module, nothing = self.module, torch.zeros_like(rewards)
         if self.group_size > 1 or not hasattr(module, "value_loss") or rewards.shape != logprobs.shape:
@@ -104,7 +104,7 @@ class PolicyGradient:
         return total.index_add(0, self.group, sequence_logprobs).exp()[self.group]
 
     def baseline_scores(self) -> Tensor:
-        """Score of the likeliest token after token, for each row's prompt."""
+        """Return the score of the greedily decoded completion of each row's prompt."""
         with torch.no_grad():
             policy: Any = self.module.policy
             table = policy.model.model.table.weight
@@ -121,16 +121,16 @@ class PolicyGradient:
 
 
 def minibatch_of(module: OnPolicyModule, rollout: Rollout, advantages: Advantages) -> Minibatch | None:
-    """Return the whole rollout as one minibatch, for losses that look at it; None for others."""
+    """Return the whole rollout as one minibatch for losses that read the minibatch; None for other losses."""
     if not (module.needs_minibatch or module.needs_minibatch_logprobs):
         return None
     rows = list(range(len(rollout.scores)))
-    now = rollout.old_logprobs if module.needs_minibatch_logprobs else None  # the policy is the one that sampled
+    now = rollout.old_logprobs if module.needs_minibatch_logprobs else None  # the current policy is the sampling policy
     return whole_minibatch(module, rollout, advantages, rows, now)
 
 
 def expectation_of(module: RolloutModule) -> Any:
-    """Return what takes the expectation of a module's loss."""
+    """Return the class that computes the expectation of a module's loss."""
     if isinstance(module, OnlineDPOModule):
         return PairPopulation
     if isinstance(module, SelfDistillationModule):
@@ -139,9 +139,9 @@ def expectation_of(module: RolloutModule) -> Any:
 
 
 class PairPopulation(PolicyGradient):
-    """The exact expectation over two samples of each prompt, each drawn by the model whose turn it is.
+    """The exact expectation over two samples per prompt, each drawn by the policy or, in its turn, by the reference.
 
-    Groups whose scores tie are in it like the others; what becomes of them is the module's own doing.
+    Groups with tied scores are included; the module decides how to treat them.
     """
 
     module: Any
@@ -155,7 +155,10 @@ class PairPopulation(PolicyGradient):
         self.kept: Any = None
 
     def pairs(self, rollout: Rollout) -> Any:
-        """Return the module's pairs of a rollout; where the policy does not change them, look at every tenth anew."""
+        """Return the module's pairs of a rollout.
+
+        Pairs that do not depend on the policy are cached, and two calls in ten recompute them.
+        """
         again = self.varies or self.kept is None or self.calls % 10 < 2
         self.calls += 1
         if again:
@@ -166,7 +169,7 @@ class PairPopulation(PolicyGradient):
         return self.kept
 
     def rollout(self) -> Rollout:
-        """Return every pair of completions of every prompt as one rollout, by the module's own forward."""
+        """Return every pair of completions of every prompt as one rollout, from the module's own forward pass."""
         with torch.no_grad():
             grids = self.module.forward_statistics(self.listed)
         old, reference = grids["logprobs"][self.place], grids.get("reference_logprobs")
@@ -181,7 +184,7 @@ class PairPopulation(PolicyGradient):
         )  # fmt: skip
 
     def loss(self) -> Tensor:
-        """Return the expected loss; its value is of no interest, its gradient is the mean of the estimator's."""
+        """Return the expected loss. Only its gradient is meaningful: it equals the mean of the gradient estimator."""
         module, rollout = self.module, self.rollout()
         pairs = self.pairs(rollout)
         if not len(pairs.chosen):
@@ -194,7 +197,7 @@ class PairPopulation(PolicyGradient):
 
 
 class SelfTaught(PolicyGradient):
-    """The exact expectation over the policy's completions, each compared with a teacher that reads more."""
+    """The exact expectation over the policy's completions, each compared with a teacher that reads a longer prompt."""
 
     module: Any
 
@@ -218,7 +221,7 @@ class SelfTaught(PolicyGradient):
 
 
 class Tournament(PolicyGradient):
-    """The exact expectation over the policy's completions and the opponent's, every one against every other."""
+    """The exact expectation over all pairs of a completion of the policy and a completion of the opponent."""
 
     module: Any
 
@@ -239,7 +242,7 @@ class Tournament(PolicyGradient):
         return sequence_logprobs.exp() * opponent_of(self.module, self.world)[self.theirs]
 
     def baseline_scores(self) -> Tensor:
-        """Score of each game's opponent."""
+        """Return the score of each game's opponent."""
         return self.rewards[self.theirs]
 
 
@@ -247,14 +250,14 @@ class Tournament(PolicyGradient):
 def opponent_of(module: Any, world: EnumerableWorld) -> Tensor:
     """Return the probability of each completion of Nash-MD's opponent, shape (prompts, completions).
 
-    The table of next-token logits is mixed row by row: token by token, as the opponent is sampled.
+    Next-token logits are mixed row by row, as the opponent is sampled token by token.
     """
     table = module.policy.model.model.table.weight
     return world.probabilities(nash_md_logits(table, world.reference_table.to(table), module.mixture))
 
 
 def rest_of(module: Any, world: EnumerableWorld) -> Tensor | None:
-    """Return where a shipped class should be at rest that declares no closed form; None where nothing says so."""
+    """Return the stationary policy of a shipped class that declares no closed form; None if no source gives it."""
     if not type(module).__module__.startswith("rlhf_lightning."):
         return None
     if type(module) is XPOModule and module.soft_labels:
@@ -269,8 +272,8 @@ def rest_of(module: Any, world: EnumerableWorld) -> Tensor | None:
 def xpo_rest(world: EnumerableWorld, prompt: int, module: Any) -> np.ndarray | None:
     """Solve for the policy at which XPO's expected gradient vanishes (2405.21046), in fp64 with SciPy.
 
-    A pair is a sample of the policy against one of the reference; labels are Bradley-Terry of the scores. None where
-    the bonus outweighs the pairs, whose slope is bounded, so that nothing is at rest.
+    A pair is one sample of the policy and one of the reference; labels are Bradley-Terry in the scores. Return None if
+    no stationary point exists: the gradient of the pairs is bounded, and the bonus outweighs it.
     """
     reference = world.problem.reference[prompt].numpy()
     scores, beta, alpha = world.rewards[prompt].numpy(), module.beta, module.alpha
@@ -281,7 +284,7 @@ def xpo_rest(world: EnumerableWorld, prompt: int, module: Any) -> np.ndarray | N
         policy, ratio = np.exp(logp), logp - np.log(reference)
         met = policy[:, None] * reference[None, :] + reference[:, None] * policy[None, :]
         residual = expit(beta * (ratio[:, None] - ratio[None, :])) - wanted
-        bonus = alpha * reference * (1 - policy)  # a sample that meets itself forms no pair
+        bonus = alpha * reference * (1 - policy)  # two identical samples form no pair
         by_completion = beta * (met * residual).sum(-1) + bonus
         return by_completion - policy * by_completion.sum() + logits.mean()
 

@@ -1,8 +1,8 @@
-"""What objectives without a closed form should find: their papers' population losses, transcribed and minimised alone.
+"""Population losses of objectives without a closed form, transcribed from their papers and minimised independently.
 
-Written in NumPy and SciPy from the papers' formulas, in fp64; nothing here is shared with the losses that it judges. A
-policy is a probability for each completion of each prompt, its log-ratio a = log policy - log reference. In a pair loss
-the first index is preferred with probability P, and all pairs are drawn alike.
+Written in NumPy and SciPy from the papers' formulas, in fp64. No code is shared with the losses under test. A policy is
+a probability for each completion of each prompt; its log-ratio is a = log policy - log reference. In a pair loss, the
+first index is preferred with probability P, and all pairs are equally likely to be drawn.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Population(NamedTuple):
     """The enumerated problem of one prompt in NumPy.
 
     Attributes:
-        reference: shape (completions,).
+        reference: probability of each completion under the reference, shape (completions,).
         preference: P, shape (completions, completions).
-        lengths: shape (completions,).
+        lengths: completion lengths in tokens, shape (completions,).
         alike: whether two completions begin with the same k tokens, k = 1, 2, ..., shape (completions, completions, k).
         rewards: shape (completions,).
         safe: whether each completion is safe, for cost models, shape (completions,).
@@ -38,22 +38,22 @@ class Population(NamedTuple):
 
     @property
     def wins(self) -> Array:
-        """Mean win rate of each completion, itself counted as a half, shape (completions,)."""
+        """Mean win rate of each completion, counting a comparison with itself as 1/2, shape (completions,)."""
         return self.preference.mean(-1)
 
 
 Loss = Callable[[Array, Population, Any], float]
-"""Population loss of log-probabilities (completions,), the problem, and the module whose settings it takes."""
+"""Population loss as a function of log-probabilities (completions,), the problem, and the module with the settings."""
 
 
 def minimiser(loss: Loss, problem: Population, module: Any, start: Array | None = None) -> tuple[Array, float]:
-    """Return the policy that minimises a population loss, and the loss there.
+    """Return the policy that minimises a population loss, and the minimum.
 
     Args:
         loss: the population loss.
-        problem: of one prompt.
-        module: whose settings the loss takes.
-        start: policy to begin at; None begins at the reference.
+        problem: problem of one prompt.
+        module: module with the settings of the loss.
+        start: initial policy; None starts at the reference.
     """
     start = np.log(problem.reference if start is None else np.maximum(start, 1e-300))
 
@@ -66,7 +66,12 @@ def minimiser(loss: Loss, problem: Population, module: Any, start: Array | None 
 
 
 def _pairs(values: Array, problem: Population) -> float:
-    """Mean of a pair's value over all pairs of different completions, weighted by P; values[i, j] for i preferred."""
+    """Return the mean over pairs of different completions, weighted by P.
+
+    Args:
+        values: ``values[i, j]`` is the value of a pair if i is preferred, shape (completions, completions).
+        problem: problem of one prompt.
+    """
     count = len(problem.reference)
     off_diagonal = 1.0 - np.eye(count)
     return float((problem.preference * values * off_diagonal).sum() / off_diagonal.sum() * 2)
@@ -81,7 +86,7 @@ def _margins(values: Array) -> Array:
 
 
 def beta_dpo(logp: Array, problem: Population, module: Any) -> float:
-    """2407.08639 where every step is the population: the moving mean comes to rest at the mean, and beta at its own."""
+    """2407.08639 with the population as every step: the moving mean converges to the mean, and beta to its base."""
     return _pairs(-log_expit(module.beta * _margins(_a(logp, problem))), problem)
 
 
@@ -98,14 +103,14 @@ def robust_dpo(logp: Array, problem: Population, module: Any) -> float:
 
 
 def ipo(logp: Array, problem: Population, module: Any) -> float:
-    """2310.12036, log-ratios averaged over tokens where the module does."""
+    """2310.12036; log-ratios are averaged over tokens if the module's setting says so."""
     a = _a(logp, problem)
     a = a / problem.lengths if module.average else a
     return _pairs((_margins(a) - 1 / (2 * module.beta)) ** 2, problem)
 
 
 def hinge(logp: Array, problem: Population, module: Any) -> float:
-    """2305.10425: not smooth, and its minimiser need not be unique."""
+    """2305.10425: non-smooth, and the minimiser need not be unique."""
     return _pairs(np.maximum(0.0, 1 - module.beta * _margins(_a(logp, problem))), problem)
 
 
@@ -142,14 +147,14 @@ def apo_down(logp: Array, problem: Population, module: Any) -> float:
 
 
 def discopop(logp: Array, problem: Population, module: Any) -> float:
-    """2406.08414: logistic and exponential loss, blended by a gate."""
+    """2406.08414: logistic and exponential loss, mixed by a gate."""
     x = module.beta * _margins(_a(logp, problem))
     gate = expit(x / module.temperature)
     return _pairs((1 - gate) * -log_expit(x) + gate * np.exp(-x), problem)
 
 
 def rpo(logp: Array, problem: Population, module: Any) -> float:
-    """2404.19733: DPO and the likelihood of the chosen completion per token."""
+    """2404.19733: DPO plus the per-token log-likelihood of the chosen completion."""
     x = module.beta * _margins(_a(logp, problem))
     return _pairs(-log_expit(x) - module.alpha * (logp / problem.lengths)[:, None], problem)
 
@@ -173,9 +178,9 @@ def cpo(logp: Array, problem: Population, module: Any) -> float:
 
 
 def ld_dpo(logp: Array, problem: Population, module: Any) -> float:
-    """2409.06411: tokens behind the shorter completion's length weigh alpha.
+    """2409.06411: tokens beyond the length of the shorter completion are weighted by alpha.
 
-    The log-ratio of a completion's first k tokens is that of all completions which begin with them.
+    The log-ratio of a completion's first k tokens is computed from all completions that begin with these tokens.
     """
     policy, reference = (np.einsum("ijk,j->ik", problem.alike, p) for p in (np.exp(logp), problem.reference))
     begun = np.log(policy) - np.log(reference)
@@ -186,13 +191,13 @@ def ld_dpo(logp: Array, problem: Population, module: Any) -> float:
 
 
 def davidson(logp: Array, problem: Population, module: Any) -> float:
-    """Davidson 1970, on comparisons that never end in a tie; scores as log-probabilities."""
+    """Davidson 1970, on comparisons without ties; the scores are log-probabilities."""
     d, nu = _margins(logp), 2 * module.tie_share / (1 - module.tie_share)
     return _pairs(np.log(np.exp(d / 2) + np.exp(-d / 2) + nu) - d / 2, problem)
 
 
 def sft(logp: Array, problem: Population, module: Any) -> float:
-    """Cross-entropy with demonstrations drawn from softmax(win rate)."""
+    """Cross-entropy on demonstrations drawn from softmax(win rate)."""
     data = np.exp(log_softmax(problem.wins))
     return float(-(data * logp).sum())
 
@@ -216,22 +221,22 @@ TRANSCRIPTIONS: dict[str, Loss] = {
     "LDDPOModule": ld_dpo,
     "DavidsonModule": davidson,
 }
-"""The transcription that judges each shipped class; a class of a user's own declares ``target_policy`` instead."""
+"""Transcribed loss of each shipped class. User-defined classes declare ``target_policy`` instead."""
 
 
 NOT_UNIQUE = ("HingeModule",)
-"""Classes with flat minima: the loss is compared, not the policy."""
+"""Classes with flat minima: losses are compared instead of policies."""
 
 MANY_MINIMA = ("DiscoPOPModule", "KTOModule")
-"""Classes that are not convex in the policy: the minimiser is looked for where training came to rest."""
+"""Classes that are not convex in the policy: the search for the minimiser starts at the trained policy."""
 
 
 class FixedPoint(NamedTuple):
-    """An objective that compares with a statistic of its own policy, taken without gradient.
+    """An objective that compares with a statistic of its own policy; no gradient flows through the statistic.
 
     Attributes:
-        loss: of log-probabilities, the problem, the module and the statistic.
-        statistic: of the log-ratios of all prompts, shape (prompts, completions).
+        loss: function of log-probabilities, the problem, the module and the statistic.
+        statistic: function of the log-ratios of all prompts, shape (prompts, completions), and the module.
     """
 
     loss: Callable[[Array, Population, Any, float], float]
@@ -241,7 +246,7 @@ class FixedPoint(NamedTuple):
 def fixed_point(
     objective: FixedPoint, problems: list[Population], module: Any, starts: Sequence[Array | None]
 ) -> list[Array]:
-    """Return where the objective comes to rest: each prompt's minimiser for the statistic that the minimisers have."""
+    """Return the fixed point: each prompt's minimiser at a statistic that equals the statistic of these minimisers."""
     statistic, policies = 0.0, [problem.reference for problem in problems]
     for _ in range(60):
 
@@ -286,7 +291,7 @@ FIXED_POINTS: dict[str, FixedPoint] = {
 
 
 class ScoreObjective(NamedTuple):
-    """A reward model's loss that fixes more, or less, than differences of scores.
+    """A reward model's loss that determines more, or less, than differences of scores.
 
     Attributes:
         loss: population loss of the head's outputs (completions, outputs), the problem, and the module.
@@ -311,9 +316,9 @@ def score_minimiser(objective: ScoreObjective, problem: Population, module: Any)
 
 
 def cost(outputs: Array, problem: Population, module: Any) -> float:
-    """2310.12773 Eq. 6: the preferred completion costs less, and costs are negative exactly for safe completions.
+    """2310.12773 Eq. 6: the preferred completion costs less, and exactly the safe completions have negative costs.
 
-    ``centering`` is that of 2312.09244.
+    ``centering`` is the term of 2312.09244.
     """
     costs = outputs[:, 0]
     signs = -log_expit(np.where(problem.safe, -1.0, 1.0) * costs)
@@ -327,12 +332,12 @@ def _thurstone_z(outputs: Array) -> Array:
 
 
 def thurstone(outputs: Array, problem: Population, module: Any) -> float:
-    """Thurstone 1927, case III: normal scores with a mean and a log-variance for each completion."""
+    """Thurstone 1927, case III: normally distributed scores with a mean and a log-variance for each completion."""
     return _pairs(-log_ndtr(_thurstone_z(outputs)), problem)
 
 
 def ratings(outputs: Array, problem: Population, module: Any) -> float:
-    """2311.09528: squared error of each attribute; the k-th attribute (k = 0, 1, ...) is rated reward + k."""
+    """2311.09528: squared error of each attribute; the rating of attribute k (k = 0, 1, ...) is reward + k."""
     rated = problem.rewards[:, None] + np.arange(outputs.shape[1])
     data = np.exp(log_softmax(problem.wins))
     return float((data[:, None] * (outputs - rated) ** 2).mean(-1).sum())
@@ -343,5 +348,6 @@ SCORES: dict[str, ScoreObjective] = {
     "MeanVarianceRewardModule": ScoreObjective(thurstone, lambda outputs: ndtr(_thurstone_z(outputs))),
     "AttributesRewardModule": ScoreObjective(ratings, lambda outputs: outputs),
 }
-"""Compared are the probability of harm, the probabilities of preferences (means and deviations have a free scale and a
-free constant), and the ratings."""
+"""Transcribed reward model losses. Compared are the probability of harm, the preference probabilities (means and
+deviations are determined only up to a scale and a constant), and the ratings.
+"""

@@ -1,11 +1,11 @@
-"""Where estimators without a population loss come to rest: their papers' mean updates, transcribed and solved.
+"""Stationary points of estimators without a population loss: their papers' mean updates, transcribed and solved.
 
-A group's standardised score depends on the other members, and the gradient of k3 or k2 over samples is not that of a
-divergence. Such methods minimise nothing, but they have a mean update and a policy at which it is zero. Here the mean
+A group's standardised score depends on the other members, and the sampled gradient of k2 or k3 is not the gradient of a
+divergence. Such methods minimise no loss, but they have a mean update and a policy at which it is zero. Here the mean
 updates are written in NumPy from the papers' formulas, in fp64, and share no code with the modules.
 
-A policy is a table of next-token probabilities, so a mean update sum_i p_i sum_t c_it grad log pi(y_it | y_i<t) is zero
-where c, averaged over the completions that pass a prefix, is the same for every next token.
+A policy is a table of next-token probabilities. The mean update sum_i p_i sum_t c_it grad log pi(y_it | y_i<t) is
+therefore zero if c, averaged over all completions that contain a prefix, is the same for every next token.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from scipy.special import log_expit, log_softmax
 from rlhf_lightning.verification.population import Array, Population
 
 STILL = 1e-9
-"""Largest component of a mean update that counts as none."""
+"""Largest component of a mean update that counts as zero."""
 
 Coefficients = Callable[[Array, Array, Population, Any], Array]
-"""c of each token: of policy (completions,), token log-ratios (completions, length), the problem and the module."""
+"""Coefficient c of each token, from policy (completions,), log-ratios (completions, length), problem and module."""
 
 
 def rest(coefficients: Coefficients, problem: Population, module: Any) -> Array | None:
-    """Return the policy at which a mean update is zero; None where it is zero nowhere that the solver gets to.
+    """Return the policy at which a mean update is zero; None if the solver finds none.
 
     Args:
-        coefficients: of the method.
-        problem: of one prompt, with rewards.
-        module: whose settings the method takes.
+        coefficients: coefficients of the method.
+        problem: problem of one prompt, with rewards.
+        module: module with the settings of the method.
     """
     reached = np.arange(problem.alike.shape[-1])[None, :] < problem.lengths[:, None]
     reference = _steps(problem.reference, problem)
@@ -52,18 +52,18 @@ def rest(coefficients: Coefficients, problem: Population, module: Any) -> Array 
 
 
 def _before(problem: Population) -> Array:
-    """Whether two completions begin with the same k tokens, k = 0, 1, ...; like `Population.alike`, one step back."""
+    """Return whether two completions begin with the same k tokens, k = 0, 1, ...; cf. `Population.alike`."""
     everyone = np.ones_like(problem.alike[..., :1])
     return np.concatenate([everyone, problem.alike[..., :-1]], axis=-1)
 
 
 def _steps(policy: Array, problem: Population) -> Array:
-    """Probability of each completion's k-th token given those before, shape (completions, length); 1 past its end."""
+    """Return the probability of each k-th token given its prefix, shape (completions, length); 1 after the end."""
     return np.einsum("ijk,j->ik", problem.alike, policy) / np.einsum("ijk,j->ik", _before(problem), policy)
 
 
 def advantages(policy: Array, rewards: Array, module: Any) -> Array:
-    """Mean of (r - mean_g) / (std_g + epsilon) over groups of two that a completion is in, or of r - mean_g alone."""
+    """Return a completion's mean advantage over all groups of two: (r - mean) / (std + epsilon), or r - mean."""
     groups = np.stack(np.broadcast_arrays(rewards[:, None], rewards[None, :]))
     centred = rewards[:, None] - groups.mean(0)
     if module.advantage_scale == "group":
@@ -72,7 +72,7 @@ def advantages(policy: Array, rewards: Array, module: Any) -> Array:
 
 
 def kl_slope(ratios: Array, module: Any) -> Array:
-    """Slope at ratio 1 of the KL loss of a token with log-ratio d; with the ratio, d(rho k) = k + k'."""
+    """Return the slope of a token's KL loss with log-ratio d at ratio 1; multiplied by the ratio, d(rho k) = k + k'."""
     value, slope = {
         "k1": (ratios, np.ones_like(ratios)),
         "k2": (ratios**2 / 2, ratios),
@@ -82,10 +82,11 @@ def kl_slope(ratios: Array, module: Any) -> Array:
 
 
 def critic_free(moments: tuple[float, float]) -> Coefficients:
-    """Transcribe a critic-free method from its settings: -A of each token, and the slope of the KL where it is a loss.
+    """Transcribe a critic-free method from its settings: -A of each token, plus the slope of a KL loss.
 
-    A completion counts once in a mean of token means (2402.03300; at ratio 1 also 2507.18071), each token once
-    otherwise (2503.14476; at ratio 1 also 2506.13585). Whitened advantages (2501.03262) are (A - mean) / deviation.
+    With a mean of token means, each completion has the same weight (2402.03300; at ratio 1 also 2507.18071). Otherwise
+    each token has the same weight (2503.14476; at ratio 1 also 2506.13585). Whitened advantages (2501.03262) are (A -
+    mean) / deviation.
 
     Args:
         moments: mean and deviation of the centred scores over the tokens of the population, for whitening.
@@ -111,7 +112,7 @@ def critic_free(moments: tuple[float, float]) -> Coefficients:
 
 
 def centred_moments(problems: Sequence[Population]) -> tuple[float, float]:
-    """Mean and deviation of centred scores over the tokens of all groups of two, each group as often as any other."""
+    """Return mean and deviation of the centred scores over all tokens of all groups of two, weighted equally."""
     values, weights = [], []
     for problem in problems:
         values.append(((problem.rewards[:, None] - problem.rewards[None, :]) / 2).ravel())
@@ -122,13 +123,7 @@ def centred_moments(problems: Sequence[Population]) -> tuple[float, float]:
 
 
 def rests(kind: type, problems: Sequence[Population], module: Any) -> list[Array] | None:
-    """Return where a shipped critic-free class comes to rest on each prompt; None if its settings are not transcribed.
-
-    Args:
-        kind: class of the module.
-        problems: one for each prompt.
-        module: whose settings the method takes.
-    """
+    """Return the stationary policy of a shipped critic-free class per prompt; None if its settings are not covered."""
     if kind.__name__ not in METHODS or not kind.__module__.startswith("rlhf_lightning.") or not _transcribed(module):
         return None
     method = critic_free(centred_moments(problems))
@@ -138,7 +133,7 @@ def rests(kind: type, problems: Sequence[Population], module: Any) -> list[Array
 
 
 def _transcribed(module: Any) -> bool:
-    """Whether the settings have a mean update by prompt, and one that is zero somewhere."""
+    """Return whether the mean update separates by prompt at these settings, and is zero somewhere."""
     by_prompt = (
         module.sampling.temperature == 1
         and module.advantage_scale != "batch"
@@ -153,17 +148,17 @@ METHODS = frozenset(
     ("CriticFreeModule", "GRPOModule", "DrGRPOModule", "GSPOModule", "DAPOModule", "CISPOModule", "LitePPOModule",
      "RLOOModule", "ReinforcePlusPlusBaselineModule")
 )  # fmt: skip
-"""Classes whose settings alone say what they do: a user's subclass may do anything else."""
+"""Classes that are fully described by their settings. A user-defined subclass may do anything else."""
 
 
 # -- losses that sort the pairs of a step, of all prompts together -----------------------------------------------------
 
 COPIES = 3
-"""A pair is in the data 2 * COPIES times, dealt to its two orders by the probability of either, rounded."""
+"""Each pair is in the data 2 * COPIES times, split between its two orders by their probabilities, rounded."""
 
 
 class StepPairs(NamedTuple):
-    """The step: index of prompt, chosen and rejected completion of each pair, and the reference's log-probabilities."""
+    """One step: indices of prompt, chosen and rejected completion of each pair, and reference log-probabilities."""
 
     prompt: Array
     chosen: Array
@@ -171,16 +166,16 @@ class StepPairs(NamedTuple):
     reference: Array
 
     def sides(self, values: Array) -> tuple[Array, Array]:
-        """Values (prompts, completions) of the chosen and of the rejected completions."""
+        """Return the values (prompts, completions) of the chosen and of the rejected completions."""
         return values[self.prompt, self.chosen], values[self.prompt, self.rejected]
 
 
 JointLoss = Callable[[Array, StepPairs, float], float]
-"""Of log-probabilities (prompts, completions), the step and beta."""
+"""Loss as a function of log-probabilities (prompts, completions), the step and beta."""
 
 
 def pairs_of(problems: Sequence[Population]) -> StepPairs:
-    """List each pair as many times as the data has it."""
+    """List each pair as many times as it is in the data."""
     rows = [
         (prompt, i, j)
         for prompt, problem in enumerate(problems)
@@ -206,9 +201,10 @@ def unpaired_aot(logp: Array, pairs: StepPairs, beta: float) -> float:
 
 
 def joint_minimiser(loss: JointLoss, pairs: StepPairs, beta: float, start: Array) -> Array:
-    """Return the policy that minimises a loss, shape (prompts, completions), looked for from ``start``.
+    """Return the policy that minimises a loss, shape (prompts, completions); the search begins at ``start``.
 
-    Sorting makes kinks, at which one run of a quasi-Newton method may stop short: each begins where the last one ended.
+    Sorting makes the loss non-smooth, and a single quasi-Newton run may stop early. Each run therefore starts at the
+    end of the previous run.
     """
     where = np.log(start)
 
@@ -228,4 +224,5 @@ def joint_loss(name: str, policy: Array, pairs: StepPairs, module: Any) -> float
 
 COUPLED: dict[str, JointLoss] = {"AOTModule": aot, "UnpairedAOTModule": unpaired_aot}
 """Losses that sort the pairs of a step, by objective class. Each is one loss over all prompts and not convex in the
-policy. A sorted value has no weight of its own, so pairs are repeated instead of weighted."""
+policy. Sorted values cannot be weighted, so pairs are repeated instead.
+"""

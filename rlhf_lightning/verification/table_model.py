@@ -1,7 +1,7 @@
-"""A causal language model that is a table, one row of next-token logits for every prefix, as transformers sees models.
+"""A tabular causal language model: one row of next-token logits per prefix, behind the interface of transformers.
 
-It can hold any policy over the completions of an `EnumerableWorld`, so that the optimum of an objective is not out of
-its reach, and modules take it unedited, as they take any other folder.
+The table can represent any policy over the completions of an `EnumerableWorld`, so that every optimum is reachable.
+Modules load it from a folder like any other model, without changes.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from transformers.modeling_outputs import (
 )
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
-"""Chat template: the contents of all turns, one after the other."""
+"""Chat template: the contents of all turns, concatenated."""
 
 IMPOSSIBLE = -1e4
-"""Logit of tokens that no completion has: their probability is exactly 0, and so is its gradient."""
+"""Logit of tokens that occur in no completion: their probability is exactly 0, and so is its gradient."""
 
 
 class TabularConfig(PretrainedConfig):
     """Sizes of the table.
 
     Args:
-        prompts: one-token prompts.
-        tokens: tokens of completions, the end token among them.
-        max_new_tokens: longest completion.
+        prompts: number of prompts, each of one token.
+        tokens: number of completion tokens, including the end token.
+        max_new_tokens: maximum length of a completion.
     """
 
     model_type = "tabular"
@@ -49,20 +49,21 @@ class TabularConfig(PretrainedConfig):
         self.prompts, self.tokens, self.max_new_tokens = prompts, tokens, max_new_tokens
         self.num_hidden_layers, self.num_attention_heads = 1, 1
         self.vocab_size = self.hidden_size = 1 + tokens + prompts
-        # Ids: 0 pads, 1 ends, 2 .. tokens are the other answer tokens, the rest are prompts.
+        # Ids: 0 is padding, 1 is the end token, 2 .. tokens are the other answer tokens, the rest are prompts.
         defaults = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_labels": 1}
         super().__init__(**{**defaults, **kwargs})
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Prompts, tokens and longest completion, the arguments that make the same table."""
+        """Constructor arguments that recreate the same table: prompts, tokens and maximum length."""
         return {"prompts": self.prompts, "tokens": self.tokens, "max_new_tokens": self.max_new_tokens}
 
     def transitions(self) -> Tensor:
-        """Return the prefix that each prefix and token lead to, int64, shape (prefixes, vocabulary).
+        """Return the next prefix for each prefix and token, int64, shape (prefixes, vocabulary).
 
-        Prefix 0 stands for an empty context, prefix 1 for every context that sampling cannot reach. A prompt token
-        starts a new context, so what a teacher reads before the prompt changes nothing, and neither do unknown words.
+        Prefix 0 is the empty context; prefix 1 stands for every context that sampling cannot reach. A prompt token
+        starts a new context. Anything a teacher reads before the prompt, including unknown words, therefore has no
+        effect.
         """
         rows: list[list[int]] = [[0] + [1] * (self.vocab_size - 1), [1] * self.vocab_size]
         level: list[int] = []
@@ -86,7 +87,7 @@ class TabularConfig(PretrainedConfig):
 
 
 class _IdentityHead(nn.Module):
-    """The table's rows are the logits. A buffer, since a head that trained would be a second table."""
+    """Identity, as the table's rows are the logits. The weight is a buffer: a trained head would be a second table."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class TabularPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Read an unchanged folder once per process: the checks make a hundred instances of a class."""
+        """Load a folder, cached per process while it is unchanged: the checks create a hundred instances of a class."""
         changed = max(path.stat().st_mtime_ns for path in Path(name).iterdir())
         key = (cls.__name__, str(name), str(changed), str(config), str(sorted(kwargs.items())))
         if key not in cls._read:
@@ -116,30 +117,30 @@ class TabularPreTrainedModel(PreTrainedModel):
         return copy.deepcopy(cls._read[key])
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave new tables as their class draws them."""
+        """Keep the default initialisation of tables and set linear layers to 0."""
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
 
 
 class TabularModel(TabularPreTrainedModel):
-    """Token ids in, the row of each prefix out."""
+    """Map token ids to the table row of each prefix."""
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
         transitions = config.transitions()
         self.register_buffer("transitions", transitions)
         self.table = nn.Embedding(len(transitions), config.vocab_size)
-        self.layers = nn.ModuleList([nn.Identity()])  # its states are recorded for classes with hidden_layers
+        self.layers = nn.ModuleList([nn.Identity()])  # its outputs are recorded for classes with hidden_layers
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table."""
+        """Return the table."""
         return self.table
 
     def forward(
         self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """Walk along each row of ids; pads before it change nothing, and the cache holds the prefixes walked."""
+        """Walk along each row of ids. Padding in front has no effect; the cache holds the prefixes walked so far."""
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -157,7 +158,7 @@ class TabularModel(TabularPreTrainedModel):
             keys = prefixes.to(torch.float64)[:, None, :, None]
             past_key_values.update(keys, keys, 0)
         states = self.table(prefixes)
-        self.layers[0](states.clamp_min(-10.0))  # recorded: a probe of the logits of impossible tokens has huge values
+        self.layers[0](states.clamp_min(-10.0))  # clamped, as impossible tokens have huge logits
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
 
 
@@ -171,18 +172,18 @@ class TabularForCausalLM(TabularPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The identity."""
+        """Return the identity head."""
         return self.lm_head
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Return the logits of each next token."""
+        """Return the next-token logits."""
         outputs = self.model(input_ids, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
 
 
 class TabularForSequenceClassification(TabularPreTrainedModel):
-    """A reward model or critic: numbers made of each prefix's row."""
+    """A reward model or critic: linear outputs of each prefix's row."""
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
@@ -191,7 +192,7 @@ class TabularForSequenceClassification(TabularPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> SequenceClassifierOutputWithPast:
-        """Return the scalar at the last id that is not padding."""
+        """Return the score at the last id that is not padding."""
         outputs = self.model(input_ids, **kwargs)
         last = (input_ids != 0).long().cumsum(-1).argmax(-1)
         logits = self.score(outputs.last_hidden_state[torch.arange(len(input_ids)), last])
@@ -199,7 +200,7 @@ class TabularForSequenceClassification(TabularPreTrainedModel):
 
 
 def register() -> None:
-    """Make the table known to transformers' Auto classes."""
+    """Register the table with transformers' Auto classes."""
     AutoConfig.register("tabular", TabularConfig, exist_ok=True)
     AutoModel.register(TabularConfig, TabularModel, exist_ok=True)
     AutoModelForCausalLM.register(TabularConfig, TabularForCausalLM, exist_ok=True)

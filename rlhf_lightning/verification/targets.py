@@ -1,4 +1,4 @@
-"""What policy or scores a trained module holds, and what they should be: declared, or transcribed from the paper."""
+"""The policy or scores of a trained module, and their target: declared by the class, or transcribed from its paper."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlhf_lightning.verification.world import EnumerableWorld
 
 
 def demonstrated(world: EnumerableWorld) -> Tensor:
-    """The policy whose answers are demonstrations: softmax of the mean win rates, shape (prompts, completions)."""
+    """Return the policy that demonstrations are drawn from: softmax of mean win rates, shape (prompts, completions)."""
     return torch.softmax(world.problem.preference.mean(-1), -1)
 
 
 def all_rows(world: EnumerableWorld) -> list[tuple[int, int]]:
-    """Return (prompt, completion) of every completion."""
+    """Return the (prompt, completion) indices of every completion."""
     return [(p, i) for p in range(world.config.prompts) for i in range(len(world.completions))]
 
 
@@ -34,13 +34,13 @@ def scores_of(module: RewardModule, layout: Layout) -> Tensor:
 
 @torch.no_grad()
 def outputs_of(module: RewardModule, world: EnumerableWorld) -> Tensor:
-    """Return what a reward module's head gives, fp64, shape (prompts, completions, outputs)."""
+    """Return the outputs of a reward model's head, fp64, shape (prompts, completions, outputs)."""
     outputs = module.reward_model(padded_layout(world.sequences(all_rows(world))))
     return outputs.double().view(world.config.prompts, len(world.completions), module.outputs)
 
 
 def softmax_of_outputs(module: RewardModule, outputs: Tensor) -> Tensor:
-    """Return the softmax of the scores that outputs (prompts, completions, outputs) make, or of minus the costs."""
+    """Return the softmax of the scores of outputs (prompts, completions, outputs), or of the negated costs."""
     flat = outputs.flatten(0, 1)
     scores = module.score_of(flat) if module.outputs > 1 else flat[:, 0]
     return _softmax(module, scores.view(outputs.shape[:2]))
@@ -52,9 +52,10 @@ def _softmax(module: RewardModule, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
-    """Return the probability of each completion, shape (prompts, completions); of scores, their softmax.
+    """Return the probability of each completion, shape (prompts, completions).
 
-    Of costs it is the softmax of minus the costs, so that better completions are likelier.
+    For a reward model it is the softmax of the scores. For costs it is the softmax of the negated costs, so that better
+    completions have a higher probability.
     """
     if isinstance(module, RewardModule):
         return softmax_of_outputs(module, outputs_of(module, world))
@@ -65,13 +66,13 @@ def policy_of(module: AlignmentModule, world: EnumerableWorld) -> Tensor:
 def judged(
     module: AlignmentModule, world: EnumerableWorld, policy: Tensor, outputs: Tensor | None = None
 ) -> tuple[Tensor | None, str, float]:
-    """Return the policy that the module should find, where that is known from, and how far ``policy`` is from it.
+    """Return the target policy of a module, the source of the target, and the distance of ``policy`` from it.
 
     Args:
-        module: whose target it is.
-        world: of the target.
-        policy: what training found.
-        outputs: what the head of a trained reward model returns; None reads the module's own.
+        module: module that defines the target.
+        world: world of the target.
+        policy: policy after training.
+        outputs: head outputs of a trained reward model; None computes them from ``module``.
     """
     declared = module.target_policy(world.problem)
     if declared is not None:
@@ -81,7 +82,8 @@ def judged(
     if rest is not None:
         return rest, "transcription", _distance(policy, rest)
     name = type(module).__name__ if type(module).__module__.startswith("rlhf_lightning.") else ""
-    # Smoothing is in the labels; the transcription of conservative DPO, whose only idea it is, has it in the loss.
+    # Labels contain the smoothing. Only the transcription of conservative DPO has it in its loss, as smoothing is its
+    # whole method.
     smoothing = 0.0 if name == "ConservativeDPOModule" else float(getattr(module, "label_smoothing", 0.0))
     problems = [population_of(world, prompt, smoothing) for prompt in range(world.config.prompts)]
     starts = [row if name in population.MANY_MINIMA else None for row in policy.numpy()]
@@ -113,7 +115,7 @@ def judged(
 def _judged_outputs(
     objective: population.ScoreObjective, problems: list[population.Population], module: RewardModule, outputs: Tensor
 ) -> tuple[Tensor, str, float]:
-    """Compare what minimisers share, which may be less than a policy (a scale is free) or more (levels count)."""
+    """Compare the quantity that minimisers share: less than a policy if the scale is free, more if levels count."""
     best = [population.score_minimiser(objective, problem, module) for problem in problems]
     differences = [
         np.abs(objective.identified(found) - objective.identified(wanted)).max()
@@ -125,7 +127,7 @@ def _judged_outputs(
 def _judged_together(
     name: str, problems: list[population.Population], module: Any, policy: Tensor
 ) -> tuple[Tensor, str, float]:
-    """Compare the losses: minimisers of sorted values are neither unique nor all found from one start."""
+    """Compare losses: minimisers of sorted values are not unique, and one start does not find all of them."""
     pairs, loss = resting_points.pairs_of(problems), resting_points.COUPLED[name]
     best = resting_points.joint_minimiser(loss, pairs, module.beta, policy.numpy())
     reached, least = (resting_points.joint_loss(name, at, pairs, module) for at in (policy.numpy(), best))
@@ -133,7 +135,7 @@ def _judged_together(
 
 
 def population_of(world: EnumerableWorld, prompt: int, smoothing: float = 0.0) -> population.Population:
-    """Return the problem of one prompt in NumPy, for the transcriptions, with labels flipped at a rate."""
+    """Return the problem of one prompt in NumPy, for the transcriptions; labels are flipped with rate ``smoothing``."""
     problem, texts = world.problem, world.completions
     parts = (problem.reference, problem.preference, problem.lengths, problem.rewards)
     reference, preference, lengths, rewards = (np.asarray(part[prompt], dtype=np.float64) for part in parts)

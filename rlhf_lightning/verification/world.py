@@ -1,8 +1,8 @@
-"""A world so small that every completion of every prompt is listed, so that what an objective should find is known.
+"""An enumerable world: it lists every completion of every prompt, so that an objective's optimum is known exactly.
 
-The rewards are a table, the reference is any policy, preferences are Bradley-Terry in the rewards. Expectations over
-completions, pairs and groups are sums, and the policy that maximises E[reward] - beta KL(policy || reference) is
-reference * exp(reward / beta), normalised.
+The rewards are a table, the reference is any policy, and preferences are Bradley-Terry in the rewards. Expectations
+over completions, pairs and groups are finite sums. The policy that maximises E[reward] - beta KL(policy || reference)
+is reference * exp(reward / beta), normalised.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ END = 1
 
 
 class EnumerableWorld:
-    """Prompts p0, p1 ...; answers are letters, ended by the end token or by their length.
+    """World with prompts p0, p1, ... and answers of letters, each answer ended by the end token or by the length limit.
 
     Args:
         prompts: number of prompts.
-        tokens: tokens that answers are made of, the end token among them.
-        max_new_tokens: longest answer.
+        tokens: number of answer tokens, including the end token.
+        max_new_tokens: maximum length of an answer, in tokens.
         seed: seed of rewards and reference.
         reward_scale: standard deviation of the rewards.
         reference_scale: standard deviation of the reference's logits; 0 makes every next token equally likely.
@@ -77,7 +77,7 @@ class EnumerableWorld:
         self.signed_columns = True
 
     def _listed(self) -> list[tuple[int, ...]]:
-        """Every completion: those that end by themselves, shortest first, then those cut off at the longest."""
+        """List every completion: those with an end token, shortest first, then those truncated at the length limit."""
         letters, longest = range(2, self.config.tokens + 1), self.config.max_new_tokens
         ended = [(*middle, END) for length in range(longest) for middle in itertools.product(letters, repeat=length)]
         return ended + list(itertools.product(letters, repeat=longest))
@@ -86,7 +86,7 @@ class EnumerableWorld:
 
     @cached_property
     def walks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The prefix before each token, the token, and the mask, each of shape (prompts, completions, length)."""
+        """Prefix before each token, the token, and the mask, each of shape (prompts, completions, length)."""
         transitions = self.config.transitions()
         longest = self.config.max_new_tokens
         shape = (self.config.prompts, len(self.completions), longest)
@@ -109,7 +109,7 @@ class EnumerableWorld:
 
     @cached_property
     def problem(self) -> EnumeratedProblem:
-        """Reference, rewards, Bradley-Terry preferences and lengths."""
+        """Reference, rewards, Bradley-Terry preferences, lengths and teacher."""
         lengths = self.walks[2].sum(-1)
         preference = torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
         reference, teacher = (self.probabilities(table) for table in (self.reference_table, self.teacher_table))
@@ -117,7 +117,7 @@ class EnumerableWorld:
 
     @cached_property
     def teacher_table(self) -> Tensor:
-        """Table of a policy to learn from: what maximises E[reward] - KL(policy || reference)."""
+        """Logits of the teacher policy, which maximises E[reward] - KL(policy || reference)."""
         prefixes, tokens, mask = self.walks
         mass = torch.zeros_like(self.reference_table)
         best = torch.softmax(self.probabilities(self.reference_table).log() + self.rewards, -1)
@@ -127,7 +127,7 @@ class EnumerableWorld:
         return torch.where(visited, mass.log().clamp_min(IMPOSSIBLE), self.reference_table)
 
     def optimal_policy(self, beta: float) -> Tensor:
-        """Return what maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
+        """Return the policy that maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
         weights = self.problem.reference * torch.exp((self.rewards - self.rewards.amax(-1, keepdim=True)) / beta)
         return weights / weights.sum(-1, keepdim=True)
 
@@ -141,19 +141,19 @@ class EnumerableWorld:
         return float((policy * logs).sum(-1).mean())
 
     def score(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-        """Return the reward of completions given as text: a scorer for sampled training."""
+        """Return the reward of completions given as text; used as the scorer in sampled training."""
         spelt = {self.text_of(ids): index for index, ids in reversed(list(enumerate(self.completions)))}
         rows = [int(str(prompt)[1:]) for prompt in prompts]
         return [float(self.rewards[row, spelt[text]]) for row, text in zip(rows, completions, strict=True)]
 
     def judge(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[Judgement]:
-        """Return rewards as scores, and costs as the part ``cost``, of completions given as text."""
+        """Return rewards as scores of completions given as text, with their costs as the part ``cost``."""
         scores, table = self.score(prompts, completions), self.rewards.flatten().tolist()
         costs = [float(self.costs.flatten()[table.index(score)]) for score in scores]
         return [Judgement(score, {"cost": cost}) for score, cost in zip(scores, costs, strict=True)]
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return a completion's text, the end token left out."""
+        """Return a completion's text without the end token."""
         return " ".join(chr(ord("a") + token - 2) for token in ids if token != END)
 
     @cached_property
@@ -163,7 +163,7 @@ class EnumerableWorld:
 
     @contextlib.contextmanager
     def success_rates(self) -> Iterator[None]:
-        """Squash the rewards into (0, 1) within a block, for methods that take them as probabilities of success."""
+        """Squash the rewards into (0, 1) within a block, for methods that read rewards as success probabilities."""
         before, self.rewards = self.rewards, self.rewards.sigmoid()
         try:
             yield
@@ -172,7 +172,7 @@ class EnumerableWorld:
 
     @contextlib.contextmanager
     def unsigned(self) -> Iterator[None]:
-        """Let columns of pairs hold the size of the gap alone within a block, as an annotator's confidence does."""
+        """Make columns of pairs hold the absolute reward gap within a block, like an annotator's confidence."""
         self.signed_columns = False
         try:
             yield
@@ -182,11 +182,11 @@ class EnumerableWorld:
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path) -> str:
-        """Write the reference as a policy's folder, tokenizer included; return the folder."""
+        """Write the reference as a policy folder with its tokenizer; return the folder."""
         return self._write_policy(self.reference_table, folder)
 
     def write_teacher(self, folder: str | Path) -> str:
-        """Write the teacher as a policy's folder, tokenizer included; return the folder."""
+        """Write the teacher as a policy folder with its tokenizer; return the folder."""
         return self._write_policy(self.teacher_table, folder)
 
     def _write_policy(self, table: Tensor, folder: str | Path) -> str:
@@ -195,12 +195,12 @@ class EnumerableWorld:
         return self._write(model, folder)
 
     def write_reward_model(self, folder: str | Path, scores: Tensor | None = None, outputs: int = 1) -> str:
-        """Write a reward model's folder whose first output is each completion's reward and 0 of every other prefix.
+        """Write a reward model folder: the first output is each completion's reward, and 0 for other prefixes.
 
         Args:
-            folder: where to.
-            scores: other scores than the rewards, shape (prompts, completions).
-            outputs: numbers that the head gives; further ones are 0.
+            folder: folder to write.
+            scores: scores to return instead of the rewards, shape (prompts, completions).
+            outputs: number of outputs of the head; all outputs after the first are 0.
         """
         scores = self.rewards if scores is None else scores
         model = TabularForSequenceClassification(TabularConfig(**self.config.sizes, num_labels=outputs))
@@ -224,7 +224,7 @@ class EnumerableWorld:
         return torch.tensor([1 + self.config.tokens + prompt])
 
     def sequences(self, rows: Sequence[tuple[int, int]]) -> Sequences:
-        """Return completions as (prompt, completion) indices name them, one prompt a row."""
+        """Return sequences for (prompt, completion) indices, one prompt per row."""
         completions = tuple(torch.tensor(self.completions[completion]) for _, completion in rows)
         return Sequences(
             prompts=tuple(self.prompt_ids(prompt) for prompt, _ in rows),
@@ -234,7 +234,7 @@ class EnumerableWorld:
         )
 
     def places_of(self, sequences: Sequences) -> tuple[list[int], list[int]]:
-        """Return the number of each row's prompt, and that of its completion."""
+        """Return the prompt index and the completion index of each row."""
         prompts = [int(sequences.prompts[parent][0]) - 1 - self.config.tokens for parent in sequences.parents]
         return prompts, [self.completions.index(tuple(ids.tolist())) for ids in sequences.completions]
 
@@ -251,12 +251,12 @@ class EnumerableWorld:
         ]
 
     def preferences(self, copies: int | None = None, informative: bool = True) -> PreferenceBatch:
-        """All ordered pairs, each weighted by the probability of its label; mean weight 1.
+        """Return all ordered pairs, each weighted by the probability of its label; the mean weight is 1.
 
         Args:
-            copies: have each pair in the data so often, times the probability of its label and rounded, and weigh none:
-                for losses that sort, which cannot weigh rows.
-            informative: whether labels follow the rewards; otherwise both orders of a pair are as likely.
+            copies: repeat each pair about 2 * ``copies`` times the probability of its label (rounded) and set all
+                weights to 1. For losses that sort, which cannot weight rows.
+            informative: whether labels follow the rewards; otherwise both orders of a pair are equally likely.
         """
         pairs = self._pairs()
         if copies is not None:
@@ -278,7 +278,7 @@ class EnumerableWorld:
         return PreferenceBatch(sequences, torch.ones_like(weights), torch.zeros_like(weights), weights)
 
     def rankings(self) -> RankedBatch:
-        """All ordered pairs as groups of two, weighted like `preferences`."""
+        """Return all ordered pairs as groups of two, weighted as in `preferences`."""
         pairs = self._pairs()
         both = self.sequences([(prompt, index) for prompt, first, second in pairs for index in (first, second)])
         sequences = both._replace(
@@ -289,9 +289,11 @@ class EnumerableWorld:
         return RankedBatch(sequences, ranks, torch.ones_like(weights), torch.zeros_like(weights), weights)
 
     def judgements(self) -> UnpairedBatch:
-        """Every completion twice, good with its mean win rate and bad with the rest; mean weight 1.
+        """Return every completion twice: desirable, weighted by its mean win rate, and undesirable, by 1 minus that
+        rate.
 
-        The mismatched completions are those of the next prompt, which are the same texts.
+        The mean weight is 1. The mismatched completions are the same texts, since every prompt has the same
+        completions.
         """
         count = len(self.completions)
         rows = [(prompt, index) for prompt in range(self.config.prompts) for index in range(count)]
@@ -301,8 +303,10 @@ class EnumerableWorld:
         return UnpairedBatch(sequences, sequences, desirable, 2 * torch.cat([wins, 1 - wins]))
 
     def judged_steps(self) -> ProcessBatch:
-        """Every completion, each token a step: the last is right with log-odds of the reward, one before it with log-
-        odds of the mean reward of the completions that go on from there.
+        """Return every completion with each token as a step.
+
+        The log-odds of a step's label are the mean reward of all completions that begin with the tokens up to that
+        step.
         """
         rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
         labels = []
@@ -317,12 +321,12 @@ class EnumerableWorld:
         return ProcessBatch(self.sequences(rows), tuple(labels), torch.ones(len(rows), dtype=torch.float64))
 
     def demonstrations(self, policy: Tensor) -> DemonstrationBatch:
-        """Every completion, weighted by its probability under ``policy``, shape (prompts, completions)."""
+        """Return every completion, weighted by its probability under ``policy``, shape (prompts, completions)."""
         rows = [(p, index) for p in range(self.config.prompts) for index in range(len(self.completions))]
         return DemonstrationBatch(self.sequences(rows), policy.flatten() * len(self.completions))
 
     def questions(self, samples: int, first_episode: int = 0) -> PromptBatch:
-        """Every prompt, ``samples`` times in a row."""
+        """Return every prompt, repeated ``samples`` times in a row."""
         prompts = [prompt for prompt in range(self.config.prompts) for _ in range(samples)]
         return PromptBatch(
             prompts=tuple(self.prompt_ids(prompt) for prompt in prompts),
