@@ -1,4 +1,4 @@
-"""What is wrong with shaped rewards, advantages and returns, in words: fits on those of known mistakes."""
+"""Diagnosis of shaped rewards, advantages and returns: fits on those of known mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_lightning.verification.mistakes import first_token, last_token, mean_o
 
 
 def reward_mistake(case: Any) -> str:
-    """Say how shaped rewards differ from the score on the last token less the KL; empty where they do not."""
+    """Describe how shaped rewards differ from the score on the last token minus the KL penalty; empty if equal."""
     module, rollout = case.module, case.rollout
     mask, rewards = rollout.completion_mask, case.rewards
     if rewards.shape != mask.shape or module.score_slots(rollout) is None:
@@ -53,7 +53,7 @@ def reward_mistake(case: Any) -> str:
 
 
 def _in_parts(measured: Tensor, parts: dict[str, Tensor], expected: dict[str, float], say: str) -> str:
-    """Split values into few known parts; say where the parts are others than expected."""
+    """Decompose values into a few known parts; describe the parts if they differ from the expected ones."""
     names = list(expected)
     for further in (None, *[name for name in parts if name not in expected]):
         chosen = [*names, further] if further is not None else names
@@ -83,13 +83,13 @@ def in_groups_of_four(rollout: Rollout) -> Rollout:
 
 
 def tiled_advantages(right: Any, rollout: Rollout, rewards: Tensor) -> Tensor:
-    """Return the shipped class's advantages where row k is taken to answer prompt k modulo the number of prompts."""
+    """Return the shipped class's advantages if row k is assigned to prompt k modulo the number of prompts."""
     tiled = torch.arange(len(rollout.group)) % (int(rollout.group.max()) + 1)
     return torch.as_tensor(right.advantages(rollout._replace(group=tiled), rewards).advantages).detach()
 
 
 def return_mistake(case: Any, right: Any) -> str:
-    """Say how the critic's targets differ from the shipped class's; empty where they do not or nothing fits."""
+    """Describe how the critic's targets differ from the shipped class's; empty if equal or nothing fits."""
     rollout, rewards = case.rollout, right.shape_rewards(case.rollout).detach()
     own, theirs = (one.advantages(rollout, rewards) for one in (case.module, right))
     if own.returns is None or theirs.returns is None or rollout.values is None:
@@ -120,7 +120,7 @@ def return_mistake(case: Any, right: Any) -> str:
 
 
 def advantage_mistake(case: Any, right: Any) -> str:
-    """Say how advantages differ from the shipped class's; empty where they do not or no known mistake fits."""
+    """Describe how advantages differ from the shipped class's; empty if equal or no known mistake fits."""
     module, rollout = case.module, case.rollout
     if getattr(module, "needs_group", False):
         rollout = in_groups_of_four(rollout)
@@ -203,7 +203,7 @@ def advantage_mistake(case: Any, right: Any) -> str:
             values = candidate().flatten().double()
             factor, residual = misfit(measured.flatten(), values)
             same, unlike = misfit(wanted.flatten(), values)
-            if unlike < FITS and same > 0:  # no mistake in this family
+            if unlike < FITS and same > 0:  # equals the right advantages in this family
                 continue
         except (RuntimeError, ValueError, RlhfError):
             continue

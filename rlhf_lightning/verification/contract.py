@@ -1,4 +1,4 @@
-"""Verification: any objective, unedited, through the contract that its family has to keep."""
+"""Verification: run any objective, unmodified, through the checks that its family's contract requires."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from rlhf_lightning.verification.world import EnumerableWorld
 __all__ = ["Check", "Verification", "verify"]
 
 REACHED = 1e-3
-"""Distance within which a target counts as reached."""
+"""Largest distance at which a target counts as reached."""
 
 ALWAYS = ("target", "convergence")
-"""Checks that no class can mean to fail."""
+"""Checks that a class cannot declare as intentional failures."""
 
 BY_DESIGN = ("gradcheck", "reference slope", "ratio one", "pull back", "clip", "own token", "agreement", "kl penalty")
-"""Checks of a form of the loss, which a method may not have that comes to rest where it says."""
+"""Checks of the form of the loss. A method that reaches its declared target may fail them by design."""
 
 
 class Verification(NamedTuple):
@@ -65,14 +65,14 @@ class Verification(NamedTuple):
 
     Attributes:
         name: name of the class.
-        settings: settings it was made with.
+        settings: settings the class was created with.
         checks: one result per check.
-        convergence: where training came to rest; None where it was not trained.
-        control: expected reward after a short run on true labels, less the same on uninformative labels.
-        seconds: CPU seconds of everything.
-        mistakes: what the class does wrong in words, as far as a known mistake fits what it does.
-        notes: what the checks could not see.
-        compared_with: shipped class that a loss of another project is compared with; empty for none.
+        convergence: result of training to convergence; None if it was not trained.
+        control: expected reward after a short run on true labels, minus the same on uninformative labels.
+        seconds: total CPU seconds.
+        mistakes: descriptions of the known mistakes that fit the class.
+        notes: remarks, such as checks that could not be made.
+        compared_with: shipped class that another project's loss is compared with; empty for none.
     """
 
     name: str
@@ -87,23 +87,23 @@ class Verification(NamedTuple):
 
     @property
     def failed(self) -> list[Check]:
-        """Checks that failed and that the class does not mean to fail, except a missing target."""
+        """Checks that failed and that the class does not declare as intended; a missing target is not among them."""
         return [check for check in self.checks if not (check.held or check.meant) and check.name != "target"]
 
     @property
     def has_target(self) -> bool:
-        """Whether a target, or the reason why there is none, is known."""
+        """Whether a target is known, or the class says why there is none."""
         return all(check.held or check.meant for check in self.checks if check.name == "target")
 
     @property
     def held(self) -> bool:
-        """Whether every check held, and the class was compared with a target or says why not."""
+        """Whether every check passed and the class has a target or says why not."""
         return not self.failed and self.has_target
 
 
 @cache
 def world_and_folder() -> tuple[EnumerableWorld, str]:
-    """Return the world of verification and its policy's folder, written once per process."""
+    """Return the verification world and its policy folder, created once per process."""
     world = small_world()
     return world, world.write(Path(tempfile.mkdtemp(prefix="rlhf_verify_")) / "policy")
 
@@ -115,12 +115,12 @@ def verify(
 
     Args:
         kind: the class, any subclass of a family's module.
-        settings: arguments of the class; the others get values that suit the small world.
-        with_convergence: also train it to rest and compare with its target.
+        settings: arguments of the class; all others get values that suit the small world.
+        with_convergence: also train to convergence and compare with the target.
 
     Raises:
         ContractError: the class belongs to no family with a contract, or its declarations for `rlhf verify` are wrong.
-        SettingError: a setting that the class needs is missing.
+        SettingError: a required setting is missing.
     """
     started = time.process_time()
     if not (issubclass(kind, RolloutModule) or hasattr(kind, "loss_sum") or kind.contract is not None):
@@ -146,7 +146,7 @@ def verify(
             if with_convergence:
                 found = with_twins_target(subject, converge(module, world, steps_of(kind), judge=judge_of(subject)))
                 if kind.data_columns and found.target is not None and not found.distance <= REACHED:
-                    with world.unsigned():  # a column may weigh pairs in place of labelling them
+                    with world.unsigned():  # a column may weight pairs instead of labelling them
                         found = converge(subject.fresh(), world, steps_of(kind), judge=judge_of(subject))
             control = measured_control(subject, found)
             advice = "true labels must earn more gold reward than uninformative labels"
@@ -167,23 +167,24 @@ def verify(
 
 
 def is_of_a_user(kind: type[AlignmentModule]) -> bool:
-    """Whether a class derives from a shipped objective, outside the package and without a contract of its own."""
+    """Return whether a user-defined class derives from a shipped objective and declares no contract."""
     derives = shipped_base(kind) is not None and not hasattr(kind, "adapter")
     return derives and kind.contract is None and not kind.__module__.startswith("rlhf_lightning.")
 
 
 def says_nothing(kind: type[AlignmentModule], found: Convergence | None) -> bool:
-    """Whether a class rests elsewhere than at the target that it inherits, and states no other."""
+    """Return whether a class misses the target that it inherits and declares no other target."""
     away = found is not None and found.target is not None and not found.distance <= REACHED
     return away and kind.target_of is None and not kind.no_target and inherits_target(kind)
 
 
 def known_mistake_check(mistakes: list[str], every: bool) -> Check:
-    """Check that the class is not the shipped one with a mistake.
+    """Check that the class is not a shipped class with a known mistake.
 
     Args:
-        mistakes: what fits the class.
-        every: count losses of other papers too, which fit by design only in a class that states its target.
+        mistakes: descriptions of the mistakes that fit the class.
+        every: also count mistakes that are losses of other papers. They are intended only in a class that states its
+            target.
     """
     certain = [words for words in mistakes if every or is_certain(words)]
     advice = "the class is the shipped one with this mistake: correct it, or say in means_it why it is none"
@@ -191,7 +192,7 @@ def known_mistake_check(mistakes: list[str], every: bool) -> Check:
 
 
 def notes_on(subject: Subject, checks: list[Check]) -> list[str]:
-    """Say what fails no check, and which checks could not be made."""
+    """Return notes that fail no check, such as the checks that could not be made."""
     absent = sorted(subject.kind.means_it.keys() - {check.name for check in checks})
     said = [f"means_it names {', '.join(absent)}: not among the checks of this class"] if absent else []
     return [*subject.notes, *said]
@@ -219,7 +220,11 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
 
 
 def steps_of(kind: type[AlignmentModule]) -> int:
-    """Return the updates of a round: more where a rare pair counts by two small chances, or L-BFGS cannot follow."""
+    """Return the updates per round.
+
+    Online preference pairs need more, since a rare pair is weighted by two small probabilities. Adapters need still
+    more, since L-BFGS cannot be used.
+    """
     return 300 if hasattr(kind, "adapter") else 200 if issubclass(kind, OnlineDPOModule) else 100
 
 
@@ -227,17 +232,17 @@ def measured_control(subject: Subject, found: Convergence | None = None) -> floa
     """Return how much more gold reward true labels earn than uninformative ones.
 
     Args:
-        subject: the class.
-        found: where training on true labels came to rest; None trains to rest if that is needed.
+        subject: the class under verification.
+        found: result of training on true labels; None trains to convergence if it is needed.
     """
     control = subject.short_run(False) - subject.short_run(True)
     if control >= 1e-4:
         return control
-    # An objective that is not monotone at the reference may need to come to rest.
+    # An objective that is not monotone at the reference may have to be trained to convergence.
     world, steps = subject.world, steps_of(subject.kind)
     found = converge(subject.fresh(), world, steps) if found is None else found
     control = found.gold_after - converge(subject.fresh(), world, steps, shuffled=True).gold_after
-    if control < 1e-4 and issubclass(subject.kind, OnPolicyModule):  # a method for success rates
+    if control < 1e-4 and issubclass(subject.kind, OnPolicyModule):  # methods that read rewards as success rates
         with subject.world.success_rates():
             return subject.short_run(False) - subject.short_run(True)
     return control
@@ -255,14 +260,14 @@ def judge_of(subject: Subject) -> Any:
 
 
 def inherits_target(kind: type[AlignmentModule]) -> bool:
-    """Whether a class of a user's own takes over the closed form of a shipped one."""
+    """Return whether a user-defined class inherits the closed form of a shipped class."""
     shipped = "rlhf_lightning."
     owners = [base for base in kind.__mro__ if {"target_policy", "reaches_kl_optimum"} & vars(base).keys()]
     return not kind.__module__.startswith(shipped) and owners[0].__module__.startswith(shipped)
 
 
 def probe(subject: Subject) -> Tensor:
-    """Return the gradient of one small step, by which classes of a family are distinguished; its module is used up."""
+    """Return the gradient of one small step, which identifies a class within its family; its module is used up."""
     if issubclass(subject.kind, OnPolicyModule):
         return Update(subject).gradient()
     batch = some_rows(subject)
@@ -271,7 +276,7 @@ def probe(subject: Subject) -> Tensor:
 
 
 def twin_of(subject: Subject) -> tuple[Subject, float] | None:
-    """Return the shipped class with the same gradient up to a positive factor at the same settings, and the factor."""
+    """Return the shipped class whose gradient is the same up to a positive factor, and this factor."""
     kind = subject.kind
     if kind.contract is not None or (issubclass(kind, RolloutModule) and not issubclass(kind, OnPolicyModule)):
         return None
@@ -283,7 +288,7 @@ def twin_of(subject: Subject) -> tuple[Subject, float] | None:
         try:
             shipped = Subject(other, subject.world, subject.folder, subject.settings_for(other))
             theirs = probe(shipped)
-        except (RlhfError, TypeError, ValueError):  # it does not take these settings
+        except (RlhfError, TypeError, ValueError):  # the class does not take these settings
             continue
         if theirs.shape != own.shape or not bool(theirs.any()):
             continue
@@ -294,7 +299,7 @@ def twin_of(subject: Subject) -> tuple[Subject, float] | None:
 
 
 def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
-    """Compare a class that states no target of its own with that of a shipped class with the same gradient."""
+    """Compare a class that states no target with the target of a shipped class that has the same gradient."""
     kind = subject.kind
     reached = found.target is not None and found.distance <= REACHED
     silent = found.target is None or (kind.target_of is None and inherits_target(kind))
@@ -305,7 +310,7 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
         return found
     shipped, factor = twin
     name = shipped.kind.__name__
-    # Another loss than the one that the class derives from may be a slip: then it is shown, and not taken over.
+    # A loss other than that of the base class may be a mistake: it is reported, but its target is not taken over.
     if not (hasattr(kind, "adapter") or shipped.kind in kind.__mro__):
         said = f"; its gradient is {factor:.4g} times that of {name}: if that is meant, derive from it"
         return found._replace(law=found.law + said)
@@ -317,7 +322,7 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
 
 
 def target_checks(subject: Subject, found: Convergence) -> list[Check]:
-    """Compare where training came to rest with the target; a class without one has to say why."""
+    """Compare the converged policy with the target; a class without a target must say why."""
     kind = subject.kind
     reached = found.target is not None and found.distance <= REACHED
     rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}{found.law}"
@@ -344,15 +349,15 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
 
 
 def with_reasons(kind: type[AlignmentModule], checks: list[Check], found: Convergence | None = None) -> list[Check]:
-    """Give failed checks the reasons of ``means_it``: where the target is reached, or a reason says why there is none.
+    """Give failed checks the reasons in ``means_it``, if the target is reached or the class says why there is none.
 
-    Where a class reaches a target that it declares itself, the checks in `BY_DESIGN` are advice without a reason.
+    If a class reaches a target that it declares itself, the checks in `BY_DESIGN` need no reason.
 
     Raises:
-        ContractError: ``means_it`` misspells a check, or names one that always has to hold.
+        ContractError: ``means_it`` misspells a check, or names a check that always has to hold.
     """
     names = {check.name for check in checks}
-    for name in kind.means_it:  # a check that is not made here may be made at other settings
+    for name in kind.means_it:  # a check that is absent here may be made at other settings
         meant = name if name in ALWAYS else next(iter(get_close_matches(name, names - {name}, cutoff=0.8)), "")
         if meant and (name not in names or name in ALWAYS):
             raise ContractError(
@@ -385,12 +390,12 @@ def export_check(module: Any, world: EnumerableWorld) -> Check:
             scorer = LearnedScorer(exported)
             scorer.load_beside(None, unchecked)
             residual = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
-            residual = residual / trained.abs().max().clamp_min(1)  # single precision is relative
+            residual = residual / trained.abs().max().clamp_min(1)  # relative error in single precision
         else:
             trained = module.policy(layout).logprobs.sum(-1)
             try:
                 residual = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
-            except ModelError as error:  # a loss without a minimum drives the weights beyond single precision
+            except ModelError as error:  # a loss without a minimum: weights overflow
                 if error.code != "non-finite-weights":
                     raise
                 residual = trained.new_tensor(float("inf"))

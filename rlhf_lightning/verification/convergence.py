@@ -109,7 +109,7 @@ def converge(
         judge: module that defines the target; None takes the target of ``module``.
 
     Raises:
-        ContractError: no population is known for the batch type of the module.
+        ContractError: the module overrides how it samples, so that its expectation cannot be enumerated.
     """
     started = time.perf_counter()
     prepare(module)
@@ -132,7 +132,7 @@ def converge(
 
 
 def law_of(policy: Tensor, world: EnumerableWorld) -> str:
-    """Describe the formula in rewards and lengths that a policy follows, or report divergence; empty if no form fits."""
+    """Describe the formula in rewards and lengths that a policy follows, or report divergence; empty if none fits."""
     if not bool(policy.isfinite().all()):
         return ", and training diverged: its scores or probabilities are not finite"
     ratio = (policy.clamp_min(1e-300) / world.problem.reference).log().double()

@@ -1,7 +1,7 @@
-"""What a class does wrong, in words: its gradient fitted on the gradients of known mistakes.
+"""Diagnosis: describe what a class does wrong by fitting its gradient on the gradients of known mistakes.
 
-Each known mistake is the loss of the shipped class that the objective derives from, with one thing changed. The mistake
-whose slopes are those of the class, up to a factor, is named; likewise for shaped rewards and advantages.
+Each known mistake is the loss of the shipped base class with one change. A mistake is reported if its gradient equals
+that of the class up to a factor. Shaped rewards and advantages are diagnosed in the same way.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ from rlhf_lightning.verification.subject import (
 )
 
 ODD = {"beta": 0.37, "label_smoothing": 0.0, "desirable_weight": 1.3, "undesirable_weight": 0.8}
-"""Settings while slopes are fitted, at which no mistake looks like another one."""
+"""Settings used for the fit, at which all mistakes are distinguishable."""
 
 
 RELATIVES = 2
-"""Shipped objectives besides its base that a class is compared with."""
+"""Maximum number of shipped objectives, besides its base, that a class is compared with."""
 
 LACKING = (TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
-"""Errors of settings that a class does not take, and of fields that it does not have."""
+"""Errors of settings that a class does not accept, and of fields that it does not have."""
 
 
 def shipped_base(kind: type[AlignmentModule]) -> type[AlignmentModule] | None:
-    """Return the nearest shipped objective that a class derives from; None for none, or for a shipped class."""
+    """Return the nearest shipped base of a class; None if there is none, or for a shipped class."""
     shipped = set(objective_classes())
     return next((base for base in kind.__mro__[1:] if base in shipped), None)
 
 
 def relatives_of(kind: type[AlignmentModule]) -> list[type[AlignmentModule]]:
-    """Return the shipped objectives of its family that a class names as `target_of`, or whose own settings it takes.
+    """Return the shipped objectives of the same family that a class names as `target_of`, or whose own settings it has.
 
-    People write a method from a more general class: then it is compared with the method too.
+    A method may be written as a subclass of a more general class. It is then compared with the shipped method too.
     """
     own = {name for one in own_bases(kind) for name in parameters_of(one)} - {"self", "kwargs"}
     found = []
@@ -74,7 +74,7 @@ def relatives_of(kind: type[AlignmentModule]) -> list[type[AlignmentModule]]:
 
 
 def mistakes_of(subject: Subject) -> list[str]:
-    """Return the mistakes of a class in words, as far as a known one fits what it does."""
+    """Return descriptions of the known mistakes that fit a class."""
     base = shipped_base(subject.kind)
     if base is None or (hasattr(subject.kind, "adapter") and issubclass(base, OnPolicyModule)):
         return []
@@ -87,9 +87,9 @@ def mistakes_of(subject: Subject) -> list[str]:
 
 
 def mistakes_against(subject: Subject, base: type[AlignmentModule]) -> list[str]:
-    """Return the mistakes that make a shipped objective the class."""
+    """Return the mistakes that turn a shipped objective into the class."""
     found: list[str] = []
-    # Only words are lost here, no check: a class may lack what a known mistake would change.
+    # Errors lose only descriptions, no checks: a class may lack the field that a known mistake would change.
     with contextlib.suppress(RlhfError, RuntimeError, *LACKING):
         right = Subject(base, subject.world, subject.folder, subject.settings_for(base)).fresh(moved=True)
         found = _of_rollouts(subject, right) if issubclass(base, OnPolicyModule) else _of_batches(subject, right)
@@ -97,7 +97,7 @@ def mistakes_against(subject: Subject, base: type[AlignmentModule]) -> list[str]
 
 
 def statistic_mistakes(module: Any) -> list[str]:
-    """Say which statistic of tokens is a divergence of the wrong sign."""
+    """Report statistics of tokens that are divergences with the wrong sign."""
     return [
         f"the statistic {name} is minus {words}"
         for name, (words, sign) in known_statistics(module).items()
@@ -123,7 +123,7 @@ def probe_input(subject: Subject, module: Any) -> Any:
         given = given._replace(margin=torch.linspace(0.2, 1.3, len(given.target), dtype=torch.float64))
     elif isinstance(given, UnpairedLogprobs):
         given = given._replace(reference_point=torch.tensor(0.37, dtype=torch.float64))
-    # Three columns of padding, so that the width of the grid equals nothing else.
+    # Three columns of padding, so that the width of the grid differs from every other size.
     plain = {n: p.detach() for n, p in given._asdict().items() if isinstance(p, Tensor)}
     wide = {n: pad(p, (0, 3)) for n, p in plain.items() if p.dim() == 2}
     if not hasattr(given, "extras") or isinstance(given, RankedScores):
@@ -133,7 +133,7 @@ def probe_input(subject: Subject, module: Any) -> Any:
 
 
 def _rollout_probe(subject: Subject) -> tuple[Case, PolicyLogprobs]:
-    """Return a rollout of every group, and its policy loss's input where the policy has moved from the rollout's."""
+    """Return a rollout of every group, and the input of its policy loss after the policy has moved."""
     case = Case(subject, subject.module)
     mask = case.rollout.completion_mask
     noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -142,7 +142,7 @@ def _rollout_probe(subject: Subject) -> tuple[Case, PolicyLogprobs]:
 
 
 def value_input(subject: Subject) -> CriticValues | None:
-    """Return an input of a value loss whose values have moved from the rollout's, some beyond the clip."""
+    """Return an input of a value loss whose values have moved since the rollout, some beyond the clip range."""
     case, given = _rollout_probe(subject)
     mask, returns = case.rollout.completion_mask, case.advantages.returns
     if case.rollout.values is None or returns is None:
@@ -166,7 +166,7 @@ def _of_batches(subject: Subject, right: Any) -> list[str]:
     smoothed = bool(getattr(right, "label_smoothing", 0.0))
     tried = [odd, {**odd, "label_smoothing": right.label_smoothing}] if smoothed else [odd]
     if isinstance(given, DistillationLogits) and right.beta in (0, 1):
-        tried.append({})  # one of the two divergences, as the class has set it
+        tried.append({})  # the setting of the class selects one of the two divergences
     for settings in tried:
         with settings_of(subject.module, **settings), settings_of(right, **settings):
             found.append(diagnose(given, of(subject.module), of(right), right))
@@ -178,7 +178,7 @@ def _alike(module: Any, right: Any, name: str) -> bool:
 
 
 def input_mistake(right: Any, own: Any) -> str:
-    """Say how what reaches a loss differs from what reaches the shipped one; empty where it does not."""
+    """Describe how the input of a loss differs from that of the shipped loss; empty if they are equal."""
     if own is None or type(own) is not type(right):
         return ""
     for name in right._fields:
@@ -215,7 +215,7 @@ def input_mistake(right: Any, own: Any) -> str:
 
 
 def step_mistakes_of(subject: Subject, right: Any) -> list[str]:
-    """Say how a micro-batch's loss and a step's count differ from the shipped ones."""
+    """Describe how the loss of a micro-batch and the count of a step differ from the shipped ones."""
     module = subject.module
     if not hasattr(module, "loss_sum") or hasattr(module, "pair_loss_sum"):
         return []

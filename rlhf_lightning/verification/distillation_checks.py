@@ -1,4 +1,4 @@
-"""The contract of distillation: divergences of whole distributions, and advantages that a teacher gives."""
+"""The contract of distillation: divergences of whole distributions, and advantages from a teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rlhf_lightning.verification.subject import (
 from rlhf_lightning.verification.world import EnumerableWorld
 
 UPDATES = 400
-"""Coins that are thrown to measure how often a step learns on samples."""
+"""Number of updates used to measure how often a step learns from samples."""
 
 
 def divergence_checks(subject: Subject) -> list[Check]:
@@ -44,7 +44,7 @@ def divergence_checks(subject: Subject) -> list[Check]:
 
 
 def self_distillation_checks(subject: Subject) -> list[Check]:
-    """Return the checks of a policy that learns from a teacher which reads more, without convergence."""
+    """Return the checks of a policy whose teacher reads additional context, without convergence."""
     module, everything = subject.module, SelfTaught(subject.module, subject.world)
     rollout, sequences = everything.rollout(), everything.sequences
     read, taught = module.read_by_teacher(rollout)
@@ -87,20 +87,20 @@ def self_distillation_checks(subject: Subject) -> list[Check]:
 
 
 def with_own_texts(rollout: Rollout) -> Rollout:
-    """Return a rollout of successes, each with a text that no other has."""
+    """Return the rollout with successful completions only, each with a unique text."""
     texts = tuple(f"answer {row}." for row in range(len(rollout.texts)))
     return rollout._replace(texts=texts, scores=torch.full_like(rollout.scores, 1e3))
 
 
 def on_data_alone(subject: Subject) -> Subject:
-    """Return the subject with every step on the data's completions."""
+    """Return the subject with every step on the completions of the data."""
     return Subject(subject.kind, subject.world, subject.folder, {**subject.settings, "on_policy_fraction": 0.0})
 
 
 def input_checks(
     subject: Subject, given: DistillationLogits, batch: DemonstrationBatch, read: Sequences
 ) -> list[Check]:
-    """What reaches the divergence is what both models say at exactly the completions' tokens."""
+    """Check that the divergence gets the logits of both models at exactly the tokens of the completions."""
     world, module = subject.world, subject.module
     sequences = batch.sequences
     prefixes, tokens, mask = (part[world.places_of(sequences)] for part in world.walks)
@@ -125,7 +125,7 @@ def input_checks(
 
 
 def walked(world: EnumerableWorld, read: Sequences) -> Tensor:
-    """Return the table's row from which each completion token is predicted, after the prompts as they were read."""
+    """Return the table row that predicts each completion token, after the prompts as the teacher reads them."""
     transitions, found = world.config.transitions(), []
     for parent, completion in zip(read.parents, read.completions, strict=True):
         prefix = 0
@@ -138,7 +138,7 @@ def walked(world: EnumerableWorld, read: Sequences) -> Tensor:
 
 
 def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
-    """A step on samples is a step on the same completions as data; how it is cut changes neither."""
+    """Check that a step on samples equals a step on the same completions as data, for any split into micro-batches."""
     always = Subject(subject.kind, subject.world, subject.folder, {**subject.settings, "on_policy_fraction": 1.0})
     module = always.fresh(moved=True)
     count = len(batch.weights)
@@ -167,17 +167,17 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
             abs(learned - fraction),
             0.1,
             "steps must learn on samples as often as on_policy_fraction says",
-            power=min(fraction, 1 - fraction),  # steps that are all alike
+            power=min(fraction, 1 - fraction),  # all steps are alike
         ),
     ]
 
 
 def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
-    """The teacher is the minimum, and the way towards it leads down."""
+    """Check that the loss is minimal at the teacher and decreases towards it."""
     module = subject.module
     function, (leaf,) = field_function(subject, module, given)
     towards = given.teacher_logits.detach() - leaf.detach()
-    towards = torch.where(towards.abs() < 1e3, towards, 0.0)  # ids that neither can say
+    towards = torch.where(towards.abs() < 1e3, towards, 0.0)  # skip ids that are impossible
     values = function(leaf)
     gradient = torch.autograd.grad(values.sum(), leaf)[0]
     slope = (gradient * towards).sum(-1)
@@ -197,15 +197,15 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
 
 
 def many_ids() -> DistillationLogits:
-    """Return logits over more ids than a truncation of distributions keeps, all of them possible."""
+    """Return logits over more ids than a truncated distribution keeps, all with non-zero probability."""
     student, teacher = 3 * torch.randn(2, 24, 80, generator=torch.Generator().manual_seed(17), dtype=torch.float64)
     return DistillationLogits(student, teacher, torch.arange(24) % 80)
 
 
 def at_teacher(subject: Subject, given: DistillationLogits) -> tuple[float, float]:
-    """Return the largest slope where the student is the teacher, and the least rise of the loss from there.
+    """Return the largest gradient at student = teacher, and the smallest increase of the loss away from it.
 
-    The cross-entropy of the data's tokens, which a loss may mix in, is left out of both.
+    Both exclude the cross-entropy on the data's tokens, which a loss may mix in.
     """
 
     def slopes(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ def sampled_distillation_checks(subject: Subject) -> list[Check]:
 
 
 def teacher_checks(case: Case) -> list[Check]:
-    """Each token's advantage is the teacher's word for that token, and no other's."""
+    """Check that each token's advantage depends on the teacher's log-probability of that token alone."""
     module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
     assert rollout.reference_logprobs is not None
     world, (prompts, completions) = case.subject.world, case.expected.index
@@ -248,10 +248,10 @@ def teacher_checks(case: Case) -> list[Check]:
         return module.advantages(changed, module.shape_rewards(changed)).advantages
 
     praised = advantages(reference_logprobs=rollout.reference_logprobs + 0.1 * first) - advantages()
-    some = first & (torch.arange(len(mask)) % 2 == 0).unsqueeze(-1)  # praise of all alike may leave a baseline
+    some = first & (torch.arange(len(mask)) % 2 == 0).unsqueeze(-1)  # a baseline may cancel a common change
     gains = (advantages(reference_logprobs=rollout.reference_logprobs + 0.1 * some) - advantages())[:, 0]
     elsewhere = praised[:, 1:][mask[:, 1:]]
-    baseline = elsewhere.mean().clamp(max=0)  # of the rollout: praise of one token lowers all others alike
+    baseline = elsewhere.mean().clamp(max=0)  # rollout baseline: raising one token lowers all others alike
     agreed = advantages(reference_logprobs=rollout.old_logprobs)
     return [
         at_most("teacher logprobs", residual, 1e-6, "they must be the teacher's, at the sampling temperature"),

@@ -1,4 +1,4 @@
-"""What single families on fixed data promise: labels, rated margins, directions, reference points."""
+"""Checks of single families on fixed data: labels, rated margins, directions, reference points."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from rlhf_lightning.verification.subject import (
 )
 
 ODD_BETA = 0.37
-"""Beta at which no other factor of a reference point looks like it."""
+"""Beta that no other factor of a reference point equals."""
 
 SETTLED = 40.0
-"""Nats by which sides are moved from each other where any loss holds a pair for settled."""
+"""Nats by which the sides of a pair are moved apart, far enough for any loss to treat the pair as settled."""
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
-    """The value at the reference, labels, and the direction of the gradient."""
+    """Check the value at the reference, the labels, and the direction of the gradient."""
     checks = []
     module = subject.fresh()
     at_start = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
@@ -56,7 +56,7 @@ def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:
 
 
 def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
-    """A label's two orders, and which side is lifted where the policy has a pair badly wrong, or right."""
+    """Check both orders of a label, and the direction of the update if the policy has a pair very wrong or right."""
     replaced = replaces_labels(subject, given)
     if replaced:
         said = "not measured: numbers take the label's place"
@@ -75,7 +75,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     if subject.kind.batch_coupled or replaced:
         return checks
     size = float((chosen - rejected).abs().max())
-    # A loss need not be monotone at the reference (DiscoPOP), nor lift chosen elsewhere (APO-down).
+    # A loss need not be monotone at the reference (DiscoPOP), nor raise chosen elsewhere (APO-down).
     there = pulls(subject, at_reference(certain))
     drawn = [pulls(subject, one) for one in around_reference(certain)]
     around = tuple(torch.stack(side).mean() for side in zip(*drawn, strict=True))
@@ -88,7 +88,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     advice = "around the reference steps must widen the gap of pairs: look for a term of the wrong sign"
     checks.append(at_least("around the reference", around[0] - around[1], 1e-12, advice))
     chosen, rejected = pulls(subject, settled(certain))
-    praised = torch.where(chosen < -1e-3 * size, 0.0, rejected).max()  # a regression draws both sides back
+    praised = torch.where(chosen < -1e-3 * size, 0.0, rejected).max()  # regression losses pull both sides back
     advice = "where a pair is long settled, rejected is still made likelier: look for a likelihood term of rejected"
     checks.append(at_most("rejected", praised, 1e-3 * size, advice))
     blamed = torch.where(rejected > -0.1 * chosen, 0.0, -chosen).max()
@@ -100,7 +100,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
 
 
 def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
-    """Check that the implicit reward of a completion never falls where its log-probability rises."""
+    """Check that the implicit reward of a completion never decreases as its log-probability increases."""
     names, least = [side[0] for side in SIDES[:2]], 0.0
     for one in (given, settled(given), *draws(given, list(SIDES[:2]))):
         slopes = differentiate(
@@ -112,7 +112,7 @@ def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
 
 
 def pair_statistic_check(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
-    """Check that a known statistic of tokens is not sought where it is to be avoided, over both sides of a pair."""
+    """Check the sign of a known statistic of tokens, summed over both sides of a pair."""
     pulls = []
     for name, (words, sign) in known_statistics(subject.module).items():
         sides = [side for side in ("chosen", "rejected") if f"{side}_{name}" in given.extras]
@@ -134,7 +134,7 @@ def pair_statistic_check(subject: Subject, given: PreferenceLogprobs) -> list[Ch
 
 
 def at_reference(given: PreferenceLogprobs) -> PreferenceLogprobs:
-    """Return pairs where the policy is the reference; without a reference they stay as they are."""
+    """Return pairs with the policy equal to the reference; unchanged without a reference."""
     chosen, rejected = given.reference_chosen_logprobs, given.reference_rejected_logprobs
     if chosen is None or rejected is None:
         return given
@@ -142,7 +142,7 @@ def at_reference(given: PreferenceLogprobs) -> PreferenceLogprobs:
 
 
 def around_reference(given: PreferenceLogprobs) -> list[PreferenceLogprobs]:
-    """Return pairs whose policy is about a nat off the reference, each with its mirror image."""
+    """Return pairs with the policy about one nat away from the reference, each with its mirror image."""
     drawn, there = draws(given, list(SIDES[:2])), at_reference(given)
     if there is given:
         return drawn
@@ -155,7 +155,7 @@ def around_reference(given: PreferenceLogprobs) -> list[PreferenceLogprobs]:
 
 
 def settled(given: PreferenceLogprobs) -> PreferenceLogprobs:
-    """Return pairs whose chosen side is all but certain, and whose rejected side is all but impossible."""
+    """Return pairs whose chosen side is almost certain and whose rejected side is almost impossible."""
     reference = given.reference_chosen_logprobs
     return given._replace(
         policy_chosen_logprobs=-1e-3 * given.chosen_mask.double(),
@@ -165,7 +165,7 @@ def settled(given: PreferenceLogprobs) -> PreferenceLogprobs:
 
 
 def pulls(subject: Subject, given: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
-    """Return how a step moves the log-probability of chosen and of rejected, each of shape (pairs,)."""
+    """Return the update direction of the log-probabilities of chosen and of rejected, each of shape (pairs,)."""
     slopes = slopes_of(subject, given, list(SIDES[:2]))
     masks = {"policy_chosen_logprobs": given.chosen_mask, "policy_rejected_logprobs": given.rejected_mask}
     chosen, rejected = (-(slopes[name] * mask).sum(-1) for name, mask in masks.items())
@@ -173,7 +173,7 @@ def pulls(subject: Subject, given: PreferenceLogprobs) -> tuple[Tensor, Tensor]:
 
 
 def label_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
-    """Check that soft labels and rated margins count as they should."""
+    """Check the effect of soft labels and rated margins."""
     checks = []
     if not subject.kind.batch_coupled:
         advice = (
@@ -199,7 +199,7 @@ def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
 
 
 def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Tensor = 1.0) -> Tensor:
-    """Return the slopes of each pair's loss by the log-probabilities of both sides, (2, pairs, length)."""
+    """Return the gradient of each pair's loss by the log-probabilities of both sides, (2, pairs, length)."""
     labelled = given._replace(target=torch.zeros_like(given.target) + target)
     names = [side[0] for side in SIDES[:2]]
     slopes = differentiate(partial(subject.values, subject.fresh(moved=True)), labelled, names)[1].values()
@@ -208,7 +208,7 @@ def pair_slopes(subject: Subject, given: PreferenceLogprobs, target: float | Ten
 
 
 def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
-    """Whether numbers take the label's place: columns of the data, or the rated margin as a signed gap of the sides."""
+    """Return whether other numbers replace the label: data columns, or the rated margin as a signed gap."""
     if not bool((pair_slopes(subject, given, 1.0) == pair_slopes(subject, given, 0.6)).all()):
         return False
     rated = given._replace(rated_margin=given.rated_margin + 0.7)
@@ -218,9 +218,10 @@ def replaces_labels(subject: Subject, given: PreferenceLogprobs) -> bool:
 
 
 def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
-    """Return how far soft labels are from the expectation over both orders, or from a proper scoring rule's optimum.
+    """Return how far soft labels are from the expectation over both orders, or from the optimum at their log-odds.
 
-    Slopes are compared: a Brier score differs from the expectation by a constant, which teaches nothing.
+    The minimum over both is returned. Gradients are compared: a Brier score differs from the expectation by a constant,
+    which has no effect on training.
     """
     share = 0.3
     soft, right = pair_slopes(subject, given, share), pair_slopes(subject, given)
@@ -243,8 +244,8 @@ def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
 
 
 def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
-    """Good completions rise, bad ones fall."""
-    certain = {name: torch.ones_like(given.extras[name]) for name in subject.kind.data_columns}  # a column of sureness
+    """Check that desirable completions become likelier and undesirable ones unlikelier."""
+    certain = {name: torch.ones_like(given.extras[name]) for name in subject.kind.data_columns}  # a confidence column
     least = []
     for one in (given, given._replace(extras={**given.extras, **certain})):
         rows = slopes_of(subject, one, list(SIDES))["policy_logprobs"].sum(-1)
@@ -253,7 +254,7 @@ def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
 
 
 def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
-    """Check that rewards are compared with the step's reference point in all rows, good and bad, or in none."""
+    """Check that the reference point of the step is subtracted from the reward in all rows, or in none."""
     point = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
     prepared, (leaf,) = with_leaves(given)
     odd = {"beta": ODD_BETA} if isinstance(getattr(subject.module, "beta", None), float) else {}
@@ -280,7 +281,7 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
     )
     advice = "the reference point must be subtracted from the reward in every row, desirable and undesirable"
     checks = [at_most("reference point", wrong, 0, advice)] if used else []
-    if averaged:  # people do this on purpose too
+    if averaged:  # some methods do this on purpose
         subject.notes.append(
             "log-ratios are averaged over tokens and compared with a reference point that is the mean of sums: the "
             "longer the completion, the less its log-ratio counts against the point"

@@ -1,4 +1,4 @@
-"""The fit of a loss on the gradients of known mistakes: the one whose slopes are those of the loss is named."""
+"""Fit the gradient of a loss on the gradients of known mistakes, and name the mistake that matches."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from rlhf_lightning.verification.policy_mistakes import policy_mistakes, value_m
 from rlhf_lightning.verification.subject import differentiate, differentiated, has_outputs
 
 FITS = 1e-6
-"""Relative residual below which slopes are those of a mistake."""
+"""Largest relative residual at which a gradient matches that of a mistake."""
 
 
 UNFIT = (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, RlhfError)
-"""Errors of a known mistake that an input has no field for."""
+"""Errors of known mistakes that need a field which an input lacks."""
 
 OPTIMIZER = ("learning_rate", "warmup", "adam_eps", "weight_decay", "max_grad_norm", "router_aux_loss_coef")
-"""Settings that no loss reads."""
+"""Settings that no loss uses."""
 
 
 # -- slopes -----------------------------------------------------------------------------------------------------------
 
 
 def slopes(losses: Losses, given: Any, with_reference: bool = True) -> Tensor:
-    """Return the slopes of the summed losses by all log-probabilities, scores or logits of an input, flattened."""
+    """Return the gradient of the summed losses by all log-probabilities, scores or logits of an input, flattened."""
     names = ["values"] if isinstance(given, CriticValues) else [*differentiated(given)]
     if with_reference:
         names += [n for n in given._fields if n.startswith("reference_") and n.endswith("logprobs")]
@@ -65,7 +65,7 @@ def slopes(losses: Losses, given: Any, with_reference: bool = True) -> Tensor:
 
 
 def masked_slopes(losses: Losses, given: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return losses and slopes as `differentiate` does, 0 under the input's masks."""
+    """Return losses and gradients as `differentiate` does, with masked positions set to 0."""
     grid = getattr(given, "completion_mask", None)
 
     def masked(one: Any) -> Tensor:
@@ -81,7 +81,7 @@ def masked_slopes(losses: Losses, given: Any, names: Sequence[str]) -> tuple[Ten
 
 
 def mask_of(given: Any, name: str) -> Tensor | None:
-    """Return the mask of a field's tokens; None for fields without one."""
+    """Return the mask of a field's tokens; None for fields without a mask."""
     side = next((side for side in ("chosen", "rejected") if side in name), "completion")
     found: Tensor | None = getattr(given, f"{side}_mask", None)
     return found
@@ -110,7 +110,7 @@ FAMILY_MISTAKES: dict[type, Callable[[Any], Iterator[Mistake]]] = {
 
 
 def known_mistakes(given: Any) -> Iterator[Mistake]:
-    """Yield all mistakes that are tried on an input."""
+    """Yield all mistakes to try on an input."""
     yield from COMMON.items()
     yield from FAMILY_MISTAKES.get(type(given), lambda one: iter(()))(given)
     if isinstance(given, PreferenceLogprobs | UnpairedLogprobs | TokenLogprobs):
@@ -118,9 +118,10 @@ def known_mistakes(given: Any) -> Iterator[Mistake]:
 
 
 def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
-    """Return the mistake whose slopes are those of a loss; empty where the loss is right or no known mistake fits.
+    """Return the mistake whose gradient matches a loss; empty if the loss is right or no known mistake fits.
 
-    Soft labels and the reference's slopes tell most; where they hide a mistake, it is looked for without them.
+    Soft labels and the gradient by the reference are the most informative. If they hide a mistake, the search is
+    repeated without them.
 
     Args:
         given: input of the override point.
@@ -141,7 +142,7 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
     for place, (one, with_reference) in enumerate(attempts):
         fit = Fit(one, losses, right, module, with_reference)
         factor, residual = fit.misfit(right)
-        if residual < FITS and factor > 0:  # what is wrong does not show here
+        if residual < FITS and factor > 0:  # the loss is right at this input
             continue
         words = fit.of_a_mistake() or (fit.of_a_number() or fit.of_a_term() if place else "")
         if words:
@@ -150,14 +151,14 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
 
 
 class Fit:
-    """Slopes of a loss at an input, and what fits them.
+    """Gradient of a loss at an input, and the search for a matching mistake.
 
     Args:
         given: the input.
         losses: the loss under verification.
         right: the shipped loss.
         module: the shipped module.
-        with_reference: whether the reference's slopes count.
+        with_reference: whether the gradient by the reference counts.
     """
 
     def __init__(self, given: Any, losses: Losses, right: Losses, module: Any, with_reference: bool) -> None:
@@ -165,18 +166,18 @@ class Fit:
         self.measured = self.slopes(losses)
 
     def slopes(self, losses: Losses) -> Tensor:
-        """Return the slopes of a loss at the input."""
+        """Return the gradient of a loss at the input."""
         return slopes(losses, self.given, self.with_reference)
 
     def misfit(self, losses: Losses) -> tuple[float, float]:
-        """Return factor and relative residual of a loss; an infinite residual where it cannot be computed."""
+        """Return factor and relative residual of a loss; an infinite residual if it cannot be computed."""
         try:
             return misfit(self.measured, self.slopes(losses))
         except UNFIT:
             return 0.0, float("inf")
 
     def of_a_mistake(self) -> str:
-        """Return the mistake that fits; one whose sign is flipped besides only where no other does."""
+        """Return the mistake that fits; a mistake with a flipped sign only if no other fits."""
         flipped = ""
         for words, change in known_mistakes(self.given):
             factor, residual = self.misfit(partial(self._mistaken, change))
@@ -203,7 +204,7 @@ class Fit:
         return flipped
 
     def _counts(self, name: str) -> bool:
-        """Whether the shipped loss depends on a setting."""
+        """Return whether the shipped loss depends on a setting."""
         before = self.slopes(self.right)
         with settings_of(self.module, **{name: 1.7 * getattr(self.module, name) + 0.1}), contextlib.suppress(*UNFIT):
             return misfit(before, self.slopes(self.right))[1] > FITS
@@ -214,13 +215,13 @@ class Fit:
         return losses
 
     def _numbers(self) -> Iterator[tuple[str, float]]:
-        """Yield the settings that a loss may have wrong."""
+        """Yield name and value of the numeric settings that a loss may use wrongly."""
         for name, value in dict(self.module.hparams).items():
             if isinstance(value, float) and hasattr(self.module, name) and name not in OPTIMIZER:
                 yield name, getattr(self.module, name)
 
     def of_a_number(self) -> str:
-        """Fit mistakes that have a number: beta, or a gap in the margin."""
+        """Fit mistakes with a number: a factor on log-ratios or scores, or a constant in the margin."""
         forms: list[tuple[str, Callable[[float], Losses]]] = []
         if isinstance(self.given, PreferenceLogprobs | UnpairedLogprobs):
             words = "log-ratios are multiplied by {:.4g}: look at beta"
@@ -245,7 +246,7 @@ class Fit:
         return ""
 
     def _by_beta(self, factor: float) -> str:
-        """Say where a factor is beta or its inverse."""
+        """Say whether a factor is beta or its inverse."""
         beta = getattr(self.module, "beta", None)
         if beta is None:
             return ""
@@ -255,7 +256,7 @@ class Fit:
         return ""
 
     def of_a_term(self) -> str:
-        """Fit the shipped loss plus a further term."""
+        """Fit the shipped loss plus an additional term."""
         base, further = self.slopes(self.right), {}
         for words, (term, _) in TERMS.items():
             with contextlib.suppress(AttributeError, RuntimeError):
@@ -285,7 +286,7 @@ class Fit:
 
 
 def wrong_settings(numbers: dict[str, float]) -> Iterator[tuple[str, str, float]]:
-    """Yield (setting, words, value) of what people make of settings."""
+    """Yield (setting, description, value) of common mistakes in settings."""
     for name, value in numbers.items():
         yield name, f"{name} has the wrong sign", -value
         yield name, f"{name} counts twice", 2 * value
@@ -300,7 +301,7 @@ def wrong_settings(numbers: dict[str, float]) -> Iterator[tuple[str, str, float]
 
 
 def _share(name: str, share: float) -> str:
-    """Say how often a term is added, and what its sign does that no method wants."""
+    """Describe the weight of an added term, and the harm if its sign is wrong for every method."""
     wrong = TERMS[name][1]
     harm = {1: ", which makes it unlikelier", -1: ", which makes it likelier"}[wrong] if share * wrong > 0 else ""
     return f"{name}, {share:.4g} times{harm}"
@@ -325,4 +326,4 @@ TERMS: dict[str, tuple[Callable[[Any], Tensor], int]] = {
     "the squared scores": (lambda g: g.scores**2, 0),
     "the squared difference of scores": (squared_gaps, 0),
 }
-"""Further terms of a loss, and the sign with which they teach the contrary of what the family is for; 0 for none."""
+"""Additional terms of a loss, and the sign that contradicts the family's purpose; 0 for none."""

@@ -1,14 +1,14 @@
-"""Losses of other projects, or any function of tensors, through the contract of the family that they belong to.
+"""Verify losses of other projects, or any function of tensors, with the contract of their family.
 
-An adapter is a function in any file. The type of its first argument names the family; the other arguments are settings,
-each with a default. It returns one loss per row (pairs, completions, groups) or per token, or their mean::
+An adapter is a function in any file. The type of its first argument selects the family; the other arguments are
+settings, each with a default. It returns one loss per row (pairs, completions, groups) or per token, or their mean::
 
     @compared_with(DPOModule)
     def DPO(pairs: PreferenceLogprobs, beta: float = 0.1) -> Tensor:
         return their_package.dpo_loss(pairs.chosen_sequence_logprobs, ..., beta)
 
-``rlhf verify --foreign my_adapter.py:DPO --beta 0.3`` runs it in place of the family's own loss. A setting that the
-family has too (``beta``, ``kl_coef``, ``clip`` ...) reaches both.
+``rlhf verify --foreign my_adapter.py:DPO --beta 0.3`` runs it instead of the family's own loss. A setting that the
+family has too (``beta``, ``kl_coef``, ``clip`` ...) is passed to both.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ SHIPPED_ADAPTERS = ("trl", "verl", "openrlhf")
 
 
 class Adapter(NamedTuple):
-    """A function of another project, and what it is compared with.
+    """A function of another project, and the shipped class it is compared with.
 
     Attributes:
         function: the adapter.
         given: type of its first argument.
-        settings: its own settings; settings that the family has too are left out.
+        settings: its own settings, without those that the family has too.
         base: shipped class whose loss it replaces.
         base_settings: settings of that class.
         compared: whether it should equal that class.
@@ -87,32 +87,32 @@ class Adapter(NamedTuple):
 
     @property
     def point(self) -> str:
-        """Name of the method that the function replaces; losses that couple pairs get all pairs at once."""
+        """Name of the method that the function replaces. Losses that couple pairs get all pairs at once."""
         coupled = self.given is PreferenceLogprobs and self.base.batch_coupled
         return "preference_loss" if coupled else FAMILIES[self.given][1]
 
     @property
     def left_out(self) -> set[str]:
-        """Names of checks of settings that the function does not have."""
+        """Names of the checks of settings that the function does not have."""
         if self.given is not PolicyLogprobs:
             return set()
         return {"sampler correction"} if self.compared else {"sampler correction", "clip"}
 
 
 class RunsAs(NamedTuple):
-    """A class whose rewards, advantages and aggregation an adapter takes, without being equal to it."""
+    """A class that provides rewards, advantages and aggregation for an adapter that need not equal it."""
 
     kind: type[AlignmentModule]
     settings: Mapping[str, Any] = {}
 
 
 def compared_with(shipped: Any, by: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-    """Say which shipped class an adapter should equal.
+    """Declare the shipped class that an adapter should equal.
 
     Args:
-        shipped: the class, (class, settings), or `RunsAs` for a loss that no shipped class has; with ``by``, a mapping
-            from that setting's values to those.
-        by: name of the setting that decides.
+        shipped: the class, (class, settings), or `RunsAs` for a loss that no shipped class has. With ``by``, a mapping
+            from values of that setting to these.
+        by: name of the setting that selects the class.
         settings: settings of the class.
     """
 
@@ -124,14 +124,14 @@ def compared_with(shipped: Any, by: str | None = None, **settings: Any) -> Calla
 
 
 def adapters(spec: str, given: Mapping[str, Any]) -> list[Adapter]:
-    """Return the adapters that ``FILE:NAME`` names, or all of a file, with every value of settings that list theirs.
+    """Return the adapter ``FILE:NAME``, or all adapters of a file, with every value of their `Literal` settings.
 
     Args:
         spec: ``trl:DPO``, ``my_adapter.py:DPO`` or a file alone; trl, verl and openrlhf are shipped.
-        given: settings of the command line.
+        given: settings from the command line.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: the file does not exist.
         SettingError: the file has no such adapter, or a setting is unknown.
         PackageError: the package that a shipped adapter calls is not installed.
     """
@@ -168,7 +168,7 @@ def _input_of(function: Any) -> Any:
     names = list(inspect.signature(function).parameters)
     try:
         return get_type_hints(function).get(names[0]) if names else None
-    except Exception as error:  # an annotation is any expression of the file
+    except Exception as error:  # an annotation may be any expression
         reason = f"{type(error).__name__}: {error}"
         raise SettingError(
             "wrong-kind", f"the annotations of {function.__name__} cannot be read ({reason}): import what they name"
@@ -212,7 +212,7 @@ def _base(function: Any, settings: Mapping[str, Any]) -> tuple[type[AlignmentMod
 
 
 def class_of(adapter: Adapter) -> type[AlignmentModule]:
-    """Return the family's module, or the shipped class of the comparison, with the adapter as its loss."""
+    """Return the family's module, or the shipped class it is compared with, with the adapter as its loss."""
     point, base = adapter.point, adapter.base
     if not hasattr(base, point):
         raise SettingError("wrong-kind", f"{base.__name__} has no {point}: {adapter.title} cannot be compared with it")
@@ -239,13 +239,14 @@ def class_of(adapter: Adapter) -> type[AlignmentModule]:
 
 
 def import_alone(name: str, stubs: Sequence[str] = ()) -> Any:
-    """Import one module of an installed package without running the ``__init__`` files of the packages above it.
+    """Import one module of an installed package without running the ``__init__`` files of its parent packages.
 
-    Those import what training needs (vLLM, Ray, DeepSpeed), and a loss needs none of it.
+    These import training dependencies (vLLM, Ray, DeepSpeed) that a loss does not need.
 
     Args:
         name: dotted name of the module.
-        stubs: packages that the module imports and never calls here; those not installed become empty ones.
+        stubs: packages that the module imports but that are never called here; if not installed, empty stubs replace
+            them.
 
     Raises:
         PackageError: the package is not installed.
@@ -267,7 +268,7 @@ def import_alone(name: str, stubs: Sequence[str] = ()) -> Any:
 
 
 class _Stub(types.ModuleType):
-    """A package whose every name is an empty class, unless a module in its folder has that name."""
+    """A package stub: each attribute is an empty class, unless a module of that name is in its folder."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         super().__init__(name)
@@ -279,7 +280,7 @@ class _Stub(types.ModuleType):
         folders = [Path(folder) for folder in self.__path__]
         is_module = any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for folder in folders)
         if name.startswith("__") or is_module:
-            return super().__getattribute__(name)  # raises, and the import system looks for the module
+            return super().__getattribute__(name)  # raises, and the import system then looks for the module
         found = type(name, (), {})
         setattr(self, name, found)
         return found

@@ -1,4 +1,4 @@
-"""The loss of another project row by row, and the checks that it equals the shipped class it is compared with."""
+"""Evaluate another project's loss row by row, and check that it equals the shipped class it is compared with."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LEAVES: dict[type, Sequence[str]] = {**DIFFERENTIATED, CriticValues: ("values",)
 """Fields that carry gradient."""
 
 SAME = 1e-7
-"""Largest difference of values and slopes of two losses that count as one."""
+"""Largest difference of values and gradients at which two losses count as equal."""
 
 FEW = 16
-"""Rows up to which a mean is split row by row; of more rows only the gradient is."""
+"""Largest number of rows at which a mean is split row by row; with more rows, only its gradient is split."""
 
 
 def by_row(function: Callable[[Any], Tensor], module: Any, given: Any) -> Tensor:
-    """Return what a function gives row by row or token by token.
+    """Return the values of a function row by row or token by token.
 
-    A mean is split: of few rows the function is called once for each; of many rows, as in training in the small world,
-    the gradient of the mean is shared out among the rows.
+    A mean is split. For few rows, the function is called once per row. For many rows, as in training in the small
+    world, the gradient of the mean is distributed over the rows.
     """
     found = function(given)
     if found.dim():
@@ -37,7 +37,7 @@ def by_row(function: Callable[[Any], Tensor], module: Any, given: Any) -> Tensor
     if isinstance(given, CriticValues):
         return _by_token(function, given)
     rows = rows_of(given)
-    if rows <= FEW and not type(module).batch_coupled:  # sorted over the batch, rows have no loss of their own
+    if rows <= FEW and not type(module).batch_coupled:  # losses that sort have no values per row
         values = torch.stack([function(some_rows_of(given, [row])) for row in range(rows)])
         return _spread(module, given, values)
     with torch.enable_grad():
@@ -61,7 +61,7 @@ def _aggregated(module: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(module: Any, given: Any, values: Tensor) -> Tensor:
-    """Return rows' means as values of their tokens, where the family's losses are by token."""
+    """Convert the mean of each row to values of its tokens, for families with token losses."""
     if not isinstance(given, PolicyLogprobs | TokenLogprobs):
         return values
     shares = []
@@ -73,12 +73,12 @@ def _spread(module: Any, given: Any, values: Tensor) -> Tensor:
 
 
 def _weighted(given: Any, values: Tensor) -> Tensor:
-    """Return token losses of demonstrations times the weights of their rows, which the family's losses contain."""
+    """Multiply token losses of demonstrations by their row weights, as the family's losses do."""
     return values * given.weights.unsqueeze(-1) if isinstance(given, TokenLogprobs) else values
 
 
 def _by_token(function: Callable[[Any], Tensor], given: CriticValues) -> Tensor:
-    """Return the loss of each state: a critic's states know nothing of each other."""
+    """Return the loss of each state, evaluated separately: the states of a critic are independent."""
     rows, places = given.completion_mask.nonzero(as_tuple=True)
     cells = [
         function(CriticValues(*(part[row : row + 1, place : place + 1] for part in given)))
@@ -93,7 +93,7 @@ def rows_of(given: Any) -> int:
 
 
 def some_rows_of(given: Any, rows: list[int]) -> Any:
-    """Return some rows of an input, in order; groups are numbered anew."""
+    """Select rows of an input, in order, and renumber the groups."""
     count, index = rows_of(given), torch.tensor(rows)
     fields: dict[str, Any] = {}
     if isinstance(given, RankedScores):
@@ -114,7 +114,7 @@ def some_rows_of(given: Any, rows: list[int]) -> Any:
 
 
 def foreign_checks(subject: Subject) -> list[Check]:
-    """Check that a mean is the mean of its rows, and that an adapter equals the shipped class it is compared with."""
+    """Check that a mean is the mean over its rows, and that an adapter equals the shipped class it is compared with."""
     adapter: Any = subject.kind.adapter  # type: ignore[attr-defined]
     module = subject.fresh(moved=True)
     shipped = None
@@ -147,14 +147,14 @@ def foreign_checks(subject: Subject) -> list[Check]:
         worst = max(float((a - b).abs().max()) / scale for a, b in zip(theirs, ours, strict=True))
         return worst, theirs[0], ours[0]
 
-    few = some_rows_of(given, list(range(min(rows_of(given), FEW))))  # each of them is called alone
+    few = some_rows_of(given, list(range(min(rows_of(given), FEW))))  # each row is evaluated separately
     worst = residual(few)[0]
     said = "" if worst <= SAME else smallest_input(few, residual)
     return [*checks, at_most("as shipped", worst, SAME, f"it is not {adapter.base.__name__}: {said}")]
 
 
 def reduction_check(called: Callable[[Any], Tensor], module: Any, given: Any) -> Check:
-    """Check that the loss of a batch is the mean of its rows' losses, as the family's aggregation takes it."""
+    """Check that the loss of a batch is the mean over its rows, under the family's aggregation."""
     few = some_rows_of(given, list(range(min(rows_of(given), FEW))))
     if isinstance(few, TokenLogprobs):
         few = few._replace(weights=torch.ones_like(few.weights))
@@ -168,7 +168,7 @@ def reduction_check(called: Callable[[Any], Tensor], module: Any, given: Any) ->
 
 
 def advantages_check(subject: Subject, shipped: Any, adapter: Any) -> Check:
-    """Check that an estimator gives the shipped class's advantages."""
+    """Check that an advantage estimator equals that of the shipped class."""
     case = Case(subject, subject.module)
     rollout, mask = case.rollout, case.rollout.completion_mask
     rewards = shipped.shape_rewards(rollout).detach()
@@ -184,13 +184,13 @@ def advantages_check(subject: Subject, shipped: Any, adapter: Any) -> Check:
 
 
 def _with_slopes(function: Callable[[Any], Tensor], given: Any) -> list[Tensor]:
-    """Return values of rows and slopes of a loss at an input, zero under its mask."""
+    """Return the row values and the gradients of a loss at an input, zero where masked."""
     values, slopes = masked_slopes(function, given, LEAVES[type(given)])
     return [values.flatten(1).sum(-1) if values.dim() > 1 else values, *slopes.values()]
 
 
 def smallest_input(given: Any, residual: Callable[[Any], tuple[float, Tensor, Tensor]]) -> str:
-    """Return the smallest input on which two losses differ, as text: one row, few tokens, short numbers."""
+    """Return the smallest input at which two losses differ, as text: one row, few tokens, short numbers."""
 
     def differs(one: Any) -> bool:
         try:

@@ -59,7 +59,7 @@ def _group(scores: RankedScores, row: int) -> RankedScores:
 
 
 def _by_pairs(scores: RankedScores) -> Tensor:
-    """Return the mean loss of all pairs of different rank, for each list."""
+    """Return the mean loss over all pairs of different rank, for each list."""
     loss, found = _losses().PairWiseLoss(), []
     for row in range(len(scores.target)):
         one = _group(scores, row)

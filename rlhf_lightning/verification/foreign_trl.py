@@ -1,7 +1,7 @@
 """Adapters for losses of TRL: ``rlhf verify --foreign trl:DPO --loss-type sigmoid``.
 
-TRL's losses are methods of trainers that run their models. They are called here as they are, on an object that has the
-settings they read, with a model that returns the log-probabilities of the test.
+TRL's losses are methods of trainers that run their models. They are called here unmodified, on an object with the
+settings that they read and with a model that returns the log-probabilities of the test.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PairLoss = Literal[
 
 
 class _Metrics(dict[str, Any]):
-    """Metrics that a loss adds to; they are not read."""
+    """Metrics that a loss writes; never read."""
 
     def __missing__(self, key: str) -> Any:
         return self.setdefault(key, [] if key not in ("train", "eval") else _Metrics())
@@ -68,7 +68,7 @@ def _trainer(path: str) -> Any:
 
 
 def _trainer_with(kind: Any, **settings: Any) -> Any:
-    """Return a trainer that was never set up, with what its loss asks of it."""
+    """Return an uninitialised trainer with the attributes that its loss reads."""
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         num_processes=1,
@@ -92,7 +92,7 @@ def _trainer_with(kind: Any, **settings: Any) -> Any:
 
 
 def _answering(logprobs: Tensor) -> Any:
-    """Return a model whose output is these log-probabilities, shape (rows, length)."""
+    """Return a model that outputs these log-probabilities, shape (rows, length)."""
     nothing = torch.zeros_like(logprobs)
     output = SimpleNamespace(
         log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), log_sum_sq_probs=nothing
@@ -132,7 +132,7 @@ def DPO(
     noise: float | None = None,
     discopop_tau: float = 0.05,
 ) -> Tensor:
-    """Call the loss of ``DPOTrainer``; ``noise`` is its label_smoothing, by default what its paper takes."""
+    """Call the loss of ``DPOTrainer``; ``noise`` is its label_smoothing, by default the value of its paper."""
     noise = {"exo_pair": 1e-3, "robust": 0.1}.get(loss_type, 0.0) if noise is None else noise
     return _pairwise(pairs, beta, loss_types=[loss_type], label_smoothing=noise, tau=discopop_tau)
 
@@ -177,7 +177,7 @@ def _pairwise(pairs: PreferenceLogprobs, beta: float, tau: float = 0.05, **chang
 
 
 class _Frozen(torch.nn.Module):
-    """A model that the loss only looks at: whether it trains, and whether it has gradient checkpointing."""
+    """A model of which the loss reads only the training mode and whether gradient checkpointing is on."""
 
     is_gradient_checkpointing = False
 
@@ -218,7 +218,7 @@ def CPO(
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Call the loss of ``CPOTrainer``, which takes means of log-probabilities for SimPO."""
+    """Call the loss of ``CPOTrainer``, which takes mean log-probabilities for SimPO."""
     trainer = _trainer("experimental.cpo.CPOTrainer")
     chosen = pairs.chosen_sequence_logprobs / pairs.chosen_lengths
     rejected = pairs.rejected_sequence_logprobs / pairs.rejected_lengths
@@ -252,7 +252,7 @@ def GRPO(
     clip: float = 0.2,
     kl_times_ratio: bool = False,
 ) -> Tensor:
-    """Call the loss of ``GRPOTrainer``; "gspo" is its grpo loss with importance sampling by sequence."""
+    """Call the loss of ``GRPOTrainer``; "gspo" is its grpo loss with sequence-level importance sampling."""
     args = SimpleNamespace(report_to=[], delta=None, use_bias_correction_kl=kl_times_ratio, steps_per_generation=1)
     args.sapo_temperature_pos, args.sapo_temperature_neg = 1.0, 1.05
     args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg = 2.0, 3.0, 3.0, 2.0
@@ -268,14 +268,14 @@ def GRPO(
 
 @compared_with(RLOOModule)
 def RLOO(logprobs: PolicyLogprobs, clip: float = 0.2) -> Tensor:
-    """Call the loss of ``RLOOTrainer``, whose advantages are those of completions."""
+    """Call the loss of ``RLOOTrainer``, which takes one advantage per completion."""
     trainer = _trainer("trainer.rloo_trainer.RLOOTrainer")
     return _policy_gradient(trainer, logprobs, 0.0, epsilon_low=clip, epsilon_high=clip)
 
 
 @compared_with(RunsAs(CriticFreeModule, {"aggregation": "sequence_mean_token_mean"}))
 def GMPO(logprobs: PolicyLogprobs, log_clip: float = 0.4) -> Tensor:
-    """Call the loss of ``GMPOTrainer``; at ratio 1 it is a policy gradient, and no shipped class clips like it."""
+    """Call the loss of ``GMPOTrainer``; at ratio 1 it is a policy gradient, but no shipped class clips in this way."""
     trainer = _trainer("experimental.gmpo.GMPOTrainer")
     return _policy_gradient(trainer, logprobs, 0.0, epsilon_low=log_clip, epsilon_high=log_clip)
 
@@ -291,7 +291,7 @@ def _policy_gradient(trainer: Any, logprobs: PolicyLogprobs, kl_coef: float, **c
         "off_policy_mask_threshold": None,
         "use_vllm": False,
         "current_gradient_accumulation_steps": 1,
-        "max_completion_length": 2,  # of the small world
+        "max_completion_length": 2,  # maximum length in the small world
         "_entropy_bonus_enabled": False,
         "_get_per_token_logps_and_entropies": lambda *a, **k: (logprobs.logprobs, entropy, None),
     }

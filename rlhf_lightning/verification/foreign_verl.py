@@ -69,7 +69,7 @@ def Policy(
     loss_type: Literal["vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl"] = "vanilla",
     clip: float = 0.2,
 ) -> Tensor:
-    """Call the policy loss that verl registers under a name."""
+    """Call the policy loss that verl registers under the given name."""
     core = _algorithms()
     mask = logprobs.completion_mask.to(logprobs.logprobs)
     mode = {"gspo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean"}.get(loss_type, "token-mean")
@@ -98,7 +98,7 @@ def Value(values: CriticValues, value_clip: float = 0.2) -> Tensor:
 def Advantages(
     rollout: Rollout, estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo", scale_epsilon: float = 1e-6
 ) -> Tensor:
-    """Call the outcome advantages of a name; the shaped rewards of the family are their token rewards."""
+    """Call verl's outcome advantages of the given name, with the family's shaped rewards as token rewards."""
     core = _algorithms()
     mask = rollout.completion_mask.to(rollout.old_logprobs)
     rewards, index = rollout.extras["rewards"].to(mask), rollout.group.numpy()

@@ -1,6 +1,6 @@
-"""Known mistakes, each as the loss of a shipped class with one thing changed.
+"""Known mistakes, each written as a shipped loss with one change.
 
-`diagnosis` fits the slopes of an objective on those of the mistakes here.
+`diagnosis` fits the gradient of an objective on the gradients of these mistakes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf_lightning.types import (
 
 Losses = Callable[[Any], Tensor]
 Mistake = tuple[str, Any]
-"""Words, and the losses of the mistake as a function of the shipped loss, the input and the shipped module."""
+"""Description of a mistake, and its losses as a function of the shipped loss, the input and the shipped module."""
 
 
 CERTAIN = (
@@ -48,12 +48,14 @@ CERTAIN = (
     ", which is beta", ", which is 1 / beta", "beta is squared", "beta is inverted", "rewards of the past",
     "own reward included", "side of the clip is missing",
 )  # fmt: skip
-"""Words of the mistakes that no method makes by design. The others, such as a reference that is left out or a margin
-with a constant, are losses of some paper: they are named where a check fails, and fail none by themselves."""
+"""Parts of the descriptions of mistakes that no method makes by design. The other mistakes, such as a missing reference
+or a margin with a constant, are losses of some paper: they are named if a check fails, but are no failure by
+themselves.
+"""
 
 
 def is_certain(words: str) -> bool:
-    """Whether no method makes a mistake by design."""
+    """Return whether no method makes a mistake by design."""
     return any(part in words for part in CERTAIN)
 
 
@@ -72,7 +74,7 @@ def sides_of(given: Any) -> tuple[tuple[str, str, str], ...]:
 
 
 def changed(given: Any, change: Callable[[Tensor, Tensor], Tensor], models: str = "both", sides: str = "both") -> Any:
-    """Return an input with changed log-probabilities: of policy, reference or both, and of some sides."""
+    """Return an input with changed log-probabilities of the policy, the reference or both, for some or all sides."""
     fields = {}
     for policy, reference, mask in sides_of(given):
         if sides != "both" and sides not in mask:
@@ -84,17 +86,17 @@ def changed(given: Any, change: Callable[[Tensor, Tensor], Tensor], models: str 
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Return values divided by the tokens of their row."""
+    """Return values divided by the number of tokens of their row."""
     return values / mask.sum(-1, keepdim=True).clamp_min(1)
 
 
 def first_token(mask: Tensor) -> Tensor:
-    """Return True on the first token of each row."""
+    """Return a mask of the first token of each row."""
     return mask & (mask.cumsum(-1) == 1)
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """Return True on the last token of each row."""
+    """Return a mask of the last token of each row."""
     return mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
 
 
@@ -112,11 +114,11 @@ TOKENS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "turned into probabilities": lambda v, m: torch.where(m, v.exp(), 0.0),
     "cumulated over the tokens": lambda v, m: torch.where(m, v.cumsum(-1), 0.0),
 }
-"""What people do to the tokens of a completion; the log-probabilities of policy, reference or both are ..."""
+"""Common mistakes in the tokens of a completion; each completes "the log-probabilities of ... are"."""
 
 
 def token_mistakes(given: Any) -> Iterator[Mistake]:
-    """Yield mistakes in how tokens become a completion's number."""
+    """Yield mistakes in how token values are reduced to one value per completion."""
     has_reference = any(r and getattr(given, r) is not None for _, r, _ in sides_of(given))
     whose = {"both": "log-ratios are" if has_reference else "log-probabilities are"}
     if has_reference:
@@ -153,7 +155,7 @@ def _detach(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def put(**changes: Callable[[Any], Any]) -> Any:
-    """Return the mistake of a loss that gets other fields."""
+    """Return the mistake of a loss that gets changed fields."""
     return lambda f, g, m: f(g._replace(**{name: change(g) for name, change in changes.items()}))
 
 
@@ -205,7 +207,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         ("both sides are divided by the chosen length", ("chosen", "chosen")),
         ("both sides are divided by the rejected length", ("rejected", "rejected")),
     ):
-        for own in (False, True):  # the shipped loss divides by its own length or not
+        for own in (False, True):  # the shipped loss may divide by its own length or not
             yield words, partial(_divided, divisors=[lengths[side] for side in divisors], own=own)
     yield (
         "the label smoothing counts twice",
@@ -231,7 +233,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
 
 
 def with_gap(given: PreferenceLogprobs, gap: Tensor) -> PreferenceLogprobs:
-    """Return pairs whose margin is larger by a gap in nats, added to the first token of chosen."""
+    """Return pairs with a margin that is larger by ``gap`` nats, added to the first token of chosen."""
     first = first_token(given.chosen_mask)
     return given._replace(policy_chosen_logprobs=given.policy_chosen_logprobs + first * gap.unsqueeze(-1))
 
@@ -241,7 +243,7 @@ def _margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) -> Pr
 
 
 def _divided(losses: Losses, given: Any, module: Any, divisors: list[Tensor], own: bool) -> Tensor:
-    """Return the losses of pairs whose sides are divided by some lengths, in place of their own or of none."""
+    """Return the losses of pairs whose sides are divided by the given lengths instead of their own or none."""
     for (side, mask), divisor in zip(PAIR_SIDES, divisors, strict=True):
         length = getattr(given, mask).sum(-1, keepdim=True) if own else torch.ones_like(divisor)
         given = changed(given, partial(_times, length / divisor.clamp_min(1)), "both", side)
@@ -258,7 +260,7 @@ def _as_margin(given: PreferenceLogprobs, change: Callable[[Tensor], Tensor]) ->
 
 
 def judgement_mistakes(given: UnpairedLogprobs) -> Iterator[Mistake]:
-    """Yield mistakes in losses on completions judged alone."""
+    """Yield mistakes in losses on unpaired completions."""
     yield from {
         "desirable and undesirable are exchanged": put(desirable=lambda g: ~g.desirable),
         "every row counts as desirable": put(desirable=lambda g: torch.ones_like(g.desirable)),
@@ -305,7 +307,7 @@ def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
 
 
 def step_mistakes(given: ProcessScores) -> Iterator[Mistake]:
-    """Yield mistakes in losses on judged steps."""
+    """Yield mistakes in losses on labelled steps."""
     yield from {
         "labels are turned round": put(labels=lambda g: 1 - g.labels),
         "labels are rounded": put(labels=lambda g: g.labels.round()),
@@ -356,7 +358,7 @@ def logit_mistakes(given: DistillationLogits) -> Iterator[Mistake]:
 
 @contextlib.contextmanager
 def settings_of(module: Any, **values: Any) -> Iterator[None]:
-    """Give a module other attributes within a block."""
+    """Set attributes of a module within a block."""
     before = {name: getattr(module, name) for name in values}
     for name, value in values.items():
         setattr(module, name, value)
@@ -368,6 +370,6 @@ def settings_of(module: Any, **values: Any) -> Iterator[None]:
 
 
 def with_setting(losses: Losses, given: Any, module: Any, **settings: Any) -> Tensor:
-    """Return losses while the module has other attributes."""
+    """Return losses with changed attributes of the module."""
     with settings_of(module, **settings):
         return losses(given)

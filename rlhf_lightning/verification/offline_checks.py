@@ -1,4 +1,4 @@
-"""The contract of objectives on fixed data: demonstrations, pairs, judgements, rankings."""
+"""The contract of objectives on fixed data: demonstrations, pairs, unpaired completions, rankings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def offline_checks(subject: Subject) -> list[Check]:
     """Return the checks of an objective on fixed data, without convergence."""
     module, batch = subject.module, some_rows(subject)
     given = subject.seen(module, lambda: module.loss_sum(batch, Meter()))
-    if given is None:  # the loss is all in `loss_sum`
+    if given is None:  # the whole loss is in `loss_sum`
         subject.notes.append(
             f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
             "single rows, tokens and slopes are left out; move the loss there to have them"
@@ -33,7 +33,7 @@ def offline_checks(subject: Subject) -> list[Check]:
 
 
 def input_checks(subject: Subject, given: Any, batch: Any, temperature: float = 1.0) -> list[Check]:
-    """What reaches the loss is what the models say about exactly the completions' tokens."""
+    """Check that the loss gets the models' log-probabilities of exactly the completion tokens."""
     module, world = subject.module, subject.world
     if isinstance(given, RankedScores):
         return []
@@ -80,7 +80,7 @@ def _exact(world: Any, table: Tensor, sequences: Sequences) -> Tensor:
 
 
 def cut_checks(subject: Subject, batch: Any) -> list[Check]:
-    """How a step is cut, and among how many ranks, changes no gradient; rows count by their weights."""
+    """Check that splits into micro-batches and ranks change no gradient, and that rows count by their weights."""
     count = len(batch.weights)
     tokens = sum(int(mask.sum()) for mask in batch.sequences.supervised)
 

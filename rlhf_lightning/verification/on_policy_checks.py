@@ -30,7 +30,7 @@ from rlhf_lightning.verification.subject import Check, Subject, at_least, at_mos
 from rlhf_lightning.verification.targets import policy_of
 
 FAR = 3.0
-"""Nats by which a token has moved that any clip holds back."""
+"""Nats of policy movement at which any clip is active."""
 
 
 def on_policy_checks(subject: Subject) -> list[Check]:
@@ -49,7 +49,7 @@ def on_policy_checks(subject: Subject) -> list[Check]:
 
 
 def reward_checks(case: Case) -> list[Check]:
-    """The score is in the rewards once, at its slot; nothing is under the mask; the KL penalty costs reward."""
+    """Check that rewards hold the score once, at its slot, are 0 where masked, and that the KL penalty lowers them."""
     module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
     checks, slots = [], module.score_slots(rollout)
     if slots is not None:
@@ -73,12 +73,12 @@ def reward_checks(case: Case) -> list[Check]:
 
 
 def largest(values: Tensor) -> float:
-    """Return the largest magnitude; 0 of no values."""
+    """Return the largest magnitude; 0 for an empty tensor."""
     return float(values.abs().max()) if values.numel() else 0.0
 
 
 def advantage_checks(case: Case) -> list[Check]:
-    """Advantages are zero under the mask and do not see it, follow the scores, and know their own group alone."""
+    """Check the masking, the sign, the group and the credit assignment of advantages."""
     mask, scores = case.rollout.completion_mask, case.rollout.scores
     first = (torch.arange(len(scores)) % max(case.expected.group_size, 2) == 0).double()
 
@@ -88,7 +88,7 @@ def advantage_checks(case: Case) -> list[Check]:
         return gain[::2].mean() - gain[1::2].mean()
 
     gain = raised(scores, 1.0)
-    if float(gain) < 1e-9:  # a method for success rates
+    if float(gain) < 1e-9:  # methods that read rewards as success rates
         gain = raised(scores.sigmoid(), 0.2)
     advice = "a higher score must give a higher advantage"
     checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice)]
@@ -96,7 +96,7 @@ def advantage_checks(case: Case) -> list[Check]:
 
 
 def beyond_others(case: Case, row: int, **changes: Tensor) -> Tensor:
-    """Return how one completion's advantages follow changes of its own, beyond other groups' shift and factor."""
+    """Return the change of one completion's advantages beyond a shift and factor common to other groups."""
     mask, group = case.rollout.completion_mask, case.rollout.group
     others = mask & (group != group[row])[:, None]
     before, after = case.advantages_of(), case.advantages_of(**changes)
@@ -113,7 +113,7 @@ def lifted(values: Tensor, *place: int, by: float) -> Tensor:
 
 
 def credit_check(case: Case) -> Check:
-    """Check that each token of a completion answers for its score, in some of the completions of several tokens."""
+    """Check that each token position depends on the score, in some completions of several tokens."""
     mask, scores = case.rollout.completion_mask, case.rollout.scores
     rows = (mask.sum(-1) > 1).nonzero().squeeze(-1)[::5][:8].tolist()
     follows = [beyond_others(case, row, scores=lifted(scores, row, by=1.0)).abs() > 1e-9 for row in rows]
@@ -125,9 +125,9 @@ def credit_check(case: Case) -> Check:
 
 
 def credit_of_critic(case: Case, rows: list[int]) -> Tensor:
-    """Return the tokens that answer for the critic's value of the next one, where none answers for earlier values.
+    """Return the tokens that depend on the critic's value of the next token, if none depends on earlier values.
 
-    At lambda 0 the score reaches earlier tokens through the critic alone.
+    At lambda 0, the score reaches earlier tokens only through the critic.
     """
     mask, values = case.rollout.completion_mask, case.rollout.values
     found = torch.zeros_like(mask[0])
@@ -144,9 +144,9 @@ def credit_of_critic(case: Case, rows: list[int]) -> Tensor:
 
 
 def own_group_check(case: Case) -> Check:
-    """Check that the scores of some groups move other groups' advantages alike, as a mean or a deviation of all does.
+    """Check that scores of some groups change other groups' advantages only by one common shift and factor.
 
-    One shift and one factor for all other tokens pass; a reshape or a tiling of prompts in the wrong order does not.
+    A mean or deviation over the whole rollout causes such a change. A wrong reshape or tiling of prompts causes others.
     """
     rollout, mask = case.rollout, case.rollout.completion_mask
     moved = rollout.group < 7
@@ -162,7 +162,7 @@ def own_group_check(case: Case) -> Check:
 
 
 def mask_checks(case: Case) -> list[Check]:
-    """Advantages are zero under the mask and do not see it, and what they are computed from is left as it was."""
+    """Check that advantages are 0 where masked, ignore padding, and are computed without changing the rollout."""
     module, mask = case.module, case.rollout.completion_mask
     padded = widened(case.rollout)
     again = module.advantages(padded, module.shape_rewards(padded)).advantages[:, : mask.shape[1]]
@@ -193,7 +193,7 @@ def mask_checks(case: Case) -> list[Check]:
 
 
 def loss_checks(case: Case) -> list[Check]:
-    """At ratio 1 the gradient is the policy gradient; away from it the policy is pulled back; all stays finite."""
+    """Check the policy gradient at ratio 1, the gradient away from it, and finite losses at extreme ratios."""
     module, mask = case.module, case.rollout.completion_mask
     kl_coef, module.kl_coef = module.kl_coef, 0.0
     try:
@@ -221,9 +221,9 @@ def loss_checks(case: Case) -> list[Check]:
 
 
 def pull_back(case: Case, left_out: Tensor) -> Tensor:
-    """Return the least pull on good tokens that became unlikelier and bad ones that became likelier.
+    """Return the smallest pull on good tokens that became less likely and bad tokens that became more likely.
 
-    Far off a token may be given up, as dual clipping does, but not be pushed further.
+    Far away, a token's gradient may be 0, as with dual clipping, but may not push the token further.
     """
     mask, pulls = case.rollout.completion_mask, []
     for sign in (1.0, -1.0):
@@ -234,9 +234,9 @@ def pull_back(case: Case, left_out: Tensor) -> Tensor:
 
 
 def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Return how far a gradient at ratio 1 is from -advantage; 0 for weights of tokens that are a method.
+    """Return the deviation of the gradient at ratio 1 from -advantage; 0 for a common factor or valid token weights.
 
-    Such weights are not negative, differ within completions, and leave out neither all first nor all last tokens.
+    Valid weights are non-negative, differ within completions, and leave out neither all first nor all last tokens.
     """
     wanted = -advantages
     unequal = (gradient - wanted)[mask].abs().max() / wanted.abs().max().clamp_min(1e-12)
@@ -245,7 +245,7 @@ def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tenso
     several = counts & (counts.sum(-1, keepdim=True) > 1)
     factor = weights[counts].mean()
     if bool(factor > 0) and float((gradient - factor * wanted)[mask].abs().max()) < 1e-6 * float(gradient.abs().max()):
-        return unequal * 0  # a step of another size
+        return unequal * 0  # the same gradient with another scale
     if float(unequal) < 1e-6 or bool((weights < 0).any()) or bool((gradient[mask & ~counts].abs() > 1e-9).any()):
         return unequal
     mean = weights.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)
@@ -256,21 +256,21 @@ def unequal_weights(gradient: Tensor, advantages: Tensor, mask: Tensor) -> Tenso
 
 
 def clips(module: Any) -> bool:
-    """Whether the settings say that the loss is the clipped surrogate, and no ``objective`` of its own replaces it."""
+    """Return whether the settings select the clipped surrogate, and no ``objective`` of the class replaces it."""
     if not isinstance(module, OnPolicyModule) or module.objective_name != "clip":
         return False
     return type(module).objective is OnPolicyModule.objective
 
 
 def far_slopes(case: Case) -> tuple[Tensor, Tensor]:
-    """Return the slopes of good tokens at e^3 times their old probability, and of bad ones at e^-3 times."""
+    """Return the gradients of good tokens at e^3 times their old probability, and of bad tokens at e^-3 times."""
     mask = case.rollout.completion_mask
     good, bad = (case.slopes(case.moved_by(sign * FAR, sign))[mask].abs() for sign in (1.0, -1.0))
     return good, bad
 
 
 def one_sided_clip_check(case: Case) -> Check:
-    """A loss of one's own that stops bad tokens far off stops good ones too; one that never clips is free not to."""
+    """Check a user-defined loss: if it stops bad tokens far away, it stops good ones too. It need not clip at all."""
     good, bad = far_slopes(case)
     pushed = float(good.min()) if float(bad.max()) < 1e-9 else 0.0
     advice = (
@@ -280,7 +280,7 @@ def one_sided_clip_check(case: Case) -> Check:
 
 
 def extremes_check(case: Case) -> Check:
-    """Log-ratios of a thousand nats give finite losses and gradients."""
+    """Check that log-ratios of a thousand nats give finite losses and gradients."""
     broken = 0
     for nats in (1e3, -1e3):
         given = case.moved_by(nats)
@@ -292,7 +292,7 @@ def extremes_check(case: Case) -> Check:
 
 
 def value_checks(case: Case) -> list[Check]:
-    """The critic is drawn to its returns, and clipping never makes a loss smaller."""
+    """Check that values are drawn to the returns, and that clipping never makes a loss smaller."""
     module, mask, rollout = case.module, case.rollout.completion_mask, case.rollout
     assert rollout.values is not None and case.advantages.returns is not None
     returns = case.advantages.returns[:, : mask.shape[1]]
@@ -305,7 +305,7 @@ def value_checks(case: Case) -> list[Check]:
         leaf = values.clone().requires_grad_()
         return torch.autograd.grad(loss(leaf, values).sum(), leaf)[0][mask]
 
-    # Near the return any critic's loss is a square: Huber's, log-cosh, with or without a half before it.
+    # Near the return, every critic loss (Huber, log-cosh) is a square up to a factor.
     near = torch.where(torch.arange(mask.shape[1]) % 2 == 0, 1e-3, -1e-3) + 0 * returns
     factors = slope(returns + near) / near[mask]
     factor = factors.mean().clamp_min(1e-12)
@@ -320,16 +320,16 @@ def value_checks(case: Case) -> list[Check]:
 
 
 def kl_penalty_checks(subject: Subject) -> list[Check]:
-    """With nothing to earn, training brings a policy that has moved away back to its reference."""
+    """Check that with equal scores, training brings a policy that has moved back to its reference."""
     module = subject.fresh(moved=True)
     if module.reference is None or not module.kl_coef:
         return []
     moved = kl_of_training(subject, module)
-    if moved > -1e-6:  # a price on length moves the policy too
+    if moved > -1e-6:  # a length penalty moves the policy too
         free = subject.fresh(moved=True)
         free.kl_coef = 0.0
         moved -= kl_of_training(subject, free)
-    if moved > -1e-6:  # a method for success rates
+    if moved > -1e-6:  # methods that read rewards as success rates
         moved = kl_of_training(subject, subject.fresh(moved=True), 1.0)
     advice = (
         "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of"
@@ -338,7 +338,7 @@ def kl_penalty_checks(subject: Subject) -> list[Check]:
 
 
 def kl_of_training(subject: Subject, module: Any, score: float = 0.0) -> float:
-    """Return how much the KL to the reference changes while a policy is trained on equal scores."""
+    """Return the change of the KL to the reference when a policy is trained on equal scores."""
     before = subject.world.kl(policy_of(module, subject.world))
     expected = PolicyGradient(module, subject.world, shuffled=True)
     expected.scores, expected.rewards = expected.scores + score, expected.rewards + score

@@ -1,4 +1,4 @@
-"""The contract of objectives on pairs that the policy samples: who draws, who meets whom, and what is learned."""
+"""The contract of objectives on sampled pairs: which model samples, how pairs are formed, and what is learned."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rlhf_lightning.verification.subject import Check, Subject, at_least, at_mos
 from rlhf_lightning.verification.targets import policy_of
 
 MANY = 500
-"""Samples of each prompt that frequencies are taken of."""
+"""Samples per prompt for measuring frequencies."""
 
 GAMES = 3000
-"""Samples of each prompt that tell an opponent's mixture from the models that it is made of."""
+"""Samples per prompt for distinguishing an opponent's mixture from its component models."""
 
 
 class PairedSequences(NamedTuple):
-    """Completions of pairs, chosen ones stacked on rejected ones, as a batch of fixed data has them."""
+    """Completions of pairs, chosen ones stacked on rejected ones, as in a batch of fixed data."""
 
     sequences: Sequences
 
@@ -49,7 +49,7 @@ def online_checks(subject: Subject) -> list[Check]:
 
 
 def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
-    """Of each prompt the better sample is chosen; equal scores, and none, form no pair."""
+    """Check that the better sample of each prompt is chosen; equal or missing scores form no pair."""
     scores, group = rollout.scores, rollout.group
     pairs = module.pairs(rollout)
     wrong = (scores[pairs.chosen] <= scores[pairs.rejected]) | (group[pairs.chosen] != group[pairs.rejected])
@@ -80,7 +80,7 @@ def three_samples_check(module: Any, rollout: Rollout) -> Check:
 
 
 def missing_end_check(subject: Subject) -> Check:
-    """A completion that does not end by itself loses against one that does, regardless of its score."""
+    """Check that a completion without an end token loses against a completion with one, regardless of its score."""
     module = subject.fresh(missing_eos_penalty=1e3)
     drawn = module.draw([subject.world.questions(2)])
     told = torch.tensor(subject.world.score(drawn.batch.texts, texts_of(subject, drawn.sequences)))
@@ -99,7 +99,7 @@ def texts_of(subject: Subject, sequences: Sequences) -> list[str]:
 
 
 def far_from_reference(subject: Subject) -> Any:
-    """Return an instance whose policy answers quite otherwise than its reference, so that few samples tell them."""
+    """Return an instance whose policy is far from its reference, so that few samples distinguish them."""
     module, generator = subject.fresh(), torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -109,7 +109,7 @@ def far_from_reference(subject: Subject) -> Any:
 
 
 def drawing_check(subject: Subject) -> Check:
-    """Samples are distributed as the policy, or the model whose turn it is, at the temperature of the run."""
+    """Check that samples follow the policy, or the reference in its turn, at the sampling temperature."""
     module, world = far_from_reference(subject), subject.world
     questions = world.questions(2 * MANY)
     per_prompt = torch.arange(len(questions.prompts)) // 2
@@ -136,12 +136,12 @@ def drawing_check(subject: Subject) -> Check:
         worst,
         5.0,
         "deviations of the frequency of a completion: who samples, and at which temperature?",
-        power=min(powers),  # another model in its place, or half the temperature
+        power=min(powers),  # with another model, or half the temperature
     )
 
 
 def update_checks(subject: Subject) -> list[Check]:
-    """How a minibatch is cut, and among how many ranks, changes no gradient."""
+    """Check that splits of a minibatch into micro-batches and ranks change no gradient."""
     whole = step_gradient(subject, subject.fresh(moved=True))
     scale = float(whole.abs().max())
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
@@ -157,7 +157,7 @@ def update_checks(subject: Subject) -> list[Check]:
 
 
 def some_groups(subject: Subject, module: Any) -> Rollout:
-    """Return a rollout of six pairs of completions of unequal length, one of them a tie."""
+    """Return a rollout of six pairs of completions of unequal length, including one tie."""
     rows = [row for group in PICKED for row in (2 * group, 2 * group + 1)]
     return part_of(PairPopulation(module, subject.world).rollout(), rows)
 
@@ -165,7 +165,7 @@ def some_groups(subject: Subject, module: Any) -> Rollout:
 def step_gradient(
     subject: Subject, module: Any, rows: list[int] | None = None, limits: MicroBatchLimits = NO_LIMITS
 ) -> Tensor:
-    """Return the gradient of a rollout's update through the module's own ``learn``, of some of its rows if named."""
+    """Return the gradient of an update through the module's own ``learn``, on all or the given rows of a rollout."""
     module.limits, rollout = limits, some_groups(subject, module)
     chosen = rollout if rows is None else part_of(rollout, rows)
     module.updates = 1  # the policy has left its reference
@@ -173,7 +173,7 @@ def step_gradient(
 
 
 def start_check(subject: Subject, stated: float) -> Check:
-    """What a pair loses where the policy is the reference."""
+    """Check the loss of a pair with the policy equal to the reference."""
     module = subject.fresh()
     rollout = PairPopulation(module, subject.world).rollout()
     given = module.preference_logprobs(rollout, module.pairs(rollout))
@@ -183,13 +183,13 @@ def start_check(subject: Subject, stated: float) -> Check:
 
 
 def opponent_check(subject: Subject) -> Check:
-    """Check that Nash-MD's opponent draws from the mixture, with random numbers of its own."""
+    """Check that Nash-MD's opponent samples from the mixture, with its own random numbers."""
     module, world = far_from_reference(subject), subject.world
     questions = world.questions(GAMES)
     theirs = module.opponent_scores(questions).double().view(world.config.prompts, -1)
     own = module.collector.draw(module.policy, module.tokenizer, questions).scores.double().view_as(theirs)
     mixture = opponent_of(module, world)
-    drawn = (theirs.unsqueeze(-1) - world.rewards.unsqueeze(1)).abs().argmin(-1)  # a score names its completion
+    drawn = (theirs.unsqueeze(-1) - world.rewards.unsqueeze(1)).abs().argmin(-1)  # the score identifies the completion
     counts = torch.stack([torch.bincount(row, minlength=mixture.shape[1]) for row in drawn])
     spread = (GAMES * mixture * (1 - mixture)).sqrt().clamp_min(1)
     off = ((counts - GAMES * mixture) / spread).abs().max()
@@ -202,5 +202,5 @@ def opponent_check(subject: Subject) -> Check:
         5.0,
         "deviations of the frequency of a completion from the mixture's, or of the opponent's correlation with the "
         "policy's samples: mix the logits of every token, and give the opponent random numbers of its own",
-        power=power,  # the policy or the reference in its place
+        power=power,  # with the policy or the reference instead
     )

@@ -1,4 +1,4 @@
-"""What every override point owes, in every family: a differentiable, finite function of its input alone."""
+"""Checks of override points in every family: differentiable, finite, and a function of the input alone."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ SIDES = (
     ("policy_logprobs", "reference_logprobs", "completion_mask"),
     ("logprobs", "", "completion_mask"),
 )
-"""Log-probabilities of the policy, of the reference, and their mask, in the inputs of the families."""
+"""Field names of the policy's and the reference's log-probabilities and of their mask, in the families' inputs."""
 
 DRAWS = 8
-"""Random log-probabilities under which a token may be clipped or not selected; one that never counts is left out."""
+"""Number of random inputs.
+
+A token may be clipped or unselected in some of them; a token that never counts is missed.
+"""
 
 LONG, RUN = 600, 32
-"""Tokens of rows that are longer than the cuts at 256 or 512 tokens that people write, and of a run that is missed."""
+"""Row length beyond the usual truncations at 256 or 512 tokens, and length of a run of missed tokens that counts."""
 
 
 def point_checks(subject: Subject, given: Any) -> list[Check]:
-    """The override point is a differentiable function that stays finite, and a function of its input alone."""
+    """Check that the override point is differentiable, stays finite, and depends on its input alone."""
     module, checks = subject.module, []
     if not _has_detached_parts(subject):
         lost = lost_slopes(*field_function(subject, module, given))
@@ -57,7 +60,7 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
     checks.append(at_most("extremes", len(broken), 0, advice))
     if not subject.kind.batch_coupled:
         values = subject.values(module, given).detach()
-        # Two calls with dropout agree on a third of the seeds: the input has few rows. Ten agree on none.
+        # Two calls with dropout agree for a third of the seeds, as the input has few rows. Ten agree for none.
         again = torch.stack([subject.values(module, given).detach() for _ in range(9)])
         advice = "the loss must depend on its input alone: look for random numbers, or for state that moves"
         checks.append(at_most("same twice", (again - values).abs().max(), 0, advice))
@@ -65,16 +68,17 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
 
 
 def overwritten(given: Any, run: Callable[[Any], Any]) -> int:
-    """Return how many tensors of an input a function overwrites, which later terms and the metrics read."""
+    """Return how many tensors of an input a function overwrites; later terms and the metrics read these tensors."""
     kept = given._replace(**{name: part.clone() for name, part in given._asdict().items() if isinstance(part, Tensor)})
     run(kept)
     return sum(part._version > 0 for part in kept if isinstance(part, Tensor))
 
 
 def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
-    """Count the elements by which a loss changes although no gradient passes them.
+    """Count the elements that change the loss but get no gradient.
 
-    A weight without gradient is a method (focal losses, DFT): there the gradient differs from the loss's, and is there.
+    Detached weights are allowed (focal losses, DFT): there the gradient differs from the loss's derivative, but is not
+    0.
     """
     total = function(*leaves).sum()
     found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
@@ -92,7 +96,7 @@ def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
 
 
 def in_single(given: Any) -> Any:
-    """Return the input of an override point in single precision, as training has it."""
+    """Return the input of an override point in single precision, as in training."""
 
     def single(part: Any) -> Any:
         return part.float() if isinstance(part, Tensor) and part.is_floating_point() else part
@@ -104,9 +108,9 @@ def in_single(given: Any) -> Any:
 
 
 def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
-    """Whether loss and gradient are finite for log-probabilities, scores or logits of a thousand.
+    """Return whether loss and gradient are finite for log-probabilities, scores or logits of magnitude 1000.
 
-    Log-probabilities are at most 0: a log-ratio of a thousand comes from the reference's.
+    Log-probabilities are at most 0, so a log-ratio of 1000 comes from the reference.
     """
     values: dict[str, Any] = {}
     for name, sign in (("policy_chosen", 1), ("policy_rejected", -1), ("policy", 1), ("", 1)):
@@ -128,12 +132,12 @@ def _finite_at(subject: Subject, given: Any, scale: float) -> bool:
 
 
 def _has_detached_parts(subject: Subject) -> bool:
-    """Whether the loss holds statistics of itself without gradient, so that it is not a plain function."""
+    """Return whether the loss contains detached statistics of itself, so that its gradient is not its derivative."""
     return subject.kind.batch_coupled or subject.kind.token_statistics is not AlignmentModule.token_statistics
 
 
 def statistic_checks(module: Any, given: Any, losses: Callable[[Any], Tensor]) -> list[Check]:
-    """Check that a loss of tokens which reads the entropy, or a known statistic, rises or falls with it as it must."""
+    """Check that a token loss which reads the entropy or a known statistic depends on it with the right sign."""
     known = known_statistics(module)
     names = [name for name in given.extras if known.get(name, ("",))[0] in WANTED]
     leaves = {name: given.extras[name].detach().clone().requires_grad_() for name in names}
@@ -163,7 +167,7 @@ def statistic_checks(module: Any, given: Any, losses: Callable[[Any], Tensor]) -
 
 
 def shares_sum_to_one(given: Any, name: str, losses: Callable[[Any], Tensor]) -> bool:
-    """Whether a loss of tokens mixes their likelihood and a statistic with shares that sum to 1."""
+    """Return whether a token loss mixes the likelihood and a statistic with weights that sum to 1."""
     weights = getattr(given, "weights", None)
     leaf = given.extras[name].detach().clone().requires_grad_()
     values, slopes = differentiate(losses, given._replace(extras={**given.extras, name: leaf.detach()}), ["logprobs"])
@@ -175,7 +179,7 @@ def shares_sum_to_one(given: Any, name: str, losses: Callable[[Any], Tensor]) ->
 
 
 def added_without_gradient(given: Any, names: Collection[str], losses: Callable[[Any], Tensor]) -> bool:
-    """Whether the rollout's entropy, which has no gradient, changes a policy loss and none of its slopes."""
+    """Return whether the rollout's entropy, which has no gradient, changes a policy loss but not its gradient."""
     rollout = getattr(given, "rollout", None)
     if rollout is None or rollout.entropy is None:
         return False
@@ -190,7 +194,7 @@ def added_without_gradient(given: Any, names: Collection[str], losses: Callable[
 
 
 def padding_check(subject: Subject, given: Any) -> Check:
-    """Columns under the mask, on either side or in the middle and with any content, change no loss."""
+    """Check that masked columns, at either end or in the middle, change no loss."""
     plain = subject.values(subject.fresh(moved=True), given).detach()
     residual = 0.0
     for place in (None, 0, 1):
@@ -203,7 +207,7 @@ def padding_check(subject: Subject, given: Any) -> Check:
 
 
 def field_checks(subject: Subject, given: Any) -> list[Check]:
-    """Check the slopes by token and by model, and the order of rows."""
+    """Check the gradient by token and by model, and the order of rows."""
     sides = [side for side in SIDES if hasattr(given, side[0])]
     if not sides:
         return []
@@ -215,7 +219,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
     advice = "each completion token must get a gradient: look for a slice or a mask"
     checks = [at_most("every token", missed, 0, advice)]
     references = [reference for _, reference, _ in sides if reference in drawn[0]]
-    left_out = bool(subject.kind.no_target) and unread(subject, given, references)  # as SimPER does
+    left_out = bool(subject.kind.no_target) and unread(subject, given, references)  # as in SimPER
     if references and not left_out and not subject.kind.batch_coupled:
         advice = (
             "the reference's log-probability must count against the policy's: look for a sum in place of a "
@@ -236,7 +240,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
 
 
 def draws(given: Any, sides: list[tuple[str, str, str]]) -> list[Any]:
-    """Return the input with random log-probabilities of the policy, below and above the reference's."""
+    """Return the input with random log-probabilities of the policy, below and above those of the reference."""
     generator, found = torch.Generator().manual_seed(29), []
     for _ in range(DRAWS):
         fields = {}
@@ -249,15 +253,15 @@ def draws(given: Any, sides: list[tuple[str, str, str]]) -> list[Any]:
 
 
 def slopes_of(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -> dict[str, Tensor]:
-    """Return the slopes of the summed loss by the log-probabilities of policy and reference."""
+    """Return the gradient of the summed loss by the log-probabilities of policy and reference."""
     names = [name for side in sides for name in side[:2] if name]
     return differentiate(partial(subject.values, subject.module), given, names)[1]
 
 
 def opposition(drawn: list[dict[str, Tensor]], sides: list[tuple[str, str, str]]) -> float:
-    """Return the largest cosine of the slopes by reference and policy; a likelihood, whose slope is constant, has none.
+    """Return the largest cosine between the gradients by reference and policy, which must be negative.
 
-    It must be negative.
+    Rows with a constant gradient, as of a likelihood, are skipped.
     """
     worst = -1.0
     for policy, reference, _ in sides:
@@ -272,7 +276,7 @@ def opposition(drawn: list[dict[str, Tensor]], sides: list[tuple[str, str, str]]
 
 
 def unread(subject: Subject, given: Any, names: list[str]) -> bool:
-    """Whether a loss never looks at some fields of its input."""
+    """Return whether a loss ignores some fields of its input."""
     leaves = [getattr(given, name).detach().clone().requires_grad_() for name in names]
     total = subject.values(subject.module, given._replace(**dict(zip(names, leaves, strict=True)))).sum()
     if not leaves or not total.requires_grad:
@@ -281,13 +285,13 @@ def unread(subject: Subject, given: Any, names: list[str]) -> bool:
 
 
 def missed_tokens(drawn: list[Tensor], mask: Tensor) -> Tensor:
-    """Return (row, place) of the tokens that no draw gives a gradient, of the rows that some draw moves."""
+    """Return (row, position) of tokens that get no gradient in any draw, in rows that get a gradient in some draw."""
     counts = torch.stack([slope != 0 for slope in drawn]).any(0)
     return (mask & ~counts & counts.any(-1, keepdim=True)).nonzero()
 
 
 def missed_in_long_rows(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -> int:
-    """Count the runs of tokens of long rows that get no gradient; 0 for losses that read statistics of tokens."""
+    """Count the runs of tokens without gradient in long rows; 0 for losses that read statistics of tokens."""
     if any(values.dim() > 1 for values in given.extras.values()):
         return 0
     generator = torch.Generator().manual_seed(13)
@@ -317,7 +321,7 @@ def reversed_rows(given: Any) -> Any:
 
 
 def demonstration_check(subject: Subject, given: Any) -> Check:
-    """Check that no token of a demonstration ever becomes unlikelier, and that each is made likelier somewhere."""
+    """Check that no draw lowers the probability of a demonstration's token, and that some draw raises it."""
     sides = [SIDES[-1]]
     drawn = torch.stack([slopes_of(subject, one, sides)["logprobs"] for one in (given, *draws(given, sides))])
     most, least = drawn.max(0).values, drawn.min(0).values

@@ -1,4 +1,4 @@
-"""Known mistakes in policy-gradient losses and in those of critics."""
+"""Known mistakes in policy-gradient losses and in value losses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _held(r: Tensor, m: Any) -> Tensor:
 
 
 def _turned_kl(losses: Losses, given: Any, module: Any) -> Tensor:
-    """Return the loss with KL(reference || policy) of the policy's samples in place of the KL loss."""
+    """Return the loss with KL(reference || policy), estimated on the policy's samples, as its KL loss."""
     turned = given._replace(logprobs=given.reference_logprobs, reference_logprobs=given.logprobs)
     return with_setting(losses, given, module, kl_coef=0.0) + module.kl_coef * module.kl_loss(turned)
 

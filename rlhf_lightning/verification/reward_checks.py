@@ -1,4 +1,4 @@
-"""The contracts of reward models: of steps, of whole completions, of costs, and of rated attributes."""
+"""The contracts of reward models: process rewards, whole completions, costs, and rated attributes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def process_checks(subject: Subject) -> list[Check]:
 
 
 def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) -> list[Check]:
-    """A step's score is that of the text which ends with it, and comes with that step's label."""
+    """Check that a step's score belongs to the text up to the end of the step, and comes with the step's label."""
     sequences, module = batch.sequences, subject.module
     ends = [(row, int(end)) for row, flags in enumerate(sequences.supervised) for end in flags.nonzero().flatten()]
     cut_off = sequences._replace(
@@ -64,9 +64,9 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
 
 
 def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
-    """A step's score is drawn to the log-odds of its label, and to nothing else.
+    """Check that a step's score is drawn to the log-odds of its label alone.
 
-    A class that says in ``no_target`` why it has another rest, a ranking of steps say, lifts right steps against wrong.
+    A class with ``no_target``, such as a ranking of steps, only has to raise right steps relative to wrong ones.
     """
     if subject.kind.no_target:
         falls, rises = (
@@ -93,14 +93,14 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
 
 
 def slope_of_step(subject: Subject, given: ProcessScores, step: int, label: float) -> float:
-    """Return the slope by one step's score with that step's label, all labels certain."""
+    """Return the gradient by one step's score for a given label of that step, with all labels rounded to 0 or 1."""
     labels = given.labels.round()
     labels[step] = label
     return float(slopes_of_scores(subject, given._replace(labels=labels))[step])
 
 
 def slopes_of_scores(subject: Subject, given: Any) -> Tensor:
-    """Return the slopes of all losses by the scores; a constant such as a Brier score's is not in them."""
+    """Return the gradient of all losses by the scores; constants, as in a Brier score, have no effect on it."""
     function, (leaf,) = field_function(subject, subject.module, given)
     return torch.autograd.grad(function(leaf).sum(), leaf)[0]
 
@@ -119,7 +119,7 @@ def reward_checks(subject: Subject) -> list[Check]:
 
 
 def rating_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
-    """Check that each output is drawn to its own rating, and to nothing else."""
+    """Check that each output is drawn to its own rating alone."""
     module = subject.module
     outputs = module.reward_model(padded_layout(batch.sequences)).detach()
     ones = torch.ones_like(batch.weights)
@@ -159,12 +159,12 @@ def rating_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
 
 
 def has_safety(given: RankedScores) -> bool:
-    """Whether a loss sees labels of safety, so that the zero of its costs means something."""
+    """Return whether a loss reads safety labels, which give the zero of its costs a meaning."""
     return SAFETY.keys() <= given.extras.keys()
 
 
 def with_safety(given: RankedScores, chosen: float, rejected: float) -> RankedScores:
-    """Return scores with the same safety labels for all groups, where a loss sees any."""
+    """Return scores with the same safety labels for all groups, if the loss reads any."""
     if not has_safety(given):
         return given
     labels = (torch.full_like(given.target, value) for value in (chosen, rejected))
@@ -172,12 +172,12 @@ def with_safety(given: RankedScores, chosen: float, rejected: float) -> RankedSc
 
 
 def sign_checks(subject: Subject, given: RankedScores) -> list[Check]:
-    """Check that safe completions are drawn below a cost of 0 and harmful ones above, each by its own label."""
+    """Check that costs of safe completions are drawn below 0 and harmful ones above, each by its own label."""
     certain = given._replace(target=torch.ones_like(given.target))
     best = given.ranks == 0
 
     def slope(cost: float, chosen: float, rejected: float) -> Tensor:
-        # Equal costs: their comparison adds nothing to the sum over a pair.
+        # With equal costs, the comparison adds 0 to the sum over a pair.
         equal = torch.full_like(given.scores, cost)
         return slopes_of_scores(subject, with_safety(certain._replace(scores=equal), chosen, rejected))
 
@@ -210,7 +210,7 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
         subject.values(module, one)
         for one in (
             lists,
-            lists._replace(scores=scores[swapped]),  # tied members exchanged
+            lists._replace(scores=scores[swapped]),  # exchange the tied members
             lists._replace(scores=scores.flip(0), ranks=lists.ranks.flip(0)),
         )
     )
@@ -230,13 +230,13 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
 
 
 def shipped_loss(subject: Subject, given: RankedScores) -> Tensor:
-    """Return the losses that the nearest shipped class would give for the same scores, at the class's own settings."""
+    """Return the losses of the nearest shipped class for the same scores, at the class's own settings."""
     base: Any = next(base for base in subject.kind.__mro__ if base.__module__.startswith("rlhf_lightning."))
     return as_loss(base.ranking_loss(subject.module, given)).values
 
 
 def comparison_checks(subject: Subject, given: RankedScores) -> list[Check]:
-    """Check soft labels of pairs, where the family has them: they count, and p of one order is 1 - p of the other."""
+    """Check soft labels of pairs, if the family has them: label p of one order equals 1 - p of the other."""
     unsure = [with_safety(given._replace(target=torch.full_like(given.target, p)), 0.5, 0.5) for p in (1.0, 0.6)]
     hard, soft = (shipped_loss(subject, one) for one in unsure)
     if bool((hard == soft).all()) or (subject.kind.data_columns and not has_safety(given)):
@@ -257,7 +257,7 @@ def comparison_checks(subject: Subject, given: RankedScores) -> list[Check]:
 
 
 def soft_label_residual(subject: Subject, certain: RankedScores) -> float:
-    """Return how far soft labels are from the expectation over both orders, or from rest at their log-odds."""
+    """Return how far soft labels are from the expectation over both orders, or from an optimum at their log-odds."""
     share = torch.full_like(certain.target, 0.7)
 
     def slope(one: RankedScores) -> Tensor:
@@ -272,7 +272,7 @@ def soft_label_residual(subject: Subject, certain: RankedScores) -> float:
 
 
 def list_weight_check(subject: Subject) -> list[Check]:
-    """Check that a loss which is the shipped one, times a factor, has one factor for lists of every length."""
+    """Check that a loss which is a multiple of the shipped loss has the same factor for lists of every length."""
     if subject.kind.__module__.startswith("rlhf_lightning."):
         return []
     factors = []
@@ -287,7 +287,7 @@ def list_weight_check(subject: Subject) -> list[Check]:
         own = slopes_of_scores(subject, given)
         factors.append(float(own @ right / (right @ right)))
         if float((own - factors[-1] * right).norm()) > 1e-9 * float(own.norm()):
-            return []  # another loss
+            return []  # a different loss
     advice = (
         f"lists of 2, 3 and 5 members have {', '.join(f'{factor:.3g}' for factor in factors)} times the shipped loss: "
         "divide by the pairs of a list, so that long lists do not dominate"
@@ -296,9 +296,10 @@ def list_weight_check(subject: Subject) -> list[Check]:
 
 
 def list_rest_check(subject: Subject) -> list[Check]:
-    """Check that a loss which pairs bring to the true scores is at rest there for lists of three too.
+    """Check that a loss which is stationary at the true scores for pairs is stationary there for lists of three too.
 
-    A class with a `no_target` may use lists otherwise: their best and worst members alone, for instance.
+    Classes with a ``no_target`` are skipped. They may use lists differently, for example only the best and the worst
+    member.
     """
     if subject.kind.no_target or subject.kind.data_columns or float(slope_at_truth(subject, 2)) > 1e-9:
         return []
@@ -307,7 +308,7 @@ def list_rest_check(subject: Subject) -> list[Check]:
 
 
 def slope_at_truth(subject: Subject, members: int) -> Tensor:
-    """Return the largest mean slope at the scores by which lists are ranked (Plackett-Luce)."""
+    """Return the largest mean gradient at the true scores, which generate the rankings (Plackett-Luce)."""
     scores = torch.tensor([0.4, -0.3, 1.0], dtype=torch.float64)[:members]
     orders = torch.tensor(list(itertools.permutations(range(members))))
     picked = (orientation(subject) * scores)[orders]
@@ -327,15 +328,15 @@ def orientation(subject: Subject) -> int:
 
 
 def rises(sign: int) -> str:
-    """Say which way the score of a better completion must go."""
+    """Return the direction in which the score of a better completion must move."""
     return "rise" if sign > 0 else "fall"
 
 
 def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
-    """Check that a constant on all scores of a prompt changes nothing, and that the better ranked gets better.
+    """Check that a constant added to all scores of a prompt changes nothing, and that better ranks get better scores.
 
-    Labels of safety give costs a zero. The difference between a label and its opposite still has no constant, and where
-    safety is a toss-up, costs of 0 are at rest but for their ranks.
+    Safety labels give costs a zero. Still, the loss difference between a label and its opposite does not depend on a
+    constant. With a safety label of 0.5, costs of 0 move only by their ranks.
     """
     module, checks, sign = subject.module, [], orientation(subject)
     certain = given._replace(target=torch.ones_like(given.target))
@@ -348,7 +349,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         if has_safety(given):
             opposite, (leaf,) = field_function(subject, module, given._replace(target=torch.zeros_like(given.target)))
             moved = moved - shifted(opposite, leaf, 3.0 * way)
-        if subject.kind.no_target and not has_safety(given):  # scores may be held near 0, as the class says
+        if subject.kind.no_target and not has_safety(given):  # no_target allows pulling scores towards 0
             held = moved + shifted(function, leaf, -3.0 * way)
             moved = torch.where(held > 1e-9, 0.0, moved)
         advice = "only differences of scores mean anything"
@@ -359,7 +360,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     if has_safety(given):
         unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
         function, (leaf,) = field_function(subject, module, unsure)
-    elif getattr(module, "centering", 0) or subject.kind.no_target:  # which may pull scores towards 0 as well
+    elif getattr(module, "centering", 0) or subject.kind.no_target:  # may pull scores towards 0
         centred = sign * torch.where(given.ranks == 0, 0.1, -0.1).to(leaf)
         function, (leaf,) = field_function(subject, module, certain._replace(scores=centred))
     gradient = torch.autograd.grad(function(leaf).sum(), leaf)[0]
@@ -372,5 +373,5 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
 
 
 def shifted(function: Callable[..., Tensor], leaf: Tensor, by: Tensor) -> Tensor:
-    """Return how a constant on scores changes each loss."""
+    """Return the change of each loss when a constant is added to the scores."""
     return function(leaf.detach() + by) - function(leaf.detach())

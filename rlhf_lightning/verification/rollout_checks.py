@@ -1,4 +1,4 @@
-"""The contract of updates on samples: temperature, engines, missing scores, returns, and how a minibatch is cut."""
+"""The contract of updates on samples: temperature, engines, missing scores, returns, and splits of a minibatch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from rlhf_lightning.verification.targets import all_rows, policy_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
 TEMPERATURE, LAMBDA, DISCOUNT = 0.7, 0.9, 0.95
-"""Settings at which a value that is forgotten shows."""
+"""Values different from the defaults, so that ignoring a setting is noticed."""
 
 
 def token_logprobs_of(world: EnumerableWorld, table: Tensor, sequences: Sequences) -> Tensor:
-    """Return the log-probability of each completion token under a table, 0 under the mask, shape (rows, length)."""
+    """Return the log-probability of each completion token under a table, 0 where masked, shape (rows, length)."""
     prefixes, tokens, mask = (part[world.places_of(sequences)] for part in world.walks)
     return torch.where(mask, table.double().log_softmax(-1)[prefixes, tokens], 0.0)
 
 
 def temperature_checks(subject: Subject) -> list[Check]:
-    """Check that a temperature reaches the log-probabilities of rollouts and of updates."""
+    """Check that the temperature is applied to the log-probabilities of rollouts and of updates."""
     if "temperature" not in subject.known:
         return []
     module, world = subject.fresh(moved=True, temperature=TEMPERATURE), subject.world
-    module.trainer.training = True  # validation draws less
+    module.trainer.training = True  # validation draws fewer samples
     rollout = module.collect(world.questions(2))
     exact = token_logprobs_of(world, module.model.model.model.table.weight.detach() / TEMPERATURE, rollout.sequences)
     width = rollout.old_logprobs.shape[1]
@@ -54,7 +54,7 @@ def temperature_checks(subject: Subject) -> list[Check]:
 
 
 def missing_score_check(case: Case) -> Check:
-    """Check that a completion without a score teaches nothing, and spoils no other."""
+    """Check that a completion without a score has advantage 0 and does not affect the others."""
     module, rollout = case.module, case.rollout
     scores = rollout.scores.clone()
     scores[0] = torch.nan
@@ -69,7 +69,7 @@ def missing_score_check(case: Case) -> Check:
 
 
 def learned_check(case: Case) -> Check:
-    """Check that tokens are learned inside completions alone, and finished completions rather than truncated ones."""
+    """Check that only completion tokens are learned from, and finished completions rather than truncated ones."""
     learned, mask, finished = case.advantages.learned, case.rollout.completion_mask, case.rollout.finished
     wrong = 0
     if learned is not None:
@@ -89,7 +89,7 @@ def aggregation_check(case: Case) -> Check:
 
 
 def loss_padding_check(case: Case) -> Check:
-    """Check that columns under the mask change no token's loss."""
+    """Check that masked columns change no token's loss."""
     mask, given = case.rollout.completion_mask, case.moved_by(0.1)
     if given.minibatch is not None:
         return at_most("loss padding", 0.0, 1e-10, "not measured: the loss sees the whole minibatch")
@@ -100,7 +100,7 @@ def loss_padding_check(case: Case) -> Check:
 
 
 def holes_check(case: Case) -> Check:
-    """Check that tokens of an environment between the policy's tokens change no reward and no advantage."""
+    """Check that environment tokens between the policy's tokens change no reward and no advantage."""
     module, rollout, width = case.module, case.rollout, case.rollout.completion_mask.shape[1]
     if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
         said = "not measured: a hole begins a new turn, which these settings tell from others"
@@ -121,14 +121,14 @@ def holes_check(case: Case) -> Check:
 
 
 def sampler_checks(case: Case) -> list[Check]:
-    """Check that a token that the engine draws too often counts less under a sampler correction, or a loss's own."""
+    """Check that tokens the engine samples too often get less weight under a sampler correction, or the loss's own."""
     module, mask, old = case.module, case.rollout.completion_mask, case.rollout.old_logprobs
     if "sampler_correction" not in case.subject.known or case.subject.kind.teacher_name is not None:
         return []
     before = module.sampler_correction
     written = type(module).policy_loss is not OnPolicyModule.policy_loss
-    own = written and before is None  # such a loss need not have a correction without the setting
-    weighs = before is None and module.sampler_weight(case.logprobs()) is not None  # by a weight of its own
+    own = written and before is None  # such a loss may have no correction without the setting
+    weighs = before is None and module.sampler_weight(case.logprobs()) is not None  # uses its own weight
     module.sampler_correction = None if own else "token_truncate"
     try:
         sizes = []
@@ -138,14 +138,14 @@ def sampler_checks(case: Case) -> list[Check]:
             sizes.append(float(case.slopes(given)[mask].abs().mean()))
     finally:
         module.sampler_correction = before
-    if own and abs(sizes[0] - sizes[1]) < 1e-9:  # the engine's log-probabilities are not read
+    if own and abs(sizes[0] - sizes[1]) < 1e-9:  # the loss ignores the engine's log-probabilities
         return []
     advice = "the correction's weight is old / behaviour: look for the inverse, or for a correction that is dropped"
     return [at_least("sampler correction", sizes[0] - sizes[1], -1e-6 if weighs else 1e-6, advice)]
 
 
 def kl_loss_checks(case: Case) -> list[Check]:
-    """Check that the mean of the KL loss over the policy's samples is the KL itself; k2 is only positive."""
+    """Check that the mean of the KL loss over the policy's samples equals the KL; for k2, that it is positive."""
     module, world = case.module, case.subject.world
     if not module.kl_coef or module.reference is None:
         return []
@@ -165,20 +165,20 @@ def kl_loss_checks(case: Case) -> list[Check]:
 
 
 def return_checks(subject: Subject) -> list[Check]:
-    """Check the critic's targets against generalised advantages summed by hand, at lambda and gamma below 1."""
+    """Check the critic's targets against directly summed generalised advantages, at lambda and gamma below 1."""
     if not {"lam", "gamma"} <= subject.known:
         return []
     module = subject.fresh(moved=True, lam=LAMBDA, gamma=DISCOUNT)
     case = Case(subject, module)
     values, found = case.rollout.values, case.advantages.returns
     assert values is not None and found is not None
-    residual = min(return_residual(case, values, found, lam) for lam in (LAMBDA, 1.0))  # a critic may take lambda 1
+    residual = min(return_residual(case, values, found, lam) for lam in (LAMBDA, 1.0))  # a critic may use lambda 1
     advice = "returns are values + sum (gamma lambda)^k (r + gamma V' - V): look at gamma, lambda and the last state"
     return [at_most("returns", residual, 1e-8, advice)]
 
 
 def return_residual(case: Case, values: Tensor, found: Tensor, lam: float) -> float:
-    """Return how far the critic's targets are from values plus generalised advantages at a lambda, summed by hand."""
+    """Return the distance of the critic's targets from values plus directly summed generalised advantages."""
     mask = case.module.critic_states(case.rollout)
     expected = torch.zeros_like(found)
     for row in range(0, len(mask), 5):
@@ -197,7 +197,7 @@ def return_residual(case: Case, values: Tensor, found: Tensor, lam: float) -> fl
 
 
 def update_checks(subject: Subject) -> list[Check]:
-    """Check that neither micro-batches nor ranks change the gradient of an update."""
+    """Check that splits into micro-batches and ranks do not change the gradient of an update."""
     update = Update(subject)
     whole = update.gradient()
     scale = whole.abs().max().clamp_min(1e-300)

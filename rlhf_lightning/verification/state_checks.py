@@ -1,4 +1,4 @@
-"""The contract of a module's own state: validation moves none, a checkpoint keeps it, and it moves the right way."""
+"""The contract of module state: validation leaves it alone, checkpoints keep it, updates have the right sign."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rlhf_lightning.verification.exact import SelfTaught
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, own_bases, parameters_of
 
 OF_THE_BASES = frozenset((*COUNTERS, "training", "limits", "_buffers", "_untouched"))
-"""Attributes of the shipped bases that move in every step."""
+"""Attributes of the shipped bases that change in every step."""
 
 State = dict[str, Any]
 
 
 def state_checks(subject: Subject) -> list[Check]:
-    """Return the checks of state that a class of a user's own keeps, where it changes what is learned."""
+    """Return the checks of the state that a user-defined class keeps, if it changes what is learned."""
     validated, _ = moved_by(subject, validate)
     trained, module = moved_by(subject, train)
     advice = (
@@ -60,13 +60,13 @@ def state_checks(subject: Subject) -> list[Check]:
 
 
 def unread_settings(kind: type) -> list[str]:
-    """Return the settings that a class of a user's own keeps under their names, and that no code of its file reads."""
+    """Return the settings that a user-defined class stores under their names but that no code of its file reads."""
     own = own_bases(kind)
     named = {name for base in own for name in parameters_of(base)}
     taken = {name for base in kind.__mro__[len(own) :] for name in parameters_of(base)}
     try:
         texts = {inspect.getsource(sys.modules[base.__module__]) for base in own if parameters_of(base)}
-    except (KeyError, OSError, TypeError):  # written in a notebook
+    except (KeyError, OSError, TypeError):  # defined in a notebook
         return []
     nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
@@ -80,7 +80,7 @@ def unread_settings(kind: type) -> list[str]:
 
 
 def state_of(module: Any) -> State:
-    """Return a copy of a module's numbers and tensors, and of those in objects of its own, by name."""
+    """Return a copy of all numbers and tensors of a module and of its user-defined member objects, by name."""
     found: State = {}
     for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]:
         if name in OF_THE_BASES or name.startswith("__"):
@@ -95,7 +95,7 @@ def state_of(module: Any) -> State:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a tensor, or a collection of those."""
+    """Return whether a value is a number, a tensor, or a collection of numbers and tensors."""
     if isinstance(value, dict):
         return all(is_plain(part) for part in value.values())
     if isinstance(value, list | tuple) or type(value).__name__ == "deque":
@@ -115,14 +115,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def set_state(module: Any, state: State) -> None:
-    """Give a module some values of `state_of`."""
+    """Set values of `state_of` on a module."""
     for name, value in state.items():
         holder, _, inner = name.partition(".")
         setattr(getattr(module, holder) if inner else module, inner or holder, copy.deepcopy(value))
 
 
 def moved_by(subject: Subject, run: Callable[[Subject, Any], Any]) -> tuple[State, Any]:
-    """Return the state that a step moves, with its later values, and the module after that step."""
+    """Return the state that a step changes, with its new values, and the module after that step."""
     module = subject.fresh(moved=True)
     before = state_of(module)
     run(subject, module)
@@ -155,7 +155,7 @@ def validate(subject: Subject, module: Any) -> None:
 
 
 def train(subject: Subject, module: Any) -> dict[str, Any]:
-    """Run a training step that leaves the weights as they are; return what it logs."""
+    """Run a training step that does not change the weights; return the logged metrics."""
     module.trainer.training = True
     module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
     try:
@@ -177,7 +177,7 @@ def after_checkpoint(subject: Subject) -> State:
 
 
 def effect(subject: Subject, state: State) -> float:
-    """Return how much state changes what is learned from the same data."""
+    """Return how much a state changes what is learned from the same data."""
     if not state:
         return 0.0
     plain, moved = subject.fresh(moved=True), subject.fresh(moved=True)
@@ -187,7 +187,7 @@ def effect(subject: Subject, state: State) -> float:
 
 
 def learned(subject: Subject, module: Any) -> Tensor:
-    """Return what a module learns from data or samples: the gradient, and advantages where there are some."""
+    """Return what a module learns from data or samples: the gradient, or advantages and losses for rollouts."""
     if isinstance(module, OnlineDPOModule):
         rollout = online_checks.some_groups(subject, module)
         pairs = module.pairs(rollout)
@@ -205,9 +205,9 @@ def learned(subject: Subject, module: Any) -> Tensor:
 
 
 def reference_check(subject: Subject) -> Check:
-    """Check that training leaves the reference alone where the class does not declare that it moves.
+    """Check that training does not change the reference, unless the class declares ``reference_moves``.
 
-    Whole numbers among the class's own settings are 1, so that what is done in every 64th step is done in each.
+    Integer settings of the class are set to 1, so that an action of every 64th step happens in every step.
     """
     own = {name: one.default for base in own_bases(subject.kind) for name, one in parameters_of(base).items()}
     often = {name: 1 for name, default in own.items() if type(default) is int and default > 1}
@@ -221,7 +221,7 @@ def reference_check(subject: Subject) -> Check:
 
 
 def kl_coef_check(subject: Subject) -> Check:
-    """Check that a KL coefficient that adapts is larger after a rollout with much KL than after one with little."""
+    """Check that an adaptive KL coefficient is larger after a rollout with large KL than after one with small KL."""
     found = []
     for kl in (1e-4, 20.0):
         module = subject.fresh(moved=True)

@@ -1,4 +1,4 @@
-"""The class under verification: fresh, unedited instances of it in a small world, in fp64."""
+"""The class under verification: new, unmodified instances in a small world, in fp64."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL_WORLD_SETTINGS: dict[str, Any] = {
     "context": "p1",
     "place": "system",
 }
-"""What a class is made with unless told otherwise: the defaults of large models have no optimum within reach here."""
+"""Default settings in the small world: with the defaults of large models, training would not reach the optimum."""
 
 LEAST_BETA = 0.5
 
@@ -51,12 +51,12 @@ class Check(NamedTuple):
     Attributes:
         name: name of the check.
         measured: measured value.
-        bound: upper bound of the value, or lower bound where ``least``.
-        held: whether the value keeps the bound.
-        advice: what to look at where it does not.
-        least: whether the bound is a lower one.
+        bound: upper bound of the value, or lower bound if ``least``.
+        held: whether the value is within the bound.
+        advice: what to look at if it is not.
+        least: whether the bound is a lower bound.
         meant: reason that the class gives for failing; empty for none.
-        power: what a check of random samples would measure with the mistake that it is for; None without chance.
+        power: value that a check of random samples would measure in the presence of its mistake; None for exact checks.
     """
 
     name: str
@@ -70,24 +70,24 @@ class Check(NamedTuple):
 
 
 def at_most(name: str, measured: Tensor | float, bound: float, advice: str, power: float | None = None) -> Check:
-    """Return the check of an upper bound; NaN fails."""
+    """Return a check with an upper bound; NaN fails."""
     value = float(measured)
     return Check(name, value, bound, value <= bound, advice, power=power)
 
 
 def at_least(name: str, measured: Tensor | float, bound: float, advice: str) -> Check:
-    """Return the check of a lower bound; NaN fails."""
+    """Return a check with a lower bound; NaN fails."""
     value = float(measured)
     return Check(name, value, bound, value >= bound, advice, least=True)
 
 
 class Subject:
-    """A class with its settings, and what checks need of it.
+    """The class under verification, with its settings and helpers for the checks.
 
     Args:
         kind: the class.
-        world: where it is verified.
-        folder: the world's policy, see ``EnumerableWorld.write``.
+        world: world in which it is verified.
+        folder: folder of the world's policy, see ``EnumerableWorld.write``.
         settings: arguments of the class.
     """
 
@@ -96,13 +96,13 @@ class Subject:
     ) -> None:
         self.kind, self.world, self.folder = kind, world, folder
         self.settings = self._accepted(dict(settings or {}))
-        self.notes: list[str] = []  # what is to be said, and fails no check
+        self.notes: list[str] = []  # remarks that fail no check
 
     def _accepted(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the given settings and the small world's defaults, without defaults that the class sets itself.
+        """Return the given settings plus the small world's defaults, without the defaults that the class sets itself.
 
         Raises:
-            SettingError: the class needs a setting that is not given, or sets a given one itself.
+            SettingError: a required setting is missing, or a given setting is set by the class itself.
         """
         module, settings = self._made(self.kind, {**self._defaults(), **given}, given)
         self.outputs = getattr(module, "outputs", 1)
@@ -129,7 +129,7 @@ class Subject:
                 del settings[fixed[1]]
 
     def settings_for(self, other: type[AlignmentModule]) -> dict[str, Any]:
-        """Return this subject's settings, defaults of the class included, that another class takes too."""
+        """Return this subject's settings, including defaults of the class, that another class accepts."""
         effective = {**self.kind(init_from=self.folder, **self.settings).hparams, **self.settings}
         known = all_parameters(other) - {"init_from"}
         return self._made(other, {name: value for name, value in effective.items() if name in known})[1]
@@ -146,14 +146,14 @@ class Subject:
         stated = self.kind.target_of or any("target_policy" in vars(base) for base in own)
         free = any("kl_coef" in parameters_of(base) and parameters_of(base)["kl_coef"].default == 0 for base in own)
         if free and not stated:
-            chosen.pop("kl_coef", None)  # the class has no KL penalty, and states no target that needs one
+            chosen.pop("kl_coef", None)  # the class has no KL penalty, and declares no target with one
         if "teacher" in known:
             chosen["teacher"] = self.world.write_teacher(Path(self.folder).with_name("teacher"))
-            chosen.pop("kl_coef", None)  # the teacher has the reference's place, and there is no KL penalty
+            chosen.pop("kl_coef", None)  # the teacher replaces the reference, and there is no KL penalty
         elif "scorer" in known:
             chosen["scorer"] = self.world.judge
-            chosen["temperature"] = 1.0  # problems are listed at 1
-        if "soft_labels" in known:  # certain labels have no optimum, and pairs have no KL in a reward
+            chosen["temperature"] = 1.0  # enumerated problems assume temperature 1
+        if "soft_labels" in known:  # hard labels have no optimum, and pairs have no KL reward
             chosen["soft_labels"] = True
             chosen.pop("kl_coef", None)
         beta = next((parameters_of(base)["beta"] for base in self.kind.__mro__ if "beta" in parameters_of(base)), None)
@@ -165,7 +165,7 @@ class Subject:
         """Return a new instance with its models loaded, in fp64.
 
         Args:
-            moved: with a policy that has left its reference by a fixed random step, which invariants only warn of.
+            moved: move the policy away from its reference by a fixed random step; invariants then only warn.
             changes: settings to change.
         """
         module: Any = prepare(self.kind(init_from=self.start, **{**self.settings, **changes}))
@@ -182,10 +182,10 @@ class Subject:
 
     @cached_property
     def start(self) -> str:
-        """Folder that instances start from: the policy, or a blank reward model.
+        """Folder that instances start from: the policy, or a reward model with all scores 0.
 
-        A new head on the policy would give every score the huge logits of impossible tokens: they cancel in differences
-        alone, and leave single precision no digits.
+        A new head on the policy would put the huge logits of impossible tokens into every score. They cancel in
+        differences, but leave no significant digits in single precision.
         """
         if not issubclass(self.kind, RewardModule):
             return self.folder
@@ -194,7 +194,7 @@ class Subject:
 
     @cached_property
     def module(self) -> Any:
-        """An instance whose policy has left its reference; not to be trained."""
+        """Shared instance whose policy has moved away from its reference; must not be trained."""
         return self.fresh(moved=True)
 
     @cached_property
@@ -203,7 +203,7 @@ class Subject:
         return point_of(self.kind)
 
     def seen(self, module: Any, run: Callable[[], Any]) -> Any:
-        """Return what the override point was given while ``run`` ran; None if it was not called."""
+        """Return the first input of the override point while ``run`` runs; None if it was not called."""
         found: list[Any] = []
         original = getattr(module, self.overridden)
 
@@ -219,7 +219,7 @@ class Subject:
         return found[0] if found else None
 
     def values(self, module: Any, given: Any) -> Tensor:
-        """Return the losses that the override point gives for its input."""
+        """Return the losses of the override point for an input."""
         return as_loss(getattr(module, self.overridden)(without_leaves(given))).values
 
     def gradients(self, module: Any, run: Callable[[], Tensor]) -> Tensor:
@@ -238,7 +238,7 @@ class Subject:
 
 
 def without_leaves(given: Any) -> Any:
-    """Return an input whose differentiated fields may be overwritten, as those of a forward pass may."""
+    """Return an input whose differentiated fields may be overwritten in place, as after a forward pass."""
     leaves = {name: part for name, part in given._asdict().items() if isinstance(part, Tensor) and part.requires_grad}
     return given._replace(**{name: part.clone() for name, part in leaves.items() if part.is_leaf})
 
@@ -251,17 +251,17 @@ WANTED = {
     "the policy's mean log-probability of all ids": -1,
     SUM: -1,
 }
-"""Known statistics of tokens, and whether a loss of tokens that holds one rises or falls with it."""
+"""Known statistics of tokens, and the sign with which a token loss should depend on them."""
 
 
 def known_statistics(module: Any) -> dict[str, tuple[str, int]]:
-    """Return the known divergences and entropies among a class's statistics of tokens: words and sign by name."""
+    """Return the class's token statistics that are known divergences or entropies: description and sign by name."""
     if type(module).token_statistics is AlignmentModule.token_statistics:
         return {}
     own, theirs = torch.randn(2, 20, 9, generator=torch.Generator().manual_seed(23), dtype=torch.float64)
     try:
         found = module.token_statistics(own, theirs, torch.arange(20) % 9)
-    except Exception:  # it asks for more than logits
+    except Exception:  # the statistic needs more than logits
         return {}
     p, r = own.log_softmax(-1), theirs.log_softmax(-1)
     parts = (p.exp() * (p - r), r.exp() * (r - p), -p.exp() * p, p / p.shape[-1], p)
@@ -292,7 +292,7 @@ DIFFERENTIATED: dict[type, Sequence[str]] = {
 
 
 def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
-    """Return the input of an override point with fresh leaves for what carries gradient, and the leaves."""
+    """Return an override point's input with new leaf tensors in the fields that carry gradient, and these leaves."""
     plain: dict[str, Any] = {name: part.detach() for name, part in given._asdict().items() if isinstance(part, Tensor)}
     if hasattr(given, "extras"):
         plain["extras"] = {name: values.detach() for name, values in given.extras.items()}
@@ -307,7 +307,7 @@ def with_leaves(given: Any) -> tuple[Any, list[Tensor]]:
 def differentiate(
     losses: Callable[[Any], Tensor], given: Any, names: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return losses, and the slopes of their sum by some fields of an input; 0 where no gradient passes."""
+    """Return losses, and the gradient of their sum by some fields of an input; 0 where no gradient flows."""
     named = [name for name in names if getattr(given, name, None) is not None]
     leaves = {name: getattr(given, name).detach().clone().requires_grad_() for name in named}
     values = losses(given._replace(**leaves))
@@ -321,12 +321,12 @@ def differentiate(
 
 
 def has_outputs(given: Any) -> bool:
-    """Whether the scores that a loss sees are made of a head's several outputs."""
+    """Return whether the scores of a loss are computed from several outputs of a head."""
     return isinstance(given, RankedScores) and "outputs" in given.extras
 
 
 def with_parts(given: Any, parts: Sequence[Tensor], module: Any = None) -> Any:
-    """Return the input of an override point with other values of what carries gradient."""
+    """Return an override point's input with new values in the fields that carry gradient."""
     if has_outputs(given):
         scores = given.scores if module is None else module.score_of(parts[0])
         return given._replace(scores=scores, extras={**given.extras, "outputs": parts[0]})
@@ -334,10 +334,10 @@ def with_parts(given: Any, parts: Sequence[Tensor], module: Any = None) -> Any:
 
 
 def differentiated(given: Any) -> Sequence[str]:
-    """Return the fields of an override point's input that carry gradient; subclasses have those of their base.
+    """Return the fields of an override point's input that carry gradient; subclasses use the fields of their base.
 
     Raises:
-        ContractError: no known family has this input.
+        ContractError: the input belongs to no known family.
     """
     names = next((names for kind, names in DIFFERENTIATED.items() if isinstance(given, kind)), None)
     if names is None:
@@ -351,7 +351,7 @@ def differentiated(given: Any) -> Sequence[str]:
 
 
 def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Return the override point as a function of its differentiated fields, and those fields."""
+    """Return the override point as a function of its differentiated fields, and the values of these fields."""
     prepared, leaves = with_leaves(given)
 
     def function(*parts: Tensor) -> Tensor:
@@ -361,19 +361,19 @@ def field_function(subject: Subject, module: Any, given: Any) -> tuple[Callable[
 
 
 def point_of(kind: type) -> str:
-    """Return the name of a class's override point; empty where it has none."""
+    """Return the name of a class's override point; empty if it has none."""
     return next((name for name in OVERRIDE_POINTS if hasattr(kind, name)), "")
 
 
 def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a class's own ``__init__``; none where it inherits it."""
+    """Return the parameters of a class's own ``__init__``; empty if it is inherited."""
     if "__init__" not in vars(kind):
         return {}
     return dict(inspect.signature(vars(kind)["__init__"]).parameters)
 
 
 def own_bases(kind: type) -> list[type]:
-    """Return a class and its bases up to the shipped one that it derives from."""
+    """Return a user-defined class and its bases below the shipped class that it derives from."""
     return list(takewhile(lambda base: not base.__module__.startswith("rlhf_lightning."), kind.__mro__))
 
 

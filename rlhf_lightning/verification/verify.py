@@ -1,4 +1,4 @@
-"""``rlhf verify``: any objective, shipped or one's own, through the contract of its family."""
+"""``rlhf verify``: run any objective, shipped or user-defined, through the contract of its family."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the last line of a user's file that an error passed through; empty where there is none."""
+    """Return the last line of a user's file that an error passed through; empty if there is none."""
     package = Path(__file__).parents[1]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     own = [frame for frame in frames if package not in Path(frame.filename).parents and "/" in frame.filename]
@@ -93,7 +93,7 @@ def place_of(error: BaseException) -> str:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
-    """Return the classes named, the options, and the settings of the classes."""
+    """Return the class names, the options, and the settings of the classes."""
     names: list[str] = []
     options: dict[str, str] = {}
     settings: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], dict[str, Any
 
 
 def find(name: str) -> type[Any]:
-    """Return the class of an import path, or the shipped one of a short name.
+    """Return the class with an import path, or the shipped class with a short name.
 
     Raises:
         SettingError: see `loading.load_class`.
@@ -143,7 +143,7 @@ def foreign(spec: str, settings: dict[str, Any]) -> list[tuple[type[Any], str, d
 
 
 def report_of(found: Any, brief: bool) -> str:
-    """Return the table of a class, or of many classes one line each and what failed."""
+    """Return the table of a class; if ``brief``, one line and the checks that failed."""
     failed = [check for check in found.checks if not (check.held or check.meant)]
     lines = [f"{found.name}: {len(found.checks)} checks, {verdict_of(found)}, {found.seconds:.1f} s"]
     shown = [check for check in found.checks if not brief or not check.held]
@@ -168,12 +168,12 @@ def verdict_of(found: Any) -> str:
 
 
 def word_of_mistakes(found: Any) -> str:
-    """Return what the words of known mistakes are: where every check holds, another method may differ like that."""
+    """Return the label for known mistakes: if every check passes, another method may differ in the same way."""
     return "mistake" if found.failed or not found.has_target else "it differs from the shipped class"
 
 
 def word_for(check: Any) -> str:
-    """Return what the table says of a check: yes, NO, or why the class means to fail it."""
+    """Return the table entry of a check: yes, NO, or the reason why the failure is intended."""
     if check.held:
         return "yes"
     if not check.meant:
@@ -182,7 +182,7 @@ def word_for(check: Any) -> str:
 
 
 def rest_of(found: Any) -> str:
-    """Say where training came to rest."""
+    """Describe the converged policy and its target."""
     end = found.convergence
     if end is None:
         return ""
@@ -197,7 +197,7 @@ def rest_of(found: Any) -> str:
 
 
 def write_report(path: Path, done: Sequence[Any]) -> None:
-    """Write the page of ``--report``: the target, the path of training, each check with its number and bound."""
+    """Write the page of ``--report``: the target, the training path, and each check with its value and bound."""
     from rlhf_lightning.evaluation.report import write_page
 
     classes = [
@@ -228,7 +228,7 @@ def write_report(path: Path, done: Sequence[Any]) -> None:
 
 
 def path_of(found: Any) -> dict[str, Any]:
-    """Return the path of training as two lines of an SVG picture, 550 wide and 150 high."""
+    """Return the training path as two lines of an SVG image, 550 wide and 150 high."""
     path: tuple[Any, ...] = () if found.convergence is None else found.convergence.path
     values = [value for _, gold, kl in path for value in (gold, kl) if math.isfinite(value)]
     if len(path) < 2 or not values:
@@ -246,7 +246,7 @@ def path_of(found: Any) -> dict[str, Any]:
 
 
 def plain(found: Any) -> dict[str, Any]:
-    """Return a verification as plain types."""
+    """Return a verification result as plain Python types."""
     end = found.convergence
     reached = None
     if end is not None:
@@ -267,7 +267,7 @@ def plain(found: Any) -> dict[str, Any]:
 
 
 def peers_table(done: Sequence[Any], broken: Mapping[str, str]) -> str:
-    """Return the table of other projects' losses, and what is to be said of those that do not hold."""
+    """Return the table of other projects' losses, and remarks on those that fail."""
     rows, said = [], []
     for found in done:
         shipped = found.compared_with or "none"
@@ -286,7 +286,7 @@ def peers_table(done: Sequence[Any], broken: Mapping[str, str]) -> str:
 
 
 def page(done: Sequence[Any]) -> str:
-    """Return the table of all classes as a page."""
+    """Return the Markdown page with the table of all classes."""
     rows = []
     for found in done:
         end = found.convergence

@@ -289,10 +289,9 @@ class EnumerableWorld:
         return RankedBatch(sequences, ranks, torch.ones_like(weights), torch.zeros_like(weights), weights)
 
     def judgements(self) -> UnpairedBatch:
-        """Return every completion twice: desirable, weighted by its mean win rate, and undesirable, by 1 minus that
-        rate.
+        """Return every completion as desirable (weight: its mean win rate) and as undesirable (weight: 1 minus it).
 
-        The mean weight is 1. The mismatched completions are the same texts, since every prompt has the same
+        Weights are scaled to mean 1. The mismatched completions are the same texts, since every prompt has the same
         completions.
         """
         count = len(self.completions)
