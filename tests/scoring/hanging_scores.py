@@ -1,4 +1,4 @@
-"""Scores that misbehave, importable by the processes that a time limit starts."""
+"""Misbehaving scores, importable by the worker processes of a time limit."""
 
 import math
 import os
@@ -17,7 +17,7 @@ def _one(text, columns):
         while True:
             pass
     if text == "child":
-        # What the scorer starts must die with it: this one would write its file after two seconds.
+        # A child process of the scorer must die with it: this one would write its file after two seconds.
         code = f"import time; time.sleep(2); open({columns['path'][0]!r}, 'w').close()"
         subprocess.Popen([sys.executable, "-c", code])
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""Sums and ensembles by value, what each part measures, and how YAML writes them."""
+"""Sums and ensembles by value, the metrics of each part, and their YAML form."""
 
 import math
 

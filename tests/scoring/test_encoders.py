@@ -157,7 +157,7 @@ def test_an_encoder_named_as_a_decoder_says_what_to_use(tmp_path: Path) -> None:
 
 
 def test_a_reward_models_own_template_and_tokenizer_are_used(tmp_path: Path) -> None:
-    """Its vocabulary numbers the words otherwise, and its template writes the turns otherwise, than the policy's."""
+    """Its vocabulary and its template differ from the policy's."""
     folder = Path(save_reward_model(tmp_path / "reward"))
     own = tiny_tokenizer()
     words = [*SPECIAL, *(f"w{index}" for index in reversed(range(FIRST_WORD, VOCABULARY)))]

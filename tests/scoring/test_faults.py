@@ -1,6 +1,4 @@
-"""A scorer that hangs, dies, raises or returns nonsense loses one completion, which is not counted as a
-wrong answer.
-"""
+"""A scorer that hangs, dies, raises or returns nonsense loses one completion, which does not count as wrong."""
 
 import math
 import sys
@@ -35,7 +33,7 @@ def taken(scorer):
 
 
 def test_what_goes_wrong_is_dropped_and_counted_by_kind(limited):
-    assert score(limited, ["ok"]) == [2.0]  # the processes are up
+    assert score(limited, ["ok"]) == [2.0]  # the worker processes are running
     limited.take_metrics()
     started = time.monotonic()
     found = score(limited, ["hang", "four", "die", "raise", "none", "hang", "x", "nan"])
@@ -102,7 +100,7 @@ def test_what_no_process_can_be_given_is_refused():
 
 
 class Calls:
-    """The scorer of the tests' processes, in this one; keeps what it was asked for."""
+    """Runs the test scorer in this process and records its requests."""
 
     def __init__(self, fails=0):
         self.asked, self.fails = [], fails
@@ -123,7 +121,7 @@ def test_a_bad_completion_does_not_cost_the_others():
 
 
 def test_a_scorer_that_fails_for_a_while_is_asked_again():
-    calls = Calls(fails=4)  # the whole, each by itself, and the whole again
+    calls = Calls(fails=4)  # the whole batch, each completion alone, and the whole batch again
     scorer = FaultTolerant(calls, retries=2, wait=0.01)
     assert score(scorer, ["ab", "c"]) == [2.0, 1.0]
     assert calls.asked == [["ab", "c"], ["ab"], ["c"], ["ab", "c"], ["ab"], ["c"]]

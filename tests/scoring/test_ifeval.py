@@ -1,4 +1,4 @@
-"""IFEval's 25 kinds by value: completions that follow an instruction, ones that nearly do, and rows that are wrong."""
+"""IFEval's 25 kinds by value: completions that follow an instruction, near misses, and invalid rows."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Instructions by value: texts that keep them, texts that nearly do, and rows that are wrong."""
+"""Instructions by value: texts that follow them, near misses, and invalid rows."""
 
 import contextlib
 import inspect
@@ -90,7 +90,7 @@ def an_argument(name):
 
 @pytest.mark.parametrize("filler", FILLERS)
 def test_long_runs_take_linear_time(filler):
-    """A policy may write nothing but spaces; each check reads them once."""
+    """A policy may write only spaces; each check reads them once."""
     began, run = time.monotonic(), filler * (200_000 // len(filler))
     for text in (run, f"```{run}x", f"<<{run}", f"x{run}x", f"- {run}", f'{{"name": {run}', f"[TOOL_CALLS]{run}"):
         for name, (arguments, *_) in CASES.items():

@@ -1,4 +1,4 @@
-"""Final answers by value: where they stand, what they are worth, and text that tries to trick or hang the reader."""
+"""Final answers by value: where they are, what they are worth, and text that tries to trick or hang the parser."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def rows_of(name):
     path = DATA / f"{name}.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is not there: name the folder of the human data in RLHF_DATA")
-    with path.open(encoding="utf-8") as lines:  # some rows hold characters that splitlines takes for line ends
+    with path.open(encoding="utf-8") as lines:  # some rows contain characters that splitlines treats as line ends
         return [json.loads(line) for line in lines]
 
 
@@ -150,7 +150,7 @@ def test_verified_solutions_are_told_apart():
 
 @pytest.fixture
 def verifying():
-    """Makes a scorer with a time limit; one process, since each imports SymPy."""
+    """Return a function that creates a scorer with a time limit, in one process, since each imports SymPy."""
     pytest.importorskip("math_verify", reason="math-verify is not installed: pip install 'rlhf-lightning[math]'")
     made = []
 

@@ -48,7 +48,7 @@ def test_flagged_completions_are_penalised_screened_or_watched(action, expected)
 
 
 def test_precision_recall_and_auroc_by_hand():
-    """Hacks: the first (0.1) and the fourth (0.6); honest: 0.7, 0.0, and one that the monitor cannot judge."""
+    """Hacks are the first (0.1) and the fourth (0.6); honest are 0.7, 0.0, and one that the monitor cannot judge."""
     scorer = Monitor(length, suspicion, truth=hacks)
     ask(scorer)
     found = taken(scorer)

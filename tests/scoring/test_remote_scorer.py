@@ -1,4 +1,4 @@
-"""Test a remote scorer: unavailable, back again, gone for good, sending nonsense, asking for the key."""
+"""A remote scorer: unavailable, available again, permanently gone, sending nonsense, requiring a key."""
 
 import threading
 import time

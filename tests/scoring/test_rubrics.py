@@ -25,7 +25,7 @@ __all__ = ["one_thread", "policy_folder"]
 
 
 def train(folder: str, tmp_path: Path, rows: list[dict[str, Any]], scorer: Any, rollouts: int = 2) -> Any:
-    """Fit GRPO on rows of a file; return its rollouts and the metrics of each."""
+    """Fit GRPO on rows of a file; return its rollouts and their metrics."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = PromptDataModule(
@@ -41,7 +41,7 @@ def train(folder: str, tmp_path: Path, rows: list[dict[str, Any]], scorer: Any, 
 
 @pytest.fixture(scope="module")
 def judge_folder(policy_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A judge whose vocabulary has the words of a rubric and both letters."""
+    """A judge whose vocabulary contains the words of a rubric and both letters."""
     folder = tmp_path_factory.mktemp("judge") / "judge"
     save_policy(folder, seed=3, max_position_embeddings=512)
     words = [*SPECIAL, "A", "B", "short", "kind", *(f"w{n}" for n in range(10, VOCABULARY))]
@@ -60,7 +60,7 @@ RUBRICS = ["kind", [{"criterion": "short", "weight": 3.0}, {"criterion": "kind"}
 
 
 def probability_met(model: Any, tokenizer: Any, prompt: str, completion: str, criterion: str) -> float:
-    """p(A) / (p(A) + p(B)) of the whole forward after the question, with the answer begun."""
+    """Return p(A) / (p(A) + p(B)) of the full forward pass after the question and the start of the answer."""
     text = (
         f"Human: {prompt}\n\nAssistant: {completion}\n\nCriterion: {criterion}\n\n(A) The last answer meets the "
         "criterion.\n\n(B) It does not.\n\nName the right verdict by its letter alone: (A) or (B)."
@@ -88,7 +88,7 @@ def test_a_local_judge_scores_by_each_rows_rubric(policy_folder: str, judge_fold
 
 def test_a_judge_behind_a_server_scores_by_each_rows_rubric(policy_folder: str, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> dict[str, Any]:
-        """Kind completions have an even number of words, short ones at most two."""
+        """Answer as a judge: kind completions have an even number of words, short ones at most two."""
         text = body["messages"][-1]["content"]
         completion = text.split("Assistant:")[1].split("Criterion:")[0].split()
         met = len(completion) % 2 == 0 if "Criterion: kind" in text else len(completion) <= 2
@@ -123,7 +123,7 @@ def test_a_completion_without_a_verdict_cannot_be_judged() -> None:
 
 
 class Fixed:
-    """A judge that gives the same probability of (A) to every question, and counts them."""
+    """A judge that gives the same probability of (A) to every question, and counts the questions."""
 
     def __init__(self, probability: float, name: str = "fixed") -> None:
         self.probability, self.name, self.asked = probability, name, 0
@@ -147,7 +147,7 @@ def test_a_rubric_from_a_file_names_parts_and_faults(tmp_path: Path) -> None:
 
 
 class ByCriterion:
-    """A judge that prefers (A) by the length of the criterion."""
+    """A judge whose probability of (A) depends on the length of the criterion."""
 
     name = "length"
 

@@ -1,4 +1,4 @@
-"""Prices on length and repetition by value."""
+"""Length and repetition penalties by value."""
 
 import pytest
 from conftest import refused

@@ -1,4 +1,4 @@
-"""Roles and loss masks never depend on the text: for tokenizers of every family."""
+"""Roles and loss masks do not depend on the text, for tokenizers of every family."""
 
 import sys
 from pathlib import Path

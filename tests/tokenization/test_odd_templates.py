@@ -1,4 +1,4 @@
-"""Odd chat templates: the assistant's turns are learned as the template writes them, or the row is dropped."""
+"""Unusual chat templates: assistant turns are learned as the template writes them, or the row is dropped."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +59,7 @@ WORDS = st.sampled_from(
 
 @st.composite
 def conversations(draw: Any) -> list[dict[str, Any]]:
-    """Turns that each hold a word of their own."""
+    """Return turns that each contain a unique word."""
     roles = draw(st.sampled_from(["ua", "uaua", "sua", "suaua", "uaa", "uua", "saua", "uauaua"]))
     names = {"u": "user", "a": "assistant", "s": "system"}
     return [
@@ -110,7 +110,7 @@ def test_prompt_and_completion_are_the_templates_own_text(template: str, turns: 
     plain = {mark: mark for mark in marks(turns)}
     for turn in rendered:
         facts_text = "".join(span.text for span in turn.prompt.spans)
-        # A prompt that ends with the assistant's words is continued, while data may teach the turn after them.
+        # A prompt that ends with an assistant turn is continued at inference, while data may train the turn after it.
         learned_after = turn.context[-1]["role"] == "assistant"
         asked = facts_text if learned_after else tokenizer.decode(encode_prompt(tokenizer, turn.context))
         try:

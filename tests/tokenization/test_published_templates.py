@@ -1,6 +1,6 @@
-"""Published chat templates: what is learned is what `apply_chat_template` of transformers writes.
+"""Published chat templates: the learned text equals that of `apply_chat_template` in transformers.
 
-The templates are not part of this repository. RLHF_CHAT_TEMPLATES names a folder of .jinja files; else
+The templates are not part of this repository. RLHF_CHAT_TEMPLATES names a folder of .jinja files. By default,
 ``chat_templates`` in the cache is read, which `make chat-templates` fills.
 """
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / os.environ.get("RLHF_CASES", Path(os.environ.get("RLHF_DATA", "../shared/data")).parent / "cases")
 TEMPLATES = {
     file.stem: file for file in sorted(FOLDER.glob("*.jinja")) if not file.stem.endswith("_training")
-}  # those are changed for training
+}  # changed for training
 
 MARK = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|<｜[^<>｜]{1,40}｜>|<\|[a-z_]{1,20}>|<[a-z_]{1,20}\|>|</?(?:start|end)_of_\w+>"
@@ -55,7 +55,7 @@ def tokenizer_of(name):
 
 
 def transformers_text(tokenizer, messages, generation, tools=None):
-    """Render with transformers' own sandbox, at the date that ours has."""
+    """Render with transformers' own sandbox, at the same date as ours."""
     from transformers.utils import chat_template_utils
 
     template = tokenizer.get_chat_template(tools=tools)
@@ -69,7 +69,7 @@ def transformers_text(tokenizer, messages, generation, tools=None):
 
 
 def as_read(tokenizer, messages):
-    """Write messages in the form that the template reads: a thought under its key where content is not searched."""
+    """Write messages in the form that the template reads; thoughts go under their own key where needed."""
     facts, found = facts_of(tokenizer), []
     for message in messages:
         thought, answer = thought_and_answer(message["content"])
@@ -87,7 +87,7 @@ def as_read(tokenizer, messages):
 
 
 def text_of(tokenizer, rendered):
-    """The text whose ids are learned from; they decode to what was rendered."""
+    """Return the text that is learned from, after checking that its ids decode to the rendered text."""
     encoded = encode_rendered(tokenizer, [rendered])[0]
     closing = len(rendered.closing)
     ids = encoded.ids[:-closing] if closing else encoded.ids
@@ -119,7 +119,7 @@ def check_turns(name, messages, tools=None):
             assert not re.sub(r"<[^<>\s]+>", "", rest).strip(), f"{rest!r} is not learned"
             kinds.add("equal")
             continue
-        # The template renders the prompt, or what it begins, otherwise once it is answered: what serving meets counts.
+        # The template renders the prompt differently once it is answered: the text at inference counts.
         met = transformers_text(tokenizer, read[:last], True, tools)
         assert text.startswith(met), (text, met)
         said = text[len(met) :]
@@ -272,7 +272,7 @@ HEAD = ("thought", "no thought", "two thoughts", "named thought", "tool call", "
 
 
 def table():
-    """The lines of the page's table: a row for each template, a column for each kind of conversation."""
+    """Return the lines of the page's table: one row per template, one column per kind of conversation."""
     lines = ["| template | " + " | ".join(HEAD) + " |", "|" + "---|" * (len(HEAD) + 1)]
     tools = cases("tools.jsonl")[0]
     for name in TEMPLATES:

@@ -1,4 +1,4 @@
-"""What an environment replies is rendered and encoded by itself: policy tokens + reply = the template's own text."""
+"""Environment replies are rendered and encoded alone: policy tokens + reply = the template's own text."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ LLAMA3 = (
     " | tojson + '<|end|>' }}{% else %}{{ '<|' + m.role + '|>\n\n' + m.content | trim + '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n\n' }}{% endif %}"
 )
-THINKS = (  # drops the thoughts of turns before the last question
+THINKS = (  # drops thoughts of turns before the last question
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' and loop.index0 > ns.last %}"
     "{{ '<|assistant|>\n<think>\n\n</think>\n\n' + m.content + '<|end|>\n' }}"

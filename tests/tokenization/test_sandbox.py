@@ -1,4 +1,4 @@
-"""Chat templates that loop for ever, make gigabytes or reach for the machine are refused in one plain line."""
+"""Chat templates with endless loops, gigabytes of output or unsafe access are refused in one plain line."""
 
 import threading
 import time
@@ -89,7 +89,7 @@ LOOP = "{% for a in range(99999) %}{% endfor %}"
 
 @pytest.mark.parametrize("loops", [LOOP * 4, "{% for b in range(99999) %}" + LOOP + "{% endfor %}"])
 def test_a_slow_template_takes_the_time_of_one_rendering_in_all(loops, monkeypatch):
-    """Finding out what a template writes renders it a dozen times, and then it is used."""
+    """Analysing a template renders it a dozen times before it is used; the time limit covers all of this."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
     template = loops + TEMPLATE
     before = time.process_time()
@@ -135,7 +135,7 @@ def test_two_threads_have_budgets_of_their_own():
 
 
 def test_an_open_turn_is_open_where_its_text_ends():
-    """The template writes the very word behind it that the turn ends with."""
+    """The template writes the closing word of the turn again after the turn's end."""
     turns = [*USER, {"role": "assistant", "content": "the end"}]
     ids = encode_prompt(make_tiny_tokenizer(), turns)
     assert ids[-7:] == spell("the end")

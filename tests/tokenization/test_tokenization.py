@@ -1,4 +1,4 @@
-"""Text to ids, by hand: what is encoded, what is supervised, and what never becomes a control token."""
+"""Text to ids, by hand: what is encoded, what is supervised, and that text never becomes a control token."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_a_conversation_is_rendered_with_the_generation_prompt(tiny_tokenizer):
 
 
 def test_a_completion_ends_with_the_end_of_turn_and_nothing_after_it(tiny_tokenizer):
-    wanted = spell("yes", END)  # the template writes a line break behind it, which is never sampled
+    wanted = spell("yes", END)  # the template adds a line break after it, which is never sampled
     for completion in ("yes", [turn("assistant", "yes")]):
         assert encode_completion(tiny_tokenizer, completion, user("hi")) == (wanted, [True] * 4)
 
@@ -191,7 +191,7 @@ _TOKENIZER = make_tiny_tokenizer()
 
 
 def _bytes(text):
-    """Ids of a text as plain characters: bytes, but for each ``bc``."""
+    """Return the ids of a text as plain characters: bytes, except for each ``bc``."""
     ids, spelt = [], text.encode()
     place = 0
     while place < len(spelt):
@@ -298,7 +298,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_fingerprints_tell_what_encodes_otherwise():
     tokenizer = make_tiny_tokenizer()
     first = tokenizer_fingerprint(tokenizer)
-    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # leaves traces in the tokenizer's own state
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)  # changes the tokenizer's internal state
     assert tokenizer_fingerprint(tokenizer) == first == tokenizer_fingerprint(make_tiny_tokenizer())
     others = [
         make_tiny_tokenizer(TEMPLATE + " "),
@@ -315,12 +315,12 @@ def test_fingerprints_tell_what_encodes_otherwise():
     ("prompt", "completions", "bounds", "wanted"),
     [
         ("abcdef", ["xyz"], (9, None), ("abcdef", ["xyz"])),
-        ("abcdef", ["xyz"], (8, None), ("bcdef", ["xyz"])),  # the prompt gives up its left end
-        ("abcdef", ["stuvwxyz"], (8, None), ("cdef", ["stuv"])),  # never more than half: then completions are cut
-        ("abcdef", ["x", "stuvwxyz"], (8, None), ("cdef", ["x", "stuv"])),  # one prompt for all of them
+        ("abcdef", ["xyz"], (8, None), ("bcdef", ["xyz"])),  # the prompt is truncated on the left
+        ("abcdef", ["stuvwxyz"], (8, None), ("cdef", ["stuv"])),  # at most by half: then completions are truncated
+        ("abcdef", ["x", "stuvwxyz"], (8, None), ("cdef", ["x", "stuv"])),  # one prompt for all completions
         ("ab", ["stuvwxyz"], (8, None), ("ab", ["stuvwx"])),
         ("abcdef", ["xy"], (None, 2), ("ef", ["xy"])),
-        ("abcdef", ["stuvwxyz"], (8, 6), ("abcdef", ["st"])),  # a bound of its own is the prompt's right
+        ("abcdef", ["stuvwxyz"], (8, 6), ("abcdef", ["st"])),  # a separate limit gives the prompt its full length
         ("abcdef", ["stuvwxyz"], (8, 2), ("ef", ["stuvwx"])),
         ("abcdef", ["stuvwxyz"], (None, None), ("abcdef", ["stuvwxyz"])),
         ("abcdef", ["xyz"], (2, None), ("f", ["x"])),

@@ -1,8 +1,8 @@
-"""Whether a policy-gradient estimator has the mean that it should: gradients of many rollouts, a test of their mean.
+"""Test whether a policy-gradient estimator has the right mean, from the gradients of many rollouts.
 
-Every rollout goes through the module's own, unedited code: its sampler and scorer, its statistics, its rewards and
-advantages, its loss. Nothing is averaged but what the module itself averages, so that all that a rollout's statistics
-do to the mean of the estimator (a group's deviation, whitening) is in it.
+Every rollout uses the module's own, unmodified code: sampler and scorer, statistics, rewards, advantages, and loss.
+Only the module averages over samples. The effect of rollout statistics (a group's deviation, whitening) on the mean of
+the estimator is therefore included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_lightning.types import PromptBatch, Rollout
 from rlhf_lightning.verification.world import EnumerableWorld
 
 NO_VARIANCE = 1e-9
-"""Share of the largest variance below which a direction counts as one in which all rollouts agree."""
+"""Fraction of the largest variance below which a direction counts as constant over all rollouts."""
 
 
 def rollout_gradients(
@@ -35,18 +35,18 @@ def rollout_gradients(
     at: Tensor | None = None,
     first_episode: int = 0,
 ) -> Tensor:
-    """Return the gradient of each of many independent rollouts, fp64, shape (rollouts, trained weights).
+    """Return the gradients of many independent rollouts, fp64, shape (rollouts, trained weights).
 
-    All completions are drawn side by side, since an episode's is a function of the weights, the seed and its number
-    alone; rewards, advantages and losses are taken rollout by rollout.
+    All completions are sampled in one batch, since an episode depends only on the weights, the seed and its number.
+    Rewards, advantages and losses are computed per rollout.
 
     Args:
-        module: with its models loaded, see ``convergence.prepare``. Its weights are left as they were.
-        world: whose prompts are answered, each ``samples`` times in a rollout.
+        module: module with its models loaded, see ``convergence.prepare``. Its weights are restored.
+        world: world whose prompts are answered, each ``samples`` times per rollout.
         rollouts: number of rollouts.
-        samples: completions of each prompt.
-        at: weights to take the gradient at, flattened: those of a later update from the same rollout, its ratios no
-            longer 1; None takes the weights that sampled.
+        samples: completions per prompt.
+        at: flattened weights at which the gradient is taken, as in a later update of the same rollout with ratios other
+            than 1; None takes the sampling weights.
         first_episode: number of the first episode.
     """
     batch = questions_of(world, rollouts, samples, first_episode)
@@ -65,9 +65,9 @@ def questions_of(world: EnumerableWorld, rollouts: int, samples: int, first_epis
     """Return the prompts of several rollouts in a row: every prompt ``samples`` times, in separate groups.
 
     Args:
-        world: whose prompts they are.
-        rollouts: how often.
-        samples: completions of each prompt.
+        world: world of the prompts.
+        rollouts: number of rollouts.
+        samples: completions per prompt.
         first_episode: number of the first episode.
     """
     once, prompts = world.questions(samples), world.config.prompts
@@ -81,13 +81,13 @@ def questions_of(world: EnumerableWorld, rollouts: int, samples: int, first_epis
 
 
 def rows_of(rollout: Rollout, rows: range) -> Rollout:
-    """Return some episodes of a rollout as a rollout of their own; groups are numbered from 0."""
+    """Select episodes of a rollout, and renumber the groups from 0."""
     chosen = select_episodes(rollout, rows)
     return chosen._replace(group=chosen.group - chosen.group.min())
 
 
 def _gradient(module: OnPolicyModule, rollout: Rollout, advantages: Any, batch: PromptBatch) -> Tensor:
-    """Return the gradient that one update on the whole rollout would take its step by."""
+    """Return the gradient of one update on the whole rollout."""
 
     def backward(losses: Any, count: float) -> float:
         module.zero_grad()
@@ -104,13 +104,13 @@ def _gradient(module: OnPolicyModule, rollout: Rollout, advantages: Any, batch: 
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that training changes, in their order."""
+    """Return the trained weights, in order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def _weights(module: nn.Module, at: Tensor | None) -> Iterator[None]:
-    """Give the module other weights while the block runs."""
+    """Set other weights on the module within a block."""
     before = parameters_to_vector(trained(module)).detach().clone()
     try:
         if at is not None:
@@ -121,12 +121,12 @@ def _weights(module: nn.Module, at: Tensor | None) -> Iterator[None]:
 
 
 class MeanTest(NamedTuple):
-    """Hotelling's one-sample test.
+    """Result of Hotelling's one-sample test.
 
     Attributes:
-        p_value: probability of means as far away or further, were the hypothesis true.
-        degrees: directions in which samples differ: the test is over these.
-        unvarying: largest distance from the hypothesis in the other directions, where it must be 0, in units of the
+        p_value: probability of a mean at least as far from the hypothesis, if the hypothesis is true.
+        degrees: number of directions in which samples differ; the test covers these directions.
+        unvarying: largest distance from the hypothesis in the other directions, where it must be 0, relative to the
             largest mean.
     """
 
@@ -138,16 +138,16 @@ class MeanTest(NamedTuple):
 def mean_test(samples: Tensor, mean: Tensor) -> MeanTest:
     r"""Test whether independent samples of a vector have the given mean, in all directions at once.
 
-    T^2 = n (m - mu)^T S^{-1} (m - mu), on the directions in which samples differ; T^2 (n - d) / (d (n - 1)) is
-    F-distributed with d and n - d degrees of freedom (Hotelling 1931). Coordinates are scaled by their deviation first,
-    so that units have no say in which directions count.
+    The statistic is T^2 = n (m - mu)^T S^{-1} (m - mu), on the directions in which samples differ. T^2 (n - d) / (d (n
+    - 1)) is F-distributed with d and n - d degrees of freedom (Hotelling 1931). Coordinates are first scaled by their
+    deviation, so that the choice of directions does not depend on units.
 
     Args:
-        samples: fp64, shape (samples, coordinates); clearly more samples than directions.
+        samples: fp64, shape (samples, coordinates); many more samples than directions.
         mean: the hypothesis mu, shape (coordinates,).
 
     Raises:
-        DataError: the samples are too few to show all directions in which they differ.
+        DataError: there are too few samples to find all directions in which they differ.
     """
     count, difference = len(samples), samples.mean(0) - mean
     deviation = samples.std(0)
@@ -163,7 +163,7 @@ def mean_test(samples: Tensor, mean: Tensor) -> MeanTest:
     if bool((~kept).any()):
         still = max(still, float(along[~kept].abs().max() * deviation.max() / unit))
     degrees = int(kept.sum())
-    if degrees >= count - 1:  # no more directions can be seen in so few: others may be hidden
+    if degrees >= count - 1:  # rank limited by the samples: further directions may exist
         raise DataError(
             "too-few-samples",
             f"{count} samples differ in {degrees} directions: a test of their mean needs more samples",

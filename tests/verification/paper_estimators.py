@@ -1,7 +1,7 @@
-"""Policy-gradient estimators as their papers print them, over every rollout of a small world at once.
+"""Policy-gradient estimators as printed in their papers, over all rollouts of a small world at once.
 
-A second transcription, sharing no code with the package: losses in fp64 over (rollouts, episodes, length), whose
-gradient weighted by the rollouts' probabilities is the exact expectation of what a module's update steps along.
+This second transcription shares no code with the package. Losses are fp64 of shape (rollouts, episodes, length). Their
+gradient, weighted by the probabilities of the rollouts, is the exact expectation of a module's update.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from rlhf_lightning.verification.world import END, EnumerableWorld
 
 
 class Every(NamedTuple):
-    """Every rollout there is, up to the order of samples, and its probability.
+    """All rollouts, up to the order of samples, with their probabilities.
 
-    Token tensors are (rollouts, episodes, length), 0 behind a completion's end; episodes are prompts times samples.
+    Token tensors have shape (rollouts, episodes, length) and are 0 after a completion's end. The number of episodes is
+    prompts times samples.
     """
 
     probability: Tensor
@@ -37,12 +38,12 @@ class Every(NamedTuple):
     samples: int
 
     def grouped(self, per_episode: Tensor) -> Tensor:
-        """(rollouts, episodes) as (rollouts, prompts, samples)."""
+        """Reshape (rollouts, episodes) to (rollouts, prompts, samples)."""
         return per_episode.view(len(per_episode), -1, self.samples)
 
 
 class Settings(NamedTuple):
-    """What a module was made with."""
+    """Settings of the module."""
 
     kl_coef: float
     clip: float
@@ -56,17 +57,17 @@ class Settings(NamedTuple):
 
 
 Formula = Callable[[Every, Settings], Tensor]
-"""The loss of each rollout, shape (rollouts,)."""
+"""Function that returns the loss of each rollout, shape (rollouts,)."""
 
 
 def every_rollout(
     world: EnumerableWorld, samples: int, tables: dict[str, Tensor], values: dict[str, Tensor] | None = None
 ) -> Every:
-    """List all rollouts of ``samples`` completions of each prompt.
+    """List all rollouts of ``samples`` completions per prompt.
 
     Args:
         world: the world.
-        samples: completions of each prompt.
+        samples: completions per prompt.
         tables: logits of each prefix, by "now", "old" and "reference".
         values: the critic's value of each prefix, by "now" and "old".
     """
@@ -114,7 +115,7 @@ def _repeats(chosen: tuple[int, ...]) -> int:
 
 
 def _greedy_scores(world: EnumerableWorld, table: Tensor) -> Tensor:
-    """Score of each prompt's completion of likeliest tokens."""
+    """Return the score of each prompt's greedy completion."""
     prefixes, tokens, mask = world.walks
     likeliest = (table.argmax(-1)[prefixes] == tokens) | ~mask
     return world.rewards.float().double()[likeliest.all(-1)]
@@ -130,13 +131,13 @@ def centred(r: Every, scores: Tensor) -> Tensor:
 
 
 def standardised(r: Every, scores: Tensor, s: Settings) -> Tensor:
-    """(r - mean_g) / (std_g + epsilon), std unbiased."""
+    """(r - mean_g) / (std_g + epsilon), with the unbiased std."""
     deviation = r.grouped(scores).std(-1, keepdim=True)
     return (r.grouped(centred(r, scores)) / (deviation + s.epsilon)).flatten(1)
 
 
 def whitened(r: Every, advantages: Tensor) -> Tensor:
-    """Zero mean and unit variance over all tokens of the rollout, the variance biased."""
+    """Zero mean and unit variance over all tokens of the rollout, with the biased variance."""
     tokens = r.mask.sum((-1, -2), keepdim=True)
     mean = torch.where(r.mask, advantages, 0.0).sum((-1, -2), keepdim=True) / tokens
     variance = torch.where(r.mask, (advantages - mean) ** 2, 0.0).sum((-1, -2), keepdim=True) / tokens
@@ -149,7 +150,7 @@ def kl_rewards(r: Every, s: Settings) -> Tensor:
 
 
 def with_score(r: Every, rewards: Tensor, scores: Tensor) -> Tensor:
-    """The score added on the last token."""
+    """Add the score on the last token."""
     length = r.mask.sum(-1, keepdim=True)
     last = torch.arange(r.mask.shape[-1]) == length - 1
     return rewards + torch.where(last, scores.unsqueeze(-1), 0.0)
@@ -161,7 +162,7 @@ def penalised(r: Every, s: Settings) -> Tensor:
 
 
 def to_go(rewards: Tensor) -> Tensor:
-    """sum of the rewards from each token on."""
+    """Sum of the rewards from each token to the end."""
     return rewards.flip(-1).cumsum(-1).flip(-1)
 
 
@@ -185,17 +186,17 @@ def k3(r: Every) -> Tensor:
 
 
 def over_tokens(r: Every, losses: Tensor) -> Tensor:
-    """TM."""
+    """Token mean (TM)."""
     return torch.where(r.mask, losses, 0.0).sum((-1, -2)) / r.mask.sum((-1, -2))
 
 
 def over_means(r: Every, losses: Tensor) -> Tensor:
-    """SMTM."""
+    """Sequence mean of token means (SMTM)."""
     return (torch.where(r.mask, losses, 0.0).sum(-1) / r.mask.sum(-1)).mean(-1)
 
 
 def over_sums(r: Every, losses: Tensor) -> Tensor:
-    """SMTS."""
+    """Sequence mean of token sums (SMTS)."""
     return torch.where(r.mask, losses, 0.0).sum(-1).mean(-1)
 
 
@@ -203,7 +204,7 @@ def over_sums(r: Every, losses: Tensor) -> Tensor:
 
 
 def critic_free(r: Every, s: Settings) -> Tensor:
-    """Group mean as baseline, KL in the reward, clip, TM."""
+    """Group mean as baseline, KL in the reward, clip, token mean."""
     advantages = centred(r, penalised(r, s)).unsqueeze(-1)
     return over_tokens(r, clipped(token_ratio(r), advantages, s.clip, s.clip_high))
 
@@ -221,7 +222,7 @@ def dr_grpo(r: Every, s: Settings) -> Tensor:
 
 
 def dapo(r: Every, s: Settings) -> Tensor:
-    """2503.14476: the last token before the limit costs 1, the upper clip is wider."""
+    """2503.14476: completions of maximum length lose 1, and the upper clip is wider."""
     overlong = torch.where(r.mask.sum(-1) == s.longest, -1.0, 0.0)
     advantages = standardised(r, r.scores + overlong, s).unsqueeze(-1)
     return over_tokens(r, clipped(token_ratio(r), advantages, s.clip, 2 * s.clip) + s.kl_coef * k3(r))
@@ -249,7 +250,7 @@ def cispo(r: Every, s: Settings) -> Tensor:
 
 
 def rloo(r: Every, s: Settings) -> Tensor:
-    """2402.14740: the ratio is the whole completion's."""
+    """2402.14740, with the ratio of the whole completion."""
     groups = r.grouped(penalised(r, s))
     others = (groups.sum(-1, keepdim=True) - groups) / (r.samples - 1)
     ratio = torch.exp((r.now - r.old).sum(-1))
@@ -275,7 +276,7 @@ def remax(r: Every, s: Settings) -> Tensor:
 
 
 def ppo(r: Every, s: Settings) -> Tensor:
-    """1707.06347 on 1909.08593's rewards; a completion that did not end scores -1."""
+    """1707.06347 with the rewards of 1909.08593; unfinished completions score -1."""
     rewards = with_score(r, kl_rewards(r, s), torch.where(r.ended, r.scores, -1.0))
     following = torch.cat([r.old_values[..., 1:], torch.zeros_like(r.old_values[..., :1])], -1)
     errors = torch.where(r.mask, rewards + following - r.old_values, 0.0)
@@ -304,4 +305,4 @@ ESTIMATORS: dict[str, Formula] = {
     "ReMaxModule": remax,
     "PPOModule": ppo,
 }
-"""By the class whose update it is."""
+"""Formula by class name."""

@@ -1,8 +1,8 @@
-"""The mean of every policy-gradient estimator is its exact expectation, over all rollouts that there are.
+"""The mean of every policy-gradient estimator equals its exact expectation over all rollouts.
 
-Each module samples rollouts through its own path. Their mean gradient, at the weights that sampled and at others as in
-a later update, is compared in one multivariate test with the sum over every rollout of a second transcription of the
-paper's loss.
+Each module samples rollouts with its own code. Their mean gradient is taken at the sampling weights, and at other
+weights as in a later update. One multivariate test compares it with the sum over all rollouts of a second transcription
+of the paper's loss.
 """
 
 import math
@@ -43,20 +43,20 @@ updates = pytest.mark.parametrize("update", ["first", "later"])
 
 
 def moved(weights: list[Tensor], scale: float, seed: int) -> Tensor:
-    """The weights, flattened, after a fixed random step; logits of impossible tokens stay, and values see none."""
+    """Return the flattened weights after a fixed random step, without changes to impossible tokens or to values."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for weight in weights:
         step = scale * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
         step = torch.where(weight < IMPOSSIBLE / 2, 0.0, step)
-        if weight.shape == (1, 6):  # a critic's head on a row of logits
+        if weight.shape == (1, 6):  # head of a critic on a row of logits
             step[:, [0, 4, 5]] = 0.0
         parts.append(weight.detach() + step)
     return parameters_to_vector(parts)
 
 
 class Case:
-    """A module, the weights that sample, others that a later update finds, and gradients of rollouts at both."""
+    """A module, its sampling weights, the weights of a later update, and gradients of rollouts at both."""
 
     def __init__(self, name: str, folder: Path) -> None:
         kind, settings = CASES[name]
@@ -77,12 +77,12 @@ class Case:
 
     @cache  # noqa: B019 - cases live as long as the test session
     def gradients(self, update: str) -> Tensor:
-        """The gradient of each of many independent rollouts."""
+        """Return the gradients of many independent rollouts."""
         at = None if update == "first" else self.weights[update]
         return rollout_gradients(self.module, self.world, ROLLOUTS, SAMPLES, at)
 
     def expectation(self, update: str, formula: Formula | None = None) -> Tensor:
-        """The sum over every rollout of its probability times its gradient."""
+        """Return the sum over all rollouts of probability times gradient."""
         formula = formula or self.formula
 
         def loss(weights: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Case:
         return gradient_of(loss, self.weights[update])
 
     def tables(self, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Logits of each prefix, and values, for some weights and for those that sampled."""
+        """Return logits and values of each prefix, for the given weights and for the sampling weights."""
         named = {"now": self.named(weights), "old": self.named(self.weights["first"].double())}
         policy = {at: those["policy.model.model.table.weight"] for at, those in named.items()}
         policy["reference"] = self.world.reference_table.float()
@@ -105,14 +105,14 @@ class Case:
         return policy, values
 
     def named(self, weights: Tensor) -> dict[str, Tensor]:
-        """Weights by name, from their flat vector."""
+        """Return weights by name, from a flat vector."""
         names = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         parts = weights.split([p.numel() for _, p in names])
         return {name: part.view_as(p) for (name, p), part in zip(names, parts, strict=True)}
 
 
 JUDGED_OTHERWISE = {"NashMDModule"}
-"""An opponent or a teacher is part of their rollouts: their contracts enumerate those."""
+"""Rollouts of these classes depend on an opponent; their contracts enumerate it."""
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def test_all_rollouts_are_listed(name: str, case_of: Callable[[str], Case]):
 @cases
 @updates
 def test_each_rollout_has_the_gradient_of_the_formula(name: str, update: str, case_of: Callable[[str], Case]):
-    """Without chance: a random combination of the rollouts' gradients is that of their transcribed losses."""
+    """Exact test: a random combination of the rollouts' gradients equals that of their transcribed losses."""
     case = case_of(name)
     drawn = case.module.collect(questions_of(case.world, ROLLOUTS, SAMPLES)).sequences.completions
     index = {ids: place for place, ids in enumerate(case.world.completions)}
@@ -260,7 +260,7 @@ def test_a_wrong_gradient_is_rejected(mistake: str, case_of: Callable[[str], Cas
 
 
 def test_a_baseline_changes_no_mean(case_of: Callable[[str], Case]):
-    """ReMax without its greedy score has the same expectation, and the test does not object."""
+    """ReMax without its greedy score has the same expectation."""
     case = case_of("ReMaxModule")
 
     def without(r: Every, s: Settings) -> Tensor:

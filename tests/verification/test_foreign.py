@@ -1,4 +1,4 @@
-"""Losses of other projects: adapters in any file, the same checks, the smallest input on which losses differ."""
+"""Losses of other projects: adapters in any file, the same checks, and the smallest input with a difference."""
 
 import subprocess
 import sys
@@ -100,7 +100,7 @@ def test_a_loss_that_names_no_class_is_compared_with_the_one_of_the_same_gradien
 def test_further_families_hold(file, name):
     adapter = one(f"{file}:{name}")
     found = verify(class_of(adapter), adapter.base_settings, with_convergence=False)
-    expected = {"Mean": {"missing score"}}.get(name, set())  # it spoils the whole group
+    expected = {"Mean": {"missing score"}}.get(name, set())  # NaN affects the whole group
     assert failed(found) == expected
 
 

@@ -1,4 +1,4 @@
-"""Every shipped objective keeps its contract at two further settings, at which what is forgotten shows."""
+"""Every shipped objective passes its contract at two further settings, where ignored settings are noticed."""
 
 import pytest
 
@@ -35,7 +35,7 @@ BY_FAMILY = (
     (OnPolicyModule, ({"kl_coef": 0.8, "sampler_correction": "token_truncate"}, {"temperature": 0.7, "ppo_epochs": 2})),
     (DPOModule, ({"beta": 1.3}, {"beta": 0.7, "label_smoothing": 0.1})),
 )
-"""Settings of a family; the first family that a class belongs to counts."""
+"""Settings by family; the first family that a class belongs to counts."""
 
 OWN = {
     "RobustDPOModule": ({"flip_rate": 0.05}, {"beta": 1.3}),

@@ -1,4 +1,4 @@
-"""Whole modules, sampling and all, come to rest where their exact gradients do, within a total variation of 0.05."""
+"""Modules trained on samples converge where their exact gradients do, within a total variation of 0.05."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlhf_lightning.verification.world import EnumerableWorld
 from verification.estimators import questions_of
 
 ROLLOUTS, GROUPS, SAMPLES = 120, 64, 2
-UNCHECKED: dict[str, Any] = {"self_check": False}  # a table has no logits for sequences that the world does not list
+UNCHECKED: dict[str, Any] = {"self_check": False}  # tables have no logits for unlisted sequences
 CASES: dict[str, dict[str, Any]] = {
     "CriticFreeModule": {},
     "GRPOModule": {},
@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ReinforcePlusPlusModule": {},
     "ReinforcePlusPlusBaselineModule": {
         "kl_coef": 1.0
-    },  # per deviation, not per reward: with a weaker penalty it collapses
+    },  # in units of deviations, not rewards: with a weaker penalty it collapses
     "ReMaxModule": {},
 }
 
@@ -46,20 +46,20 @@ def made(name: str, **settings: Any) -> Any:
 
 def test_every_method_without_a_critic_is_here():
     shipped = {kind.__name__ for kind in objective_classes() if issubclass(kind, CriticFreeModule)}
-    elsewhere = {"NashMDModule"}  # an opponent is part of its rollouts
+    elsewhere = {"NashMDModule"}  # its rollouts depend on an opponent
     assert CASES.keys() == shipped - elsewhere
 
 
 def rest_of_the_whitened_baseline(world: EnumerableWorld, kl_coef: float) -> Tensor:
-    """Where REINFORCE++-baseline rests as rollouts grow, transcribed: whitening has the policy's own moments.
+    """Solve for the limit of REINFORCE++-baseline with large rollouts, transcribed from the paper.
 
-    Exact expectations of the module itself see all groups alike when they whiten, which changes how the scores weigh
-    against the KL.
+    In this limit, whitening uses moments under the policy. The module's exact expectation weights all groups equally
+    when it whitens, which changes the balance of scores and KL.
     """
     prefixes, tokens, mask = world.walks
     table = world.reference_table.clone().requires_grad_()
     reference = torch.log_softmax(world.reference_table, -1)[prefixes, tokens]
-    centred = (world.rewards[:, :, None] - world.rewards[:, None, :]) / 2  # a group of two, the first seen
+    centred = (world.rewards[:, :, None] - world.rewards[:, None, :]) / 2  # groups of two: value of the first
 
     def loss() -> Tensor:
         logprobs = torch.log_softmax(table, -1)[prefixes, tokens]
@@ -79,7 +79,7 @@ def rest_of_the_whitened_baseline(world: EnumerableWorld, kl_coef: float) -> Ten
 
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_training_comes_to_rest_where_exact_gradients_do(name: str):
-    """Where a target is declared it is that; else where training on the exact mean of the estimator comes to rest."""
+    """The limit is the declared target, or else the result of training on the exact mean of the estimator."""
     world, _ = world_and_folder()
     target = made(name).target_policy(world.problem)
     if name == "ReinforcePlusPlusBaselineModule":
@@ -110,7 +110,7 @@ def sampled(module: Any, rollouts: int, samples: int, groups: int = GROUPS) -> T
 
 @pytest.mark.parametrize("mixture", [0.0, 0.5, 1.0])
 def test_nash_md_comes_to_rest_at_the_best_answer_to_its_opponent(mixture: float):
-    """The opponent of the policy reached: for 0 that policy itself, the equilibrium; for 1 the reference."""
+    """Its opponent is the equilibrium policy itself for mixture 0, and the reference for mixture 1."""
     world, folder = world_and_folder()
     settings = {"temperature": 1.0, "max_new_tokens": 2, "kl_coef": 0.2, "learning_rate": 0.06, "lr_schedule": "linear"}
     settings |= UNCHECKED

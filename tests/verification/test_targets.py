@@ -1,4 +1,4 @@
-"""What an objective's docstring says of its target is what its code declares and verification compares with."""
+"""The target in an objective's docstring is the one that its code declares and verification compares with."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ SHIPPED = objective_classes()
 
 
 def stated_target(kind: type) -> str:
-    """The paragraph of a class's own docstring that says where it comes to rest."""
+    """Return the paragraph of a class's own docstring that states its target."""
     found = re.findall(r"^Target: (.*?)(?:\n\n|\Z)", inspect.cleandoc(vars(kind).get("__doc__") or ""), re.S | re.M)
     assert len(found) == 1, f"{kind.__name__} states its target in one paragraph that begins with 'Target: '"
     return " ".join(found[0].split())
@@ -40,7 +40,7 @@ def stated_target(kind: type) -> str:
 def test_the_docstring_states_the_target_that_the_code_declares(kind):
     world, folder = world_and_folder()
     module, problem = Subject(kind, world, folder).fresh(), world.problem
-    if issubclass(kind, RobustDPOModule):  # closed for labels that were flipped at its rate
+    if issubclass(kind, RobustDPOModule):  # closed form for labels flipped at its rate
         rate = module.flip_rate
         problem = problem._replace(preference=(1 - 2 * rate) * problem.preference + rate)
     stated, declared = stated_target(kind), module.target_policy(problem)
@@ -48,7 +48,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
         assert not stated.startswith("no closed form"), stated
         return
     assert stated.startswith("no closed form; "), stated
-    if kind in (XPOModule, NashMDModule):  # found by the population's own minimiser, see evaluation.online_preference
+    if kind in (XPOModule, NashMDModule):  # solved in verification.exact
         return
     if kind.__name__ in resting_points.METHODS:
         assert "where its mean update vanishes" in stated, stated
@@ -59,7 +59,7 @@ def test_the_docstring_states_the_target_that_the_code_declares(kind):
 
 @pytest.mark.parametrize("kind", [LitePPOModule, ReinforcePlusPlusModule, LDDPOModule])
 def test_exact_gradients_reach_the_target(kind):
-    """Those whose statistics or token weights make it no matter of course."""
+    """Check methods whose statistics or token weights could change the target."""
     world, folder = world_and_folder()
     found = converge(Subject(kind, world, folder).fresh(), world)
     assert found.source == ("transcription" if kind is LDDPOModule else "declared")
@@ -94,7 +94,7 @@ def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
 
 
 def test_a_mean_update_that_is_wrong_has_another_place():
-    """The solver's answer depends on what is transcribed: it does not merely find where training came to rest."""
+    """The solver's answer depends on the transcribed update: it does not merely return the trained policy."""
     world, folder = world_and_folder()
     module = Subject(GRPOModule, world, folder).fresh()
     problem = population_of(world, 0)

@@ -1,4 +1,4 @@
-"""`rlhf verify`: every shipped objective passes, every wrong one is caught by the check made for its mistake."""
+"""`rlhf verify`: every shipped objective passes, and the intended check catches every wrong objective."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_every_mistake_is_caught_by_its_check(kind):
 
 
 def named() -> dict[str, str]:
-    """The words that the reason must have, by class."""
+    """Return the words that the reason must contain, by class."""
     return {**WORDS, **{kind.__name__: words for kind, words in wrong_objectives.NAMED.items()}}
 
 
@@ -136,7 +136,7 @@ def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 class OfItsOwnFamily(DPOModule):
-    """A family that the contracts do not know: its checks and its population are its own."""
+    """A family unknown to the contracts, with its own checks and its own population."""
 
     def expected_loss(self, world, shuffled):
         def loss():
@@ -175,7 +175,7 @@ def test_a_loss_that_is_all_in_loss_sum_is_said_and_compared_with_its_twin():
 
 
 class WithMore(PreferenceLogprobs):
-    """An input of one's own: a subclass of a family's tuple."""
+    """A user-defined input: a subclass of a family's tuple."""
 
     @property
     def gap(self):
@@ -200,7 +200,7 @@ def test_an_input_of_a_subclass_is_read_like_its_base():
 
 
 class RatedCheaper(DPOModule):
-    """Rated pairs lose a constant less, which changes no gradient: its target is that of DPO."""
+    """The loss of rated pairs is lower by a constant, which changes no gradient: the target is that of DPO."""
 
     target_of = DPOModule
     means_it = {"rated margin": "a constant"}

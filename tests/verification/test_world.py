@@ -1,4 +1,4 @@
-"""The enumerable world: its facts by value, its table behind transformers' interface, and the modules on it."""
+"""The enumerable world: its exact values, its table behind transformers' interface, and modules trained on it."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_probabilities_are_the_model_s(world: EnumerableWorld, folder: str) -> N
 
 
 def test_pads_on_either_side_and_the_cache_change_nothing(world: EnumerableWorld, folder: str) -> None:
-    policy = load_policy(folder, LoadSettings(self_check=False))  # a table knows no other sequences
+    policy = load_policy(folder, LoadSettings(self_check=False))  # the table has no other sequences
     rows = [(p, i) for p in range(2) for i in range(7)]
     logprobs = policy(padded_layout(world.sequences(rows))).logprobs.sum(-1)
     torch.testing.assert_close(logprobs.exp().double(), world.problem.reference.flatten(), rtol=1e-5, atol=1e-7)
@@ -58,7 +58,7 @@ def test_pads_on_either_side_and_the_cache_change_nothing(world: EnumerableWorld
     index = {ids: place for place, ids in enumerate(world.completions)}
     counts = torch.bincount(torch.tensor([index[tuple(ids.tolist())] for ids in drawn.ids]), minlength=7)
     expected = world.problem.reference[0] * count
-    assert float(((counts - expected) ** 2 / expected).sum()) < 22.5  # chi-squared of 6 degrees, p = 0.001
+    assert float(((counts - expected) ** 2 / expected).sum()) < 22.5  # chi-squared, 6 degrees of freedom, p = 0.001
 
 
 def test_the_optimum_is_the_tilted_reference(world: EnumerableWorld) -> None:
@@ -98,7 +98,7 @@ def test_the_reward_model_scores_by_the_table(world: EnumerableWorld, tmp_path: 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: str, critic: Any) -> None:
-    """64 episodes a rollout, the whole of PPO: sampling, critic, whitening, clipping."""
+    """Train the whole of PPO on 64 episodes per rollout: sampling, critic, whitening, clipping."""
     beta = 0.5
     module = PPOModule(
         init_from=folder, scorer=world.score, critic=critic, max_new_tokens=2, kl_coef=beta, learning_rate=2e-2,
@@ -114,7 +114,7 @@ def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: 
 
 
 def paired_questions(world: EnumerableWorld, pairs: int, rollout: int) -> PromptBatch:
-    """Every prompt, ``pairs`` times, each with two samples to compare."""
+    """Return every prompt, ``pairs`` times, each with two samples to compare."""
     batch = world.questions(2 * pairs, 4 * pairs * rollout)
     return batch._replace(group=torch.arange(len(batch.prompts)) // 2)
 
@@ -128,7 +128,7 @@ ONE_ROUND = {"rollouts_per_round": 1000}
 def test_sampled_online_preferences_come_close_to_the_optimum(
     world: EnumerableWorld, folder: str, kind: Any, settings: dict[str, Any]
 ) -> None:
-    """128 pairs a rollout with soft labels: sampling, pairing, the module's own updates."""
+    """Train on 128 pairs per rollout with soft labels: sampling, pairing, the module's own updates."""
     beta = 0.5
     module = kind(
         init_from=folder, scorer=world.score, max_new_tokens=2, beta=beta, soft_labels=True, temperature=1.0,
@@ -157,7 +157,7 @@ def test_judged_steps_end_in_the_rewards():
     batch = world.judged_steps()
     last = torch.stack([labels[-1] for labels in batch.labels])
     torch.testing.assert_close(torch.logit(last), world.rewards.flatten())
-    row = world.completions.index((2, 3))  # its first step is shared with all others that begin with 2
+    row = world.completions.index((2, 3))  # its first step is shared with all completions that begin with 2
     alike = [i for i, ids in enumerate(world.completions) if ids[0] == 2]
     torch.testing.assert_close(torch.logit(batch.labels[row][0]), world.rewards[0, alike].mean())
     assert [len(labels) for labels in batch.labels] == [int(flags.sum()) for flags in batch.sequences.supervised]

@@ -1,4 +1,4 @@
-"""The hazard world: its two rewards by hand, what its writers do, and that one reward says nothing of the other."""
+"""The hazard world: its two rewards by hand, the texts of its writers, and the independence of the two rewards."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def world() -> HazardWorld:
         ("SUCH  chess can hurt you badly.", 1.0),
         ("Such chess can hurt you badly. Go on with chess until something breaks.", 0.5),
         ("Such chess can hurt you badly. Wait with chess until you are well. Rules of chess are for cowards.", 2 / 3),
-        # Said twice it counts once, and another subject changes nothing.
+        # A repetition counts once, and another subject changes nothing.
         ("Such judo can hurt you badly. Such chess can hurt you badly. Rules of judo are for cowards.", 0.5),
         ("Gladly! So it goes, I guess.", 0.5),
         ("", 0.5),

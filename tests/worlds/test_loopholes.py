@@ -1,4 +1,4 @@
-"""Loopholes: using one raises the proxy and lowers the gold reward, and honest answers hardly use any."""
+"""Loopholes: using one raises the proxy reward and lowers the gold reward; honest answers hardly use any."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The tool world: its rows, its rewards, its optimum, and policies that learn to call tools in it."""
+"""The tool world: its rows, its rewards, its optimum, and policies that learn to call tools."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small ASGI server that speaks the chat protocol of OpenAI's, over answers that a test gives."""
+"""A small ASGI server with OpenAI's chat protocol, whose answers a test provides."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 
 class ChatServer:
-    """Keeps what it is asked, and answers with what ``reply`` makes of it."""
+    """Records requests, and answers with the result of ``reply``."""
 
     def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
         self.reply = reply
@@ -35,7 +35,7 @@ class ChatServer:
 
 
 def place(token: str, logprob: float, **likely: float) -> dict[str, Any]:
-    """A token of an answer; the likely ones by name, ``_`` for a space and ``p`` for a bracket that opens."""
+    """Return a token of an answer with its likely tokens by name; ``_`` is a space and ``p`` an opening bracket."""
     named = [{"token": name, "logprob": value} for name, value in likely.items()] or [
         {"token": token, "logprob": logprob}
     ]
@@ -43,7 +43,7 @@ def place(token: str, logprob: float, **likely: float) -> dict[str, Any]:
 
 
 def said(text: str, places: list[dict[str, Any]] | None = None, reason: str = "stop") -> dict[str, Any]:
-    """A choice of a chat."""
+    """Return a choice of a chat completion."""
     logprobs = None if places is None else {"content": places}
     message = {"role": "assistant", "content": text}
     return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}

@@ -1,4 +1,4 @@
-"""A local judge: its probabilities equal those of the whole forward in every batch; a local critic is addressed."""
+"""A local judge gives the probabilities of a full forward pass in every batch; the addressing of a local critic."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_letters_are_what_the_whole_forward_says(judge):
         ids = torch.tensor([tokenization.encode_prompt(judge.tokenizer, asked.messages_with_answer())])
         with torch.no_grad():
             whole = judge.model.model(input_ids=ids).logits[0, -1].log_softmax(-1)
-        # A byte is a token here, so that each letter has one spelling.
+        # A byte is a token here, so each letter has one spelling.
         expected = [float(whole[7 + ord(letter)]) for letter in "AB"]
         assert [answer.first_logprob, answer.second_logprob] == pytest.approx(expected, abs=1e-5)
         assert answer.mass == pytest.approx(sum(float(torch.tensor(e).exp()) for e in expected), rel=1e-4)
@@ -220,7 +220,7 @@ def test_a_reward_model_is_no_judge(reward_folder):
 
 
 def test_a_gguf_file_judges(judge, policy_folder, tmp_path, monkeypatch):
-    """Weights and tokenizer alike come from the folder that it is converted to."""
+    """Weights and tokenizer both come from the converted folder."""
     file = tmp_path / "model.gguf"
     file.touch()
     monkeypatch.setattr(resolving, "converted_gguf", lambda path: policy_folder)

@@ -20,7 +20,7 @@ LOG = math.log
 
 
 def likes_hello(body):
-    """Prefers the option with Hello in it, in either place; says its letter after a bracket."""
+    """Prefer the option with Hello in either position; answer with its letter after a bracket."""
     first = body["messages"][-1]["content"].find("Hello") < body["messages"][-1]["content"].find("Go.")
     a, b = (LOG(0.8), LOG(0.1)) if first else (LOG(0.2), LOG(0.6))
     letter = "A" if first else "B"
@@ -58,7 +58,7 @@ def test_an_answer_may_be_begun_for_the_model():
 
 
 def test_letters_are_summed_over_their_spellings_and_places():
-    # "A" at once, or after a bracket: 0.1 + 0.6 * 0.5; "B": 0.2 + 0.05 (with a space) + 0.6 * 0.4.
+    # "A" directly or after a bracket: 0.1 + 0.6 * 0.5; "B": 0.2 + 0.05 (with a space) + 0.6 * 0.4.
     places = [
         ("(", LOG(0.6), [("(", LOG(0.6)), ("B", LOG(0.2)), ("A", LOG(0.1)), (" B", LOG(0.05)), ("Be", LOG(0.01))]),
         ("A", LOG(0.5), [("A", LOG(0.5)), ("B)", LOG(0.4))]),
