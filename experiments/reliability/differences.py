@@ -1,4 +1,4 @@
-"""Whether two runs are one and the same, bit for bit: checkpoints, exported weights, curves, samples."""
+"""Compare two runs bit for bit: checkpoints, exported weights, curves, samples."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlhf_lightning.runs.checkpoint_metadata import read_checkpoint, sharded_metadata
 
 LEFT_OUT = {"loops", "pytorch-lightning_version"}
-"""Lightning counts beginnings that were killed."""
+"""Checkpoint keys to ignore; Lightning's loop counters include killed attempts."""
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """Return what differs between the folders of two runs, a sentence each."""
+    """Return the differences between the folders of two runs, one sentence each."""
     last = Path("checkpoints") / "last.ckpt"
     found = unequal("checkpoint", contents(whole / last), contents(cut / last))
     found += unequal("model", weights(whole / "model"), weights(cut / "model"))
@@ -26,9 +26,9 @@ def differences(whole: Path, cut: Path) -> list[str]:
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
-    """Return all that a checkpoint holds and a resumed run should have too, shards put together."""
+    """Return the checkpoint contents that a resumed run should have too, with shards merged."""
     held = {name: value for name, value in read_checkpoint(checkpoint).items() if name not in LEFT_OUT}
-    # A resumed run has more event files, each named by the second it was made in; what they hold is compared as curves.
+    # A resumed run has more event files, named by their creation time; their contents are compared as curves.
     held["records"] = {name: size for name, size in held.get("records", {}).items() if "events.out" not in name}
     if checkpoint.is_dir():
         parts = sharded_metadata(checkpoint).state_dict_metadata
@@ -48,13 +48,13 @@ def weights(model: Path) -> dict[str, Any]:
 
 
 def samples(run: Path) -> bytes:
-    """Return what the policy answered; nothing of a stage without one."""
+    """Return the sampled completions of the policy; empty for stages without sampling."""
     file = run / "samples.jsonl"
     return file.read_bytes() if file.is_file() else b""
 
 
 def curves(run: Path) -> dict[str, Any]:
-    """Return every curve but those of speed as (step, value) points, and the steps at which texts were logged."""
+    """Return all curves except speed as (step, value) points, and the steps at which texts were logged."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
@@ -81,6 +81,6 @@ def unequal(name: str, one: Any, other: Any) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """Return a value in few letters."""
+    """Return a value as text of at most 60 characters."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 60 else f"{text[:57]}..."

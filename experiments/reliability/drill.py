@@ -1,14 +1,14 @@
-"""Runs that are killed end in the same bits as runs that are left alone.
+"""Check that killed and resumed runs produce the same bits as uninterrupted runs.
 
     python experiments/reliability/drill.py --module ppo --kills 20 --strategy fsdp2 --lora
     python experiments/reliability/drill.py --module all --resume
 
-One run is left alone; further ones are cut short, resumed and cut short again, until the kills have hit: SIGKILL in a
-rollout, an update, a validation or while a checkpoint is written, SIGTERM, a disk that is full when a checkpoint is
-due, and files that are torn or altered afterwards, as by a machine that loses its power. In the end checkpoint
-(weights, optimizer, random states, counters), exported model, TensorBoard curves and samples.jsonl have to be equal
-bit for bit. The last line says what was lost; the exit status is 1 if anything was. ``--resume`` leaves out the drills
-whose result lies in the folder already; the page is written anew after each drill.
+One run is uninterrupted. Further runs are interrupted and resumed until the planned number of faults has hit. Faults
+are SIGKILL during a rollout, an update, a validation or a checkpoint write; SIGTERM; a disk that is full when a
+checkpoint is due; and files that are truncated or altered afterwards, as after a power loss. At the end, checkpoint
+(weights, optimizer, random states, counters), exported model, TensorBoard curves and samples.jsonl must be equal bit
+for bit. The last line lists what was lost; the exit status is 1 if anything was. ``--resume`` skips drills with a
+result in the folder; the page is rewritten after each drill.
 """
 
 import argparse
@@ -39,15 +39,15 @@ HERE = Path(__file__).resolve().parent
 
 
 class Drill:
-    """One stage under one strategy.
+    """Drill of one stage under one strategy.
 
     Args:
-        name: of the stage.
-        strategy: over how many processes, and how.
+        name: name of the stage.
+        strategy: distributed strategy, which sets the number of processes.
         lora: train an adapter.
-        folder: where the runs go.
-        world: the rows and models.
-        seed: of the faults.
+        folder: folder of the runs.
+        world: folder of rows and models.
+        seed: seed of the faults.
     """
 
     def __init__(self, name: str, strategy: str, lora: bool, folder: Path, world: Path, seed: int = 0) -> None:
@@ -63,11 +63,11 @@ class Drill:
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, kills: int, further: bool = True) -> dict[str, Any]:
-        """Cut runs short until ``kills`` were killed; return what hit where, and what was lost.
+        """Interrupt runs until ``kills`` of them were killed; return counts by fault and phase, and losses.
 
         Args:
-            kills: how many.
-            further: also have runs terminated, disks filled and checkpoints torn.
+            kills: number of kills.
+            further: also terminate runs, fill disks and damage checkpoints.
         """
         began = time.perf_counter()
         whole = self.whole()
@@ -84,7 +84,7 @@ class Drill:
         }  # fmt: skip
 
     def whole(self, name: str = "whole") -> Path:
-        """Run once without a mishap; return the run's folder."""
+        """Run once without faults; return the run's folder."""
         imported = self.folder / "imported"
         ranks = Ranks([*self.argv, "--run_name", name], self.folder, self.count, imported=imported)
         status, said = ranks.wait()
@@ -95,7 +95,7 @@ class Drill:
         return self.folder / "runs" / name / "version_0"
 
     def one_run(self, whole: Path, planned: list[str]) -> list[str]:
-        """Carry out some of what is planned on one run, until it ends; return what is left of the plan."""
+        """Apply planned faults to one run until it finishes; return the remaining plan."""
         self.runs += 1
         name = f"cut_{self.runs}"
         run = self.folder / "runs" / name / "version_0"
@@ -105,7 +105,7 @@ class Drill:
             if not checkpoints:  # nothing to resume from yet
                 shutil.rmtree(run.parent, ignore_errors=True)
             argv = ["fit", "--resume", f"runs/{name}"] if checkpoints else [*self.argv, "--run_name", name]
-            # A checkpoint is torn where there is one before it; until then the run is cut short once more.
+            # A checkpoint is damaged only if there is an earlier one; until then the run is killed instead.
             blow = next((b for b in planned if b != "tear" or len(checkpoints) > 1), None)
             torn = self.tear(run) if blow == "tear" else None
             ended = self.attempt(argv, "kill" if torn or (planned and blow is None) else blow, torn)
@@ -118,12 +118,12 @@ class Drill:
         return []
 
     def attempt(self, argv: list[str], blow: str | None, torn: str | None = None) -> bool:
-        """Start or resume a run and deal it a blow; return whether it came to its end.
+        """Start or resume a run and inject a fault; return whether the run finished.
 
         Args:
             argv: the command.
-            blow: the fault that hits it; None for none.
-            torn: what is wrong with its newest checkpoint.
+            blow: the fault to inject; None for none.
+            torn: damage of the newest checkpoint; None for none.
         """
         ranks = Ranks(argv, self.folder, self.count, self.chance.randint(1, 2) if blow == "disk full" else None)
         hit = ""
@@ -150,14 +150,14 @@ class Drill:
         return False
 
     def count_if(self, name: str, holds: bool, otherwise: str) -> None:
-        """Count what was survived, or note what was lost."""
+        """Count a survived fault, or record what was lost."""
         if holds:
             self.counts[name] += 1
         else:
             self.lost.append(otherwise[-3000:])
 
     def tear(self, run: Path) -> str:
-        """Cut the newest checkpoint short, or alter a byte of it; return which."""
+        """Truncate the newest checkpoint or alter 64 bytes of it; describe the damage."""
         target = (run / "checkpoints" / "last.ckpt").resolve()
         if target.is_dir():
             target = self.chance.choice(sorted(path for path in target.iterdir() if path.stat().st_size > 100))
@@ -165,7 +165,7 @@ class Drill:
         if self.chance.random() < 0.5:
             os.truncate(target, self.chance.randrange(size))
             return f"{target.name} cut short"
-        # In the middle of the largest part of a file: its zip format has gaps between the parts, which hold nothing.
+        # Alter the middle, in the largest part of the file: gaps between the parts of a zip file hold no data.
         place = self.chance.randrange(size // 4, size // 2)
         with target.open("r+b") as file:
             file.seek(place)
@@ -176,7 +176,7 @@ class Drill:
 
 
 def main() -> int:
-    """Run the drills that were asked for."""
+    """Run the requested drills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", choices=[*STAGES, "all"], required=True, help="the stage; all writes results.md")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each stage (default 20)")

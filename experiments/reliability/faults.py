@@ -1,8 +1,8 @@
-"""What tiny runs survive: each fault is injected for real, and the run must do what is promised of it.
+"""Inject faults into tiny runs, and check that each run behaves as promised.
 
 python experiments/reliability/faults.py [--out runs/faults.json] [--only WORD]
 
-A line for each fault, and as the last one what did not hold. The exit status is how many did not.
+Prints one line per fault, and lists the failures in the last line. The exit status is the number of failures.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rlhf_lightning.cli import main as rlhf  # noqa: E402
 from rlhf_lightning.worlds.assistant import write_world  # noqa: E402
 
 WITHIN = 120.0
-"""Seconds after which a run counts as hanging."""
+"""Timeout in seconds after which a run counts as hanging."""
 
 TINY = ["--model.init_from", "world/model", "--model.from_scratch", "true", "--samples.prompts", "0",
         "--data.batch_size", "8", "--data.max_length", "128"]  # fmt: skip
@@ -46,7 +46,7 @@ PPO = ["fit", "--model", "PPOModule", *ON_POLICY]
 
 
 class Ended(NamedTuple):
-    """How a run ended: its exit status (negative: the signal it died of), what it said, seconds."""
+    """How a run ended: exit status (negative: the signal that ended it), output, seconds."""
 
     status: int
     said: str
@@ -54,12 +54,12 @@ class Ended(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The last line of its own that it said."""
+        """The last line of output that begins with ``rlhf``."""
         return next((line for line in reversed(self.said.splitlines()) if line.startswith("rlhf")), "")
 
 
 class Result(NamedTuple):
-    """A fault, what is promised of it, whether that held, and what was seen."""
+    """A fault, the promised behaviour, whether it held, and what was observed."""
 
     fault: str
     promise: str
@@ -72,7 +72,7 @@ class Result(NamedTuple):
 
 
 class Run:
-    """A command in a fork of this process, whose imports it shares."""
+    """A command in a fork of this process; the imports are shared."""
 
     def __init__(self, argv: list[str], name: str, prepare: Callable[[], None] = lambda: None) -> None:
         self.output, self.began = Path(f"{name}.log"), time.monotonic()
@@ -93,7 +93,7 @@ class Run:
                 os._exit(status)
 
     def ended(self, within: float = WITHIN) -> Ended:
-        """Wait for it; one that hangs is killed, and has the status of that."""
+        """Wait for the process; a hanging process is killed."""
         deadline = self.began + within
         while True:
             process, status = os.waitpid(self.process, os.WNOHANG)
@@ -107,19 +107,19 @@ class Run:
 
 
 def run(argv: list[str], name: str, prepare: Callable[[], None] = lambda: None) -> Ended:
-    """Run a command to its end."""
+    """Run a command and wait for it."""
     return Run(argv, name, prepare).ended()
 
 
 def last(name: str, tag: str) -> float:
-    """Return a metric's last value in a run."""
+    """Return the last value of a run's metric."""
     events = EventAccumulator(f"runs/{name}/version_0")
     events.Reload()
     return float(events.Scalars(tag)[-1].value)
 
 
 def total(name: str, tag: str) -> float:
-    """Return a metric's mean over a run's steps."""
+    """Return the mean of a run's metric over its steps."""
     events = EventAccumulator(f"runs/{name}/version_0")
     events.Reload()
     values = [event.value for event in events.Scalars(tag)]
@@ -132,7 +132,7 @@ def scorer(kind: str, **arguments: Any) -> list[str]:
 
 
 class Server:
-    """A server of scores and completions in a process of its own."""
+    """A separate process that serves scores and completions."""
 
     def __init__(self) -> None:
         with socket.socket() as free:
@@ -141,7 +141,7 @@ class Server:
         self.url, self.process = f"http://127.0.0.1:{self.port}", None
 
     def start(self) -> None:
-        """Start it, and return when it answers."""
+        """Start the server and wait until it accepts connections."""
         self.process = subprocess.Popen([sys.executable, "-S", str(HERE / "injected.py"), str(self.port)])
         while True:
             with socket.socket() as probe:
@@ -150,13 +150,13 @@ class Server:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the server."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
     def goes_and_comes_back(self, name: str) -> None:
-        """Kill it once a run has had its first rollout, and start it again a second later."""
+        """Kill the server after a run's first checkpoint, and restart it a second later."""
 
         def watch() -> None:
             events = Path(f"runs/{name}/version_0")
@@ -173,7 +173,7 @@ class Server:
 
 
 def scorer_faults() -> list[Result]:
-    """Scorers that fail on a fifth of the completions, dropped by PPO, which has to do without them."""
+    """Inject scorers that fail on a fifth of the completions, which PPO has to drop."""
     results = []
     for fault in injected.FAULTS:
         name = fault.replace(" ", "_")
@@ -194,7 +194,7 @@ def scorer_faults() -> list[Result]:
 
 
 def score_server() -> list[Result]:
-    """A server of scores that goes."""
+    """Inject outages of a score server."""
     server = Server()
     server.start()
     patient = scorer("RemoteScorer", url=f"{server.url}/score", retries=8, wait=0.2)
@@ -209,7 +209,7 @@ def score_server() -> list[Result]:
 
 
 def rollout_server() -> list[Result]:
-    """A server of completions that goes."""
+    """Inject outages of a completion server."""
     server = Server()
     server.start()
 
@@ -233,7 +233,7 @@ def rollout_server() -> list[Result]:
 
 
 def divergence() -> list[Result]:
-    """Losses that are NaN: now and then, and for good."""
+    """Inject NaN losses, occasionally and permanently."""
     command = ["fit", "--model", "injected.SpoiltModule", *SFT, "--trainer.max_steps", "8"]
     ended = run([*command, "--model.spoilt", "[2, 5]"], "nan_twice")
     skipped = last("nan_twice", "train/skipped_updates") if ended.status == 0 else 0.0
@@ -248,7 +248,7 @@ def divergence() -> list[Result]:
 
 
 def memory() -> list[Result]:
-    """A step for which there is no memory."""
+    """Inject an update that runs out of memory."""
 
     def limit() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -259,7 +259,7 @@ def memory() -> list[Result]:
 
 
 def lost_rank() -> list[Result]:
-    """One of two ranks is killed."""
+    """Kill one of two ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -279,7 +279,7 @@ def lost_rank() -> list[Result]:
 
 
 def bombs() -> list[Result]:
-    """Files that would run code."""
+    """Inject files that would execute code."""
 
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -311,7 +311,7 @@ def finishes(fault: str, ended: Ended, seen: str = "", held: bool = True) -> Res
 
 
 def ends(fault: str, ended: Ended, words: str) -> Result:
-    """Return the result of a run that must end with a line that says why, and no traceback."""
+    """Return the result of a run that must end with one line that states the reason, without a traceback."""
     held = ended.status in (1, 2) and words in ended.line and "Traceback" not in ended.said
     return Result(fault, "the run ends, and one line says why", held, ended.seconds, ended.line or f"{ended.status}")
 
@@ -320,7 +320,7 @@ GROUPS = (scorer_faults, score_server, rollout_server, divergence, memory, lost_
 
 
 def main() -> int:
-    """Inject every fault; return how many promises did not hold."""
+    """Inject every fault; return the number of broken promises."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file with the counts and every result")
     parser.add_argument("--only", default="", help="only the groups of faults whose name has this word")

@@ -1,11 +1,11 @@
-"""Ten thousand unchecked rows go through everything between a file and a model, and none is lost.
+"""Fuzz the data path: 10,000 unchecked rows go from file to model, and every row is accounted for.
 
     python experiments/reliability/fuzz.py --rows 10000 --seed 0 [--tokenizer DIR] [--out FILE.json]
 
-Each format and kind of rows is read, encoded, stored, collated and laid out with small tokenizers of three families
-(and one of your own). Of every row it must be known what became of it: rows read = rows kept + rows dropped with a
-reason. And of every row kept, control tokens and supervision must be those of the same turns with harmless contents.
-The last line says what was lost; the exit status is 1 if anything was.
+Rows of each format and kind are read, encoded, stored, collated and laid out. This is done with small tokenizers of
+three families, and with your own if given. Every row must be accounted for: rows read = rows kept + rows dropped with a
+reason. For every kept row, control tokens and supervision must equal those of the same turns with harmless contents.
+The last line lists what was lost; the exit status is 1 if anything was.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_LENGTH = 256
 
 
 def encoder_of(kind: str) -> Encoder:
-    """What reads and encodes rows of a kind."""
+    """Return the encoder for rows of a kind."""
     return Encoder(*KINDS[kind], max_length=MAX_LENGTH, separator="\n" if kind == "process" else None)
 
 
@@ -68,12 +68,12 @@ def went_through(path: Path, kind: str, tokenizer: Any) -> tuple[Report, RowStor
 
 
 def harmless(part: Any) -> Any:
-    """The same turns, saying nothing in particular."""
+    """Return the same turns with harmless contents."""
     return "a" if isinstance(part, str) else [{**turn, "content": "a"} for turn in part]
 
 
 def skeleton(tokenizer: Any, prompt: str | list[Message], completions: list[Any]) -> list[list[tuple[int, bool]]]:
-    """Control tokens and their supervision, in order, of a prompt and its completions."""
+    """Return control tokens and their supervision, in order, for a prompt and its completions."""
     texts = [render_prompt(tokenizer, prompt), *(render_completion(tokenizer, said, prompt) for said in completions)]
     guarded = facts_of(tokenizer).guarded_ids
 
@@ -84,14 +84,14 @@ def skeleton(tokenizer: Any, prompt: str | list[Message], completions: list[Any]
 
 
 def speaks_for_another(tokenizer: Any, row: CanonicalRow) -> bool:
-    """Whether who speaks, or what is learned, depends on what a row's contents say."""
+    """Return whether roles or supervision depend on the contents of a row."""
     prompt = row.prompt or ""
     found = skeleton(tokenizer, prompt, row.completions)
     return found != skeleton(tokenizer, harmless(prompt), [harmless(said) for said in row.completions])
 
 
 def accepted(path: Path, kind: str) -> Iterator[CanonicalRow]:
-    """Rows of a file that can be used."""
+    """Yield the valid rows of a file."""
     for raw in read_rows(Source(str(path))):
         try:
             yield read_row(raw, KINDS[kind].read)
@@ -100,7 +100,7 @@ def accepted(path: Path, kind: str) -> Iterator[CanonicalRow]:
 
 
 def streamed(path: Path, kind: str, tokenizer: Any) -> bool:
-    """Whether a stream of the file continues after a stop with the same rows."""
+    """Return whether an interrupted stream of the file resumes with the same rows."""
 
     def stream() -> RowStream:
         return RowStream(tokenizer, encoder_of(kind), (Source(str(path)),), seed=1, block=32)
@@ -114,7 +114,7 @@ def streamed(path: Path, kind: str, tokenizer: Any) -> bool:
 
 
 def fuzz(rows: int, seed: int, tokenizers: dict[str, Any], folder: Path, long: float = 0.0005) -> dict[str, Any]:
-    """Send rows of every format and kind through; return counts, reasons and what went wrong."""
+    """Process rows of every format and kind; return counts, reasons of dropped rows, and errors."""
     hostile = Hostile(seed, long)
     cases = [(name, kind) for name, (_, kinds) in FORMATS.items() for kind in kinds]
     counts: dict[str, Counter[str]] = {}
@@ -138,7 +138,7 @@ def fuzz(rows: int, seed: int, tokenizers: dict[str, Any], folder: Path, long: f
                 wrong.append(f"{path.name} with {label}: in {forged} rows a content speaks for another")
             if name == "jsonl" and not streamed(path, kind, tokenizer):
                 wrong.append(f"{path.name} with {label}: a resumed stream gives other rows")
-        except Exception as error:  # any error is what this drill looks for
+        except Exception as error:  # any error is a finding of this drill
             count = {"written": written, "lost": written}
             wrong.append(f"{path.name} with {label}: {type(error).__name__}: {str(error)[:300]}")
         counts.setdefault(name, Counter()).update(count)
@@ -146,7 +146,7 @@ def fuzz(rows: int, seed: int, tokenizers: dict[str, Any], folder: Path, long: f
 
 
 def main() -> int:
-    """Run the drill."""
+    """Run the fuzz test."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Unchecked rows, by seed: control tokens in contents, broken Unicode, wrong types, garbage, huge fields."""
+"""Generate hostile rows from a seed: control tokens in contents, broken Unicode, wrong types, garbage, huge fields."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LONG = 300_000
 
 
 class Hostile:
-    """A source of hostile rows.
+    """A generator of hostile rows.
 
     Args:
         seed: the same seed gives the same rows.
-        long: share of texts that are hundreds of thousands of characters long.
+        long: fraction of texts with hundreds of thousands of characters.
     """
 
     def __init__(self, seed: int, long: float = 0.0005) -> None:
@@ -44,11 +44,11 @@ class Hostile:
         self.long = long
 
     def pick(self, *choices: Any) -> Any:
-        """One of the choices."""
+        """Return one of the choices."""
         return self.random.choice(choices)
 
     def text(self) -> str:
-        """A text of words, control tokens and damage."""
+        """Return a text of words, control tokens and damaged characters."""
         pools = self.random.choices((WORDS, CONTROL, DAMAGE), weights=(6, 3, 1), k=self.random.randint(1, 8))
         text = "".join(self.random.choice(pool) for pool in pools)
         if self.random.random() < self.long:
@@ -56,7 +56,7 @@ class Hostile:
         return text
 
     def junk(self) -> Any:
-        """A value of the wrong type, now and then nested deeply."""
+        """Return a value of a wrong type, sometimes deeply nested."""
         if self.random.random() < 0.05:
             nested: Any = self.text()
             for _ in range(self.random.choice((10, 70, 300))):
@@ -65,7 +65,7 @@ class Hostile:
         return self.random.choice(JUNK)
 
     def turn(self, role: str) -> Any:
-        """A message, with what exporters make of messages."""
+        """Return a message, in one of the forms that exporters write."""
         chance = self.random.random()
         content: Any = self.text()
         if chance < 0.03:
@@ -78,26 +78,26 @@ class Hostile:
         return {"from": role, "value": content} if chance > 0.95 else {"role": role, "content": content}
 
     def turns(self, last: str) -> list[Any]:
-        """A conversation that ends with a role."""
+        """Return a conversation that ends with the given role."""
         roles = ["system"] if self.random.random() < 0.2 else []
         roles += ["user", "assistant"] * self.random.randint(0, 2)
         roles += ["user"] if last == "user" else ["user", "assistant"]
         return [self.turn(role) for role in roles]
 
     def prompt(self) -> Any:
-        """A prompt, plain or of messages."""
+        """Return a prompt, as text or as messages."""
         return self.text() if self.random.random() < 0.5 else self.turns(self.pick("user", "user", "user", "assistant"))
 
     def completion(self) -> Any:
-        """A completion, plain or of messages."""
+        """Return a completion, as text or as messages."""
         return self.text() if self.random.random() < 0.7 else [self.turn("assistant")]
 
     def number(self) -> Any:
-        """A number, or what should be one."""
+        """Return a number, or a wrong value instead of one."""
         return self.junk() if self.random.random() < 0.3 else self.pick(0, 1, 0.5, "0.7", 3, None)
 
     def sft(self) -> dict[str, Any]:
-        """A demonstration."""
+        """Return a demonstration."""
         return self.pick(
             {"messages": self.turns("assistant")},
             {"prompt": self.prompt(), "completion": self.completion(), "weight": self.number()},
@@ -107,7 +107,7 @@ class Hostile:
         )
 
     def preference(self) -> dict[str, Any]:
-        """A pair, a transcript, a ranked list or votes."""
+        """Return a pair, a transcript, a ranked list or votes."""
         shared = self.turns("user")
         said = [f"\n\nHuman: {self.text()}\n\nAssistant: ", self.text(), self.text()]
         many = [self.completion() for _ in range(self.pick(1, 2, 3, 5, 300 if self.random.random() < 0.02 else 4))]
@@ -128,20 +128,20 @@ class Hostile:
         )  # fmt: skip
 
     def unpaired(self) -> dict[str, Any]:
-        """A completion that was judged alone."""
+        """Return an unpaired completion with a label."""
         return self.pick(
             {"prompt": self.prompt(), "completion": self.completion(), "label": self.pick(True, 0, "-1", self.junk())},
             {"messages": self.turns("assistant"), "label": self.pick(True, False, 1.0, self.junk())},
         )
 
     def process(self) -> dict[str, Any]:
-        """A completion whose steps were judged."""
+        """Return a completion with labelled steps."""
         steps = [self.text() for _ in range(self.random.randint(0, 5))]
         labels = [self.pick(True, False, None, 0.5, self.number()) for _ in steps]
         return {"prompt": self.prompt(), "completions": steps, "labels": labels if self.random.random() < 0.9 else 1}
 
     def prompt_row(self) -> dict[str, Any]:
-        """A prompt with further columns."""
+        """Return a prompt with additional columns."""
         return self.pick(
             {"prompt": self.prompt(), "answer": self.junk(), self.text() or "x": self.text()},
             {"messages": self.turns("user")},
@@ -149,7 +149,7 @@ class Hostile:
         )
 
     def row(self, kind: str) -> dict[str, Any]:
-        """A row of a kind, sometimes spoilt."""
+        """Return a row of a kind, sometimes damaged."""
         row = {"prompt": self.prompt_row}.get(kind, getattr(self, kind))()
         chance = self.random.random()
         if chance < 0.05:
@@ -161,7 +161,7 @@ class Hostile:
         return row
 
     def line(self, kind: str) -> bytes:
-        """A row as a line of JSON, sometimes broken."""
+        """Return a row as a line of JSON, sometimes damaged."""
         row, escape = self.row(kind), self.random.random() < 0.5
         line = json.dumps(row, ensure_ascii=escape).encode("utf-8", "surrogatepass")
         chance = self.random.random()
@@ -180,18 +180,18 @@ class Hostile:
 
 
 def jsonl(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """A .jsonl file, and how many rows it has."""
+    """Return a .jsonl file and its number of rows."""
     return b"".join(hostile.line(kind) + hostile.pick(b"\n", b"\r\n", b"\n\n") for _ in range(rows)), rows
 
 
 def whole_json(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """A .json file, whose rows are all JSON but not all rows."""
+    """Return a .json file of valid JSON, in which some entries are not rows."""
     values = [hostile.row(kind) if hostile.random.random() < 0.95 else hostile.junk() for _ in range(rows)]
     return json.dumps({"data": values}).encode(), rows
 
 
 def table(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """A .csv file with broken UTF-8, quotes, and too many or too few fields."""
+    """Return a .csv file with broken UTF-8, quotes, and too many or too few fields."""
     columns = PLAIN_COLUMNS[kind]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\r\n")
@@ -207,7 +207,7 @@ def table(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
 
 
 def parquet(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """A .parquet file whose texts are not all UTF-8."""
+    """Return a .parquet file in which some texts are not valid UTF-8."""
     import pyarrow
     import pyarrow.parquet
 
@@ -222,7 +222,7 @@ def parquet(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
 
 
 def paragraphs(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """A .txt file of paragraphs."""
+    """Return a .txt file of paragraphs."""
     texts = [f"{hostile.text()}.".replace("\n", " ").replace("\r", " ") for _ in range(rows)]
     return "\n\n".join(texts).encode("utf-8", "surrogatepass"), rows
 
@@ -241,4 +241,4 @@ FORMATS: dict[str, tuple[Callable[[Hostile, str, int], tuple[bytes, int]], tuple
     "parquet": (parquet, tuple(PLAIN_COLUMNS)),
     "txt": (paragraphs, ("sft",)),
 }
-"""For each format what writes a file of rows and counts them, and the kinds of rows that it can hold."""
+"""For each format, the function that writes a file of rows and counts them, and the kinds of rows it can hold."""

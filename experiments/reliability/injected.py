@@ -1,6 +1,6 @@
-"""What the drill of faults puts into a run: scorers that misbehave, a NaN loss, a step that eats memory.
+"""Faults for `faults.py`: misbehaving scorers, a NaN loss, an update that runs out of memory.
 
-Run as a script with a port it is a server, of scores and of completions, that can be killed and started again.
+Run as a script with a port, it serves scores and completions and can be killed and restarted.
 """
 
 import json
@@ -16,12 +16,12 @@ FAULTS = ("raises", "hangs", "dies", "returns NaN", "returns too many")
 
 
 def length(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """Score a completion by its words."""
+    """Score a completion by its number of words."""
     return [float(len(text.split())) for text in completions]
 
 
 def misbehaving(fault: str) -> Any:
-    """Return a scorer that scores a fifth of the completions, always the same ones, by a fault."""
+    """Return a scorer that applies a fault to a fifth of the completions, always to the same ones."""
 
     def score(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         spoilt = [sum(text.encode()) % 5 == 0 for text in completions]
@@ -43,7 +43,7 @@ raises, hangs, dies, returns_nan, returns_too_many = (misbehaving(fault) for fau
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Scores by length; completes by random bytes, each said to be one of 256."""
+    """Scores by length; completes with random bytes, each reported as one of 256."""
 
     def do_POST(self) -> None:  # noqa: N802
         """Answer a request."""
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(sent)
 
     def answer(self, body: dict[str, Any]) -> Any:
-        """Return scores, a completion, or that an adapter is there."""
+        """Return scores, a completion, or a confirmation that an adapter is loaded."""
         if self.path == "/score":
             return {"scores": length(body["prompts"], body["completions"])}
         if self.path != "/v1/completions":
@@ -67,12 +67,12 @@ class Handler(BaseHTTPRequestHandler):
         return {"choices": [{"token_ids": tokens, "logprobs": table, "finish_reason": "length"}]}
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 if __name__ == "__main__":
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-else:  # the server starts without the training stack
+else:  # as a server it starts without the training stack
     import torch
     from torch import Tensor
 
@@ -80,11 +80,11 @@ else:  # the server starts without the training stack
     from rlhf_lightning.types import TokenLogprobs
 
     class SpoiltModule(SFTModule):
-        """SFT whose loss is NaN at some updates.
+        """SFT with a NaN loss at some updates.
 
         Args:
-            spoilt: the updates, from 0.
-            on_rank: the rank on which it is so; None on all.
+            spoilt: indices of these updates, from 0.
+            on_rank: the only rank with a NaN loss; None for all ranks.
         """
 
         def __init__(self, spoilt: list[int], on_rank: int | None = None, **kwargs: Any) -> None:
@@ -92,13 +92,13 @@ else:  # the server starts without the training stack
             self.spoilt, self.on_rank = spoilt, on_rank
 
         def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
-            """Return the usual loss, or what is none."""
+            """Return the usual loss, or NaN."""
             loss = -logprobs.logprobs
             here = self.on_rank is None or self.on_rank == self.global_rank
             return loss * math.nan if here and self.updates in self.spoilt else loss
 
     class HungryModule(SFTModule):
-        """SFT whose third update asks for more memory than there is."""
+        """SFT whose third update runs out of memory."""
 
         def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
             """Return the usual loss."""
@@ -110,7 +110,7 @@ else:  # the server starts without the training stack
         """SFT whose second rank is killed at the third update."""
 
         def token_loss(self, logprobs: TokenLogprobs) -> Tensor:
-            """Return the usual loss, or nothing ever again."""
+            """Return the usual loss, or kill the process."""
             if self.updates == 2 and self.global_rank == 1:
                 os.kill(os.getpid(), 9)
             return -logprobs.logprobs

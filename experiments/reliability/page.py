@@ -1,4 +1,4 @@
-"""The page of all drills. Each drill writes JSON files of its own; a section is made of one kind of them."""
+"""Render the page of all drills. Each drill writes JSON files; each section renders one kind of file."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ Records = Sequence[dict[str, Any]]
 
 
 def kills(records: Records) -> list[str]:
-    """Return the section of runs that were cut short."""
+    """Return the section on killed and resumed runs."""
     columns = ("rollout", "update", "validation", "saving", "between", "starting")
     lines = [
         "## Runs cut short",
@@ -40,7 +40,7 @@ def kills(records: Records) -> list[str]:
 
 
 def faults(records: Records) -> list[str]:
-    """Return the section of faults in the loop."""
+    """Return the section on faults in the training loop."""
     lines = ["## Faults in the loop", "", "`faults.py`: each is injected into a tiny run of its own.", ""]
     for record in records:
         lines += ["| fault | held | what was seen |", "|---|---|---|"]
@@ -52,7 +52,7 @@ def faults(records: Records) -> list[str]:
 
 
 def fuzz(records: Records) -> list[str]:
-    """Return the section of unchecked rows."""
+    """Return the section on unchecked rows."""
     lines = [
         "## Unchecked rows",
         "",
@@ -71,7 +71,7 @@ def fuzz(records: Records) -> list[str]:
 
 
 def probes(records: Records) -> list[str]:
-    """Return the section of attacks and faults against the commands."""
+    """Return the section on attacks and faults against the commands."""
     lines = [
         "## Attacks and faults",
         "",
@@ -93,11 +93,11 @@ def probes(records: Records) -> list[str]:
 SECTIONS: dict[str, Callable[[Records], list[str]]] = {
     "probes": probes, "kills": kills, "faults": faults, "fuzz": fuzz,
 }  # fmt: skip
-"""By the beginning of the files' names: ``kills_ppo_ddp_full.json``."""
+"""Section by prefix of the file name, for example ``kills_ppo_ddp_full.json``."""
 
 
 def render(results: Path, page: Path) -> None:
-    """Write the page of all that lies in the results' folder."""
+    """Write the page of all results in the folder."""
     lines = ["# Reliability", "", "Written by `page.py` from the drills' results; nothing here is mocked.", ""]
     for name, section in SECTIONS.items():
         records = [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}_*.json"))]

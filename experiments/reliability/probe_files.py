@@ -1,4 +1,4 @@
-"""Probes of files that others wrote, and of settings that name them."""
+"""Probes of untrusted files, and of settings that name them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from probing import CHAT, CHAT_ADAPTER, PLANTED, RAN, RESUME, RUN, Probe, fit
 
 
 def edited(file: str, argv: list[str], change: Callable[[Any], Any]) -> Callable[[], list[str]]:
-    """Return what writes a JSON file anew, changed."""
+    """Return a function that changes a JSON file and returns the command line."""
 
     def prepare() -> list[str]:
         path = Path(file)
@@ -32,7 +32,7 @@ def edited(file: str, argv: list[str], change: Callable[[Any], Any]) -> Callable
 
 
 def replaced(file: str, argv: list[str], content: Callable[[bytes], bytes]) -> Callable[[], list[str]]:
-    """Return what writes a file anew, changed as bytes."""
+    """Return a function that changes a file as bytes and returns the command line."""
 
     def prepare() -> list[str]:
         path = Path(file)
@@ -60,7 +60,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _from_model(argv: list[str]) -> list[str]:
-    """Return a command line typed within the model's folder."""
+    """Return the command line with paths relative to the model folder."""
     places = {
         "model": ".",
         **{name: f"../{name}" for name in ("adapter", "data.jsonl", "pairs.jsonl", RUN, "out.jsonl")},
@@ -69,7 +69,7 @@ def _from_model(argv: list[str]) -> list[str]:
 
 
 def code_probes() -> Iterator[Probe]:
-    """Planted modules next to data and models, kernels named by configs, pickles."""
+    """Planted modules next to data and models, attention kernels named in configs, pickles."""
     modules = ("kernels", "brotli", "megatron", "deepspeed", "flash_attn", "triton", "xformers", "mamba_ssm", "apex",
                "bitsandbytes_extra", "pandas_extra", "zstandard", "sentencepiece", "tiktoken", "torchvision", "cupy",
                "auto_gptq", "awq", "hqq", "aqlm", "optimum", "neptune", "wandb", "comet_ml", "numba", "soundfile",
@@ -82,7 +82,7 @@ def code_probes() -> Iterator[Probe]:
         def prepare() -> list[str]:
             os.chdir(place)
             for name in names:
-                # Sources of installed modules are not shadowed: the working directory would come last anyway.
+                # Sources of installed modules are not shadowed: the working directory would come last in any case.
                 Path(f"{name}.py").write_text(PLANTED.replace(repr(RAN), repr(str(Path.cwd() / RAN))))
             return argv
 
@@ -144,7 +144,7 @@ def code_probes() -> Iterator[Probe]:
 
 
 def silence_probes() -> Iterator[Probe]:
-    """What would go wrong without a word: indices that leave the folder, decoys, other weights, ranges."""
+    """Inputs that could be used silently: indices that leave the folder, decoys, other weights, ranges."""
 
     def index(names: dict[str, str], extra: Callable[[], None] = lambda: None) -> Callable[[], list[str]]:
         def prepare() -> list[str]:
@@ -178,7 +178,7 @@ def silence_probes() -> Iterator[Probe]:
         yield Probe("files", f"safetensors index names {name}", index({"*": wanted}, extra))
     yield Probe(
         "files", "a decoy next to the indexed file", index({}, decoy), may_succeed=True
-    )  # not loaded, not hashed
+    )  # neither loaded nor hashed
     for name, content in (
         ("a list", "[]"),
         ("empty", ""),
@@ -242,7 +242,7 @@ def leak_probes() -> Iterator[Probe]:
 
 
 def hang_probes() -> Iterator[Probe]:
-    """Files without an end, bombs of every kind, regexes, counts."""
+    """Endless files, decompression bombs, regular expressions, counts."""
 
     def special(make: Callable[[str], None], place: str, argv: list[str]) -> Callable[[], list[str]]:
         def prepare() -> list[str]:
@@ -296,13 +296,13 @@ def hang_probes() -> Iterator[Probe]:
                 "files",
                 f"adapter_config {field} {pattern}",
                 edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, p=pattern, f=field: {**c, f: p}),
-                may_succeed=field == "exclude_modules",  # one that is quick excludes nothing
+                may_succeed=field == "exclude_modules",  # a quick pattern excludes nothing
             )
         yield Probe(
             "files",
             f"adapter_config rank_pattern {pattern}",
             edited("adapter/adapter_config.json", CHAT_ADAPTER, lambda c, p=pattern: {**c, "rank_pattern": {p: 4}}),
-            may_succeed=True,  # one that is quick matches no layer
+            may_succeed=True,  # a quick pattern matches no layer
         )
     for key in (
         "num_hidden_layers",
@@ -473,7 +473,7 @@ def _big_rows() -> Iterator[Probe]:
 
 
 def traceback_probes() -> Iterator[Probe]:
-    """Damaged files where a sentence is promised."""
+    """Damaged files that must end with one sentence, without a traceback."""
     files = {
         "model/model.safetensors": CHAT, "model/config.json": CHAT, "model/tokenizer.json": CHAT,
         "model/tokenizer_config.json": CHAT, "model/generation_config.json": CHAT,
@@ -761,10 +761,10 @@ def _checkpoints() -> Iterator[Probe]:
             path.write_bytes(content.getvalue())
             return RESUME
 
-        yield Probe("files", f"resume: {name}", packed, may_succeed=True)  # an earlier checkpoint is whole
+        yield Probe("files", f"resume: {name}", packed, may_succeed=True)  # an earlier checkpoint is intact
 
 
 def file_probes() -> Iterator[Probe]:
-    """All probes of files that others wrote, and of settings that name them."""
+    """Return all probes of untrusted files, and of settings that name them."""
     for kind in (code_probes, silence_probes, leak_probes, hang_probes, traceback_probes):
         yield from (probe for probe in kind() if probe.front == "files")

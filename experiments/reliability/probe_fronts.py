@@ -1,4 +1,4 @@
-"""Probes of processes, pages, servers and numbers."""
+"""Probes of processes, annotation pages, servers and numeric settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ RESUMABLE = 75
 
 
 def judge_signal(number: int, second: bool, runs: str) -> Judge:
-    """Return the judge of a signal: 75 with a checkpoint, or 128 + n; partial files are removed unless two came."""
+    """Return the judge of a signal: status 75 with a checkpoint, or 128 + n, and no partial files.
+
+    After a second signal, partial files may remain.
+    """
 
     def judge(status: int, text: str) -> str | None:
         place = Path.cwd()
@@ -44,11 +47,11 @@ def judge_signal(number: int, second: bool, runs: str) -> Judge:
 
 
 MOMENTS = (0.001, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.995)
-"""Shares of a command's calls after which it gets a signal."""
+"""Fractions of a command's function calls after which it gets a signal."""
 
 
 def process_probes() -> Iterator[Probe]:
-    """Signals at moments from the first import to the last export."""
+    """Send signals at moments from the first import to the last export."""
     yield from (probe for probe in leak_probes() if probe.front == "processes")
     few = ["--max_new_tokens", "3"]
     commands = {
@@ -103,7 +106,7 @@ FIELDS = (
 
 
 def requests() -> Iterator[tuple[str, Callable[[Any, dict[str, Any]], Any]]]:
-    """Yield the name of a request and what sends it with a client and a sound answer."""
+    """Yield the name of a request, and a function that sends it with a client and a valid answer."""
     for field in FIELDS:
         for name, value in ODD.items():
 
@@ -183,7 +186,7 @@ def requests() -> Iterator[tuple[str, Callable[[Any, dict[str, Any]], Any]]]:
 
 
 def ask(send: Callable[[Any, dict[str, Any]], Any]) -> int:
-    """Send a request to a page over a new store; return 0 if the answer is sound and the page still works."""
+    """Send a request to a page over a new store; return 0 if the answer is valid and the page still works."""
     from starlette.testclient import TestClient
 
     from rlhf_lightning.commands.web_server import HEADERS
@@ -222,7 +225,7 @@ def _sound(status: int, text: str) -> str | None:
 
 
 def page_probes() -> Iterator[Probe]:
-    """Requests that no page sends: each gets an answer below 500 with the page's headers, and the page still works."""
+    """Send malformed requests: each gets a status below 500 with the page's headers, and the page still works."""
     for name, send in requests():
         yield Probe("page", name, lambda s=send: ask(s), judge=_sound)
 
@@ -231,7 +234,7 @@ def page_probes() -> Iterator[Probe]:
 
 
 def answers() -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the bytes of a server's answer to a request for three scores."""
+    """Yield the name and the bytes of invalid server answers to a request for three scores."""
 
     def http(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -287,7 +290,7 @@ def answers() -> Iterator[tuple[str, bytes]]:
 
 
 def score_by(answer: bytes) -> int:
-    """Ask a server for three scores; return 0 if its answer is taken (null as NaN) or refused in a sentence."""
+    """Request three scores; return 0 if the answer is accepted (null as NaN) or refused in a sentence."""
     from rlhf_lightning.errors import RlhfError
     from rlhf_lightning.scoring import RemoteScorer
     from rlhf_lightning.scoring.scorer import ask_scorer
@@ -317,7 +320,7 @@ def score_by(answer: bytes) -> int:
 
 
 def server_probes() -> Iterator[Probe]:
-    """Answers that no server gives: each is taken as scores, or refused in a printable sentence."""
+    """Return malformed server answers: each is read as scores, or refused in a printable sentence."""
     for name, answer in answers():
         yield Probe("servers", f"a score server answers: {name}", lambda a=answer: score_by(a), judge=_sound)
 
@@ -343,7 +346,7 @@ VALUES = (
 
 
 def numeric_settings(kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each class and each of its numeric settings, from the index that answers help."""
+    """Yield each class and each of its numeric settings, from the index behind `--help`."""
     from rlhf_lightning.commands.flag_index import INDEX
 
     index = json.loads(INDEX.read_text(encoding="utf-8"))
@@ -365,7 +368,7 @@ def numeric_settings(kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def number_probes() -> Iterator[Probe]:
-    """Numbers that are none, or far out of range: refused, or trained with to a finite loss."""
+    """Set invalid or extreme numbers: they are refused, or training gives a finite loss."""
 
     def finite(status: int, text: str) -> str | None:
         if "Traceback (most recent" in text:

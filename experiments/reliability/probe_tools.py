@@ -19,12 +19,12 @@ EVIL = "<img src=x onerror=alert(1)><script>alert(1)</script> $\\frac$ \u2028 \x
 
 
 def sound(status: int, text: str) -> str | None:
-    """Return why a probe broke that judges itself: status 0 is good."""
+    """Return why a self-judging probe broke; status 0 is success."""
     return "traceback" if "Traceback (most recent" in text else None if status == 0 else text.strip()[-200:]
 
 
 def one_sentence(may_succeed: bool = True) -> Judge:
-    """Return the judge of a command: no traceback, and no status 0 where nothing could be done."""
+    """Return the judge of a command: no traceback, and no status 0 if nothing could be done."""
 
     def judge(status: int, text: str) -> str | None:
         if "Traceback (most recent" in text:
@@ -45,7 +45,7 @@ ODD = (None, True, -1, 2**70, 10**400, 1e308, float("nan"), "x" * 300_000, "\x00
 
 
 def fields() -> Iterator[tuple[str, str, list[bytes]]]:
-    """Yield the name, the route and the bodies of requests with one odd field."""
+    """Yield the name, the route and the bodies of requests with one invalid field."""
     from rlhf_lightning.commands.completion_requests import CHAT_FIELDS, COMPLETION_FIELDS
 
     for route, known, sound_body in (
@@ -79,7 +79,7 @@ def fields() -> Iterator[tuple[str, str, list[bytes]]]:
 
 
 def raw_requests() -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the bytes of requests that no client sends."""
+    """Yield the name and the bytes of raw malformed requests."""
     body = b'{"prompt": "w6", "max_tokens": 2}'
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     length = b"content-length: %d\r\n" % len(body)
@@ -121,7 +121,7 @@ def raw_requests() -> Iterator[tuple[str, bytes]]:
 
 
 def serve_odd(send: Callable[[Any, int], None]) -> int:
-    """Serve the world's model, send something, and ask a sound question; return 0 if that is answered."""
+    """Serve the world's model, send something, then send a valid request; return 0 if that is answered."""
     from starlette.testclient import TestClient
 
     from rlhf_lightning.commands.completion_api import make_app
@@ -154,7 +154,7 @@ def _post(route: str, bodies: list[bytes]) -> Callable[[Any, int], None]:
 def _raw(sent: bytes) -> Callable[[Any, int], None]:
     def send(client: Any, port: int) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-            with contextlib.suppress(OSError):  # it may close in the middle
+            with contextlib.suppress(OSError):  # the server may close early
                 connection.sendall(sent)
                 connection.shutdown(socket.SHUT_WR)
             found = b""
@@ -175,7 +175,7 @@ def _raw(sent: bytes) -> Callable[[Any, int], None]:
 
 
 def serve_probes() -> Iterator[Probe]:
-    """Requests to `rlhf serve`: none fails it, and it still answers afterwards."""
+    """Send malformed requests to `rlhf serve`: it stays up and still answers afterwards."""
     sent = [(name, _post(route, bodies)) for name, route, bodies in fields()]
     sent += [(f"request with {name}", _raw(given)) for name, given in raw_requests()]
     for name, send in sent:
@@ -210,7 +210,7 @@ RESETS = ("None", "7", "''", "[]", "[5]", "[{'role': 'user'}]", "[{'role': 5, 'c
 
 
 def with_environment(reply: str, reset: str) -> list[str]:
-    """Write an environment and return the command that trains in it."""
+    """Write an environment and return the command that trains with it."""
     Path("odd_environment.py").write_text(ENVIRONMENT.format(reply=reply, reset=reset))
     Path("prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "w6 w7"}]}\n' * 4)
     return [
@@ -222,7 +222,7 @@ def with_environment(reply: str, reset: str) -> list[str]:
 
 
 def environment_probes() -> Iterator[Probe]:
-    """Environments and tools that return what none should: refused in a sentence, or trained on to finite numbers."""
+    """Environments and tools with invalid return values: refused in a sentence, or trained on with finite numbers."""
     for reward in REWARDS:
         yield Probe("numbers", f"an environment's reward is {reward}",
                     lambda r=reward: with_environment(f"Reply('w6', reward={r})", "row['prompt']"),
@@ -242,12 +242,12 @@ def environment_probes() -> Iterator[Probe]:
 
 
 def _exit_judge(status: int, text: str) -> str | None:
-    """A user's own exception may show its traceback; status 0 is never right."""
+    """Judge an exception of a user's own code: it may show a traceback, but status 0 is always wrong."""
     return "status 0" if status == 0 else None
 
 
 def said_by_policies() -> dict[str, str]:
-    """Return turns that a policy may write to its tools."""
+    """Return turns with which a policy may call its tools."""
 
     def hermes(arguments: str, name: str = "calculator") -> str:
         return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
@@ -280,7 +280,7 @@ def said_by_policies() -> dict[str, str]:
 
 
 def say(text: str) -> int:
-    """Give tools a turn of a policy; return 0 if the reply is finite, short and can be written as JSON and UTF-8."""
+    """Pass a turn of a policy to tools; return 0 if the reply is finite, short and valid JSON and UTF-8."""
     from rlhf_lightning.environments.tool_use import LookupTable, ToolEnvironment, calculator
     from rlhf_lightning.types import Episode
 
@@ -298,7 +298,7 @@ def say(text: str) -> int:
 
 
 def records() -> Iterator[tuple[str, str, str]]:
-    """Yield the name, the tool and the JSON text of records that no tool exports."""
+    """Yield the name, the tool and the JSON text of invalid records."""
     base = {"fields": {"prompt": "w6", "a_1": "w7", "a_2": "w8"}}
     task = {"data": base["fields"], "annotations": [{"completed_by": 1, "result": [{"value": {"selected": "left"}}]}]}
     odd: list[Any] = [None, True, -1, 10**400, float("nan"), "x" * 300_000, "\x00", "\ud800", [], [[]], {}, EVIL,
@@ -337,7 +337,7 @@ def records() -> Iterator[tuple[str, str, str]]:
 
 
 def take_over(tool: str, text: str) -> int:
-    """Import records into a store, and read what it holds; return the import's status."""
+    """Import records into a store and read them back; return the exit status of the import."""
     Path("records.json").write_bytes(text.encode())
     status = rlhf(["annotate", "import", "--store", "labels.db", "--records", "records.json", "--tool", tool])
     if status == 0 and rlhf(["annotate", "export", "--store", "labels.db", "--out", "labels.jsonl"]) not in (0, 1):
@@ -366,7 +366,7 @@ def label_probes() -> Iterator[Probe]:
 
 
 def row_probes() -> Iterator[Probe]:
-    """Rows with nested columns and turns that hold what none should: dropped and counted, or trained on."""
+    """Rows with nested columns and invalid turns: dropped and counted, or trained on."""
 
     def rows(argv: list[str], text: str) -> list[str]:
         sound_row = Path("data.jsonl").read_text()
@@ -530,5 +530,5 @@ def project_probes() -> Iterator[Probe]:
 
 
 def _refused(status: int, text: str) -> str | None:
-    """A file of losses is the user's own program: it must not be found correct."""
+    """Judge an invalid file of losses, which is user code: status 0 is wrong."""
     return "status 0" if status == 0 else None if status in (1, 2) else f"status {status}"

@@ -1,12 +1,12 @@
-"""Attacks and faults against the commands, each in a forked process with a time and a memory limit.
+"""Probe the commands with attacks and faults, each in a forked process with time and memory limits.
 
     python experiments/reliability/probes.py [--part ci] [--front NAME ...] [--only TEXT] [--resume] [--out FILE.json]
 
-A probe holds if the command ends in time and memory with one sentence that has a code (no traceback, no status 0 where
-the input is unusable) and no planted code has run. Probes of processes send signals at counted moments; those of pages
-and servers send requests and answers. The table counts held and broken probes for each front; every broken probe is
-printed. The exit status is 1 if any probe broke. Outcomes are kept in FILE.jsonl as they come, and ``--resume`` runs
-what has not held there. ``--part ci`` is a fixed sample over all fronts, of at most three minutes.
+A probe holds if the command ends within its limits, prints one sentence with an error code, and runs no planted code. A
+traceback, or status 0 for unusable input, breaks the probe. Probes of processes send signals at counted moments; probes
+of pages and servers send requests and answers. The table counts held and broken probes of each front; every broken
+probe is printed. The exit status is 1 if any probe broke. Outcomes are appended to FILE.jsonl, and ``--resume`` runs
+only the probes that have not held there. ``--part ci`` is a fixed sample over all fronts, of at most three minutes.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ FRONTS: dict[str, Callable[[], Iterator[Probe]]] = {
     ),
 }
 IN_CI = {"page": 40, "files": 40, "processes": 8, "servers": 15, "numbers": 12}
-"""Probes of each front that ``--part ci`` runs, evenly spread over its list."""
+"""Number of probes per front that ``--part ci`` runs, evenly spread over its list."""
 
 
 def spread(probes: Sequence[Probe], count: int) -> list[Probe]:
-    """Return ``count`` probes of the list, the same ones each time."""
+    """Return ``count`` probes of the list, always the same ones."""
     return [probes[place * len(probes) // count] for place in range(min(count, len(probes)))]
 
 
@@ -97,8 +97,8 @@ def main() -> int:
             for probe in (spread(probes, IN_CI[front]) if given.part == "ci" else probes)
             if given.only in probe.name
         ][:: given.every]
-        random.Random(0).shuffle(chosen)  # a run that is stopped is a sample of all fronts
-        chosen.sort(key=lambda probe: f"{probe.front}: {probe.name}" not in known)  # what broke before comes first
+        random.Random(0).shuffle(chosen)  # an interrupted run then samples all fronts
+        chosen.sort(key=lambda probe: f"{probe.front}: {probe.name}" not in known)  # broken probes come first
         seconds = {front: 0.0 for front in FRONTS}
         for probe in chosen:
             key = f"{probe.front}: {probe.name}"

@@ -1,4 +1,4 @@
-"""What runs a probe: a forked process with limits of time and memory, in a copy of a small world, and its judge."""
+"""Run a probe in a forked process with time and memory limits, in a copy of a small world, and judge it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]  # this checkout, not an installed package
 SECONDS, GIGABYTES = 40, 3
-"""Limits of one probe: processor time, and memory on top of the imported process."""
+"""Limits of one probe: CPU time, and memory beyond that of the imported process."""
 WALL_SECONDS, IDLE_SECONDS = 300, 60
-"""Limits of a probe that sleeps; they are long, so that a busy machine breaks no probe."""
+"""Limits of a probe that sleeps; long enough that a busy machine breaks no probe."""
 RAN = "ran"
-"""A file that planted code makes in the working directory."""
+"""File that planted code creates in the working directory."""
 PLANTED = f"from pathlib import Path\nPath({RAN!r}).touch()\n"
 
 Judge = Callable[[int, str], str | None]
-"""Returns why a probe broke, from its exit status and what it said; None if it held."""
+"""Function of exit status and output that returns why a probe broke; None if it held."""
 
 
 IMPORTED = (
@@ -40,7 +40,7 @@ IMPORTED = (
     "rlhf_lightning.commands.serve", "rlhf_lightning.commands.completion_api", "rlhf_lightning.evaluation.report",
     "rlhf_lightning.sampling.live_batch", "rlhf_lightning.verification.verify", "rlhf_lightning.commands.sweep",
 )  # fmt: skip
-"""What commands import late: once here, instead of in every fork."""
+"""Late imports of commands: done once here, instead of in every fork."""
 
 
 class Probe(NamedTuple):
@@ -48,13 +48,13 @@ class Probe(NamedTuple):
 
     Attributes:
         front: key of `probes.FRONTS`.
-        name: what is done.
-        prepare: changes the probe's folder, which is the working directory, and returns the command line, or does the
-            work and returns an exit status.
-        may_succeed: whether ignoring the change is right too: the command then ends with status 0.
-        typed: what stands on standard input.
-        fresh: whether the command runs in a new process, which has imported nothing yet.
-        judge: what judges the exit status and the output, where it is not `judged`.
+        name: description of the attack or fault.
+        prepare: changes the probe's folder, which is the working directory, and returns the command line. It may
+            instead run the whole probe and return an exit status.
+        may_succeed: whether the command may also ignore the change and end with status 0.
+        typed: standard input.
+        fresh: whether the command runs in a new process without preloaded imports.
+        judge: judge of exit status and output; None for `judged`.
     """
 
     front: str
@@ -67,7 +67,7 @@ class Probe(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a probe: None or why it broke, and what the command said."""
+    """Outcome of a probe: None or why it broke, and the output."""
 
     broke: str | None
     said: str
@@ -77,7 +77,7 @@ class Outcome(NamedTuple):
 
 
 def build_world(root: Path) -> None:
-    """Make a tiny model, an adapter of it, data, and runs with checkpoints; every command is imported by that."""
+    """Create a tiny model, an adapter for it, data, and runs with checkpoints. This also imports every command."""
     import torch
     from peft import LoraConfig, get_peft_model
     from tiny_models import tiny_tokenizer
@@ -163,7 +163,7 @@ def run_probe(probe: Probe, world: Path) -> Outcome:
 
 
 def take_streams(typed: Path, output: int) -> None:
-    """Read standard input from a file, and write the output to another."""
+    """Redirect standard input to a file, and the output to another."""
     os.dup2(os.open(typed, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -172,13 +172,13 @@ def take_streams(typed: Path, output: int) -> None:
 
 
 def _attack(probe: Probe, folder: Path, said: Path) -> None:
-    """The forked process: prepare, run, leave the status; never returns."""
+    """Prepare and run the probe in the forked process, and exit with its status; never returns."""
     os.setpgid(0, 0)
     os.chdir(folder)
     os.environ["RLHF_CACHE"] = str(folder.parent / "cache")
     output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     try:
-        for number in (signal.SIGINT, signal.SIGHUP):  # a background job and nohup ignore them
+        for number in (signal.SIGINT, signal.SIGHUP):  # background jobs and nohup ignore them
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         (folder.parent / "typed").write_bytes(probe.typed)
         take_streams(folder.parent / "typed", output)
@@ -204,7 +204,7 @@ def _attack(probe: Probe, folder: Path, said: Path) -> None:
 
 
 def _record_uncoded() -> None:
-    """Say it where the sentence is a library's own, of an error without a code."""
+    """Print a marker if the message is that of a library's error without a code."""
     from rlhf_lightning import cli
     from rlhf_lightning.errors import RlhfError, is_out_of_memory
 
@@ -212,7 +212,7 @@ def _record_uncoded() -> None:
 
     def recorded(error: Exception) -> str | None:
         coded = isinstance(error, RlhfError | MemoryError) or is_out_of_memory(error)
-        # jsonargparse makes a ValueError of what a class that it builds raises, and keeps the sentence.
+        # jsonargparse converts errors of the classes it builds to ValueError, and keeps the message.
         coded = coded or str(error).startswith("Does not validate against any of the Union subtypes")
         if not coded and type(error).__module__.split(".")[0] not in ("yaml", "sqlite3", "rlhf_lightning"):
             print(f"UNCODED {type(error).__name__}", file=sys.stderr)
@@ -222,7 +222,7 @@ def _record_uncoded() -> None:
 
 
 def _wait(child: int) -> int | str:
-    """Return the exit status of a process; "late" if it had to be killed, or the signal that ended it."""
+    """Return the exit status of a process, "late" if it had to be killed, or the signal that ended it."""
     began = moved = time.monotonic()
     used: list[str] = []
     while True:
@@ -245,13 +245,13 @@ def _wait(child: int) -> int | str:
 
 
 def _used(process: int) -> list[str]:
-    """Return the state of a process, and its processor time and that of its ended children."""
+    """Return the state of a process, and the CPU time of it and its ended children."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return [fields[0], *fields[11:15]]
 
 
 def judged(probe: Probe, ended: int | str, text: str, ran: bool) -> str | None:
-    """Return why a probe broke: a right outcome is one sentence with a code, and a status that is not 0."""
+    """Return why a probe broke. The right outcome is one sentence with a code and a non-zero status."""
     if ran:
         return "planted code ran"
     if isinstance(ended, str):
@@ -273,10 +273,10 @@ def judged(probe: Probe, ended: int | str, text: str, ran: bool) -> str | None:
 
 
 class Moments:
-    """Counts the calls of Python functions, and sends this process a signal at some of them.
+    """A profiler that counts calls of Python functions and signals this process at some of them.
 
     Args:
-        signals: the calls, and the signal sent at each.
+        signals: pairs of a call number and the signal to send at this call.
     """
 
     def __init__(self, signals: Sequence[tuple[int, int]] = ()) -> None:
@@ -288,7 +288,7 @@ class Moments:
             if self.calls in self.left:
                 number = self.left.pop(self.calls)
                 if not self.left:
-                    sys.setprofile(None)  # the rest runs at full speed
+                    sys.setprofile(None)  # continue at full speed
                 os.kill(os.getpid(), number)
 
 
@@ -296,9 +296,9 @@ NOT_REACHED = "the command ended before the signal"
 
 
 def with_signals(argv: Sequence[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
-    """Run a command that gets signals at some calls; return its status and the number of calls.
+    """Run a command with signals at some calls; return its status and the number of calls.
 
-    Calls vary a little, so a late moment may not be reached: `NOT_REACHED` is printed then.
+    The number of calls varies slightly, so a late moment may not be reached: `NOT_REACHED` is printed then.
     """
     moments = Moments(signals)
     sys.setprofile(moments)
@@ -311,7 +311,7 @@ def with_signals(argv: Sequence[str], signals: Sequence[tuple[int, int]] = ()) -
 
 
 def calls_of(argv: Sequence[str]) -> int:
-    """Count the calls of Python functions in a command, in a fork within a copy of the folder; once for all probes."""
+    """Count the calls of Python functions in a command, in a fork and a copy of the folder; cached for all probes."""
     known = Path(tempfile.gettempdir()) / f"calls{os.getppid()}"
     known.mkdir(exist_ok=True)
     file = known / hashlib.sha256(json.dumps(list(argv)).encode()).hexdigest()[:16]

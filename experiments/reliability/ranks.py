@@ -1,7 +1,7 @@
-"""A run as processes forked from this one, so that the stack is imported once, and the faults that can hit it.
+"""Run a command as forked ranks, so that imports are shared, and inject faults.
 
-This process must have no Python threads and no process group when it forks. Each run gets processes of its own, as many
-as it has ranks, which see what torchrun would tell them; when one dies the others are killed, as torchrun would do.
+This process must have no Python threads and no process group when it forks. Each run has one process per rank, with the
+environment variables of torchrun. If a rank dies, the others are killed, as torchrun would do.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from rlhf_lightning.training.rollout import RolloutModule
 
 PHASES = ("starting", "between", "rollout", "update", "validation", "saving")
 TIMEOUT = 1800.0
-"""Seconds after which a run counts as hanging."""
+"""Timeout in seconds after which a run counts as hanging."""
 
 FAREWELL = 120.0
-"""Seconds that the other ranks have to end when one has died."""
+"""Seconds in which the other ranks must end after a rank has died."""
 
 PIPE_BYTES = 1 << 20
 
 
 class Watch:
-    """What a process is doing, in memory that it shares with whoever forked it.
+    """Current phase of a process, in memory shared with its parent.
 
-    Per phase: how often it was entered, and how long it took at most, in seconds.
+    Counts for each phase how often it was entered, and its longest duration in seconds.
     """
 
     LAYOUT = struct.Struct(f"i{len(PHASES)}i{len(PHASES)}d")
@@ -61,19 +61,19 @@ class Watch:
 
     @property
     def phase(self) -> str:
-        """What the process does now."""
+        """Current phase of the process."""
         return PHASES[self._read()[0]]
 
     def entered(self, phase: str) -> int:
-        """How often it has begun that."""
+        """Return how often a phase was entered."""
         return self._read()[1][PHASES.index(phase)]
 
     def longest(self, phase: str) -> float:
-        """How long that took at most."""
+        """Return the longest duration of a phase."""
         return self._read()[2][PHASES.index(phase)]
 
     def watched(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that says when it runs."""
+        """Wrap a function so that its calls are recorded as a phase."""
         index = PHASES.index(phase)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -97,8 +97,8 @@ class Ranks:
     Args:
         argv: arguments of ``rlhf``.
         folder: working directory.
-        count: ranks.
-        disk_full_at: save at whose beginning the disk of rank 0 is full; None has room for all.
+        count: number of ranks.
+        disk_full_at: index of the save before which the disk of rank 0 becomes full; None for never.
         imported: file for the names of all modules that rank 0 has imported at its end; see `import_early`.
     """
 
@@ -141,7 +141,7 @@ class Ranks:
                     "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "drill", "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
                 }  # fmt: skip
-            rank_zero_only.rank = rank  # read from the environment when it was imported
+            rank_zero_only.rank = rank  # it was read from the environment at import
             if rank == 0:
                 self._observe()
             status = cli.main(argv)
@@ -154,7 +154,7 @@ class Ranks:
             os._exit(status)
 
     def _observe(self) -> None:
-        """Have the stack say what it does. Nothing is changed but for the disk that fills."""
+        """Record the phases of the training stack. The only other change is the full disk."""
         watch, save = self.watch, RunCheckpoint.save
 
         def saving(callback: RunCheckpoint, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +170,7 @@ class Ranks:
     # -- faults ----------------------------------------------------------------------------------------------
 
     def wait(self) -> tuple[int, str]:
-        """Wait until all ranks have ended; return the exit status, rank 0's first, and what was said."""
+        """Wait until all ranks have ended; return the first non-zero exit status, rank 0 first, and the output."""
         end = time.monotonic() + TIMEOUT
         while self.alive():
             if any(status != 0 for status in self.statuses.values()):
@@ -186,7 +186,7 @@ class Ranks:
         return next((status for status in statuses if status != 0), 0), said.decode(errors="replace")
 
     def alive(self) -> list[int]:
-        """Return the processes that still run."""
+        """Return the processes that are still running."""
         for process in self.processes:
             if process not in self.statuses:
                 ended, status = os.waitpid(process, os.WNOHANG)
@@ -195,7 +195,7 @@ class Ranks:
         return [process for process in self.processes if process not in self.statuses]
 
     def reach(self, phase: str, times: int) -> bool:
-        """Wait until a phase has begun so many times; False where the run ends before."""
+        """Wait until a phase was entered ``times`` times; return False if the run ends first."""
         end = time.monotonic() + TIMEOUT
         while self.watch.entered(phase) < times and time.monotonic() < end:
             if len(self.alive()) < len(self.processes):
@@ -204,19 +204,19 @@ class Ranks:
         return self.watch.entered(phase) >= times
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send all ranks a signal, in an order of chance."""
+        """Send a signal to all ranks, in random order."""
         for process in random.sample(self.alive(), len(self.alive())):
             os.kill(process, number)
 
 
 def import_early(imported: Path) -> None:
-    """Import here what a run imported late, in its order, so that the next runs find it in their fork."""
+    """Import what a run imported late, in the same order, so that later forks share it."""
     for name in imported.read_text().splitlines():
         if name not in sys.modules:
-            with contextlib.suppress(Exception):  # names that are no files, such as torch.ops.aten
+            with contextlib.suppress(Exception):  # names without a file, such as torch.ops.aten
                 importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # no collection in a fork writes to the pages that all of them share
+    gc.freeze()  # keeps the collector from writing to shared pages in a fork
 
 
 def _free_port() -> int:

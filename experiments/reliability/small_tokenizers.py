@@ -1,4 +1,4 @@
-"""Small tokenizers of the families there are, each with its own way to take a content for a control token."""
+"""Small tokenizers of three families, each with its own way to mistake contents for control tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def byte_level() -> Any:
 
 
 def unmarked() -> Any:
-    """Byte-level BPE in small letters, whose turn markers are added tokens that are not marked special."""
+    """Lowercasing byte-level BPE, whose turn markers are added tokens that are not marked special."""
     backend = _bytes()
     backend.normalizer = normalizers.Lowercase()
     backend.add_special_tokens(["<pad>", "<eos>"])
@@ -55,7 +55,7 @@ def unmarked() -> Any:
 
 
 def sentence_pieces() -> Any:
-    """A unigram model over words with a space mark, which has its control tokens among its pieces."""
+    """A unigram model over words with a space marker, with control tokens in its vocabulary."""
     pieces = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", *(f"▁{word}" for word in ("a", "the", "yes", "no"))]
     letters = sorted({*"▁abcdefghijklmnopqrstuvwxyzINSTHW<>|/[]_:.,?!'\"0123456789é漢字\n"})
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in [*pieces, *letters]], unk_id=0))

@@ -1,4 +1,4 @@
-"""The runs of the drills: every stage on a few rows of the assistant world, a step in hundredths of a second."""
+"""Runs for the drills: every stage on a few rows of the assistant world, with steps of some 10 milliseconds."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +13,9 @@ class Stage(NamedTuple):
     """A stage of the drills.
 
     Attributes:
-        module: its class.
-        data: the class of its rows, and their file.
-        flags: further settings.
+        module: class of the stage.
+        data: data class and file of its rows.
+        flags: additional settings.
         on_policy: whether its steps are rollouts.
     """
 
@@ -75,7 +75,7 @@ def make_world(folder: Path) -> Path:
 
 
 def command(name: str, world: Path, strategy: str = "single", lora: bool = False) -> list[str]:
-    """Return the command line of a stage's run."""
+    """Return the command line of a stage."""
     stage = STAGES[name]
     kind, rows = stage.data
     flags = [
@@ -86,6 +86,6 @@ def command(name: str, world: Path, strategy: str = "single", lora: bool = False
     ]  # fmt: skip
     flags += [flag.format(world=world) for flag in stage.flags]
     if lora:
-        # Masks of dropout come from each rank's own random numbers; ratios of on-policy stages have to start at 1.
+        # Dropout masks come from each rank's own random numbers, and on-policy ratios have to start at 1.
         flags += ["--model.lora.r", "2", "--model.lora.dropout", "0.0" if stage.on_policy else "0.1"]
     return [*flags, *STRATEGIES[strategy]]

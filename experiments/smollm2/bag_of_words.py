@@ -1,4 +1,4 @@
-"""The baseline a reward model must beat: logistic regression on which words a completion has."""
+"""Baseline for reward models: logistic regression on the words of a completion."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def word_counts(text: str) -> Counter[str]:
 def fit_word_weights(pairs: Sequence[tuple[str, str]], strength: float = 1.0) -> dict[str, float]:
     r"""Fit the pairwise logistic model: score(text) = \sum_words weight * count.
 
-    Minimises |weights|^2 / 2 + strength * \sum_pairs -log sigmoid(score(chosen) - score(rejected)). An
-    intercept would cancel in the difference.
+    Minimises |weights|^2 / 2 + strength * \sum_pairs -log sigmoid(score(chosen) - score(rejected)). An intercept would
+    cancel in the difference.
 
     Args:
         pairs: chosen and rejected text of each pair.
@@ -52,7 +52,7 @@ def fit_word_weights(pairs: Sequence[tuple[str, str]], strength: float = 1.0) ->
 
 
 def score_words(weights: Mapping[str, float], text: str) -> float:
-    """Score a text; words that were not in training weigh nothing."""
+    """Score a text; words that were not in training have weight 0."""
     return sum(weights.get(word, 0.0) * count for word, count in word_counts(text).items())
 
 

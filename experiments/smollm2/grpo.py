@@ -1,10 +1,10 @@
-"""GRPO of SmolLM2-135M-Instruct on a score that can be verified: does a completion keep its instruction?
+"""GRPO of SmolLM2-135M-Instruct on a verifiable score: whether a completion follows its instruction.
 
     python experiments/smollm2/grpo.py --model SmolLM2.gguf --data ../shared/data [--smoke] [--page grpo.md]
 
-Writes the prompts, runs `rlhf fit --config recipe:grpo_instructions`, and measures the same held-out prompts before
-and after. The data
-folder needs prompts.jsonl alone; its short single-turn questions are each asked with every instruction below.
+Writes the prompts, runs `rlhf fit --config recipe:grpo_instructions`, and evaluates the same held-out prompts before
+and after training. The data folder only needs prompts.jsonl. Each of its short single-turn questions is combined with
+every instruction below.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INSTRUCTIONS: dict[str, dict[str, Any]] = {
     "digits": {},
     "title": {},
 }
-"""What is asked for, with its arguments: instructions that the model keeps now and then before it is trained."""
+"""Instructions with their arguments; the untrained model follows them only sometimes."""
 
 TRAIN_QUESTIONS = 80
 SMOKE = {"data.rollouts": 2, "data.batch_size": 8, "model.max_new_tokens": 8}
@@ -50,12 +50,12 @@ class RolloutScores(Callback):
         self.scores: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Read what the module has just logged."""
+        """Record the metrics that the module has just logged."""
         self.scores.append(float(trainer.callback_metrics["rollout/score"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, write the report, and print it; exit status 1 if a full run does not show that the score rises."""
+    """Run, write the report, and print it; return exit status 1 if a full run does not raise the score."""
     arguments = parser().parse_args(argv)
     if not (arguments.data / FILE).is_file():
         print(f"skipped: this needs {FILE}, and {arguments.data} has none; name its folder with --data")
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line: that of the real run, and a page."""
+    """Return the command-line parser: that of the real run, with an option for the page."""
     result = real_parser()
     result.description, result.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     result.set_defaults(out=Path("runs/real-grpo"))
@@ -86,16 +86,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def questions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the short single-turn questions of the prompts file, in its order and each once."""
+    """Return the distinct short single-turn questions of the prompts file, in order."""
     asked = [row["prompt"][0]["content"].strip() for row in rows if row["source"] == SOURCE and len(row["prompt"]) == 1]
     return list(dict.fromkeys(text for text in asked if len(text) <= LONGEST))
 
 
 def write_prompts(folder: Path, data: Path, smoke: bool = False) -> dict[str, Path]:
-    """Write the rows to train and to evaluate on: the first questions and the rest, each with every instruction.
+    """Write the training rows (the first questions) and evaluation rows (the rest), each with every instruction.
 
     Raises:
-        ValueError: there are too few questions for both.
+        ValueError: there are too few questions.
     """
     found = questions(read_rows(data / FILE))
     if len(found) <= TRAIN_QUESTIONS:
@@ -115,7 +115,7 @@ def write_prompts(folder: Path, data: Path, smoke: bool = False) -> dict[str, Pa
 
 
 def command(paths: dict[str, Path], start: str, out: Path, seed: int, smoke: bool = False) -> list[str]:
-    """Return the arguments of `rlhf fit`: all that this run departs from the recipe in."""
+    """Return the arguments of `rlhf fit`: all deviations of this run from the recipe."""
     callbacks = [{"class_path": "held_out.HeldOutRows"}, {"class_path": "grpo.RolloutScores"}]
     flags: dict[str, Any] = {
         "config": "recipe:grpo_instructions",
@@ -128,7 +128,7 @@ def command(paths: dict[str, Path], start: str, out: Path, seed: int, smoke: boo
         "data.eval_source": paths["held_out"],
         "data.seed": seed,
         "samples.prompts": 2,
-        # A pass over all held-out rows before training: the figures to compare with.
+        # Evaluate all held-out rows before training, for comparison.
         "trainer.num_sanity_val_steps": -1,
         "trainer.callbacks": json.dumps(callbacks),
         "trainer.enable_checkpointing": "false",
@@ -180,7 +180,7 @@ def slope(scores: Sequence[float], seed: int = 0, draws: int = 10_000) -> dict[s
     y = torch.tensor(scores, dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64)
     drawn = torch.randint(len(y), (draws, len(y)), generator=torch.Generator().manual_seed(seed))
-    # A resample of one rollout alone has no slope: it says nothing, which is 0.
+    # A resample of a single rollout has no slope and gives 0.
     found = _slopes(x[drawn], y[drawn]).nan_to_num(0.0)
     tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {"mean": float(_slopes(x, y)), "ci": found.quantile(tails).tolist()}
@@ -194,12 +194,12 @@ def _slopes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def held_out_figures(
     passes: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], tokenizer: Any, seed: int
 ) -> dict[str, Any]:
-    """Return what the held-out prompts scored before and after; they are answered with the same random numbers.
+    """Return the scores of held-out prompts before and after, sampled with the same random numbers.
 
-    The interval of the difference resamples questions, as the rows of one question are not independent.
+    The interval of the difference resamples questions, since rows of the same question are not independent.
 
     Raises:
-        ValueError: the two passes are not of the same prompts in the same order.
+        ValueError: the two passes have different prompts or another order.
     """
     from rlhf_lightning.tokenization import encode_prompt
 

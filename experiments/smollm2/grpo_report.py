@@ -1,4 +1,4 @@
-"""report.json and report.md of the GRPO run, and the page that shows them."""
+"""Write report.json and report.md of the GRPO run, and the page with its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_lightning.evaluation.report import interval, markdown_table, write_jso
 
 
 def write(report: dict[str, Any], out: Path, page: Path | None) -> str:
-    """Write the report, and the page if one is named; return the page's tables."""
+    """Write the report, and the page if a path is given; return the page's tables."""
     write_json(out / "report.json", report)
     text = document(report)
     for path in (out / "report.md", page):
@@ -19,7 +19,7 @@ def write(report: dict[str, Any], out: Path, page: Path | None) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Return what the held-out prompts scored before and after, and the slope of the rollouts' scores."""
+    """Return the tables of the held-out scores before and after, and of the slope of the rollouts' scores."""
     change, slope = report["change"], report["slope"]
     names = {
         "score": "score: share of instructions kept",

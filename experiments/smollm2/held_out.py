@@ -1,7 +1,7 @@
-"""What each held-out row measured: validation logs the means, but an interval needs the rows.
+"""Record values of each held-out row: validation logs only means, but a confidence interval needs the rows.
 
-Every objective has a point that a subclass may override and that sees typed tuples of whole rows; the callback listens
-there while validation runs, so nothing is computed twice.
+Every objective has an override point that receives typed tuples of whole rows. The callback wraps this method during
+validation, so nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ Rows = dict[str, list[Any]]
 
 
 class HeldOutRows(Callback):
-    """Keep the rows of each validation pass.
+    """Record the rows of each validation pass.
 
     Attributes:
-        passes: for each pass lists of equal length, one entry per held-out row, in the order of validation, which is
-            the same in every pass of one run. With ``trainer.num_sanity_val_steps: -1`` the first pass is the model
-            before training.
+        passes: for each pass, lists of equal length with one entry per held-out row. The order is that of validation,
+            which is the same in every pass of a run. With ``trainer.num_sanity_val_steps: -1``, the first pass is the
+            model before training.
     """
 
     def __init__(self) -> None:
         self.passes: list[Rows] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+        """Wrap the override points."""
         self.passes.append({})
         for owner, name, read in points_of(pl_module):
             setattr(owner, name, self._heard(getattr(owner, name), read, pl_module))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Keep the token ids of each row's prompt, by which a row is known."""
+        """Record the token ids of each row's prompt, which identify the row."""
         step = args[1] if len(args) > 1 else kwargs["batch"]
         for batch in step.micro_batches:
             prompts = batch.prompts if hasattr(batch, "prompts") else batch.sequences.prompts
             self._keep({"prompt": [tuple(prompt.tolist()) for prompt in prompts]})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was."""
+        """Unwrap the override points."""
         for owner, name, _ in points_of(pl_module):
             vars(owner).pop(name, None)
 
@@ -65,12 +65,12 @@ class HeldOutRows(Callback):
 
 
 def read_demonstrations(module: Any, logprobs: TokenLogprobs, result: Any) -> Rows:
-    """Negative log-likelihood of each demonstration, nats, and its tokens."""
+    """Return the negative log-likelihood (nats) and the number of tokens of each demonstration."""
     return {"negative_logprob": as_list(-logprobs.sequence_logprobs), "tokens": as_list(logprobs.lengths)}
 
 
 def read_pairs(module: Any, logprobs: PreferenceLogprobs, result: Any) -> Rows:
-    """Implicit reward of chosen and of rejected, and the loss of each pair."""
+    """Return the implicit rewards of chosen and of rejected, and the loss of each pair."""
     values = result if isinstance(result, Tensor) else result.values
     return {
         "chosen_reward": as_list(module.beta * logprobs.chosen_logratio),
@@ -80,19 +80,19 @@ def read_pairs(module: Any, logprobs: PreferenceLogprobs, result: Any) -> Rows:
 
 
 def read_scores(module: Any, scores: RankedScores, result: Any) -> Rows:
-    """Score of the chosen minus score of the rejected completion."""
+    """Return the score of the chosen minus the score of the rejected completion."""
     better, worse = untied_pairs(scores.group, scores.ranks)
     order = scores.group[better].argsort()
     return {"score_margin": as_list((scores.scores[better] - scores.scores[worse])[order])}
 
 
 def read_raw_scores(module: Any, sequences: Any, result: Any) -> Rows:
-    """The scorer's own score, before the rule for completions that did not end."""
+    """Return the scorer's own score, before the penalty for unfinished completions."""
     return {"score": as_list(result.scores)}
 
 
 def read_rollout(module: Any, batch: Any, rollout: Rollout) -> Rows:
-    """What the policy wrote, and the score it would be trained on."""
+    """Return the policy's completions, and the scores used for training."""
     kl = kl_k1(rollout.old_logprobs, rollout.reference_logprobs).sum(-1)
     return {
         "completion": [completion_text(module.tokenizer, ids.tolist()) for ids in rollout.sequences.completions],
@@ -110,11 +110,11 @@ READERS: dict[str, Callable[..., Rows]] = {
     "collector.raw_judgements": read_raw_scores,
     "collect": read_rollout,
 }
-"""Override point of each family, and what is read there; a point may belong to an object that the module owns."""
+"""Method to wrap for each family, with its reader; the method may belong to an attribute of the module."""
 
 
 def points_of(module: Any) -> list[tuple[Any, str, Callable[..., Rows]]]:
-    """Return who owns each point that the module has, its name, and what reads it."""
+    """Return (owner, method name, reader) of each of these methods that the module has."""
     found = []
     for path, read in READERS.items():
         *owners, name = path.split(".")
@@ -127,5 +127,5 @@ def points_of(module: Any) -> list[tuple[Any, str, Callable[..., Rows]]]:
 
 
 def as_list(values: Tensor) -> list[float]:
-    """Return a tensor of shape (rows,) as numbers."""
+    """Return a tensor of shape (rows,) as a list of numbers."""
     return values.detach().to(torch.float64).tolist()

@@ -2,9 +2,9 @@
 
     python experiments/smollm2/real.py --model SmolLM2.gguf --data ../shared/data [--smoke] [--out runs/real]
 
-Each stage runs through `rlhf fit` with the YAML file of its name in this folder; all it departs from there is its row
-budget (real_stages.py). Held-out rows are never trained on: the reward model and PPO share one split of the TruthfulQA
-prompts. Writes report.json and report.md.
+Each stage runs `rlhf fit` with the YAML file of its name in this folder; only its row budget differs (real_stages.py).
+Held-out rows are never trained on: the reward model and PPO share one split of the TruthfulQA prompts. Writes
+report.json and report.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLE_CATEGORIES = ("Nutrition", "Weather", "Science", "Proverbs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, write the report and print its tables; exit status 1 if a full run misses what it must show."""
+    """Run the stages, write the report and print its tables; return 1 if a full run misses a required result."""
     arguments = parser().parse_args(argv)
     missing = [name for name in real_stages.FILES.values() if not (arguments.data / name).is_file()]
     if missing:
@@ -68,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Finished:
-    """A stage that has run.
+    """A finished stage.
 
     Attributes:
-        module: the module, its models in memory.
-        folder: the folder of its run.
+        module: the module, with its models in memory.
+        folder: run folder.
         passes: rows of each validation pass.
-        seconds: how long it took.
+        seconds: duration.
     """
 
     def __init__(self, cli: Any, seconds: float) -> None:
@@ -88,7 +88,7 @@ class Finished:
         return str(self.folder / "model")
 
     def release(self) -> None:
-        """Give the memory of its models back before the next stage loads its own."""
+        """Free the memory of its models before the next stage loads its own."""
         self.module = None
         gc.collect()
 

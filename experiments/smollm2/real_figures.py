@@ -1,4 +1,4 @@
-"""From the held-out rows of the four stages to figures with 95 % intervals."""
+"""Compute results with 95 % intervals from the held-out rows of the four stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def change(before: Sequence[float], after: Sequence[float], seed: int = 0) -> di
     """Return both means, the mean difference after - before, and its 95 % paired bootstrap interval over the rows.
 
     Raises:
-        ValueError: the two are not of the same rows.
+        ValueError: the numbers of rows differ.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} rows before and {len(after)} after: a paired difference needs the same rows")
@@ -41,12 +41,12 @@ def change(before: Sequence[float], after: Sequence[float], seed: int = 0) -> di
 
 
 def token_mean(totals: Tensor, tokens: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Return the mean over all tokens of rows' totals, with a 95 % interval from resampling whole rows.
+    """Return the per-token mean of row totals, with a 95 % interval from resampling whole rows.
 
     Args:
         totals: sum over the tokens of each row, shape (rows,).
-        tokens: tokens of each row, int64, shape (rows,).
-        seed: of the resampling.
+        tokens: number of tokens of each row, int64, shape (rows,).
+        seed: seed of the resampling.
     """
     values = (totals / tokens).repeat_interleave(tokens)
     row = torch.arange(len(tokens)).repeat_interleave(tokens)
@@ -58,7 +58,7 @@ def token_mean(totals: Tensor, tokens: Tensor, seed: int = 0) -> dict[str, Any]:
 
 
 def sft(passes: Sequence[Row], seed: int) -> dict[str, Any]:
-    """Loss of the held-out demonstrations before and after, nats per token."""
+    """Return the loss of the held-out demonstrations before and after, nats per token."""
     before, after = passes[0], passes[-1]
     tokens = torch.tensor(after["tokens"]).long()
     first, last = (torch.tensor(rows["negative_logprob"], dtype=torch.float64) for rows in (before, after))
@@ -76,7 +76,7 @@ def sft(passes: Sequence[Row], seed: int) -> dict[str, Any]:
 
 
 def reward(rows: Row, tokenizer: Any, trained_on: Sequence[Row], unseen: Sequence[Row], seed: int) -> dict[str, Any]:
-    """Accuracy of the reward model and of the bag of words on the same unseen pairs, and their difference."""
+    """Return the accuracy of reward model and bag of words on the same unseen pairs, and their difference."""
     by_prompt = dict(zip(rows["prompt"], rows["score_margin"], strict=True))
     margins = torch.tensor([by_prompt[tuple(tokenization.encode_prompt(tokenizer, row["prompt"]))] for row in unseen])
     right = (margins > 0).double()
@@ -104,7 +104,7 @@ def texts(row: Row) -> tuple[str, str]:
 
 
 def dpo(rows: Row, seed: int) -> dict[str, Any]:
-    """Margin of the implicit rewards of held-out pairs; before training every one of them is 0."""
+    """Return the implicit reward margin of held-out pairs; before training every margin is 0."""
     chosen, rejected = (torch.tensor(rows[f"{side}_reward"], dtype=torch.float64) for side in ("chosen", "rejected"))
     margin, right = mean_with_interval(chosen - rejected, seed), mean_with_interval((chosen > rejected).double(), seed)
     return {
@@ -121,7 +121,7 @@ def dpo(rows: Row, seed: int) -> dict[str, Any]:
 
 
 def ppo(passes: Sequence[Row], seed: int) -> dict[str, Any]:
-    """Score of the same held-out prompts, answered with the same random numbers, before and after."""
+    """Return the score of held-out prompts before and after, sampled with the same random numbers."""
     before, after = passes[0], passes[-1]
     if before["prompt"] != after["prompt"]:
         raise ValueError("the held-out prompts came in another order after training: their answers cannot be paired")
@@ -140,7 +140,7 @@ def ppo(passes: Sequence[Row], seed: int) -> dict[str, Any]:
 
 
 def sampled(samples: ScoredSamples, seed: int) -> dict[str, Any]:
-    """KL, EOS rate and length of a policy's samples."""
+    """Return KL, EOS rate and length of a policy's samples."""
     assert samples.kl is not None
     kl = mean_with_interval(samples.kl, seed)
     return {
@@ -156,7 +156,7 @@ def sampled(samples: ScoredSamples, seed: int) -> dict[str, Any]:
 
 
 def shown_questions(rows: Sequence[Row], categories: Sequence[str], count: int) -> list[str]:
-    """Return the first question of each category, then further ones of them in their order, ``count`` in all."""
+    """Return ``count`` questions: the first of each category, then the second of each, and so on."""
     of_category = [[row["prompt"][-1]["content"] for row in rows if row.get("category") == name] for name in categories]
     longest = max(map(len, of_category), default=0)
     in_turn = [questions[turn] for turn in range(longest) for questions in of_category if turn < len(questions)]
@@ -164,7 +164,7 @@ def shown_questions(rows: Sequence[Row], categories: Sequence[str], count: int) 
 
 
 def greedy_answers(policy: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Return the likeliest answer to each question, cut after ``max_new_tokens``."""
+    """Return the greedy answer to each question, truncated after ``max_new_tokens``."""
     prompts = [[{"role": "user", "content": question}] for question in questions]
     encoded = tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in prompts)
     settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)

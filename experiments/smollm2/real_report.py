@@ -1,4 +1,4 @@
-"""report.json and report.md of the real run."""
+"""Write report.json and report.md of the real run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "dat
 
 
 def checks(report: dict[str, Any]) -> dict[str, bool]:
-    """Return what a full run must show, and whether this one does."""
+    """Return the results that a full run must show, and whether this run shows them."""
     return {
         "the reward model beats the bag of words": report["reward_model"]["lead"] > 0,
         "the reward margin of DPO is above 0": report["dpo"]["reward_margin_ci"][0] > 0,
@@ -27,7 +27,7 @@ def checks(report: dict[str, Any]) -> dict[str, bool]:
 
 
 def settings(budget: Any, arguments: Any) -> dict[str, Any]:
-    """Return what the run was given and what it ran on."""
+    """Return the settings of the run and its hardware and software."""
     return {
         "smoke": arguments.smoke,
         "seed": arguments.seed,
@@ -40,7 +40,7 @@ def settings(budget: Any, arguments: Any) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """Return a package's version; None where only its source is at hand."""
+    """Return a package's version; None if only its source is available."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def version_of(package: str) -> str | None:
 
 
 def peak_memory() -> float | None:
-    """Return the most memory that this process has held, GiB; None where the system does not say."""
+    """Return the peak memory of this process, GiB; None if the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -63,7 +63,7 @@ def write(report: dict[str, Any], out: Path) -> tuple[Path, Path]:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Return the table of what each stage did to its held-out rows."""
+    """Return the table of each stage's effect on its held-out rows."""
     sft, reward, dpo, ppo = (report[stage] for stage in ("sft", "reward_model", "dpo", "ppo"))
 
     def changed(stage: str, label: str, part: dict[str, Any], name: str) -> list[Any]:
@@ -110,7 +110,7 @@ def document(report: dict[str, Any]) -> str:
 
 
 def stage_lines(report: dict[str, Any]) -> list[str]:
-    """Return what each stage was trained and evaluated on, and the figures that the table leaves out."""
+    """Return the training and evaluation rows of each stage, and results that are not in the table."""
     budget = report["budget"]
     sft, reward, dpo, ppo = (report[stage] for stage in ("sft", "reward_model", "dpo", "ppo"))
     return [
@@ -137,7 +137,7 @@ def stage_lines(report: dict[str, Any]) -> list[str]:
 
 
 def answers_shown(report: dict[str, Any]) -> list[str]:
-    """Return a table for each question."""
+    """Return one table per question."""
     return [
         f"**{question}**\n\n"
         + markdown_table(["policy", "answer"], [[policy, texts[row]] for policy, texts in report["answers"].items()])

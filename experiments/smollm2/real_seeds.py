@@ -1,10 +1,10 @@
-"""The real run over seeds, judged by a second reward model that was trained on other rows.
+"""Run the real run over several seeds, and judge it with a second reward model trained on other rows.
 
     python experiments/smollm2/real_seeds.py --model SmolLM2.gguf --data ../shared/data [--seeds 0 1 2] [--smoke]
 
-Each seed runs real.py; then a judge is trained from its SFT policy on pairs that no other stage has seen. The judge
-scores answers of the SFT, DPO and PPO policies to held-out prompts. The same command resumes: seeds, judges and scores
-that are finished are kept. Writes report.json and the page.
+Each seed runs real.py. Then a judge is trained from its SFT policy, on pairs that no other stage uses. The judge scores
+answers of the SFT, DPO and PPO policies to held-out prompts. The same command resumes: finished seeds, judges and
+scores are kept. Writes report.json and the page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPTS = {"truthful": "truthful_test", "harmless": "harmless_test"}
 
 
 def judge_rows(data: Path, budget: real_stages.Budget, rows: dict[str, int]) -> list[dict[str, Any]]:
-    """Return pairs that no stage trains on, and whose prompts no policy is judged on."""
+    """Return pairs that no stage trains on, and whose prompts are not used to judge a policy."""
     held_out = real_stages.read_rows(data / real_stages.FILES["truthful"])[-budget.reward_eval_rows :]
     asked = [row["prompt"] for row in held_out[: budget.ppo_eval_rows]]
     others = [row for row in held_out if row["prompt"] not in asked]
@@ -45,24 +45,24 @@ def judge_rows(data: Path, budget: real_stages.Budget, rows: dict[str, int]) -> 
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> Path:
-    """Run real.py for a seed unless its report is there, and return its folder."""
+    """Run real.py for a seed if its report does not exist, and return its folder."""
     folder = arguments.out / f"seed_{seed}"
     if not (folder / "report.json").is_file():
         command = [sys.executable, str(HERE / "real.py"), "--model", arguments.model, "--data", str(arguments.data)]
         command += ["--out", str(folder), "--seed", str(seed), *(["--smoke"] if arguments.smoke else [])]
-        done = subprocess.run(command, check=False)  # status 1: the run is there, and misses one of its checks
+        done = subprocess.run(command, check=False)  # status 1: the run is complete, but misses a check
         if not (folder / "report.json").is_file():
             raise SystemExit(f"seed {seed} did not finish (exit status {done.returncode})")
     return folder
 
 
 def train_judge(arguments: argparse.Namespace, folder: Path, seed: int, budget: real_stages.Budget) -> Path:
-    """Train the judge of a seed unless it is there, and return its folder."""
+    """Train the judge of a seed if it does not exist, and return its folder."""
     model = folder / "judge" / "version_0" / "model"
     if not model.is_dir():
         from rlhf_lightning.loading import cache_folder
 
-        source = cache_folder() / "real" / "judge.jsonl"  # holds offensive prompts, which do not belong in a report
+        source = cache_folder() / "real" / "judge.jsonl"  # contains offensive prompts, so it is kept out of reports
         rows = {name: 16 for name in JUDGE_ROWS} if arguments.smoke else JUDGE_ROWS
         found = judge_rows(arguments.data, budget, rows)
         source.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def train_judge(arguments: argparse.Namespace, folder: Path, seed: int, budget: 
 
 
 def judged(arguments: argparse.Namespace, folder: Path, seed: int, budget: real_stages.Budget) -> dict[str, Any]:
-    """Return the judge's scores of each policy's answers by set of prompts; measured once."""
+    """Return the judge's scores of each policy's answers by set of prompts; cached in a file."""
     kept = folder / "judged.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
@@ -142,7 +142,7 @@ def page(found: dict[int, dict[str, Any]], smoke: bool) -> str:
 
 
 def main() -> int:
-    """Run what is missing, and write the page."""
+    """Run everything that is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=real.MODEL)
     parser.add_argument("--data", type=Path, required=True, help="folder of the human data")

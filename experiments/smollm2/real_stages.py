@@ -1,4 +1,4 @@
-"""What each stage of the real run is given: row budgets, the rows themselves, and the command line of `rlhf fit`."""
+"""Row budgets, data and `rlhf fit` command lines of the stages of the real run."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class Budget:
     """Rows, lengths and updates of each stage.
 
     Attributes:
-        sft_rows: demonstrations to train on, the first of the file whose turns have at most ``sft_characters``.
-        sft_eval_rows: demonstrations to evaluate on, likewise from the test file.
-        sft_characters: longest demonstration, characters of all turns.
-        reward_rows: pairs the reward model is trained on: the first of the file. Its prompts are also PPO's.
-        reward_eval_rows: pairs it is evaluated on: the last of the file.
+        sft_rows: number of training demonstrations, the first of the file with at most ``sft_characters``.
+        sft_eval_rows: number of evaluation demonstrations, chosen in the same way from the test file.
+        sft_characters: maximum length of a demonstration, in characters over all turns.
+        reward_rows: number of training pairs of the reward model, the first of the file. PPO uses their prompts too.
+        reward_eval_rows: number of its evaluation pairs, the last of the file.
         reward_epochs: passes over the pairs.
-        dpo_rows: pairs DPO is trained on, the first of the file that have at most ``dpo_characters``.
-        dpo_eval_rows: pairs DPO is evaluated on, likewise from the test file.
-        dpo_characters: longest pair to train on, characters of its prompt and the longer completion.
-        dpo_eval_characters: longest pair to evaluate on.
-        dpo_prompts: held-out questions that DPO's policy answers, to measure its KL.
-        rollouts: rollouts of PPO.
-        episodes: completions of a rollout.
-        ppo_eval_rows: held-out prompts that are answered before and after PPO, the first of the reward model's.
-        max_new_tokens: longest sampled completion, tokens.
-        batch_size: rows of an update in the stages on fixed data.
-        mini_batch_size: episodes of an update in PPO.
-        shown: prompts whose answers the report shows.
+        dpo_rows: number of training pairs of DPO, the first of the file with at most ``dpo_characters``.
+        dpo_eval_rows: number of its evaluation pairs, chosen in the same way from the test file.
+        dpo_characters: maximum length of a training pair, in characters of its prompt and its longer completion.
+        dpo_eval_characters: maximum length of an evaluation pair.
+        dpo_prompts: number of held-out questions that DPO's policy answers, to measure its KL.
+        rollouts: number of PPO rollouts.
+        episodes: completions per rollout.
+        ppo_eval_rows: number of held-out prompts answered before and after PPO, the first of the reward model's.
+        max_new_tokens: maximum length of a sampled completion, in tokens.
+        batch_size: rows per update in the stages on fixed data.
+        mini_batch_size: episodes per update in PPO.
+        shown: number of prompts whose answers are in the report.
     """
 
     sft_rows: int = 112
@@ -93,7 +93,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def characters_of(row: dict[str, Any]) -> int:
-    """Return the characters of a conversation, or of a pair's prompt and the longer of its completions."""
+    """Return the characters of a conversation, or of a pair's prompt and its longer completion."""
     turns = {name: sum(len(turn["content"]) for turn in row[name]) for name in row if isinstance(row[name], list)}
     if "messages" in turns:
         return turns["messages"]
@@ -101,7 +101,7 @@ def characters_of(row: dict[str, Any]) -> int:
 
 
 def first_short(rows: Iterable[dict[str, Any]], count: int, characters: int) -> list[dict[str, Any]]:
-    """Return the first rows of at most so many characters."""
+    """Return the first rows with at most the given number of characters."""
     return list(islice((row for row in rows if characters_of(row) <= characters), count))
 
 
@@ -123,13 +123,13 @@ def split_pairs(
 
 
 def write_data(folder: Path, private: Path, data: Path, budget: Budget) -> dict[str, str]:
-    """Write the rows that each stage trains and is evaluated on; return the path of each part.
+    """Write the training and evaluation rows of each stage; return the path of each part.
 
     Args:
-        folder: where they go.
-        private: where the harmlessness pairs go, whose prompts are offensive and do not belong in a report.
+        folder: folder to write.
+        private: folder for the harmlessness pairs, which have offensive prompts and are kept out of reports.
         data: folder of the human data.
-        budget: how many.
+        budget: number of rows.
     """
 
     def short(name: str, count: int, characters: int) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def write_data(folder: Path, private: Path, data: Path, budget: Budget) -> dict[
 
 
 def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, Any]:
-    """Return a stage's departures from its YAML file: where the rows are, and its budget."""
+    """Return a stage's deviations from its YAML file: paths of the rows, and its budget."""
     if stage == "sft":
         return {
             "data.source": paths["sft"],
@@ -165,7 +165,7 @@ def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, 
             "data.batch_size": budget.batch_size,
             "trainer.max_epochs": budget.reward_epochs,
             "trainer.check_val_every_n_epoch": budget.reward_epochs,
-            # The score before training is that of a random head: nothing to compare with.
+            # Before training, the score is that of a random head, so there is no evaluation to compare with.
             "trainer.num_sanity_val_steps": 0,
         }
     if stage == "dpo":
@@ -173,11 +173,11 @@ def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, 
             "data.source": paths["harmless"],
             "data.eval_source": paths["harmless_test"],
             "data.batch_size": budget.batch_size,
-            # A score of updates is all there is time for.
+            # There is time for only about 20 updates, so the learning rate is high.
             "model.learning_rate": 5e-4,
-            # These prompts are offensive: they are trained on, and shown nowhere.
+            # These prompts are offensive: they are used for training, but never shown.
             "samples.prompts": 0,
-            # Before training the policy is the reference: every margin is exactly 0.
+            # Before training, the policy equals the reference: every margin is exactly 0.
             "trainer.num_sanity_val_steps": 0,
         }
     held_out = [{"path": paths["truthful_test"], "rows": budget.ppo_eval_rows}]
@@ -194,15 +194,15 @@ def stage_flags(stage: str, budget: Budget, paths: dict[str, str]) -> dict[str, 
 def command(
     stage: str, budget: Budget, paths: dict[str, str], start: str, out: Path, seed: int, scorer: str | None = None
 ) -> list[str]:
-    """Return the command line of a stage, `rlhf` left out.
+    """Return the command line of a stage, without `rlhf`.
 
     Args:
         stage: name of the YAML file.
         budget: rows and lengths.
-        paths: where the rows are.
-        start: folder or hub id to start from.
+        paths: paths of the rows.
+        start: folder or hub id of the start model.
         out: folder of the runs.
-        seed: seed of everything.
+        seed: global seed.
         scorer: folder of the reward model, for PPO.
     """
     flags: dict[str, Any] = {
@@ -216,10 +216,10 @@ def command(
         "data.eval_rows": 0,
         "samples.prompts": 2,
         "samples.max_new_tokens": budget.max_new_tokens,
-        # A pass over all held-out rows before training: the figures to compare with.
+        # Evaluate all held-out rows before training, for comparison.
         "trainer.num_sanity_val_steps": -1,
         "trainer.callbacks": json.dumps([{"class_path": "held_out.HeldOutRows"}]),
-        # The next stage takes the exported folder; checkpoints with Adam's moments would take gigabytes.
+        # The next stage starts from the exported folder; checkpoints with Adam's moments would take gigabytes.
         "trainer.enable_checkpointing": "false",
         "trainer.accelerator": "cpu",
         **stage_flags(stage, budget, paths),

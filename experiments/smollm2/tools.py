@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct learns to use a calculator on word problems: SFT on generated traces, then GRPO.
+"""Train SmolLM2-135M-Instruct to use a calculator on word problems: SFT on generated traces, then GRPO.
 
     python experiments/smollm2/tools.py --model SmolLM2.gguf --data ../shared/data [--smoke] [--page tools.md]
 
-SVAMP's training problems are parted: 400 to train on, 200 set aside. A trace calls the calculator with a problem's
-equation. Accuracy is greedy, on the 200 and on svamp_test, before training, after SFT and after GRPO, with Wilson's
-95 % intervals; the change by GRPO has a paired bootstrap interval. Run again with the same --out to continue.
+SVAMP's training problems are split: 400 for training, 200 held out. A trace calls the calculator with a problem's
+equation. Accuracy is measured with greedy decoding on the 200 and on svamp_test, before training, after SFT and after
+GRPO, with Wilson's 95 % intervals. The change through GRPO has a paired bootstrap interval. Run again with the same
+--out to continue.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ LORA = {"r": 16, "alpha": 32}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, and write report.json and the page."""
+    """Run everything that is missing, and write report.json and the page."""
     arguments = parser().parse_args(argv)
     missing = [name for name in FILES if not (arguments.data / name).is_file()]
     if missing:
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Run:
-    """The stages in one folder; what is there already is not done again."""
+    """The stages in one folder; finished stages are skipped."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.out, self.seed, self.minutes = arguments.out, arguments.seed, arguments.minutes
@@ -93,18 +94,18 @@ class Run:
         self.report: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"seconds": {}}
 
     def keep(self, name: str, value: Any, started: float) -> None:
-        """Write a part of the report, and how long it took."""
+        """Save a part of the report, and its duration."""
         self.report[name] = value
         self.report["seconds"][name] = round(time.perf_counter() - started + self.report["seconds"].get(name, 0.0), 1)
         self.file.write_text(json.dumps(self.report, indent=1))
         print(f"{name}: {self.report['seconds'][name]:.0f} s", flush=True)
 
     def evaluate(self, stage: str, folder: str) -> None:
-        """Answer all held-out problems greedily, and keep which are right and how many used the calculator."""
+        """Answer all held-out problems greedily; save which answers are right and how many used the calculator."""
         environment = ToolEnvironment(**TOOLS)
         for name, rows in self.held_out.items():
             key, started = f"{stage}, {name}", time.perf_counter()
-            if len(self.report.get(key, {"right": ()})["right"]) == len(rows):  # else another budget
+            if len(self.report.get(key, {"right": ()})["right"]) == len(rows):  # otherwise it has another budget
                 continue
             module = SFTModule(init_from=folder, self_check=False)
             module.configure_model()
@@ -121,7 +122,7 @@ class Run:
                       started)  # fmt: skip
 
     def sft(self, start: str) -> str:
-        """Imitate traces; return the folder."""
+        """Run SFT on the traces; return the folder."""
         folder, started = self.out / "sft", time.perf_counter()
         if not (folder / "done").exists():
             traces = [trace(row) for row in self.train[: self.budget["traces"]]]
@@ -136,7 +137,7 @@ class Run:
         return str(folder)
 
     def grpo(self, start: str) -> str:
-        """Practise with the calculator; return the folder."""
+        """Run GRPO with the calculator; return the folder."""
         folder, started = self.out / "grpo", time.perf_counter()
         if not (folder / "done").exists():
             budget = self.budget
@@ -152,7 +153,7 @@ class Run:
                 environment=environment, max_turns=TURNS,
             )  # fmt: skip
             spent = self.report["seconds"]
-            evaluation = sum(value for name, value in spent.items() if name.startswith("sft, "))  # once more at the end
+            evaluation = sum(value for name, value in spent.items() if name.startswith("sft, "))  # repeated at the end
             curve = Curve(self.out / "curve.jsonl", 60 * self.minutes - sum(spent.values()) - evaluation)
             self.fit("grpo_run", module, data, every=2, callbacks=[curve])
             module.export(folder)
@@ -172,25 +173,25 @@ class Run:
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
 
     def file_of(self, name: str, rows: Sequence[dict[str, Any]]) -> str:
-        """Write rows, and return the file."""
+        """Write rows to a file and return its path."""
         path = self.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
 
 class Curve(Callback):
-    """Keeps the score of each rollout, and ends training at a time limit."""
+    """Record the score of each rollout, and stop training at a time limit."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.seconds, self.started = path, seconds, time.perf_counter()
 
     def rows(self) -> list[dict[str, float]]:
-        """Return the kept rollouts, each once: a rollout behind the last checkpoint is repeated after a kill."""
+        """Return the recorded rollouts without duplicates: a resumed run repeats rollouts after its checkpoint."""
         rows = read_rows(self.path) if self.path.exists() else []
         return [*{row["rollout"]: row for row in rows}.values()]
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        """Append what was logged."""
+        """Append the logged metrics."""
         found = {name: float(trainer.callback_metrics[f"rollout/{name}"]) for name in ("score", "turns", "eos_rate")}
         with self.path.open("a") as file:
             file.write(json.dumps({"rollout": module.rollouts, **found}) + "\n")
@@ -200,7 +201,7 @@ class Curve(Callback):
 
 
 def expression(equation: str) -> str:
-    """Return an equation of the data as one types it: ( 51.0 - 44.0 ) is 51 - 44."""
+    """Return an equation of the data in plain notation: ( 51.0 - 44.0 ) becomes 51 - 44."""
     text = re.sub(r"(\d)\.0\b", r"\1", equation.strip()).replace("( ", "(").replace(" )", ")")
     return text[1:-1] if text.startswith("(") and text.endswith(")") else text
 
@@ -216,7 +217,7 @@ def trace(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(report: dict[str, Any], smoke: bool) -> str:
-    """Return the report in Markdown."""
+    """Return the report as Markdown."""
     lines = [
         "# SmolLM2-135M with a calculator",
         "",

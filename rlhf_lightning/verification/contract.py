@@ -220,11 +220,7 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
 
 
 def steps_of(kind: type[AlignmentModule]) -> int:
-    """Return the updates per round.
-
-    Online preference pairs need more, since a rare pair is weighted by two small probabilities. Adapters need still
-    more, since L-BFGS cannot be used.
-    """
+    """Return the updates per round: more for online pairs, which are rare, and for adapters, which skip L-BFGS."""
     return 300 if hasattr(kind, "adapter") else 200 if issubclass(kind, OnlineDPOModule) else 100
 
 

@@ -29,7 +29,7 @@ ODD_BETA = 0.37
 """Beta that no other factor of a reference point equals."""
 
 SETTLED = 40.0
-"""Nats by which the sides of a pair are moved apart, far enough for any loss to treat the pair as settled."""
+"""Nats by which the sides of a pair are separated, far enough for any loss to treat the pair as settled."""
 
 
 def family_checks(subject: Subject, given: Any, batch: Any) -> list[Check]:

@@ -177,7 +177,7 @@ def _pairwise(pairs: PreferenceLogprobs, beta: float, tau: float = 0.05, **chang
 
 
 class _Frozen(torch.nn.Module):
-    """A model of which the loss reads only the training mode and whether gradient checkpointing is on."""
+    """A model stub: the loss reads only its training mode and whether gradient checkpointing is on."""
 
     is_gradient_checkpointing = False
 

@@ -175,7 +175,7 @@ JointLoss = Callable[[Array, StepPairs, float], float]
 
 
 def pairs_of(problems: Sequence[Population]) -> StepPairs:
-    """List each pair as many times as it is in the data."""
+    """List each pair as often as the data contains it."""
     rows = [
         (prompt, i, j)
         for prompt, problem in enumerate(problems)
