@@ -16,7 +16,7 @@ from typing import Any
 
 from probing import CHAT, CHAT_ADAPTER, PLANTED, RAN, RESUME, RUN, Probe, fit
 
-# -- ways to damage things --------------------------------------------------------------------------------------------
+# -- kinds of damage --------------------------------------------------------------------------------------------------
 
 
 def edited(file: str, argv: list[str], change: Callable[[Any], Any]) -> Callable[[], list[str]]:

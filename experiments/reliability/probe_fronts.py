@@ -17,7 +17,7 @@ from probing import CHAT, NOT_REACHED, RESUME, RUN, Judge, Probe, calls_of, fit,
 RESUMABLE = 75
 
 
-# -- processes: signals at moments that are counted in calls ----------------------------------------------------------
+# -- processes: signals after a given number of function calls --------------------------------------------------------
 
 
 def judge_signal(number: int, second: bool, runs: str) -> Judge:
@@ -80,7 +80,7 @@ def process_probes() -> Iterator[Probe]:
                 yield probe(name, argv, share, [signal.SIGTERM, signal.SIGTERM])
 
 
-# -- pages: requests that no page sends -------------------------------------------------------------------------------
+# -- pages: malformed requests ----------------------------------------------------------------------------------------
 
 ODD: dict[str, Any] = {
     "null": None, "true": True, "-1": -1, "2**70": 2**70, "1e400": float("inf"), "NaN": float("nan"),
@@ -230,7 +230,7 @@ def page_probes() -> Iterator[Probe]:
         yield Probe("page", name, lambda s=send: ask(s), judge=_sound)
 
 
-# -- servers: answers that no server gives ----------------------------------------------------------------------------
+# -- servers: malformed answers ---------------------------------------------------------------------------------------
 
 
 def answers() -> Iterator[tuple[str, bytes]]:
@@ -325,7 +325,7 @@ def server_probes() -> Iterator[Probe]:
         yield Probe("servers", f"a score server answers: {name}", lambda a=answer: score_by(a), judge=_sound)
 
 
-# -- numbers: settings that are none ----------------------------------------------------------------------------------
+# -- numbers: invalid numeric settings --------------------------------------------------------------------------------
 
 VALUES = (
     "nan",

@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
     said: str
 
 
-# -- the world that is attacked ---------------------------------------------------------------------------------------
+# -- the world under attack -------------------------------------------------------------------------------------------
 
 
 def build_world(root: Path) -> None:
@@ -141,7 +141,7 @@ CHAT_ADAPTER = ["chat", "adapter", "--max_new_tokens", "3"]
 RESUME = ["fit", "--resume", RUN, "--trainer.max_epochs", "2"]
 
 
-# -- running one ------------------------------------------------------------------------------------------------------
+# -- running a probe --------------------------------------------------------------------------------------------------
 
 
 def run_probe(probe: Probe, world: Path) -> Outcome:

@@ -138,7 +138,7 @@ def command(paths: dict[str, Path], start: str, out: Path, seed: int, smoke: boo
     return ["fit", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------------------------------
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def token_mean(totals: Tensor, tokens: Tensor, seed: int = 0) -> dict[str, Any]:
     return {"mean": float(values.mean()), "ci": [float(low), float(high)]}
 
 
-# -- one stage each ---------------------------------------------------------------------------------------------------
+# -- results by stage -------------------------------------------------------------------------------------------------
 
 
 def sft(passes: Sequence[Row], seed: int) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def contract_of(kind: type[AlignmentModule]) -> Callable[[Subject], list[Check]]
 
 
 def steps_of(kind: type[AlignmentModule]) -> int:
-    """Return the updates per round: more for online pairs, which are rare, and for adapters, which skip L-BFGS."""
+    """Return the updates per round: more for online pairs with tiny weights, and for adapters, which skip L-BFGS."""
     return 300 if hasattr(kind, "adapter") else 200 if issubclass(kind, OnlineDPOModule) else 100
 
 

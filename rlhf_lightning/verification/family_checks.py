@@ -240,7 +240,7 @@ def label_residual(subject: Subject, given: PreferenceLogprobs) -> float:
     return min(residual, max(left))
 
 
-# -- completions judged alone -----------------------------------------------------------------------------------------
+# -- unpaired completions ---------------------------------------------------------------------------------------------
 
 
 def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:

@@ -59,7 +59,7 @@ def is_certain(words: str) -> bool:
     return any(part in words for part in CERTAIN)
 
 
-# -- changes of an input ----------------------------------------------------------------------------------------------
+# -- changes to an input ----------------------------------------------------------------------------------------------
 
 PAIR_SIDES = (("chosen", "chosen_mask"), ("rejected", "rejected_mask"))
 

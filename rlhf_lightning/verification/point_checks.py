@@ -77,8 +77,7 @@ def overwritten(given: Any, run: Callable[[Any], Any]) -> int:
 def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
     """Count the elements that change the loss but get no gradient.
 
-    Detached weights are allowed (focal losses, DFT): there the gradient differs from the loss's derivative, but is not
-    0.
+    Detached weights are allowed (focal losses, DFT): they change the gradient, but do not remove it.
     """
     total = function(*leaves).sum()
     found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
@@ -261,7 +260,7 @@ def slopes_of(subject: Subject, given: Any, sides: list[tuple[str, str, str]]) -
 def opposition(drawn: list[dict[str, Tensor]], sides: list[tuple[str, str, str]]) -> float:
     """Return the largest cosine between the gradients by reference and policy, which must be negative.
 
-    Rows with a constant gradient, as of a likelihood, are skipped.
+    Rows with a constant policy gradient and no reference gradient, as of a likelihood, are skipped.
     """
     worst = -1.0
     for policy, reference, _ in sides:

@@ -151,7 +151,7 @@ METHODS = frozenset(
 """Classes that are fully described by their settings. A user-defined subclass may do anything else."""
 
 
-# -- losses that sort the pairs of a step, of all prompts together -----------------------------------------------------
+# -- losses that sort all pairs of a step ------------------------------------------------------------------------------
 
 COPIES = 3
 """Each pair is in the data 2 * COPIES times, split between its two orders by their probabilities, rounded."""

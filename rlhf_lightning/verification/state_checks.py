@@ -76,7 +76,7 @@ def unread_settings(kind: type) -> list[str]:
     return sorted((named - taken) & kept - read - handed_on)
 
 
-# -- what moves -------------------------------------------------------------------------------------------------------
+# -- changes of state -------------------------------------------------------------------------------------------------
 
 
 def state_of(module: Any) -> State:

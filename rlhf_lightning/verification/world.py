@@ -217,7 +217,7 @@ class EnumerableWorld:
         make_tokenizer(self.config).save_pretrained(folder)
         return str(folder)
 
-    # -- populations: every row there is, weighted by how often it is drawn -------------------------------------------
+    # -- populations: all rows, weighted by their probability ---------------------------------------------------------
 
     def prompt_ids(self, prompt: int) -> Tensor:
         """Return the ids of a prompt."""

@@ -167,7 +167,7 @@ def test_the_mean_gradient_is_the_exact_expectation(name: str, update: str, case
     assert found.degrees >= 12, found  # two prompts, three prefixes, two free logits each
 
 
-# -- power: the same test against expectations with one mistake in them ------------------------------------------------
+# -- power: the same test against wrong expectations -------------------------------------------------------------------
 
 
 def scaled(formula: Formula) -> Formula:
@@ -269,7 +269,7 @@ def test_a_baseline_changes_no_mean(case_of: Callable[[str], Case]):
     torch.testing.assert_close(case.expectation("first", without), case.expectation("first"))
 
 
-# -- the test itself --------------------------------------------------------------------------------------------------
+# -- properties of the test -------------------------------------------------------------------------------------------
 
 
 def test_p_values_of_a_true_mean_are_uniform_and_a_shift_is_seen():

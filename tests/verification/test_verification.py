@@ -196,7 +196,7 @@ def test_an_input_of_a_subclass_is_read_like_its_base():
     assert verify(OwnInput, with_convergence=False).failed == []
 
 
-# -- targets, and what a class means ----------------------------------------------------------------------------------
+# -- targets and intended failures ------------------------------------------------------------------------------------
 
 
 class RatedCheaper(DPOModule):
