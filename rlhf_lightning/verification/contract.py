@@ -187,7 +187,9 @@ def known_mistake_check(mistakes: list[str], every: bool) -> Check:
             target.
     """
     certain = [words for words in mistakes if every or is_certain(words)]
-    advice = "the class is the shipped one with this mistake: correct it, or say in means_it why it is none"
+    advice = (
+        "the class equals the shipped class with this mistake: correct it, or explain in means_it why it is intended"
+    )
     return at_most("known mistake", len(certain), 0, advice)
 
 
@@ -313,7 +315,7 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
     target, _, distance = judged(shipped.fresh(), subject.world, found.policy, found.outputs)
     if target is None:
         return found
-    source = f"that of {name}, of whose gradient this is {factor:.4g} times"
+    source = f"the target of {name}: this gradient is {factor:.4g} times that of {name}"
     return found._replace(target=target, distance=distance, source=source)
 
 
@@ -321,7 +323,7 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     """Compare the converged policy with the target; a class without a target must say why."""
     kind = subject.kind
     reached = found.target is not None and found.distance <= REACHED
-    rest = f"it comes to rest at gold reward {found.gold_after:.3f}, KL {found.kl:.3f}{found.law}"
+    rest = f"training converges to gold reward {found.gold_after:.3f}, KL {found.kl:.3f}{found.law}"
     how = (
         "override target_policy; or name a shipped class with the same target, target_of = DPOModule; or say why "
         'nothing is known, no_target = "the reason"'
@@ -329,17 +331,17 @@ def target_checks(subject: Subject, found: Convergence) -> list[Check]:
     if kind.no_target and not reached:
         return [at_least("target", 0, 1, rest)._replace(meant=kind.no_target)]
     if found.target is None:
-        return [at_least("target", 0, 1, f"the class is compared with no target; {rest}: {how}")]
+        return [at_least("target", 0, 1, f"the class declares no target; {rest}: {how}")]
     if not reached and kind.target_of is None and inherits_target(kind) and found.source == "declared":
         advice = f"the target that the class inherits is {found.distance:.2g} away; {rest}: {how}"
         return [at_least("target", 0, 1, advice)]
     law = law_of(found.target, subject.world).removeprefix(",")
     advice = (
-        f"the policy it comes to rest at is not its target ({found.source}): it earns {found.gold_after:.3f} at KL "
+        f"the converged policy is not the target ({found.source}): gold reward {found.gold_after:.3f}, KL "
         f"{found.kl:.3f}{found.law}{f'; the target has{law}' if law else ''}"
     )
     return [
-        at_least("target", 1, 1, "where training should come to rest is known"),
+        at_least("target", 1, 1, "the policy to which training should converge is known"),
         at_most("convergence", found.distance, REACHED, advice),
     ]
 

@@ -160,7 +160,7 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
             "sampled micro-batches",
             (parts - whole).abs().max() / scale,
             1e-7,
-            "what a row's sample is must not depend on the batch it is in",
+            "the sample of a row must not depend on the batch it is in",
         ),
         at_most(
             "coin",
@@ -189,7 +189,7 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
             "gradient at teacher",
             max(left for left, _ in rests),
             1e-9,
-            "where the student is the teacher nothing must pull: look for another temperature, and for ids left out",
+            "at student = teacher the gradient must be 0: look for another temperature, or for ids left out",
         ),
         at_least("minimum", min(gap for _, gap in rests), 1e-12, "no student may lose less than the teacher"),
         at_most("shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes nothing"),
@@ -268,7 +268,7 @@ def teacher_checks(case: Case) -> list[Check]:
             "own token",
             (elsewhere - baseline).abs().max(),
             1e-9,
-            "a token is judged by the teacher's word for it alone",
+            "a token's advantage must depend on the teacher's log-probability of that token alone",
         ),
         at_most("agreement", agreed.abs().max(), 1e-9, "where student and teacher agree nothing is left to learn"),
     ]

@@ -292,7 +292,7 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
     of = subject.fresh().reference_point
     first, later, alone = of(few, few), of(many, many), subject.fresh().reference_point(many, many)
     stuck = bool(first == later) and bool(later != alone)
-    advice = "the reference point of each step must be that step's: the first one is kept"
+    advice = "the reference point must be computed anew in each step: the first value is reused"
     checks.append(at_most("every step", float(stuck), 0, advice))
     kind = subject.kind
     asks = getattr(kind, "needs_mismatched", False)

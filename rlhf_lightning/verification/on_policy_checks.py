@@ -120,7 +120,7 @@ def credit_check(case: Case) -> Check:
     credited, there = torch.stack(follows).any(0), mask[rows].any(0)
     if bool((there & ~credited).any()):
         credited = credited | credit_of_critic(case, rows)
-    advice = "the score comes at the end, and every token before it must answer for it: look at the direction of a sum"
+    advice = "earlier tokens must get credit for the score on the last token: look at the direction of a sum"
     return at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)
 
 
@@ -208,7 +208,7 @@ def loss_checks(case: Case) -> list[Check]:
         signs = (case.slopes(case.moved_by(0.0, sign)) for sign in (1.0, -1.0))
         if bool((next(signs) == next(signs)).all()):  # the loss reads the scores itself
             return [*checks, extremes_check(case)]
-        advice = "a token that has moved the wrong way must keep its gradient: the clip belongs on the other side"
+        advice = "a token that moved against its advantage must keep its gradient: the wrong side is clipped"
         checks.append(at_least("pull back", pull_back(case, left_out), 1e-12, advice))
         if clips(module):
             advice = "a good token that is already e^3 times as likely must not be pushed further"
@@ -274,7 +274,7 @@ def one_sided_clip_check(case: Case) -> Check:
     good, bad = far_slopes(case)
     pushed = float(good.min()) if float(bad.max()) < 1e-9 else 0.0
     advice = (
-        "bad tokens stop where they are e^-3 times as likely, and good ones at e^3 are pushed on: clip on both sides"
+        "bad tokens have no gradient at ratio e^-3, but good tokens still have one at ratio e^3: clip on both sides"
     )
     return at_most("clip", pushed, 2.0, advice)
 
@@ -314,7 +314,9 @@ def value_checks(case: Case) -> list[Check]:
     moved = old + 2.0
     below = (loss(moved, moved) - loss(moved, old))[mask].max()
     return [
-        at_most("value gradient", toward, 1e-2, "every value must be drawn to its return, the nearer the less"),
+        at_most(
+            "value gradient", toward, 1e-2, "the gradient must pull each value towards its return, and shrink near it"
+        ),
         at_most("value clip", below, 1e-9, "the larger of the clipped and the plain loss counts, never the smaller"),
     ]
 

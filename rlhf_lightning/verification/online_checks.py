@@ -63,7 +63,7 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
         at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
         at_least("pair label", pairs.target.min(), 0.5, "target is the probability that chosen is better"),
         at_most("every pair", abs(len(pairs.chosen) - residual), 0, "each prompt whose samples differ gives one pair"),
-        at_most("ties", len(level.chosen), 0, "samples that score alike say nothing: they form no pair"),
+        at_most("ties", len(level.chosen), 0, "samples with equal scores must form no pair"),
         at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
     ]
 

@@ -58,8 +58,8 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
     misplaced = float(not same or bool((given.row != rows).any()))
     return [
         at_most("step scores", residual, 1e-9, "a step's score is read at its own last token, not before or after it"),
-        at_most("step labels", wrong, 0, "each step must keep its own label, and steps without a judgement have none"),
-        at_most("step rows", misplaced, 0, "each step must know its completion: weights belong to those"),
+        at_most("step labels", wrong, 0, "each step must keep its own label, and unjudged steps must have none"),
+        at_most("step rows", misplaced, 0, "each step needs the index of its completion, which carries the weight"),
     ]
 
 
@@ -86,7 +86,7 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
     right, wrong = (slopes_of_scores(subject, given._replace(labels=0 * given.labels + label)) for label in (1.0, 0.0))
     residual = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
     return [
-        at_most("log-odds", at_rest, 1e-9, "the score at rest must be the log-odds of the label"),
+        at_most("log-odds", at_rest, 1e-9, "the score at the minimum must be the log-odds of the label"),
         at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
         at_most("labels", residual, 1e-9, "a soft label's gradient is the expectation over right and wrong"),
     ]
@@ -303,7 +303,7 @@ def list_rest_check(subject: Subject) -> list[Check]:
     """
     if subject.kind.no_target or subject.kind.data_columns or float(slope_at_truth(subject, 2)) > 1e-9:
         return []
-    advice = "lists of three, ranked by Plackett-Luce, do not rest where pairs do: look at what each pick competes with"
+    advice = "pairs have no gradient at the true scores, but lists of three have: look at what each pick competes with"
     return [at_most("list at rest", slope_at_truth(subject, 3), 1e-9, advice)]
 
 

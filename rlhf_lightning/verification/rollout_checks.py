@@ -75,7 +75,7 @@ def learned_check(case: Case) -> Check:
     if learned is not None:
         wrong = int((learned & ~mask).sum())
         wrong += bool(learned[~finished].any()) and not bool(learned[finished].any())
-    advice = "learned names tokens of completions, and truncated completions are left out before finished ones"
+    advice = "learned may mark tokens of completions only, and leaves out truncated completions before finished ones"
     return at_most("learned", wrong, 0, advice)
 
 
@@ -114,9 +114,7 @@ def holes_check(case: Case) -> Check:
         largest = max(largest, float(found[:, place : place + 2].abs().max()))
         kept = rewards if rewards.dim() < 2 else narrowed(rewards, place, 2)
         largest = max(largest, float((kept - case.rewards).abs().max()))
-    advice = (
-        "tokens of an environment are masked in the middle of a row: pass values over them, and look at no neighbour"
-    )
+    advice = "tokens of an environment are masked inside a row: carry values across them, and index no adjacent column"
     return at_most("holes", largest, 1e-9, advice)
 
 

@@ -35,14 +35,14 @@ def state_checks(subject: Subject) -> list[Check]:
     validated, _ = moved_by(subject, validate)
     trained, module = moved_by(subject, train)
     advice = (
-        f"validation moves {', '.join(validated)}, which changes what training learns: move state in on_rollout_end, "
-        "or where self.trainer.training is true"
+        f"validation moves {', '.join(validated)}, which changes training: update state in on_rollout_end, or "
+        "only while self.trainer.training is true"
     )
     checks = [at_most("validation state", effect(subject, validated), 0, advice)]
     kept = after_checkpoint(subject) if trained else {}
     lost = {name: value for name, value in trained.items() if not same(value, kept[name])}
     advice = (
-        f"a resumed run begins with another {', '.join(lost)}: write state in on_save_checkpoint, and read it in "
+        f"a resumed run begins with another {', '.join(lost)}: save it in on_save_checkpoint, and restore it in "
         "on_load_checkpoint"
     )
     checks.append(at_most("checkpoint", effect(subject, lost), 0, advice))

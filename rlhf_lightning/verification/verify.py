@@ -21,9 +21,9 @@ HELD, FAILED, COULD_NOT_RUN, NO_TARGET = 0, 1, 2, 3
 FILES = ("json", "markdown", "report", "foreign")
 HELP = """usage: rlhf verify [my_objective.MyModule ...] [--model.SETTING VALUE ...] [options]
 
-Run objectives, unedited, through the contract of their family in a small world whose every completion is listed:
-padding, micro-batches and ranks, what reaches the loss, gradients, labels, extremes, and the policy that training comes
-to rest at, compared with the one the class declares or, for shipped classes, an independent transcription of its paper.
+Check unmodified objectives in a small world where every completion is enumerated: padding, micro-batches and ranks,
+loss inputs, gradients, labels, extreme values, and the converged policy. It is compared with the target that the class
+declares or, for shipped classes, with an independent transcription of the paper.
 
   my_objective.MyModule  classes to verify: a module's path, or the name of a shipped class
   --all                  verify every shipped objective
@@ -186,12 +186,10 @@ def rest_of(found: Any) -> str:
     end = found.convergence
     if end is None:
         return ""
-    where = (
-        f"training comes to rest at gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
-    )
+    where = f"training converges to gold reward {end.gold_after:.3f} (reference {end.gold_before:.3f}), KL {end.kl:.3f}"
     where += end.law
     if end.target is None:
-        return f"{where}; it is compared with no target"
+        return f"{where}; there is no target to compare with"
     known = {"declared": "declared by the class", "transcription": "transcribed from the paper"}
     return f"{where}; target: {known.get(end.source, end.source)}, distance {end.distance:.2g}"
 
@@ -299,14 +297,14 @@ def page(done: Sequence[Any]) -> str:
     header = ["objective", "checks held", "target", "distance", "gold reward", "control", "s"]
     return (
         "# Verification\n\n"
-        "`rlhf verify --all --markdown experiments/verification.md`. Every objective, unedited, in a world of 2 "
+        "`rlhf verify --all --markdown experiments/verification.md`. Every objective, unmodified, in a world of 2 "
         "prompts and 7 completions each, in fp64.\n\n"
         "- Target: the policy that minimises the objective, in closed form as the class declares it, or by an "
         "independent optimiser on a transcription of the paper's formula; for losses with flat minima the excess loss "
         "is measured instead.\n"
         "- Distance: total variation, largest over prompts; the bound is 1e-3.\n"
-        "- Gold reward: expected reward of the reference and of the policy at rest.\n"
-        "- Control: gold reward after a short run on true labels or scores, less the same on ones that say nothing.\n"
+        "- Gold reward: expected reward of the reference and of the converged policy.\n"
+        "- Control: gold reward after a short run on true labels or scores, minus the same on uninformative ones.\n"
         "- s: CPU seconds of checking, without start-up.\n\n"
         f"{markdown_table(header, rows)}\n{chances(done)}"
     )
