@@ -183,6 +183,8 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
             FAILURE,
         )
     except Exception as error:
+        if _after_interrupt(error):
+            return _fail("interrupted", INTERRUPTED)
         sentence = failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
             raise
@@ -202,6 +204,13 @@ def refuse_odd_ranks() -> None:
                 f"the environment variable {name} is {os.environ[name]!r}, which is not a number; unset it, or let "
                 "torchrun or srun set it",
             )
+
+
+def _after_interrupt(error: BaseException | None) -> bool:
+    """Whether an error followed Ctrl-C, as where it hit the release of a lock, which then fails."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextlib.contextmanager
@@ -229,6 +238,7 @@ def terminable(received: list[int]) -> Iterator[None]:
         number = error.signal if isinstance(error, TerminatedError) else signal.SIGINT
         if number in before:
             signal.signal(number, terminate)
+        received.append(number)  # the command may end before it is sent again
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
         return None
 
