@@ -183,7 +183,10 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
             FAILURE,
         )
     except Exception as error:
-        if _after_interrupt(error):
+        signalled = _signal_behind(error)
+        if isinstance(signalled, TerminatedError):
+            return _fail(str(signalled), 128 + signalled.signal)
+        if signalled is not None:
             return _fail("interrupted", INTERRUPTED)
         sentence = failure_sentence(error)
         if sentence is None or os.environ.get("RLHF_DEBUG"):
@@ -206,11 +209,11 @@ def refuse_odd_ranks() -> None:
             )
 
 
-def _after_interrupt(error: BaseException | None) -> bool:
-    """Whether an error followed Ctrl-C, as where it hit the release of a lock, which then fails."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _signal_behind(error: BaseException | None) -> BaseException | None:
+    """Return the signal that an error followed; for example, a signal during the release of a lock breaks the lock."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | TerminatedError):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return error
 
 
 @contextlib.contextmanager
@@ -218,7 +221,7 @@ def terminable(received: list[int]) -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise TerminatedError, so that partial files are removed; a second signal kills.
 
     Args:
-        received: list to which the number of a received signal is appended, even if a library suppressed the exception.
+        received: list to which the number of a signal is appended if its exception may be suppressed or discarded.
     """
     process = os.getpid()
     before: dict[int, Any] = {}

@@ -81,7 +81,7 @@ def start(arguments: argparse.Namespace) -> Path:
 
 
 def train_start(arguments: argparse.Namespace) -> None:
-    """Train the common start policy on demonstrations, a fraction of which exploit the loophole."""
+    """Train the common start policy on demonstrations; a fraction of them exploit the loophole."""
     written = {
         "model": {"class_path": "SFTModule", "init_args": {
             "init_from": str(Path(arguments.init_from).absolute()), "learning_rate": 5e-4}},

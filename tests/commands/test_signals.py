@@ -324,17 +324,20 @@ def test_a_signal_in_a_destructor_still_ends_the_command(
     assert not printed
 
 
-def test_an_error_that_follows_an_interrupt_is_the_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (TerminatedError(signal.SIGTERM), 143)])
+def test_an_error_that_follows_a_signal_is_the_signal(
+    raised: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rlhf_lightning.commands import objectives
 
     def released(argv: Any) -> int:
         try:
-            raise KeyboardInterrupt
+            raise raised
         finally:
             raise RuntimeError("release unlocked lock")
 
     monkeypatch.setattr(objectives, "main", released)
-    assert rlhf(["objectives"]) == 130
+    assert rlhf(["objectives"]) == status
 
 
 def test_a_signal_that_a_library_suppresses_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
