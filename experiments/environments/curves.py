@@ -3,9 +3,9 @@
     python experiments/environments/curves.py [--out runs/environments] [--seeds 5] [--minutes 60]
 
 In the shop, a policy with 111 thousand parameters first imitates demonstrations. Few demonstrations use both tools. The
-policy is then trained by RL. In the number guessing game it first imitates random guesses; the same rewards are given at each turn, or
-at the end. Every finished run is one line of ``runs.jsonl``, and a second call continues after the last line. The page
-and the plot in this folder are written from the finished runs.
+policy is then trained by RL. In the number guessing game it first imitates random guesses; the same rewards are given
+at each turn, or at the end. Every finished run is one line of ``runs.jsonl``, and a second call continues after the
+last line. The page and the plot in this folder are written from the finished runs.
 """
 
 from __future__ import annotations
