@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 NOISE = ("💡 Tip:", "GPU available:", "TPU available:", "HPU available:")
 """Advertisements for hosted services, and device messages: the manifest records the device."""
@@ -80,6 +81,19 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     _silence_transformers()
     threading.excepthook = _ignore_event_writer
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence warnings, and messages about models that are drawn or loaded: verification makes hundreds of them."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
@@ -25,6 +24,7 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
+from rlhf_lightning.quiet import quiet_loading
 from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
@@ -133,8 +133,7 @@ def verify(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny here
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_loading():
             subject = Subject(kind, world, folder, settings)
             checks = contract_of(kind)(subject)
             if hasattr(kind, "adapter"):
