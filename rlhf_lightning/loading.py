@@ -6,7 +6,6 @@ Importing a path runs its module's code, so only names that the user typed are l
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +15,7 @@ import pkgutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ import yaml
 
 from rlhf_lightning import working_directory
 from rlhf_lightning.errors import DataError, MissingError, RlhfError, SettingError
+from rlhf_lightning.similar_names import hint_at, nearest
 
 
 def _text_of(path: Path, errors: str = "strict") -> str:
@@ -105,7 +105,7 @@ def load(spec: Any, base: Any, shipped: Mapping[str, Any], what: str) -> Any:
         SettingError: ``unknown-name`` (with the nearest name), ``not-importable``, ``wrong-kind`` or
             ``wrong-arguments``.
     """
-    from jsonargparse import Namespace  # slow to import; `nearest` serves help that must be fast
+    from jsonargparse import Namespace  # slow to import, and this module serves help that must be fast
 
     name: Any
     arguments: Mapping[str, Any] = {}
@@ -354,35 +354,13 @@ def refuse_contradictions(contradictions: Mapping[str, tuple[bool, str]]) -> Non
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the most similar known name, or None.
-
-    Initials (``lr`` for ``learning_rate``) and whole words (``epochs`` for ``max_epochs``) count as similar too.
-    """
-
-    def likeness(candidate: str) -> float:
-        short, long = name.lower().replace("_", ""), candidate.lower().replace("_", "")
-        words, given = candidate.lower().split("_"), name.lower().split("_")
-        score = difflib.SequenceMatcher(None, short, long).ratio()
-        if len(words) > 1 and short == "".join(word[:1] for word in words):
-            score = max(score, 0.95)
-        if set(given) < set(words):
-            score = max(score, 0.8 + 0.1 * score)
-        return score
-
-    best = max(sorted(set(known)), key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
-
-
 def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
     if name in shipped:
         return shipped[name]
     if "." in name:
         return import_path(name, what)
     usable = sorted(key for key, kind in shipped.items() if not inspect.isabstract(kind))
-    near = nearest(name, usable) or next((key for key in usable if key.lower().startswith(name.lower())), None)
-    known = f"there are {', '.join(usable)}" if usable else "none is shipped"
-    hint = f"did you mean {near}?" if near else f"{known}."
+    hint = hint_at(name, usable)
     own = f"Your own has its module before it: my_file.{name}"
     if ":" in name:
         hint, own = f"a dot comes before a name: {name.replace(':', '.')}", ""

@@ -22,7 +22,8 @@ TOP_LEVEL = set(
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
 GROUND = set(
-    "errors quiet atomic_files working_directory workers compat loading types micro_batches functional".split()
+    "errors quiet atomic_files working_directory workers compat similar_names loading types micro_batches "
+    "functional".split()
 )
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "atomic_files": {"errors"},
     "working_directory": set(),
     "workers": {"errors", "working_directory"},
-    "loading": {"errors", "working_directory"},
+    "similar_names": set(),
+    "loading": {"errors", "similar_names", "working_directory"},
     "micro_batches": {"errors", "types"},
     "recipes": {"errors"},
     "functional": {"errors", "types"},

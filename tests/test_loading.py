@@ -15,7 +15,6 @@ from rlhf_lightning.loading import (
     is_too_deep,
     load,
     load_class,
-    nearest,
     read_records,
     refuse_repeated_keys,
     shipped_classes,
@@ -122,10 +121,6 @@ def test_shipped_classes_are_those_of_the_package_s_files(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     found = shipped_classes("my_room", dict)
     assert {name: kind.__module__ for name, kind in found.items()} == {"Kind": "my_room.kinds", "More": "my_room.more"}
-
-
-def test_nearest_takes_initials_and_words() -> None:
-    assert nearest("lr", ["learning_rate", "beta"]) == "learning_rate" and nearest("zzz", ["beta"]) is None
 
 
 def test_a_users_module_is_imported_by_name_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

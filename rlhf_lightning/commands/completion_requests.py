@@ -17,8 +17,8 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.data.canonical import RowRefused
 from rlhf_lightning.data.turns import TURN_KEYS, messages_of, tools_of, unused_keys
 from rlhf_lightning.errors import SettingError, printable
-from rlhf_lightning.loading import nearest
 from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.similar_names import nearest
 from rlhf_lightning.tokenization.rendering import render_prompt
 
 MOST_COMPLETIONS = 256

@@ -19,8 +19,8 @@ import yaml
 
 from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
 from rlhf_lightning.errors import printable
-from rlhf_lightning.loading import nearest
 from rlhf_lightning.recipes import recipe_names
+from rlhf_lightning.similar_names import nearest
 
 INDEX = Path(__file__).with_name("flag_index.json")
 PARTS = ("model", "data")

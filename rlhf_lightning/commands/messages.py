@@ -14,8 +14,9 @@ from jsonargparse import ArgumentParser
 
 from rlhf_lightning.commands.flag_index import PARTS, all_names, foreign_names, suggestion
 from rlhf_lightning.compat import parser_actions, type_of_option
-from rlhf_lightning.loading import import_path, nearest
+from rlhf_lightning.loading import import_path
 from rlhf_lightning.recipes import PREFIX, recipe_names
+from rlhf_lightning.similar_names import hint_at, nearest
 
 HEADER_KEY = re.compile(r'^Parser key "([^"]+)"')
 TYPE_NAMES = {"NoneType": "null", "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -183,8 +184,8 @@ def _wrong_class(message: str, key: str, class_path: str, parser: Any) -> str | 
     if "Expected a dot import path string" in message and "Given value type: <class 'str'>" in message:
         base = next((_base_class(a) for a in parser_actions(parser) if a.dest == key), None)
         known = sorted(subclasses_of(base)) if base else []
-        near = foreign_names()["classes"].get(given) or nearest(given, known)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
+        theirs = foreign_names()["classes"].get(given)
+        hint = f"did you mean {theirs}?" if theirs else hint_at(given, known)
         own = f"Write your own class with its module, as my_objective.{given}"
         return f"{key}: there is no class {given}; {hint} {own}"
     if class_path and (found := re.search(r"(No module named [^\n]+|cannot import name [^\n]+)", message)):

@@ -18,6 +18,7 @@ from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flag_index import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.loading import shipped_classes
+from rlhf_lightning.similar_names import hint_at
 
 
 class Objective(NamedTuple):
@@ -74,7 +75,8 @@ def objectives(name: str | None = None, json: str | None = None) -> int:
     found = class_entries(objective_classes()) if is_stale() else index()["model"]
     if name is not None:
         if name not in found:
-            print(f"rlhf objectives: there is no {name}: `rlhf objectives` lists them all", file=sys.stderr)
+            hint = f"{hint_at(name, found)} `rlhf objectives` lists them all"
+            print(f"rlhf objectives: there is no {name}; {hint}", file=sys.stderr)
             return 2
         entry = found[name]
         print(f"{name}  ({entry['paper']})\n\n{entry['doc']}\n\n`rlhf fit --model.help {name}` lists its settings.")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_lightning.errors import DataError, MissingError, SettingError
-from rlhf_lightning.loading import nearest
+from rlhf_lightning.similar_names import nearest
 
 COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 """Suffixes of compressed files, and the magic bytes at the beginning of such a file."""

@@ -28,8 +28,9 @@ from rlhf_lightning.functional.policy_gradient import (
     pid_multiplier,
     standardised_in_groups,
 )
-from rlhf_lightning.loading import check_ranges, nearest, refuse_contradictions
+from rlhf_lightning.loading import check_ranges, refuse_contradictions
 from rlhf_lightning.scoring.scorer import Judgements
+from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.meter import moments_over_ranks
 
 OBJECTIVE = "objective"
@@ -329,9 +330,7 @@ def _made(kind: Any, given: Any, where: str) -> Any:
         names = list(kind.__dataclass_fields__)
         for name in given:
             if name not in names:
-                near = nearest(str(name), names)
-                hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
-                raise SettingError("unknown-name", f"{where} has no setting {name!r}; {hint}")
+                raise SettingError("unknown-name", f"{where} has no setting {name!r}; {hint_at(str(name), names)}")
         if "limit" in names and "limit" not in given:
             raise SettingError("wrong-arguments", f"{where} has no limit: set {where}.limit to the largest mean cost")
         given = kind(**given)

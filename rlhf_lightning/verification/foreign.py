@@ -34,6 +34,7 @@ from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.modules.unpaired import KTOModule
+from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.types import (
     Advantages,
@@ -144,8 +145,7 @@ def adapters(spec: str, given: Mapping[str, Any]) -> list[Adapter]:
     }
     functions = {key: value for key, value in public.items() if _input_of(value) in FAMILIES}
     if name and name not in functions:
-        known = ", ".join(functions) or "none"
-        raise SettingError("unknown-name", f"{file} has no adapter {name!r}; it has {known}")
+        raise SettingError("unknown-name", f"{file} has no adapter {name!r}; {hint_at(name, functions)}")
     chosen = [functions[name]] if name else list(functions.values())
     return [adapter for function in chosen for adapter in _variants(function, dict(given), every=not name)]
 
@@ -185,9 +185,10 @@ def _variants(function: Any, given: dict[str, Any], every: bool) -> Iterator[Ada
         settings = {p.name: own.get(p.name, p.default) for p in parameters}
         base, base_settings, compared = _base(function, settings)
         shared = {p.name for p in parameters} & all_parameters(base)
-        unknown = sorted(set(own) - settings.keys() - all_parameters(base))
-        if unknown:
-            raise SettingError("unknown-setting", f"{function.__name__} has no setting {unknown[0]!r}")
+        known = settings.keys() | all_parameters(base)
+        for unknown in sorted(own.keys() - known):
+            hint = hint_at(unknown, known - {"self", "args", "kwargs"})
+            raise SettingError("unknown-setting", f"{function.__name__} has no setting {unknown!r}; {hint}")
         words = [str(value) for value in own.values()]
         yield Adapter(
             function,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.modules.reward import RewardModule
+from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.module import AlignmentModule, as_loss
 from rlhf_lightning.types import (
     DistillationLogits,
@@ -102,7 +103,7 @@ class Subject:
         """Return the given settings plus the small world's defaults, without the defaults that the class sets itself.
 
         Raises:
-            SettingError: a required setting is missing, or a given setting is set by the class itself.
+            SettingError: a required setting is missing, or a given setting is unknown or set by the class itself.
         """
         module, settings = self._made(self.kind, {**self._defaults(), **given}, given)
         self.outputs = getattr(module, "outputs", 1)
@@ -118,6 +119,12 @@ class Subject:
                 if missing is not None:
                     raise SettingError(
                         "missing-setting", f"{kind.__name__} needs {missing[1]}: give each as --model.NAME VALUE"
+                    ) from error
+                unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+                if unknown is not None and unknown[1] in given:
+                    hint = hint_at(unknown[1], all_parameters(kind) - {"self", "args", "kwargs"})
+                    raise SettingError(
+                        "unknown-setting", f"{kind.__name__} has no setting {unknown[1]!r}; {hint}"
                     ) from error
                 fixed = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
                 if fixed is None or fixed[1] not in settings:

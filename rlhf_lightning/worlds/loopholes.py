@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_lightning.errors import SettingError, check_range
-from rlhf_lightning.loading import nearest
 from rlhf_lightning.scoring.scorer import Scorer, Scores
+from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.types import Judgement, Prompt
 from rlhf_lightning.worlds import _assistant_text as text
 from rlhf_lightning.worlds._assistant_gold import gold_reward, sentence_key, sentences
@@ -104,11 +104,7 @@ def loophole_named(name: str) -> Loophole:
         SettingError: the name is unknown.
     """
     if name not in LOOPHOLES:
-        near = nearest(name, LOOPHOLES)
-        raise SettingError(
-            "unknown-name",
-            f"there is no loophole {name!r}: {f'did you mean {near}?' if near else 'choose ' + ', '.join(LOOPHOLES)}",
-        )
+        raise SettingError("unknown-name", f"there is no loophole {name!r}; {hint_at(name, LOOPHOLES)}")
     return LOOPHOLES[name]
 
 

@@ -7,7 +7,6 @@ from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.commands.train import main
-from rlhf_lightning.loading import nearest
 
 YAML = """
 model:
@@ -125,17 +124,6 @@ def test_settings_that_clash_are_refused_with_what_replaces_them(flags, sentence
         main(["fit", *BASIC, *flags])
     assert exit_status.value.code == 2
     assert sentence in capsys.readouterr().err.splitlines()[0]
-
-
-def test_nearest_knows_initials_words_and_spelling():
-    known = ["learning_rate", "max_epochs", "batch_size", "beta", "label_smoothing"]
-    assert nearest("lr", known) == "learning_rate"
-    assert nearest("epochs", known) == "max_epochs"
-    assert nearest("batchsize", known) == "batch_size"
-    assert nearest("betta", known) == "beta"
-    assert nearest("ls", known) == "label_smoothing"
-    assert nearest("wholly_different", known) is None
-    assert nearest("x", []) is None
 
 
 def test_hyphens_are_read_as_underscores_in_names_alone():

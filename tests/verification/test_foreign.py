@@ -128,10 +128,10 @@ def test_a_mean_over_many_rows_has_the_gradient_of_its_rows(file):
 
 
 def test_what_is_not_there_is_said(file, capsys):
-    with refused("unknown-name", "it has Wrong"):
+    with refused("unknown-name", "there are Critic, Mean"):
         adapters(f"{file}:NoSuchLoss", {})
-    with refused("unknown-setting", "'gama'"):
-        adapters(f"{file}:Wrong", {"gama": 1})
+    with refused("unknown-setting", "'bta'; did you mean beta?"):
+        adapters(f"{file}:Wrong", {"bta": 1})
     with refused("no-file"):
         adapters("no_such_file.py:Loss", {})
     odd = Path(file).with_name("odd_losses.py")
@@ -139,7 +139,7 @@ def test_what_is_not_there_is_said(file, capsys):
     with refused("wrong-kind", "annotations of loss"):
         adapters(f"{odd}:loss", {})
     assert cli.main(["verify", "--foreign", f"{file}:NoSuchLoss"]) == 2
-    assert "it has Wrong" in capsys.readouterr().err
+    assert "there are Critic, Mean" in capsys.readouterr().err
 
 
 def test_pages_of_adapters(file, tmp_path, capsys):

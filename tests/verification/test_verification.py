@@ -40,8 +40,9 @@ def test_no_right_objective_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
-def test_every_shipped_objective_keeps_its_contract(kind):
+def test_every_shipped_objective_keeps_its_contract(kind, caplog):
     found = verify(kind)
+    assert not caplog.messages, "the models that a verification loads and draws are no news"
     assert [check for check in found.checks if not check.held] == []
     assert found.convergence is not None
     assert found.convergence.source, "its target is known from elsewhere"
@@ -111,10 +112,12 @@ def test_exit_status_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("arguments", "words"),
     [
         (["NoSuchModule"], "my_file.NoSuchModule"),
+        (["DPO"], "did you mean DPOModule?"),
+        (["mine"], "the nearest of "),
         (["no_such_file.MyModule"], "No module named 'no_such_file'"),
         (["wrong_objectives.NoSuchModule"], "wrong_objectives has no NoSuchModule"),
         (["wrong_objectives.caught_by"], "it must be a subclass of"),
-        (["DPOModule", "--model.bta", "1"], "bta"),
+        (["DPOModule", "--model.bta", "1"], "DPOModule has no setting 'bta'; did you mean beta?"),
     ],
 )
 def test_what_cannot_run_is_said(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
@@ -132,7 +135,8 @@ def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(row["name"] in out for row in rows)
     assert cli.main(["objectives", "--name", "SimPOModule"]) == 0
     assert "a gap that the margin must exceed" in capsys.readouterr().out
-    assert cli.main(["objectives", "--name", "SimpoModule"]) == 2
+    assert cli.main(["objectives", "--name", "SimPO"]) == 2
+    assert "did you mean SimPOModule?" in capsys.readouterr().err
 
 
 class OfItsOwnFamily(DPOModule):
