@@ -73,7 +73,7 @@ def test_every_way_to_name_an_object(spec: object, size: int) -> None:
         (f"{__name__}.MADE", "wrong-kind", ["is a list"]),
         (3, "wrong-kind", ["is a int"]),
         (None, "wrong-kind", ["NoneType"]),
-        ({"class_path": "Child", "init_args": {"sise": 3}}, "wrong-arguments", ["'sise'", "it takes size"]),
+        ({"class_path": "Child", "init_args": {"width": 3}}, "wrong-arguments", ["'width'", "it takes size"]),
         ({"class_path": "Child", "init_args": [3]}, "wrong-arguments", ["{class_path: NAME, init_args: {...}}"]),
         ({"class_path": f"{__name__}.ready", "init_args": {"size": 3}}, "wrong-arguments", ["remove init_args"]),
         ({"name": "Child"}, "wrong-arguments", ["{class_path: NAME"]),
