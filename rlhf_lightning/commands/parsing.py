@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
 import yaml
@@ -17,7 +19,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
-from rlhf_lightning.errors import SettingError, printable
+from rlhf_lightning.errors import SettingError, TerminatedError, printable
 from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, shipped_classes
 from rlhf_lightning.quiet import silence_libraries
 from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_password, names_variable
@@ -26,9 +28,30 @@ from rlhf_lightning.sampling.json_server import IN_AN_ADDRESS, NO_VARIABLE, has_
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 _load_yaml = get_loader("yaml")
 
+CLI = TypeVar("CLI")
+
 
 LONG_VALUE = 100
 """Length in characters from which a value on the command line is checked like a config file."""
+
+
+def in_copied_context(cli: Callable[[Sequence[str]], CLI], argv: Sequence[str]) -> CLI:
+    """Run a LightningCLI in a copy of the context and return it.
+
+    jsonargparse keeps its parser in a context variable, and with it the models and Adam's moments. In a copied context
+    they are freed together with the result, before the next run in this process.
+    """
+
+    def inside() -> CLI:
+        try:
+            return cli(argv)
+        except (KeyboardInterrupt, TerminatedError) as error:
+            # A signal may leave jsonargparse's context managers open. Close them here: in another context each prints
+            # that it cannot restore its variable.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    return contextvars.copy_context().run(inside)
 
 
 def load_yaml(text: str) -> Any:
