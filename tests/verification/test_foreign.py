@@ -10,9 +10,11 @@ from conftest import refused
 
 from rlhf_lightning import cli
 from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.verification.contract import verify
+from rlhf_lightning.verification.contract import Verification, verify
 from rlhf_lightning.verification.foreign import adapters, class_of, import_alone
 from rlhf_lightning.verification.foreign_checks import FEW, by_row
+from rlhf_lightning.verification.subject import at_most
+from rlhf_lightning.verification.verify import report_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "experiments" / "verification" / "my_adapter.py"
 
@@ -151,6 +153,16 @@ def test_pages_of_adapters(file, tmp_path, capsys):
     html = page.read_text()
     assert "<polyline" in html and "as shipped" in html and "gold reward" in html
     assert "as shipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("failing", "label"),
+    [("extremes", "mistake"), ("target", "possible mistake"), (None, "it differs from the shipped class")],
+)
+def test_only_a_failed_check_makes_a_difference_a_mistake(failing: str | None, label: str) -> None:
+    checks = [at_most(name, float(name == failing), 0, "advice") for name in ("extremes", "target")]
+    found = Verification("Theirs", {}, checks, None, 0.0, 0.0, ["the clip is left out"])
+    assert f"  {label}: the clip is left out" in report_of(found, brief=True).splitlines()
 
 
 def test_a_module_is_imported_without_its_packages(tmp_path):
