@@ -37,10 +37,10 @@ def opening() -> Any:
     "the template's own rendering is learned, once, in the context that serving shows",
 )
 def thoughts(_: Path) -> None:
-    conversations.test_a_thought_is_learned_once_wherever_it_is_kept(thinking(), opening())
-    conversations.test_each_turn_has_the_context_that_it_has_in_use(thinking())
-    conversations.test_both_sides_of_a_pair_have_the_prompt_of_use(thinking())
-    conversations.test_what_was_sampled_goes_to_a_scorer_without_a_second_thought(thinking(), opening())
+    conversations.test_a_thought_is_supervised_once_in_every_input_form(thinking(), opening())
+    conversations.test_each_turn_is_trained_with_its_inference_time_context(thinking())
+    conversations.test_both_sides_of_a_pair_have_the_inference_time_prompt(thinking())
+    conversations.test_a_sampled_thought_is_not_rendered_twice_for_the_scorer(thinking(), opening())
 
 
 def right(folder: Path, columns: tuple[str, ...], *names: str) -> None:
@@ -128,8 +128,8 @@ def random_head(folder: Path) -> None:
     "used, or the row is dropped and counted; unused columns are counted at the start",
 )
 def columns(_: Path) -> None:
-    conversations.test_tool_calls_are_learned_and_tools_are_read(thinking())
-    conversations.test_flags_of_turns_are_heeded(thinking())
+    conversations.test_tool_calls_are_supervised_and_tools_are_in_the_prompt(thinking())
+    conversations.test_turn_weights_and_train_flags_select_supervised_turns(thinking())
     row = {"messages": turns("hi", "yo"), "odd": 1}
     row["messages"][0]["mood"] = "glad"
     assert set(learned(thinking(), row)[1].unused) == {"column 'odd'", "key 'mood' of turns"}

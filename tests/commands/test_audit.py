@@ -36,13 +36,13 @@ def test_findings_are_counted_and_numbered(write_rows, capsys, tmp_path):
     ]
 
 
-def test_strict_is_for_pipelines(write_rows, capsys):
+def test_strict_makes_findings_an_exit_status_of_1(write_rows, capsys):
     assert run(capsys, write_rows(ROWS), "--strict")[0] == 1
     status, told, _ = run(capsys, write_rows(ROWS[:1]), "--strict")
     assert status == 0 and "nothing found" in told
 
 
-def test_many_rows_are_shortened(write_rows, capsys):
+def test_only_the_first_ten_row_numbers_of_a_finding_are_listed(write_rows, capsys):
     _, told, _ = run(capsys, write_rows(ROWS[:1] * 14))
     assert "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told and "11 ...]" in told and "12" not in told
 
@@ -58,25 +58,25 @@ def test_many_rows_are_shortened(write_rows, capsys):
         ('{"prompt": "x"}\n', ["--max-length", "9"], "need a --tokenizer"),
     ],
 )
-def test_what_a_newcomer_gets_wrong(tmp_path, capsys, content, arguments, said):
+def test_invalid_arguments_are_refused_in_one_line(tmp_path, capsys, content, arguments, said):
     (tmp_path / "rows.jsonl").write_text(content)
     status, _, told = run(capsys, str(tmp_path / "rows.jsonl"), *arguments)
     assert status == 1 and said in told and told.count("\n") == 1
 
 
-def test_a_file_that_is_not_there(capsys):
+def test_a_missing_file_is_named(capsys):
     assert "there is no file 'nowhere.jsonl'" in run(capsys, "nowhere.jsonl")[2]
 
 
 @pytest.mark.real
-def test_real_rows_hold_what_is_known_of_them(shared_data, capsys, tmp_path):
+def test_findings_of_pandalm_match_the_known_counts(shared_data, capsys, tmp_path):
     run(capsys, str(shared_data("pandalm_pref_standard.jsonl")), "--json", str(tmp_path / "report.json"))
     (report,) = json.loads((tmp_path / "report.json").read_text())
     counts = {one["check"]: one["count"] for one in report["findings"]}
     assert counts == {"duplicate": 57, "circle": 3, "longer_wins": 0}
 
 
-def test_similar_and_overlap_are_asked_for(write_rows, capsys):
+def test_similar_and_overlap_flags_enable_their_checks(write_rows, capsys):
     train = write_rows([{"text": " ".join(f"a{i}" for i in range(40))}], "train.jsonl")
     test = write_rows([{"text": " ".join(f"a{i}" for i in range(38)) + " b c"}, {"text": "else"}], "test.jsonl")
     status, said, _ = run(capsys, train, "--eval", test, "--similar", "0.7", "--overlap", "13")

@@ -30,23 +30,23 @@ def kept(keep, top=None, threshold=None, keep_unfinished=False, seed=0, groups=G
     return [(row["prompt"], row["completion"]) for _, row in found]
 
 
-def test_the_best_of_each_prompt():
+def test_best_keeps_the_highest_score_of_each_prompt():
     assert kept("best") == [("p", "cc"), ("q", "x")]
     assert kept("best", keep_unfinished=True) == [("p", "bb"), ("q", "x"), ("r", "m")]
 
 
-def test_top_k_is_over_all_prompts_and_takes_no_completion_twice():
+def test_top_k_ranks_all_prompts_and_keeps_no_duplicate():
     assert kept("top-k", top=2) == [("q", "x"), ("q", "yyyy")]
     assert kept("top-k", top=5) == [("p", "cc"), ("p", "a"), ("q", "x"), ("q", "yyyy"), ("q", "zzz")]
     assert kept("top-k", top=9) == kept("top-k", top=5)
 
 
-def test_a_threshold_may_keep_several_of_one_prompt_and_none_of_another():
+def test_a_threshold_keeps_zero_or_more_completions_of_a_prompt():
     assert kept("threshold", threshold=2.0) == [("p", "cc"), ("q", "x"), ("q", "yyyy")]
     assert kept("threshold", threshold=6.0) == []
 
 
-def test_the_control_draws_as_the_policy_does():
+def test_random_keeps_completions_in_proportion_to_their_samples():
     drawn = [kept("random", seed=seed) for seed in range(300)]
     assert all([prompt for prompt, _ in found] == ["p", "q"] for found in drawn)
     twice = sum(found[0] == ("p", "a") for found in drawn) / 300
@@ -54,17 +54,17 @@ def test_the_control_draws_as_the_policy_does():
     assert kept("random", seed=3) == kept("random", seed=3)
 
 
-def test_equals_are_decided_by_lot_and_not_by_their_place():
+def test_equal_scores_are_broken_at_random():
     equals = [[sample("p", letter, 1.0) for letter in "abcd"]]
     found = {kept("best", seed=seed, groups=equals)[0][1] for seed in range(40)}
     assert found == set("abcd")
 
 
-def test_a_prompt_that_is_asked_twice_gives_no_line_twice():
+def test_a_repeated_prompt_gives_no_duplicate_row():
     assert kept("best", groups=[GROUPS[1], GROUPS[1]]) == [("q", "x")]
 
 
-def test_the_report_in_numbers():
+def test_report_values_by_hand():
     chosen = [row for _, row in selected(GROUPS, "best", None, None, False, 0)]
     found = report_of(GROUPS, chosen)
     assert (found.kept, found.acceptance, found.answered) == (2, 2 / 12, 2 / 3)
@@ -85,7 +85,7 @@ def test_the_report_in_numbers():
         ("threshold", 6.0, "2: scores are too low (lower the threshold"),
     ],
 )
-def test_prompts_without_a_demonstration_are_explained(keep, threshold, words):
+def test_the_report_says_why_prompts_have_no_demonstration(keep, threshold, words):
     places = {place for place, _ in selected(GROUPS, keep, None, threshold, False, 0)}
     left = [group for place, group in enumerate(GROUPS) if place not in places]
     told = why_none(left, keep, threshold, False)
@@ -107,7 +107,7 @@ def given(policy_folder):
             "--max-new-tokens", "6", "--keep-unfinished"]  # fmt: skip
 
 
-def test_the_best_of_the_very_samples_that_generate_draws(given, policy_folder, capsys):
+def test_samples_equal_those_of_rlhf_generate(given, policy_folder, capsys):
     assert rlhf(["generate", *given[:-1], "--out", "all.jsonl", "--samples", "5"]) == 0
     assert rlhf(["best-of-n", *given, "--out", "out/demos.jsonl", "--n", "5"]) == 0
     samples, found = rows_of(Path("all.jsonl")), rows_of(Path("out/demos.jsonl"))
@@ -122,7 +122,7 @@ def test_the_best_of_the_very_samples_that_generate_draws(given, policy_folder, 
     assert f"{sum(row['score'] for row in samples) / 10:.4g} of all samples" in told
 
 
-def test_what_is_written_is_read_as_demonstrations(given, policy_folder, cache):
+def test_the_output_trains_sft(given, policy_folder, cache):
     assert rlhf(["best-of-n", *given, "--out", "demos.jsonl", "--n", "3", "--keep", "random"]) == 0
     data = SFTDataModule("demos.jsonl")
     data.tokenizer = load_tokenizer(policy_folder)
@@ -145,13 +145,13 @@ def test_what_is_written_is_read_as_demonstrations(given, policy_folder, cache):
         (["--keep", "threshold", "--threshold", "1e9"], "completions is kept"),
     ],
 )
-def test_wrong_settings_are_said_and_leave_no_file(given, flags, sentence, capsys):
+def test_invalid_settings_are_refused_and_leave_no_file(given, flags, sentence, capsys):
     assert rlhf(["best-of-n", *given, "--out", "demos.jsonl", *flags]) == 1
     assert sentence in capsys.readouterr().err
     assert not list(Path().glob("*demos*"))
 
 
-def test_an_unknown_rule_is_a_wrong_command_line(given):
+def test_an_unknown_keep_rule_is_a_usage_error(given):
     with pytest.raises(SystemExit) as ended:
         rlhf(["best-of-n", *given, "--out", "demos.jsonl", "--keep", "worst"])
     assert ended.value.code == 2

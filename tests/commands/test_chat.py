@@ -40,7 +40,7 @@ def greedy(folder, prompt, tokens):
     return tokenizer.decode([index for index in ids[start:] if index not in (2, 5)], skip_special_tokens=True)
 
 
-def test_an_answer_in_pieces_is_the_answer_of_the_plain_model(conversation, policy_folder):
+def test_a_streamed_answer_equals_that_of_the_plain_model(conversation, policy_folder):
     pieces = list(conversation.answer("hello"))
     expected = greedy(
         policy_folder, [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hello"}], 20
@@ -49,7 +49,7 @@ def test_an_answer_in_pieces_is_the_answer_of_the_plain_model(conversation, poli
     assert conversation.turns[-1] == {"role": "assistant", "content": expected or "…"}
 
 
-def test_the_turns_before_are_part_of_the_prompt(conversation, policy_folder):
+def test_earlier_turns_are_in_the_prompt(conversation, policy_folder):
     first = "".join(conversation.answer("hello"))
     second = "".join(conversation.answer("and now?"))
     turns = [
@@ -59,7 +59,7 @@ def test_the_turns_before_are_part_of_the_prompt(conversation, policy_folder):
     assert second == greedy(policy_folder, turns, 20)
 
 
-def test_reset_forgets_all_but_the_system_prompt(conversation):
+def test_reset_keeps_only_the_system_prompt(conversation):
     shown = Shown()
     converse(conversation, iter(["hello", "/reset", "hello"]), shown)
     first, again = shown.text.split("(a new conversation)\n")
@@ -67,13 +67,13 @@ def test_reset_forgets_all_but_the_system_prompt(conversation):
     assert [turn["role"] for turn in conversation.turns] == ["system", "user", "assistant"]
 
 
-def test_commands_are_no_turns(conversation):
+def test_slash_commands_are_not_added_as_turns(conversation):
     shown = Shown()
     converse(conversation, iter(["", "   ", "/help", "/quit", "never said"]), shown)
     assert shown.text == HELP + "\n" and [turn["role"] for turn in conversation.turns] == ["system"]
 
 
-def test_an_answer_can_be_stopped_and_what_was_shown_is_kept(conversation, monkeypatch):
+def test_an_interrupted_answer_keeps_its_printed_text(conversation, monkeypatch):
     def pieces(self, prompt):
         yield "half an"
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def test_an_answer_can_be_stopped_and_what_was_shown_is_kept(conversation, monke
     assert conversation.turns[-1] == {"role": "assistant", "content": "half an"}
 
 
-def test_a_stop_ends_a_chat_that_reads_from_a_pipe(conversation, monkeypatch):
+def test_an_interrupt_ends_a_chat_that_reads_from_a_pipe(conversation, monkeypatch):
     def interrupted(text):
         yield "half an"
         raise KeyboardInterrupt
@@ -95,7 +95,7 @@ def test_a_stop_ends_a_chat_that_reads_from_a_pipe(conversation, monkeypatch):
         converse(conversation, iter(["hello", "never answered"]), lambda text="", **options: None)
 
 
-def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypatch):
+def test_incomplete_utf8_is_buffered_until_the_character_is_complete(conversation, monkeypatch):
     """Tokens are printed in chunks of eight, one byte each: sixteen bytes end inside a character of three bytes."""
     from rlhf_lightning.sampling import slot_engine
 
@@ -119,7 +119,7 @@ def test_a_character_cut_in_two_waits_for_its_other_half(conversation, monkeypat
     )
 
 
-def test_a_pipe_gets_an_answer_a_line(policy_folder, monkeypatch, capsys):
+def test_a_piped_chat_prints_answers_without_prompts_or_help(policy_folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n"))
     assert rlhf(["chat", policy_folder, "--max-new-tokens", "3", "--temperature", "1", "--seed", "3"]) == 0
     once = capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_a_pipe_gets_an_answer_a_line(policy_folder, monkeypatch, capsys):
     assert capsys.readouterr().out == once
 
 
-def test_without_a_chat_template_each_line_stands_alone(plain_folder):
+def test_without_a_chat_template_each_line_is_its_own_prompt(plain_folder):
     policy, tokenizer = SamplingArguments().load(plain_folder)
     conversation = Conversation(policy, tokenizer, SamplingSettings(max_new_tokens=6, temperature=0.0), system="unused")
     first = "".join(conversation.answer("hello"))
@@ -137,7 +137,7 @@ def test_without_a_chat_template_each_line_stands_alone(plain_folder):
     assert conversation.turns == []
 
 
-def test_help_and_errors(capsys):
+def test_help_and_argument_errors(capsys):
     with pytest.raises(SystemExit) as exit_status:
         rlhf(["chat", "--help"])
     shown = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_help_and_errors(capsys):
     )
 
 
-def test_an_answer_cannot_act_on_the_terminal():
+def test_control_sequences_in_an_answer_are_escaped():
     """A model or a server may write control sequences; they are printed as visible text."""
 
     class Hostile:

@@ -45,7 +45,7 @@ def sweep(tmp_path):
     return tmp_path / "s"
 
 
-def test_a_report_has_finals_tests_curves_samples_and_everything_in_one_page(sweep, capsys):
+def test_a_report_has_final_values_tests_curves_and_samples_in_one_page(sweep, capsys):
     assert main([str(sweep), "--by", "model.beta"]) == 0
     said = capsys.readouterr().out
     assert "6 runs in 2 arms by model.beta; seeds per arm: 3, 3." in said
@@ -88,7 +88,7 @@ def test_two_runs_with_one_seed_in_an_arm_are_refused_with_what_differs(sweep):
     [(["--by", "model.gamma"], ("unknown-setting",)), (["--metrics", "val/scor"], ("unknown-metric", "val/score")),
      (["--over", "episodes"], ("unknown-metric",))],
 )  # fmt: skip
-def test_what_no_run_has_is_refused(sweep, flags, words):
+def test_metrics_and_settings_that_no_run_has_are_refused(sweep, flags, words):
     with refused(*words):
         main([str(sweep), *flags])
 
@@ -152,12 +152,12 @@ def test_damaged_run_folders_are_refused(tmp_path: Path, file: str, content: str
     ("file", "content"),
     [("manifest.json", json.dumps({"sessions": sessions})) for sessions in (7, [], [7], [{}], [{"status": {"a": 1}}])],
 )
-def test_a_manifest_without_a_status_is_of_an_unfinished_run(tmp_path: Path, file: str, content: str) -> None:
+def test_a_run_without_status_in_its_manifest_is_unfinished(tmp_path: Path, file: str, content: str) -> None:
     with refused("no-finished-run"):
         main(damaged(tmp_path, file, content))
 
 
-def test_hostile_texts_become_text(tmp_path: Path) -> None:
+def test_markup_in_run_texts_is_escaped(tmp_path: Path) -> None:
     """Markup, formulas, line ends that JSON keeps, and long names appear as text in the page, tables and plots."""
     evil = "<img src=x onerror=alert(1)> $\\frac$ \u2028 \x85 | `"
     for seed, loss in enumerate([evil, "<b>" * 2000]):
@@ -176,7 +176,7 @@ def test_hostile_texts_become_text(tmp_path: Path) -> None:
     assert "<img src=x" not in page and "&lt;img src=x" in page and page.count("<img") == 2 and "<b><b>" not in page
 
 
-def test_arms_are_runs_of_tensorboard_with_settings_and_final_means(sweep):
+def test_each_arm_is_a_tensorboard_run_with_settings_and_final_means(sweep):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 

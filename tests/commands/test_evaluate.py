@@ -20,7 +20,7 @@ def prompts():
     return "p.jsonl"
 
 
-def test_models_are_compared_on_equal_prompts(policy_folder, plain_folder, prompts, capsys, monkeypatch, tmp_path):
+def test_models_are_compared_on_the_same_prompts(policy_folder, plain_folder, prompts, capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = [policy_folder, plain_folder, "--prompts", prompts, "--scorer", "scores.length", "--samples", "2"]
     argv += ["--max_new_tokens", "6", "--correct", "3", "--judge", "SimulatedJudge"]
@@ -45,12 +45,12 @@ def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):
     [(["--samples", "0"], "setting-out-of-range"), (["--correct", "1"], "missing-setting"),
      (["--judge", "SimulatedJudge"], "missing-setting")],
 )  # fmt: skip
-def test_what_cannot_be_evaluated_is_refused(policy_folder, prompts, flags, code):
+def test_invalid_flags_are_refused(policy_folder, prompts, flags, code):
     with refused(code):
         main([policy_folder, "--prompts", prompts, *flags])
 
 
-def test_an_environment_replies_and_rewards(policy_folder):
+def test_an_environment_gives_turns_and_scores(policy_folder):
     Path("g.jsonl").write_text("".join(json.dumps({"prompt": "guess:", "secret": n}) + "\n" for n in (3, 7)))
     argv = [policy_folder, "--prompts", "g.jsonl", "--max_new_tokens", "4", "--max_turns", "2"]
     assert main([*argv, "--environment", "GuessTheNumber"]) == 0

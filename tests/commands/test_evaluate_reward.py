@@ -29,7 +29,7 @@ def pairs(monkeypatch, tmp_path):
     return "p.jsonl"
 
 
-def test_baselines_catch_a_model_that_sees_the_length_alone(pairs, capsys):
+def test_baselines_detect_a_model_that_scores_only_length(pairs, capsys):
     assert main(["lengths.length", "lengths.nothing", "--pairs", pairs, "--subset", "kind"]) == 0
     report = json.loads(Path("reward_evaluation/report.json").read_text())
     model, blank = report["models"]["lengths.length"], report["models"]["lengths.nothing"]
@@ -44,7 +44,7 @@ def test_baselines_catch_a_model_that_sees_the_length_alone(pairs, capsys):
     assert 'src="data:' in Path("reward_evaluation/report.html").read_text()
 
 
-def test_lists_ask_for_the_best_and_their_pairs_are_resampled_together(tmp_path):
+def test_ranked_lists_report_best_of_list_and_resample_pairs_by_row(tmp_path):
     rows = [{"prompt": "p", "completions": ["aaa", "aa", "a", ""][:3] + ["b"], "ranks": [0, 1, 2, 3]}] * 4
     Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, lists = read_pairs("l.jsonl")
@@ -56,7 +56,7 @@ def test_lists_ask_for_the_best_and_their_pairs_are_resampled_together(tmp_path)
     assert found["accuracy"] == pytest.approx(5.5 / 6) and found["ci"][0] == pytest.approx(found["ci"][1])
 
 
-def test_ties_are_counted_apart_and_soft_labels_turn_the_pair(tmp_path):
+def test_ties_are_marked_and_soft_labels_below_half_swap_the_pair(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "preference": p} for p in (0.5, 0.2, 1.0)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, _ = read_pairs("t.jsonl")
@@ -65,14 +65,14 @@ def test_ties_are_counted_apart_and_soft_labels_turn_the_pair(tmp_path):
         read_pairs("none.jsonl")
 
 
-def test_a_policy_equal_to_its_reference_implies_no_reward(pairs, policy_folder, reward_folder):
+def test_a_policy_equal_to_its_reference_has_margin_zero(pairs, policy_folder, reward_folder):
     assert main([policy_folder, "--pairs", pairs, "--reference", policy_folder]) == 0
     found = json.loads(Path("reward_evaluation/report.json").read_text())["models"][policy_folder]
     assert found["margin"] == pytest.approx(0.0, abs=1e-4)
     assert main([reward_folder, "--pairs", pairs]) == 0
 
 
-def test_bag_of_words_is_cross_fitted():
+def test_bag_of_words_baseline_is_cross_fitted():
     lot = random.Random(0)
     words = [" ".join(lot.choices("abcdefgh", k=4)) for _ in range(200)]
     pairs = [room.KnownPair(n, "p", words[n], words[n - 1], "all", False, 1.0) for n in range(200)]
@@ -81,7 +81,7 @@ def test_bag_of_words_is_cross_fitted():
     assert np.mean(room.bag_of_words_margins(planted) > 0) > 0.9
 
 
-def test_generative_judges_stand_beside_reward_models(pairs, capsys):
+def test_generative_judges_and_reward_models_share_a_report(pairs, capsys):
     Path("gold.py").write_text("def length(prompt, text):\n    return len(text) / 10\n")
     argv = ["lengths.length", "--judges", "SimulatedJudge", "--pairs", pairs, "--judge_args.gold_reward", "gold.length"]
     assert main([*argv, "--judge_args.position_bias", "3", "--judge_args.scale", "1"]) == 0

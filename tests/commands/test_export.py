@@ -52,7 +52,7 @@ def outputs(folder, kind):
         return kind.from_pretrained(folder).eval()(IDS).logits
 
 
-def test_a_checkpoint_becomes_the_folder_that_the_run_exported(policy_folder, data, capsys):
+def test_exporting_a_checkpoint_equals_the_runs_own_export(policy_folder, data, capsys):
     folder = fit("SFT", policy_folder)
     assert rlhf(["export", str(folder), "--out", "exported"]) == 0
     assert "checkpoints/last.ckpt -> exported" in capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_a_checkpoint_becomes_the_folder_that_the_run_exported(policy_folder, da
     assert not torch.allclose(outputs(policy_folder, AutoModelForCausalLM), expected, atol=1e-2), "training changed it"
 
 
-def test_an_earlier_checkpoint_gives_earlier_weights(policy_folder, data):
+def test_exporting_an_earlier_checkpoint_gives_its_weights(policy_folder, data):
     folder = fit("SFT", policy_folder, "--checkpoint.every_n_updates", "1", "--checkpoint.keep_last", "null")
     assert rlhf(["export", str(folder / "checkpoints" / "update_000001.ckpt"), "--out", "first"]) == 0
     assert not torch.allclose(
@@ -69,7 +69,7 @@ def test_an_earlier_checkpoint_gives_earlier_weights(policy_folder, data):
     )
 
 
-def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
+def test_the_best_checkpoint_can_be_exported(policy_folder, data, capsys):
     folder = fit("SFT", policy_folder)
     assert rlhf(["export", str(folder), "--best", "--out", "best"]) == 1
     assert "has no best checkpoint, since it was not validated" in capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_the_best_checkpoint_can_be_asked_for(policy_folder, data, capsys):
     assert torch.equal(outputs("best", AutoModelForCausalLM), outputs(validated / "model", AutoModelForCausalLM))
 
 
-def test_dpo_needs_no_reference_to_be_exported(policy_folder, data, monkeypatch):
+def test_exporting_dpo_loads_no_reference(policy_folder, data, monkeypatch):
     folder = fit("DPO", policy_folder)
     monkeypatch.setattr("rlhf_lightning.models.frozen.load_reference", None)
     assert rlhf(["export", str(folder), "--out", "exported"]) == 0
@@ -88,7 +88,7 @@ def test_dpo_needs_no_reference_to_be_exported(policy_folder, data, monkeypatch)
 @pytest.mark.parametrize(
     ("stage", "kind"), [("SFT", AutoModelForCausalLM), ("Reward", AutoModelForSequenceClassification)]
 )
-def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, data, stage, kind, capsys):
+def test_merging_an_adapter_keeps_the_outputs_and_prints_the_difference(policy_folder, data, stage, kind, capsys):
     folder = fit(stage, policy_folder, "--model.lora.r", "4")
     assert (folder / "model" / "adapter_config.json").is_file()
     for source, out in ((folder / "model", "from_adapter"), (folder, "from_run")):
@@ -108,7 +108,7 @@ def test_merging_an_adapter_keeps_the_outputs_and_says_how_well(policy_folder, d
     assert [path.name for path in Path().glob("*.adapter")] == ["from_run.adapter"]
 
 
-def test_an_adapter_from_four_bits_is_merged_into_full_precision_and_the_gap_is_told(policy_folder, data, capsys):
+def test_a_qlora_adapter_is_merged_into_full_precision_and_the_difference_printed(policy_folder, data, capsys):
     folder = fit("SFT", policy_folder, "--model.lora.r", "4", "--model.quantization", "nf4")
     assert rlhf(["export", str(folder), "--out", "merged", "--merge", "true"]) == 0
     told = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_an_adapter_of_another_backbone_is_refused(policy_folder, data, capsys, 
     assert "was trained on another backbone" in capsys.readouterr().err
 
 
-def test_an_adapter_that_peft_wrote_itself_is_merged_too(policy_folder):
+def test_an_adapter_saved_by_peft_is_merged(policy_folder):
     """Without backbone.json only the path of the backbone is known."""
     base = AutoModelForCausalLM.from_pretrained(policy_folder)
     model = get_peft_model(
@@ -156,7 +156,7 @@ def test_an_adapter_that_peft_wrote_itself_is_merged_too(policy_folder):
         assert torch.allclose(outputs("merged", AutoModelForCausalLM), model.eval()(IDS).logits, atol=1e-5)
 
 
-def test_a_class_of_ones_own_is_imported_from_where_it_lies(policy_folder, data, monkeypatch, capsys):
+def test_a_user_class_is_imported_for_export(policy_folder, data, monkeypatch, capsys):
     Path("elsewhere").mkdir()
     Path("elsewhere/own_stage.py").write_text(
         "from rlhf_lightning.modules import SFTModule\n\n\nclass OwnModule(SFTModule):\n    '''SFT again.'''\n"
@@ -174,7 +174,7 @@ def test_a_class_of_ones_own_is_imported_from_where_it_lies(policy_folder, data,
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(trained / "model", AutoModelForCausalLM))
 
 
-def test_what_cannot_be_exported_is_said(policy_folder, capsys):
+def test_invalid_exports_are_refused(policy_folder, capsys):
     run(["fit", *BASIC])
     Path("taken").mkdir()
     torch.save({"state_dict": {}}, "foreign.ckpt")
@@ -260,7 +260,7 @@ def is_private(created):
     return created.get("private", False) or created.get("visibility") == "private"
 
 
-def test_a_run_is_pushed_with_a_card_of_what_made_it(policy_folder, data, hub, capsys, tmp_path):
+def test_a_pushed_run_has_a_model_card_with_its_provenance(policy_folder, data, hub, capsys, tmp_path):
     folder = fit("DPO", policy_folder)
     Path("report.md").write_text("# Evaluation of policies\n\n## Models\n\n| a |\n\n![curve](curve.png)\n")
     pushed = ["export", str(folder), "--out", "tuned", "--push", "me/tuned", "--results", "report.md"]
@@ -280,7 +280,7 @@ def test_a_run_is_pushed_with_a_card_of_what_made_it(policy_folder, data, hub, c
     assert again.count("## How it was trained") == again.count("### Models") == 1 and "DPOModule" in again
 
 
-def test_pushes_that_cannot_work_are_refused_in_a_sentence(policy_folder, data, hub, capsys, monkeypatch):
+def test_invalid_push_arguments_are_refused(policy_folder, data, hub, capsys, monkeypatch):
     folder = fit("SFT", policy_folder)
     for flags, words in (
         (["--public", "--out", "x"], "public is set without a repository"),
@@ -300,7 +300,7 @@ def test_pushes_that_cannot_work_are_refused_in_a_sentence(policy_folder, data, 
 @pytest.mark.skipif(
     not os.environ.get("RLHF_LLAMA_CPP"), reason="RLHF_LLAMA_CPP names no folder with llama.cpp's convert_hf_to_gguf.py"
 )
-def test_llama_cpp_converts_an_exported_folder_and_it_comes_back_equal(smollm2, tmp_path):
+def test_an_exported_folder_survives_a_gguf_round_trip(smollm2, tmp_path):
     policy = load_policy(smollm2.name_or_path, LoadSettings(self_check=False))
     folder, file = export_policy(policy, smollm2, tmp_path / "exported"), tmp_path / "policy.gguf"
     root = Path(os.environ["RLHF_LLAMA_CPP"])

@@ -32,9 +32,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_answered_by_one_sentence_with_the_remedy(
-    mistake: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_common_mistake_prints_one_sentence_with_the_remedy(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv, words = MISTAKES[mistake]
     assert rlhf(argv) == 1
     last = capsys.readouterr().err.splitlines()[-1]
@@ -42,7 +40,7 @@ def test_a_mistake_is_answered_by_one_sentence_with_the_remedy(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_accelerator_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_accelerator_is_refused_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf(["fit", *BASIC, "--trainer.accelerator", "gpu"]) == 1
     assert "set trainer.accelerator to cpu or auto" in capsys.readouterr().err
 
@@ -51,15 +49,13 @@ def test_an_accelerator_that_is_not_there(capsys: pytest.CaptureFixture[str]) ->
     ("setting", "code"),
     [("gradient_clip_val", "trainer-clips-gradients"), ("accumulate_grad_batches", "accumulated-batches")],
 )
-def test_clipping_and_accumulation_of_the_trainer_are_refused_without_the_command_line_too(
-    setting: str, code: str
-) -> None:
+def test_trainer_clipping_and_accumulation_are_refused_in_python(setting: str, code: str) -> None:
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, **{setting: 2})
     with refused(code, setting):
         trainer.fit(SlopeModule(), datamodule=NumbersDataModule())
 
 
-def test_the_folder_of_a_run_is_answered_with_the_folder_of_its_model(
+def test_a_run_folder_as_model_is_refused_with_its_model_folder(
     policy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for version in (2, 10):
@@ -68,7 +64,7 @@ def test_the_folder_of_a_run_is_answered_with_the_folder_of_its_model(
     assert "its model is runs/dpo/version_10/model" in capsys.readouterr().err
 
 
-def test_an_evaluation_takes_checkpoint_and_settings_of_a_run_and_lies_within_it() -> None:
+def test_validate_uses_a_runs_checkpoint_and_settings_and_writes_inside_it() -> None:
     trained = run(["fit", *BASIC, "--run_name", "mine"])
     validated = run(["validate", "runs/mine"])
     assert str(validated.folder) == "runs/mine/version_0/validate/version_0"
@@ -89,12 +85,12 @@ def trainer() -> Trainer:
     return Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
 
 
-def test_validation_without_held_out_rows_says_so(policy_folder: str, pairs: str) -> None:
+def test_validation_without_held_out_rows_is_refused(policy_folder: str, pairs: str) -> None:
     with refused("no-held-out-rows", "data.eval_source", "data.eval_rows"):
         trainer().validate(DPOModule(init_from=policy_folder), datamodule=PreferenceDataModule(pairs))
 
 
-def test_a_policy_that_is_its_own_reference_is_noticed(
+def test_a_policy_equal_to_its_reference_warns(
     policy_folder: str, pairs: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     data = PreferenceDataModule(pairs, eval_rows=2)
@@ -103,9 +99,7 @@ def test_a_policy_that_is_its_own_reference_is_noticed(
     assert any("is its own reference" in str(warning.message) for warning in recwarn)
 
 
-def test_plain_prompts_for_a_model_with_a_template_are_noticed(
-    policy_folder: str, plain_folder: str, pairs: str
-) -> None:
+def test_plain_prompts_for_a_chat_model_warn(policy_folder: str, plain_folder: str, pairs: str) -> None:
     def hint(folder: str, **settings: bool) -> str | None:
         data = PreferenceDataModule(pairs, **settings)
         data.tokenizer = load_tokenizer(folder)
@@ -118,7 +112,7 @@ def test_plain_prompts_for_a_model_with_a_template_are_noticed(
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=2)])
-def test_an_exported_folder_has_a_card_of_its_own(lora: LoraSettings | None, policy_folder: str) -> None:
+def test_an_exported_folder_has_a_model_card(lora: LoraSettings | None, policy_folder: str) -> None:
     policy = load_policy(policy_folder, LoadSettings(), lora)
     folder = export_policy(policy, load_tokenizer(policy_folder), "model")
     card = (folder / "README.md").read_text(encoding="utf-8")

@@ -22,11 +22,11 @@ def current(monkeypatch):
     monkeypatch.setattr(flag_index, "is_stale", lambda: False)
 
 
-def test_the_index_is_current():
+def test_the_flag_index_is_current():
     assert build_index() == INDEX.read_text(encoding="utf-8"), REMEDY
 
 
-def test_names_of_other_libraries_lead_to_settings_that_exist():
+def test_foreign_names_map_to_existing_settings():
     assert len(ROWS) >= 130
     targets = {target for row in ROWS.values() for target in row.split()}
     assert targets <= all_names()
@@ -50,7 +50,7 @@ def test_names_of_other_libraries_lead_to_settings_that_exist():
         ("wholly_different_thing", None),
     ],
 )
-def test_a_name_from_elsewhere_finds_its_setting(given, hint):
+def test_a_flag_of_another_library_suggests_its_setting(given, hint):
     assert suggestion(given, all_names()) == hint
 
 
@@ -68,7 +68,7 @@ def test_a_name_from_elsewhere_finds_its_setting(given, hint):
         ("", "missing: --model CLASS and --data CLASS, or a --config file"),
     ],
 )  # fmt: skip
-def test_a_wrong_flag_is_answered_from_the_index(flags, sentence):
+def test_a_wrong_flag_is_answered_from_the_flag_index(flags, sentence):
     answered = quick_answer(["fit", *flags.split()])
     assert answered is not None and answered.status == 2 and sentence in answered.text
 
@@ -85,16 +85,16 @@ def test_a_wrong_flag_is_answered_from_the_index(flags, sentence):
         "--model.lora.targets [a,b] --model.beta=1 --trainer.fast_dev_run --seed_everything 1 --print_config",
     ],
 )
-def test_right_flags_and_own_classes_go_on_to_the_parser(flags):
+def test_valid_flags_and_user_classes_are_left_to_the_parser(flags):
     assert quick_answer(["fit", *flags.split()]) is None
 
 
-def test_flags_newer_than_the_index_go_on_to_the_parser(monkeypatch):
+def test_a_stale_index_leaves_flags_to_the_parser(monkeypatch):
     monkeypatch.setattr(flag_index, "is_stale", lambda: True)
     assert quick_answer(["fit", "--model", "DPOModule", "--model.brand_new", "3"]) is None
 
 
-def test_help_is_one_page_and_lists_no_refused_flag(capsys):
+def test_help_fits_one_page_and_lists_only_accepted_flags(capsys):
     assert cli.main(["fit", "--help"]) == 0
     page = capsys.readouterr().out.splitlines()
     assert len(page) <= 60 and max(map(len, page)) <= 120
@@ -108,7 +108,7 @@ def test_help_is_one_page_and_lists_no_refused_flag(capsys):
 
 
 @pytest.mark.parametrize(("command", "option"), [("plan", "memory"), ("loop", "rounds")])
-def test_tools_whose_parsers_import_torch_have_a_page_too(command, option, capsys):
+def test_commands_whose_parsers_import_torch_have_a_help_page(command, option, capsys):
     assert cli.main([command, "--help"]) == 0
     page = capsys.readouterr().out
     assert page.startswith(f"usage: rlhf {command} ") and f"--{option} " in page
@@ -142,7 +142,7 @@ def test_help_imports_no_parser_and_no_torch(tmp_path):
     assert shown.returncode == 0 and "[]" in shown.stdout.splitlines(), shown.stderr
 
 
-def test_types_and_help_texts_are_plain():
+def test_types_and_help_texts_are_plain_text():
     assert type_text(int | None) == "int|null" and type_text(list[str]) == "list"
     assert (
         plain_help("Take a :class:`~torch.x.Thing`\nor ``None``. Default: ``None``.\n\nMore.")

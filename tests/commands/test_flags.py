@@ -36,11 +36,11 @@ def printed(capsys, *argv):
         (["fit", "--config"], ["fit", "--config"]),
     ],
 )  # fmt: skip
-def test_config_files_come_first_in_their_own_order(argv, expected):
+def test_config_files_are_applied_first_and_in_order(argv, expected):
     assert configs_first(argv) == expected
 
 
-def test_flags_win_over_config_files_wherever_they_stand():
+def test_flags_override_config_files_in_any_position():
     Path("a.yaml").write_text("model: {class_path: tiny_run.SlopeModule, init_args: {slope: 1.0, offset: 0.5}}\n")
     before = run(["fit", "--model.offset", "0.25", *BASIC, "--config", "a.yaml"])
     after = run(["fit", "--config", "a.yaml", "--model.offset", "0.25", *BASIC])
@@ -48,7 +48,7 @@ def test_flags_win_over_config_files_wherever_they_stand():
     assert (before.model.slope, before.model.offset) == (1.0, 0.25)
 
 
-def test_settings_of_a_class_that_was_not_chosen_are_named(capsys):
+def test_settings_of_another_class_are_reported_as_not_applied(capsys):
     Path("a.yaml").write_text(
         "model: {class_path: tiny_run.PoisonedModule, init_args: {slope: 1.0, poison: [3], value: inf}}\n"
     )
@@ -68,13 +68,13 @@ def test_settings_of_a_class_that_was_not_chosen_are_named(capsys):
         ["--model.scorer", "my.Scorer", "--model.scorer.class_path", "InstructionScorer", "--model.scorer.limit", ".5"],
     ],
 )  # fmt: skip
-def test_flags_reach_into_a_scorer(chosen, capsys):
+def test_flags_set_arguments_of_a_scorer(chosen, capsys):
     assert printed(capsys, *MODEL, *chosen)["scorer"] == {
         "class_path": "rlhf_lightning.scoring.InstructionScorer", "init_args": {"limit": 0.5}
     }  # fmt: skip
 
 
-def test_flags_reach_into_a_scorer_of_a_config_file(capsys):
+def test_flags_set_arguments_of_a_scorer_in_a_config_file(capsys):
     Path("scorer.yaml").write_text(
         "model:\n  class_path: GRPOModule\n  init_args:\n    scorer:\n"
         "      class_path: rlhf_lightning.scoring.WeightedSum\n"
@@ -88,7 +88,7 @@ def test_flags_reach_into_a_scorer_of_a_config_file(capsys):
     }  # fmt: skip
 
 
-def test_flags_reach_into_engine_and_optimizer(capsys):
+def test_flags_set_arguments_of_engine_and_optimizer(capsys):
     given = ["--model.engine.class_path", "RemoteEngine", "--model.engine.init_args.url", "http://x"]
     given += ["--model.optimizer.class_path", "torch.optim.SGD", "--model.optimizer.init_args.lr", "0.1"]
     found = printed(capsys, *MODEL, "--model.scorer", "my.scorer", *given)
@@ -97,7 +97,7 @@ def test_flags_reach_into_engine_and_optimizer(capsys):
     assert found["optimizer"]["init_args"]["lr"] == 0.1
 
 
-def test_arguments_without_a_class_are_refused():
+def test_init_args_without_a_class_are_refused():
     flag = NestedFlag("scorer", ("init_args", "limit"), 1)
     with refused("no-class-to-set", "--model.scorer.init_args.limit", "--model.scorer CLASS"):
         put_nested(None, flag)
@@ -105,13 +105,13 @@ def test_arguments_without_a_class_are_refused():
         put_nested("runs/reward/model", flag)
 
 
-def test_a_class_without_the_setting_is_named(capsys):
+def test_a_setting_that_a_class_lacks_is_refused(capsys):
     with pytest.raises(SystemExit) as status:
         main(["fit", *BASIC, "--model.engine.init_args.url", "x"])
     assert status.value.code == 2 and "model.engine is not an argument of SlopeModule" in capsys.readouterr().err
 
 
-def test_only_open_settings_are_taken_off_the_command_line():
+def test_only_nested_scorer_engine_and_optimizer_flags_are_extracted():
     argv = [
         "fit",
         "--model.lora.r",
@@ -134,7 +134,7 @@ LISTED = {"class_path": "Ensemble", "init_args": {"scorers": [{"class_path": "Ze
 
 @pytest.mark.parametrize("scorer", [SUM, TOLERANT, LISTED, "ZeroScorer"])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_shipped_scorers_and_engines_go_by_short_names_at_every_depth(scorer, in_file, policy_folder, capsys):
+def test_short_names_of_shipped_classes_work_at_every_depth(scorer, in_file, policy_folder, capsys):
     """In a file, as a flag, alone, nested, and in a list."""
     arguments = {"init_from": policy_folder, "engine": {"class_path": "GenerateEngine"}}
     config = {
@@ -148,7 +148,7 @@ def test_shipped_scorers_and_engines_go_by_short_names_at_every_depth(scorer, in
     assert type(load_scorer(found["scorer"])) is type(load_scorer(scorer))
 
 
-def test_a_class_of_a_user_keeps_its_path():
+def test_import_paths_of_user_classes_are_unchanged():
     described = {"class_path": "my_file.ZeroScorer", "init_args": {"class_path": "nothing shipped"}}
     assert with_full_paths({"scorer": described, "n": [1, "ZeroScorer"]}) == {
         "scorer": described, "n": [1, "ZeroScorer"]

@@ -32,7 +32,7 @@ def generate(*flags):
     return rows_of(Path("answers.jsonl"))
 
 
-def test_rows_are_in_order_and_carry_their_columns(policy_folder, prompts):
+def test_output_rows_keep_order_and_columns(policy_folder, prompts):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--samples", "2",
                     "--max-new-tokens", "12")  # fmt: skip
     assert [(row["prompt"], row["sample"]) for row in rows] == [(p["prompt"], s) for p in PROMPTS for s in (0, 1)]
@@ -42,12 +42,12 @@ def test_rows_are_in_order_and_carry_their_columns(policy_folder, prompts):
 
 
 @pytest.mark.parametrize(("flags", "told"), [((), True), (("--as_chat", "true"), False)])
-def test_plain_prompts_for_a_model_with_a_template_are_noticed(policy_folder, prompts, capsys, flags, told):
+def test_plain_prompts_for_a_chat_model_warn(policy_folder, prompts, capsys, flags, told):
     generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "2", *flags)
     assert ("--as_chat true puts each into a user turn" in capsys.readouterr().err) is told
 
 
-def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, monkeypatch):
+def test_logprobs_equal_the_policys_at_the_temperature(policy_folder, prompts, monkeypatch):
     drawn = []
 
     def kept(*args, **kwargs):
@@ -68,7 +68,7 @@ def test_logprobs_are_the_policys_at_the_temperature(policy_folder, prompts, mon
         assert row["length"] == len(completion) and row["finished"] == (int(completion[-1]) in (2, 5))
 
 
-def test_the_seed_and_nothing_else_decides(policy_folder, prompts):
+def test_samples_depend_on_the_seed_and_not_on_the_batch_size(policy_folder, prompts):
     base = ("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max_new_tokens", "8")
     first, small, other = (
         generate(*base, "--samples", "3", *flags)
@@ -79,7 +79,7 @@ def test_the_seed_and_nothing_else_decides(policy_folder, prompts):
     assert [row["completion"] for row in other] != [row["completion"] for row in first]
 
 
-def test_zero_temperature_takes_the_likeliest_token(policy_folder, prompts):
+def test_temperature_zero_is_greedy(policy_folder, prompts):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--temperature", "0",
                     "--max-new-tokens", "6", "--samples", "2")  # fmt: skip
     assert [row["completion"] for row in rows[::2]] == [row["completion"] for row in rows[1::2]]
@@ -91,7 +91,7 @@ def test_zero_temperature_takes_the_likeliest_token(policy_folder, prompts):
     assert rows[0]["completion"] == tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-def test_scores_are_the_reward_models(policy_folder, reward_folder, prompts):
+def test_scores_equal_those_of_the_reward_model(policy_folder, reward_folder, prompts):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer", reward_folder,
                     "--max-new-tokens", "4")  # fmt: skip
     tokenizer = load_tokenizer(reward_folder)
@@ -103,7 +103,7 @@ def test_scores_are_the_reward_models(policy_folder, reward_folder, prompts):
             assert row["score"] == pytest.approx(float(model(ids).logits), abs=1e-4)
 
 
-def test_a_function_of_ones_own_scores_with_the_columns(policy_folder, prompts):
+def test_a_user_scorer_gets_the_row_columns(policy_folder, prompts):
     Path("my_scores.py").write_text(
         "def categories(prompts, completions, category):\n    return [float(len(name)) for name in category]\n"
     )
@@ -112,14 +112,14 @@ def test_a_function_of_ones_own_scores_with_the_columns(policy_folder, prompts):
     assert [row["score"] for row in rows] == [5.0, 4.0, 4.0]
 
 
-def test_a_completion_that_cannot_be_judged_has_no_score(policy_folder, prompts):
+def test_a_none_score_is_written_as_null(policy_folder, prompts):
     Path("some_scores.py").write_text("def some(prompts, completions, **columns):\n    return [1.0, None, 0.0]\n")
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",
                     "some_scores.some", "--max-new-tokens", "2")  # fmt: skip
     assert [row["score"] for row in rows] == [1.0, None, 0.0]
 
 
-def test_a_scorer_that_answers_wrongly_is_named_and_leaves_no_file(policy_folder, prompts, capsys):
+def test_a_wrong_number_of_scores_is_refused_and_leaves_no_file(policy_folder, prompts, capsys):
     Path("bad_scores.py").write_text("def few(prompts, completions, **columns):\n    return [1.0]\n")
     assert rlhf(["generate", "--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--scorer",
                  "bad_scores.few", "--max-new-tokens", "2"]) == 1  # fmt: skip
@@ -148,14 +148,14 @@ def test_rows_without_a_prompt_are_counted_and_named(policy_folder, capsys):
         (None, "there is no file prompts.jsonl"),
     ],
 )
-def test_files_that_hold_no_prompt(policy_folder, text, sentence, capsys):
+def test_files_without_prompts_are_refused(policy_folder, text, sentence, capsys):
     if text is not None:
         Path("prompts.jsonl").write_text(text)
     assert rlhf(["generate", "--model", policy_folder, "--prompts", "prompts.jsonl", "--out", "answers.jsonl"]) == 1
     assert sentence in capsys.readouterr().err
 
 
-def test_models_that_cannot_answer(policy_folder, reward_folder, prompts, capsys):
+def test_folders_that_are_not_policies_are_refused(policy_folder, reward_folder, prompts, capsys):
     Path("empty").mkdir()
     Path("bare").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -181,7 +181,7 @@ def test_models_that_cannot_answer(policy_folder, reward_folder, prompts, capsys
         (["--samples", "many"], 2, "samples must be a whole number, not many"),
     ],
 )
-def test_wrong_settings(policy_folder, prompts, flags, status, sentence, capsys):
+def test_invalid_settings_are_refused(policy_folder, prompts, flags, status, sentence, capsys):
     given = ["generate", "--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", *flags]
     try:
         found = rlhf(given)
@@ -197,7 +197,7 @@ def test_missing_settings_are_named(capsys):
     assert "missing: --prompts, --out" in capsys.readouterr().err
 
 
-def test_the_sum_of_it_is_said(policy_folder, prompts, capsys):
+def test_the_summary_counts_completions_and_tokens(policy_folder, prompts, capsys):
     rows = generate("--model", policy_folder, "--prompts", prompts, "--out", "answers.jsonl", "--max-new-tokens", "5")
     tokens = sum(row["length"] for row in rows)
     assert f"answers.jsonl: 3 completions, {tokens} tokens," in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_another_engine_gives_the_same_greedy_completions(policy_folder, prompts
 
 
 @pytest.mark.parametrize("command", ["generate", "best-of-n", "critique", "label", "annotate", "chat"])
-def test_every_sampling_command_has_the_same_arguments(command, capsys):
+def test_every_sampling_command_shares_the_sampling_arguments(command, capsys):
     with pytest.raises(SystemExit):
         rlhf([command, "--help"])
     said = capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_every_sampling_command_has_the_same_arguments(command, capsys):
     assert {name for name in names if f"--{name} " in said} == names
 
 
-def test_an_engine_that_is_none_is_refused_before_anything_is_written(policy_folder, prompts, capsys):
+def test_an_unknown_engine_is_refused_before_any_file_is_written(policy_folder, prompts, capsys):
     assert rlhf(
         ["generate", "--model", policy_folder, "--prompts", prompts, "--out", "a.jsonl", "--engine", "SlotEngin"]
     )

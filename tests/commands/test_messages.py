@@ -56,7 +56,7 @@ data:
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
-def test_wrong_flags_are_said_in_one_sentence(flags, sentence, capsys):
+def test_wrong_flags_are_refused_in_one_sentence(flags, sentence, capsys):
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", *BASIC, *flags])
     told = capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_wrong_flags_are_said_in_one_sentence(flags, sentence, capsys):
         (YAML.split("data:")[0], "missing: --data; give a class as in --model DPOModule, or a --config file"),
     ],
 )
-def test_wrong_yaml_is_said_in_one_sentence(text, sentence, capsys, tmp_path):
+def test_invalid_yaml_is_refused_in_one_sentence(text, sentence, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", "--config", "run.yaml"])
@@ -92,7 +92,7 @@ def test_wrong_yaml_is_said_in_one_sentence(text, sentence, capsys, tmp_path):
     assert sentence in capsys.readouterr().err.splitlines()[0]
 
 
-def test_real_arguments_are_suggested(capsys):
+def test_the_nearest_existing_argument_is_suggested(capsys):
     """Names that users of other libraries type first."""
     for flag, suggestion in (("--data.batchsize", "data.batch_size"), ("--model.bta", "model.beta")):
         with pytest.raises(SystemExit):
@@ -119,14 +119,14 @@ def test_missing_arguments_are_named_with_their_class(capsys):
         (["--ckpt_path", "nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
     ],
 )
-def test_settings_that_clash_are_refused_with_what_replaces_them(flags, sentence, capsys):
+def test_conflicting_settings_are_refused_with_the_replacement(flags, sentence, capsys):
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", *BASIC, *flags])
     assert exit_status.value.code == 2
     assert sentence in capsys.readouterr().err.splitlines()[0]
 
 
-def test_hyphens_are_read_as_underscores_in_names_alone():
+def test_hyphens_become_underscores_in_flag_names_only():
     given = [
         "--max-new-tokens",
         "-1",
@@ -142,7 +142,7 @@ def test_hyphens_are_read_as_underscores_in_names_alone():
     ]  # fmt: skip
 
 
-def test_switches_may_stand_alone():
+def test_boolean_flags_need_no_value():
     called = []
 
     def command(place: str, fast: bool = False, loud: bool = False) -> int:
@@ -164,7 +164,7 @@ def test_switches_may_stand_alone():
         run_function(command, [], "try", positional=["place"])
 
 
-def test_a_message_nobody_foresaw_is_folded_into_a_line():
+def test_an_unknown_parser_message_is_joined_into_one_line():
     message = "Parser key \"model\":\n  Something new\n  Given value type: <class 'x'>\n  Given value: NestedArg(key=1)"
     assert explain(message) == 'Parser key "model":; Something new'
 
@@ -190,7 +190,7 @@ def test_class_help_prints_usage_paper_equation_and_target_before_the_settings(c
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_help_reads_well(command, capsys):
+def test_help_texts_are_well_formed(command, capsys):
     with pytest.raises(SystemExit) as exit_status:
         main([command, "--help"])
     shown = capsys.readouterr().out
@@ -209,7 +209,7 @@ def test_help_reads_well(command, capsys):
 
 @pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 20_000, "/" * 5_000, "a" * 5_000])
 @pytest.mark.parametrize("option", ["--model", "--model.lora", "--config", "--data"])
-def test_a_very_long_value_is_no_file_name(option, text, capsys):
+def test_a_very_long_value_is_not_tried_as_a_file_name(option, text, capsys):
     with pytest.raises(SystemExit) as exit_status:
         raise SystemExit(main(["fit", "--config", "recipe:dpo", "--model.init_from", "x", option, text]))
     said = capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_a_very_long_value_is_no_file_name(option, text, capsys):
         ),
     ],
 )
-def test_a_class_with_arguments_of_another_form_is_one_sentence(config, sentence, tmp_path, capsys):
+def test_malformed_class_arguments_are_refused_in_one_sentence(config, sentence, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(config)
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", "--config", str(tmp_path / "c.yaml")])

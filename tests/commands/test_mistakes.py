@@ -219,7 +219,7 @@ def files() -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_one_sentence_names_the_remedy(
+def test_each_mistake_prints_one_sentence_with_the_remedy(
     mistake: str, files: None, policy_folder: str, plain_folder: str, reward_folder: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -243,5 +243,5 @@ def test_one_sentence_names_the_remedy(
     assert len(said[0]) < 700
 
 
-def test_there_are_a_hundred_and_thirty_mistakes() -> None:
+def test_at_least_130_mistakes_are_tested() -> None:
     assert len(MISTAKES) >= 130

@@ -14,7 +14,7 @@ ROOM = 2**28
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
-def test_one_line_says_what_to_lower(kind: str, tmp_path: Path) -> None:
+def test_out_of_memory_prints_one_line_with_the_settings_to_lower(kind: str, tmp_path: Path) -> None:
     def starve() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + ROOM

@@ -54,13 +54,13 @@ def samples() -> ScoredSamples:
     ],
     ids=["score up, gold down", "no difference", "score down"],
 )
-def test_over_optimisation_is_claimed_only_where_it_is_seen(path: Any, seen: bool) -> None:
+def test_over_optimisation_is_reported_only_if_measured(path: Any, seen: bool) -> None:
     told = headline(made_up(*path))
     assert "from 0.50 (SFT) to 0.90" in told and ("over-optimises" in told) is seen
     assert not seen or "from update 40 to 80 the score rises from 0.1 to 0.9" in told
 
 
-def test_every_row_has_an_interval_and_the_report_says_how_to_read_it(tmp_path: Path) -> None:
+def test_every_row_has_an_interval_that_the_report_explains(tmp_path: Path) -> None:
     report = made_up((0, -1.0, 0.5), (80, 0.9, 0.3))
     rows = [line for line in summary_table(report).splitlines() if line.startswith("| ") and "gold reward" not in line]
     assert len(rows) == 7 and all("[0." in row for row in rows)
@@ -80,7 +80,7 @@ def test_every_row_has_an_interval_and_the_report_says_how_to_read_it(tmp_path: 
     assert "12.3" not in page, "the same seed gives the same report"
 
 
-def test_the_figure_draws_points_in_the_order_of_training(tmp_path: Path) -> None:
+def test_the_figure_connects_points_in_training_order(tmp_path: Path) -> None:
     points = [
         FrontierPoint("ppo", kl, 0.5, 1.0, [0.4, 0.6], [0.9, 1.1], update=n) for n, kl in enumerate((0.0, 6.0, 4.0))
     ]

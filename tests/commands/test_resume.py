@@ -117,7 +117,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_that_is_cut_off_anywhere_ends_in_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_at_any_hook_resumes_bit_identically(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [*DRAWING, *OFTEN, *RUNS[kind]]
     whole, cut = run([*argv, "--run_name", "whole"]).folder, 0
     for number, (hook, times) in enumerate(PLACES):
@@ -128,7 +128,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_in_the_same_bits(kind: str, monkeyp
     assert cut >= 4
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_others() -> None:
+def test_results_are_bit_identical_for_equal_seeds_only() -> None:
     folders = [run([*DRAWING, *OFTEN, "--run_name", name]).folder for name in ("one", "two")]
     assert_same(*folders)
     other = run([*DRAWING, *OFTEN, "--run_name", "other", "--seed_everything", "1"]).folder
@@ -154,7 +154,7 @@ def emptied(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [altered, cut_short, emptied])
-def test_a_damaged_checkpoint_is_passed_over_in_one_line(harm: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_resume_skips_a_damaged_checkpoint_with_one_line(harm: Any, monkeypatch: Any, capsys: Any) -> None:
     argv = [*DRAWING, *OFTEN, "--trainer.max_epochs", "2"]
     whole = run([*argv, "--run_name", "whole"]).folder
     assert ends_before(monkeypatch, "on_train_batch_end", 6, [*argv, "--run_name", "cut"])
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(harm: Any, monkeypatch:
     assert_same(whole, resumed.folder)
 
 
-def test_where_none_is_whole_the_run_is_not_started_anew(monkeypatch: Any, capsys: Any) -> None:
+def test_without_a_complete_checkpoint_resume_is_refused(monkeypatch: Any, capsys: Any) -> None:
     assert ends_before(monkeypatch, "on_train_batch_end", 6, [*DRAWING, *OFTEN, "--run_name", "cut"])
     for file in Path("runs/cut/version_0/checkpoints").glob("update*"):
         cut_short(file)
@@ -179,7 +179,7 @@ def test_where_none_is_whole_the_run_is_not_started_anew(monkeypatch: Any, capsy
     assert [path.name for path in Path("runs/cut").iterdir()] == ["version_0"]
 
 
-def test_an_earlier_checkpoint_gives_up_the_later_ones() -> None:
+def test_resuming_an_earlier_checkpoint_deletes_later_ones() -> None:
     first = run([*DRAWING, *OFTEN, "--checkpoint.keep_last", "null"]).folder
     earlier = str(first / "checkpoints" / "update_000003.ckpt")
     again = run(["fit", "--resume", str(first), "--ckpt_path", earlier, "--trainer.max_steps", "5"])
@@ -190,7 +190,7 @@ def test_an_earlier_checkpoint_gives_up_the_later_ones() -> None:
 
 
 @pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "killed before the link"])
-def test_later_checkpoints_are_given_up_before_anything_is_cut_back(chosen: bool, monkeypatch: Any) -> None:
+def test_later_checkpoints_are_deleted_before_logs_are_truncated(chosen: bool, monkeypatch: Any) -> None:
     argv = [*DRAWING, *OFTEN, "--trainer.max_epochs", "2"]
     whole = run([*argv, "--run_name", "whole"]).folder
     assert ends_before(monkeypatch, "on_train_batch_end", 6, [*argv, "--run_name", "cut"])
@@ -207,7 +207,7 @@ def test_later_checkpoints_are_given_up_before_anything_is_cut_back(chosen: bool
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
-def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch: Any) -> None:
+def test_a_replaced_checkpoint_is_deleted_on_resume(monkeypatch: Any) -> None:
     """The run gets SIGTERM before a validation, then is killed between the following save and the
     update of the link.
     """
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_replaced_one_of_its_name_is_given_up_too(monkeypatch:
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
-def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) -> None:
+def test_every_bit_flip_in_a_checkpoint_is_reported_as_damage(monkeypatch: Any) -> None:
     """Header bits describe the packing of a part; any change of them is reported as damage."""
     assert ends_before(monkeypatch, "on_train_batch_end", 2, [*DRAWING, *OFTEN, "--run_name", "cut"])
     file = last_checkpoint(Path("runs/cut/version_0"))
@@ -251,7 +251,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_more_than_damage(monkeypatch: Any) ->
     assert "it is truncated, or not a checkpoint" in told
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any) -> None:
+def test_the_run_lock_admits_one_training_process(monkeypatch: Any, capsys: Any) -> None:
     assert ends_before(monkeypatch, "on_train_batch_end", 3, [*DRAWING, *OFTEN, "--run_name", "cut"])
     folder = Path("runs/cut/version_0")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -285,7 +285,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(monkeypatch: Any, capsys: Any
     [("on_train_batch_end", 3, 3), ("on_train_batch_end", UPDATES, UPDATES), ("on_validation_batch_end", 2, UPDATES),
      ("on_validation_end", 1, UPDATES)],
 )  # fmt: skip
-def test_a_run_that_is_told_to_stop_saves_and_says_so(
+def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(
     hook: str, times: int, updates: int, monkeypatch: Any, capsys: Any
 ) -> None:
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--samples.every_n_updates", "3"]
@@ -303,7 +303,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_so(
     assert_same(whole, run(["fit", "--resume", "runs/cut"]).folder)
 
 
-def test_a_run_that_is_told_to_stop_while_first_samples_are_drawn_can_be_resumed(monkeypatch: Any, capsys: Any) -> None:
+def test_sigterm_during_the_first_samples_leaves_a_resumable_run(monkeypatch: Any, capsys: Any) -> None:
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--samples.every_n_updates", "3"]
     whole = run([*argv, "--run_name", "whole"]).folder
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -329,7 +329,7 @@ def test_a_run_that_is_told_to_stop_while_first_samples_are_drawn_can_be_resumed
 
 @pytest.mark.parametrize("further", [[], ["--checkpoint.after_validation", "false"]])
 @pytest.mark.parametrize("updates", [1, 3, UPDATES - 1, UPDATES, UPDATES + 1, 2 * UPDATES - 1])
-def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
+def test_an_early_stop_does_not_change_which_checkpoints_are_kept(
     updates: int, further: list[str], monkeypatch: Any
 ) -> None:
     argv = [*DRAWING, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "4", *further]
@@ -345,7 +345,7 @@ def test_which_checkpoints_are_kept_does_not_depend_on_an_end_before_its_time(
     assert names[0] == names[1]
 
 
-def test_a_validation_that_a_resumed_run_made_up_for_is_made_once(monkeypatch: Any) -> None:
+def test_a_validation_missed_before_resume_runs_exactly_once(monkeypatch: Any) -> None:
     """The run gets SIGTERM before a validation, is resumed, and is killed after it: the checkpoint records the
     validation.
     """
@@ -369,7 +369,7 @@ def in_a_child(work: Any) -> int:
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_run_at_once(second: signal.Signals, monkeypatch: Any) -> None:
+def test_a_second_signal_kills_the_run_immediately(second: signal.Signals, monkeypatch: Any) -> None:
     def told(self: Any, *args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), second)
@@ -378,7 +378,7 @@ def test_a_second_signal_ends_the_run_at_once(second: signal.Signals, monkeypatc
     assert in_a_child(lambda: run(DRAWING)) == -second
 
 
-def test_a_signal_while_a_checkpoint_is_written_waits_for_it(monkeypatch: Any) -> None:
+def test_a_signal_during_a_checkpoint_write_takes_effect_after_it(monkeypatch: Any) -> None:
     def told(self: Any, *args: Any, **kwargs: Any) -> None:
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -412,7 +412,7 @@ class Module(torch.nn.Module):
         state.begin(module, seed=0, updates=7)
 
 
-def test_random_numbers_of_other_ranks_are_drawn_anew_and_differ() -> None:
+def test_random_states_of_new_ranks_differ() -> None:
     drawn = set()
     for rank in range(4):
         Module(4, rank, 0.0).resume()
@@ -420,7 +420,7 @@ def test_random_numbers_of_other_ranks_are_drawn_anew_and_differ() -> None:
     assert len({numbers[0] for numbers in drawn}) == len({numbers[2] for numbers in drawn}) == 4
 
 
-def test_where_masks_of_dropout_belong_to_ranks_another_number_of_them_is_refused() -> None:
+def test_with_dropout_another_world_size_is_refused_on_resume() -> None:
     with refused("another-world-size", "was written by 2 ranks and this run has 4"):
         Module(4, 0, 0.1).resume()
     Module(2, 0, 0.1).resume()

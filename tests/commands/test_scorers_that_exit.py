@@ -29,7 +29,7 @@ EXITS = {
 
 @pytest.mark.parametrize("code", ["", "0"])
 @pytest.mark.parametrize("place", EXITS)
-def test_a_scorer_that_exits_fails_the_run(
+def test_a_scorer_that_calls_exit_fails_the_run(
     place: str, code: str, policy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(f"exiting{len(place)}{len(code)}.py").write_text("import sys\n" + EXITS[place].format(code=code))
@@ -46,7 +46,7 @@ def test_a_scorer_that_exits_fails_the_run(
 
 
 @pytest.mark.parametrize("command", ["generate", "best-of-n"])
-def test_a_tool_that_asks_a_scorer_that_exits_fails(
+def test_a_command_whose_scorer_calls_exit_fails(
     command: str, policy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("leaving.py").write_text("import sys\n" + EXITS["call"].format(code=0))
@@ -60,7 +60,7 @@ def exits(prompts, completions, **columns):
     raise SystemExit
 
 
-def test_a_scorer_that_exits_is_refused_alone_and_within_others() -> None:
+def test_a_scorer_that_calls_exit_is_an_error_also_when_nested() -> None:
     for scorer in (load_scorer(exits), WeightedSum({"a": exits})):
         with refused("scorer-exits", "called sys.exit()"):
             ask_scorer(scorer, ["p"], ["c"], {}, "x")
@@ -69,7 +69,7 @@ def test_a_scorer_that_exits_is_refused_alone_and_within_others() -> None:
     assert tolerant.take_metrics()["score_failed"].tolist() == [1.0, 1.0]
 
 
-def test_an_exit_of_the_parser_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parser_exits_are_not_caught(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         rlhf(["generate", "--help"])
     assert left.value.code in (0, None)

@@ -61,7 +61,7 @@ def files_with_keys(folder: Path) -> list[str]:
     return [str(path) for path in found]
 
 
-def test_no_key_is_written_or_said(
+def test_api_keys_reach_neither_files_nor_output(
     policy_folder: str, judge: ScoreServer, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with serving(policy_folder) as server:
@@ -75,7 +75,7 @@ def test_no_key_is_written_or_said(
     assert CANARY not in said.out + said.err and not files_with_keys(tmp_path)
 
 
-def test_a_failure_says_no_key_either(
+def test_api_keys_do_not_appear_in_error_messages(
     policy_folder: str, judge: ScoreServer, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The judge refuses, and repeats the key of the request."""
@@ -94,7 +94,7 @@ def test_a_failure_says_no_key_either(
 
 @pytest.mark.parametrize("by", ["engine", "scorer"])
 @pytest.mark.parametrize("place", ["api_key", "url"])
-def test_a_key_in_the_place_of_its_name_is_refused_before_anything_is_written(
+def test_a_key_given_as_its_variable_name_is_refused_before_any_file_is_written(
     place: str, by: str, policy_folder: str, judge: ScoreServer, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     command = config_of(policy_folder, "http://127.0.0.1:9", judge.url)
@@ -112,7 +112,7 @@ def test_a_key_in_the_place_of_its_name_is_refused_before_anything_is_written(
     assert files_with_keys(tmp_path) == [str(tmp_path / "grpo.yaml")]
 
 
-def test_a_run_opens_no_connection(
+def test_a_local_run_opens_no_network_connection(
     policy_folder: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the Hub allowed and local models and data: no telemetry and no look-ups."""

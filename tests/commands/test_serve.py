@@ -75,7 +75,7 @@ def events(text):
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.7}])
-def test_chat_and_completions_equal_our_own_samples(client, ours, settings):
+def test_responses_equal_samples_of_the_policy(client, ours, settings):
     body = {"n": 3, "seed": 11, "max_tokens": 12, "return_token_ids": True, "logprobs": True, **settings}
     for chat, prompt in ((True, CHAT), (False, "abc")):
         further = {"messages": CHAT} if chat else {"prompt": "abc", "logprobs": 0}
@@ -91,7 +91,7 @@ def test_chat_and_completions_equal_our_own_samples(client, ours, settings):
         assert answer["usage"]["completion_tokens"] == sum(len(ids) for _, ids, _ in expected)
 
 
-def test_requests_at_a_time_are_decoded_in_one_batch(api, ours):
+def test_concurrent_requests_are_decoded_in_one_batch(api, ours):
     """Twelve concurrent clients get the same answers as each client alone."""
     steps, step = [], api.batch._step
 
@@ -121,7 +121,7 @@ def test_requests_at_a_time_are_decoded_in_one_batch(api, ours):
         assert text == ours([{"role": "user", "content": content}], 1, number, 20)[0][0]
 
 
-def test_streams_join_to_the_whole_answer(client, ours):
+def test_stream_chunks_join_to_the_whole_answer(client, ours):
     body = {"messages": CHAT, "seed": 3, "n": 2, "max_tokens": 15, "stream": True, "logprobs": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     pieces = events(client.post("/v1/chat/completions", json=body).text)
@@ -140,7 +140,7 @@ def test_streams_join_to_the_whole_answer(client, ours):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_texts_end_a_completion_wherever_tokens_part_them(client, ours, stream):
+def test_stop_strings_end_a_completion_across_token_boundaries(client, ours, stream):
     whole = ours("abc", 1, 5, 30)[0][0]
     for start in range(0, len(whole) - 3, 2):
         stop = whole[start : start + 3]
@@ -158,7 +158,7 @@ def test_stop_texts_end_a_completion_wherever_tokens_part_them(client, ours, str
         assert (text, reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_echo_gives_the_log_probabilities_of_the_prompt(client, ours):
+def test_echo_returns_prompt_logprobs(client, ours):
     prompts = ["abc", [20, 30, 40, 50], "x"]
     rows = [tokenization.encode_prompt(ours.tokenizer, one) if isinstance(one, str) else one for one in prompts]
     for ids in rows:
@@ -178,7 +178,7 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client, ours):
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_prompt_logprobs_and_ranks(client, ours):
+def test_prompt_logprobs_have_ranks(client, ours):
     (choice,) = ask(client, prompt_logprobs=1, max_tokens=1, return_token_ids=True)["choices"]
     ids, listed = choice["prompt_token_ids"], choice["prompt_logprobs"]
     assert ids == tokenization.encode_prompt(ours.tokenizer, CHAT) and listed[0] is None and len(listed) == len(ids)
@@ -228,7 +228,7 @@ def test_template_arguments_and_tools_reach_the_template(tmp_path):
         assert len(made.text.with_args) <= 8
 
 
-def test_calls_come_back_in_the_form_of_the_api(client, monkeypatch):
+def test_tool_calls_are_returned_in_openai_format(client, monkeypatch):
     said = 'Let me see. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     monkeypatch.setattr("rlhf_lightning.commands.completion_requests.Text.decode", lambda self, ids, _=False: said)
     tool = {"type": "function", "function": {"name": "hello", "parameters": {}}}
@@ -246,7 +246,7 @@ def test_calls_come_back_in_the_form_of_the_api(client, monkeypatch):
         assert "tool_calls" not in choice["message"] and choice["finish_reason"] in ("stop", "length")
 
 
-def test_models_and_health(client):
+def test_models_and_health_endpoints(client):
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == "tiny" and card["max_model_len"] == 512 and client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/other/one").status_code == 404 and client.get("/health").status_code == 200
@@ -290,7 +290,7 @@ def test_wrong_fields_are_refused_by_name(client, change, field):
 @pytest.mark.parametrize(
     "prompt", ["", [], [[]], [5, "x"], ["x", 5], 5, None, {"a": 1}, [[10**9]], [-1], [True], ["x"] * 300, "\ud800"]
 )
-def test_prompts_that_are_none_are_refused(client, prompt):
+def test_invalid_prompts_are_refused(client, prompt):
     answer = client.post(
         "/v1/completions", content=json.dumps({"prompt": prompt}), headers={"content-type": "application/json"}
     )
@@ -305,13 +305,13 @@ def test_prompts_that_are_none_are_refused(client, prompt):
                 b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}',
                 b'{"prompt": "x", "top_p": -Infinity}'],
 )  # fmt: skip
-def test_odd_json_is_refused(client, content):
+def test_malformed_json_is_refused(client, content):
     answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
     assert HEADERS.items() <= dict(answer.headers).items()
 
 
-def test_random_bodies_never_fail_the_server(client, api):
+def test_random_request_bodies_give_status_200_or_400(client, api):
     """A fifth of the fields have arbitrary values; answers are 200 or 400, and the batch is empty afterwards."""
     lot = random.Random(0)
     odd = [None, True, -1, 0, 1, 2.5, 10**20, "", "x", [], {}, [1], ["x"], {"a": None}, [None], "\u0000", [[1]]]
@@ -326,7 +326,7 @@ def test_random_bodies_never_fail_the_server(client, api):
     assert api.waiting == 0
 
 
-def test_other_sites_and_strangers_are_refused(api, client, monkeypatch):
+def test_cross_site_oversized_and_unauthenticated_requests_are_refused(api, client, monkeypatch):
     def post(made=client, **headers):
         return made.post("/v1/completions", json={"prompt": "abc", "max_tokens": 1}, headers=headers).status_code
 
@@ -349,7 +349,7 @@ def test_other_sites_and_strangers_are_refused(api, client, monkeypatch):
         access_key("0.0.0.0", "NOT_THERE")
 
 
-def test_a_busy_server_says_so_and_a_slow_request_ends(api, client, monkeypatch):
+def test_a_full_queue_gives_429_and_slow_requests_time_out(api, client, monkeypatch):
     monkeypatch.setattr(completion_api, "MOST_WAITING", 2)
     assert ask(client, status=429, n=3)["error"]["type"] == "rate_limit_error"
     monkeypatch.undo()
@@ -362,7 +362,7 @@ def test_a_busy_server_says_so_and_a_slow_request_ends(api, client, monkeypatch)
     assert len(ask(client, False, prompt="abc")["choices"]) == 1 and api.waiting == 0
 
 
-def test_a_client_that_goes_frees_its_slots(api):
+def test_a_disconnected_client_frees_its_slots(api):
     with served(make_app(api), listen("127.0.0.1", 0)) as port:
         body = json.dumps({"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "n": 100}).encode()
         lines = ("POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json")
@@ -382,7 +382,7 @@ def test_a_client_that_goes_frees_its_slots(api):
         assert connection.getresponse().status == 200
 
 
-def test_our_own_remote_engine_samples_from_it(api, ours):
+def test_remote_engine_samples_equal_the_policys(api, ours):
     """The trainer gets ids and log-probabilities from the server that equal the policy's."""
     with served(make_app(api), listen("127.0.0.1", 0)) as port:
         engine = RemoteEngine(f"http://localhost:{port}", "tiny", requests=4)
@@ -397,7 +397,7 @@ def test_our_own_remote_engine_samples_from_it(api, ours):
         torch.testing.assert_close(logprobs, expected.to(logprobs.dtype), atol=1e-4, rtol=1e-4)
 
 
-def test_the_command_serves_the_newest_model_of_a_run(policy_folder, tmp_path, monkeypatch, capsys):
+def test_rlhf_serve_serves_the_newest_model_of_a_run(policy_folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "sft"
     (run / "version_0").mkdir(parents=True)
     (run / "version_0" / "model").symlink_to(policy_folder, target_is_directory=True)

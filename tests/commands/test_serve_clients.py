@@ -90,7 +90,7 @@ def lm_eval(model, url, tasks, folder, out, *flags):
     run([*command, *flags, *(["--apply_chat_template"] if "chat" in model else [])], folder, OPENAI_API_KEY="none")
 
 
-def test_lm_eval_scores_choices_by_our_own_log_probabilities(server, policy, tmp_path):
+def test_lm_eval_gets_the_policys_logprobs(server, policy, tmp_path):
     program("RLHF_LM_EVAL")
     rows = [{"question": one, "choices": CHOICES, "label": number % 3} for number, one in enumerate(QUESTIONS)]
     write_task(tmp_path, "tiny_choice", rows, output_type="multiple_choice", doc_to_choice="{{choices}}",
@@ -115,7 +115,7 @@ def test_lm_eval_scores_choices_by_our_own_log_probabilities(server, policy, tmp
 
 
 @pytest.mark.parametrize("kind", ["local-completions", "local-chat-completions"])
-def test_lm_eval_generates_our_own_texts(server, policy, tmp_path, kind):
+def test_lm_eval_gets_the_policys_greedy_texts(server, policy, tmp_path, kind):
     program("RLHF_LM_EVAL")
     asked = [chat(one) if "chat" in kind else one for one in QUESTIONS]
     own = [greedy(policy, prompt, "e") for prompt in asked]
@@ -147,7 +147,7 @@ def tiny():
 """
 
 
-def test_inspect_gets_our_own_answers(server, policy, tmp_path):
+def test_inspect_gets_the_policys_answers(server, policy, tmp_path):
     inspect = program("RLHF_INSPECT")
     own = [greedy(policy, chat(one)) for one in QUESTIONS]
     rows = [{"input": one, "target": text if number % 2 else "something else"}

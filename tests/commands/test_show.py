@@ -22,7 +22,7 @@ def run(capsys, *arguments):
     return status, told.out, told.err
 
 
-def test_states_of_tokens(write_rows, folder, capsys):
+def test_each_token_is_shown_with_its_state(write_rows, folder, capsys):
     status, told, _ = run(capsys, write_rows([{"messages": MESSAGES, "id": 3}]), "--tokenizer", folder)
     assert status == 0
     assert "row 1: sft data; not used: column 'id'" in told
@@ -32,7 +32,7 @@ def test_states_of_tokens(write_rows, folder, capsys):
     assert "1 rows read, 1 kept; not used: column 'id'" in told
 
 
-def test_truncation_drops_and_one_row(write_rows, folder, capsys):
+def test_truncated_and_dropped_rows_are_shown(write_rows, folder, capsys):
     rows = [{"prompt": "abcdef", "chosen": "stuvwxyz", "rejected": "x"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
     source = write_rows(rows)
     _, told, _ = run(capsys, source, "--tokenizer", folder, "--max_length", "8", "--row", "1")
@@ -44,7 +44,7 @@ def test_truncation_drops_and_one_row(write_rows, folder, capsys):
     assert status == 1 and "fewer than 9 rows" in error
 
 
-def test_colours_on_a_terminal_and_a_page(write_rows, folder, capsys, tmp_path, monkeypatch):
+def test_colours_appear_on_a_terminal_and_in_html(write_rows, folder, capsys, tmp_path, monkeypatch):
     hostile = [{"role": "user", "content": "<b>\x1b[31m</b>"}, MESSAGES[1]]
     source = write_rows([{"messages": hostile}])
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
@@ -57,7 +57,7 @@ def test_colours_on_a_terminal_and_a_page(write_rows, folder, capsys, tmp_path, 
     assert "<b>" not in page and "&lt;" in page and '<span class="learned control" title="5">' in page
 
 
-def test_kinds_and_turns(write_rows, folder, capsys):
+def test_every_data_format_is_shown(write_rows, folder, capsys):
     pair = {"prompt": MESSAGES[:1], "completions": ["a", "b", "c"], "ranks": [0, 1, 1]}
     _, told, _ = run(capsys, write_rows([pair]), "--tokenizer", folder)
     assert told.count("rank 1, 2 tokens") == 2 and "rank 0" in told

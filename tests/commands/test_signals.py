@@ -104,7 +104,7 @@ def count_of(argv: list[str]) -> int:
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
-def test_sigterm_at_any_moment_of_fit_ends_resumable_or_failed(count: int) -> None:
+def test_sigterm_at_any_call_of_fit_exits_75_or_143(count: int) -> None:
     calls, ended = count_of([*FIT, "--run_name", "whole"]), set()
     for number, moment in enumerate(spread(calls, count)):
         status, said, _ = run_with([*FIT, "--run_name", f"cut{number}"], [(moment, signal.SIGTERM)])
@@ -117,7 +117,7 @@ def test_sigterm_at_any_moment_of_fit_ends_resumable_or_failed(count: int) -> No
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_ctrl_c_at_any_moment_of_fit_ends_with_130(count: int) -> None:
+def test_ctrl_c_at_any_call_of_fit_exits_130(count: int) -> None:
     calls = count_of([*FIT, "--run_name", "whole"])
     for number, moment in enumerate(spread(calls, count)):
         status, said, _ = run_with([*FIT, "--run_name", f"cut{number}"], [(moment, signal.SIGINT)])
@@ -126,7 +126,7 @@ def test_ctrl_c_at_any_moment_of_fit_ends_with_130(count: int) -> None:
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_two_signals_never_look_like_success(count: int, second: int) -> None:
+def test_two_signals_never_exit_0(count: int, second: int) -> None:
     calls = count_of([*FIT, "--run_name", "whole"])
     for number, moment in enumerate(spread(calls, count)):
         blows = [(moment, signal.SIGTERM), (moment + 150, second)]
@@ -136,7 +136,7 @@ def test_two_signals_never_look_like_success(count: int, second: int) -> None:
             resumes(f"cut{number}")
 
 
-def test_a_signal_during_the_last_export_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_last_export_does_not_exit_0(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_run import SlopeModule
 
     export = SlopeModule.export
@@ -177,7 +177,7 @@ def test_ctrl_c_names_the_checkpoint_that_remains(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("command", ["generate", "audit", "chat", "validate", "export", "best-of-n"])
-def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
+def test_other_commands_exit_with_the_signal_status_and_leave_no_partial_file(
     command: str, number: int, policy_folder: str, reward_folder: str
 ) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "a b"}\n' * 6)
@@ -206,7 +206,7 @@ def test_other_commands_end_with_the_signals_status_and_leave_nothing_half(
         assert not set(half_made()) - journals, moment
 
 
-def test_a_stopped_predict_leaves_no_rows_and_names_no_run_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_predict_leaves_no_rows_and_suggests_no_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_run import SlopeModule
 
     predict = SlopeModule.predict_step
@@ -224,7 +224,7 @@ def test_a_stopped_predict_leaves_no_rows_and_names_no_run_to_resume(monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_audit_in_forks_ends_with_the_signals_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_audit_exits_with_the_signal_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.workers.ALONE", 1)
     monkeypatch.setattr("rlhf_lightning.data.audit.CHUNK", 4)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -240,9 +240,7 @@ def test_an_audit_in_forks_ends_with_the_signals_status(number: int, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_annotate_ends_with_the_signals_status_before_and_while_it_serves(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_annotate_exits_with_the_signal_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn  # noqa: F401 - imported here, and not again in each fork
 
     from rlhf_lightning.people import serving
@@ -263,9 +261,7 @@ def test_annotate_ends_with_the_signals_status_before_and_while_it_serves(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_serve_ends_with_the_signals_status_before_and_while_it_serves(
-    number: int, policy_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_exits_with_the_signal_status(number: int, policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn  # noqa: F401 - imported here, and not again in each fork
 
     from rlhf_lightning.commands import web_server
@@ -290,14 +286,14 @@ def test_serve_ends_with_the_signals_status_before_and_while_it_serves(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("moment", [300, 30_000, 600_000])
-def test_quickstart_never_ends_a_signal_with_success(moment: int, number: int) -> None:
+def test_a_signal_during_quickstart_never_exits_0(moment: int, number: int) -> None:
     status, said, calls = run_with(["quickstart", "--out", "quick"], [(moment, number)])
     training = status == RESUMABLE and number == signal.SIGTERM
     assert training or status == 128 + number, (moment, calls, status, said)
     assert "Traceback" not in said and not half_made("quick"), half_made("quick")
 
 
-def test_handlers_are_the_callers_again_and_workers_die_as_before() -> None:
+def test_signal_handlers_are_restored_and_forked_workers_still_die() -> None:
     before = signal.getsignal(signal.SIGTERM)
     received: list[int] = []
     with pytest.raises(TerminatedError), terminable(received):
@@ -348,7 +344,7 @@ def test_a_signal_closes_the_parsers_context_managers_in_their_own_context(
 
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (TerminatedError(signal.SIGTERM), 143)])
-def test_an_error_that_follows_a_signal_is_the_signal(
+def test_an_error_after_a_signal_exits_with_the_signal_status(
     raised: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_lightning.commands import objectives
@@ -363,7 +359,7 @@ def test_an_error_that_follows_a_signal_is_the_signal(
     assert rlhf(["objectives"]) == status
 
 
-def test_a_signal_that_a_library_suppresses_is_not_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_suppressed_by_a_library_does_not_exit_0(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_lightning.commands import objectives
 
     def suppresses(argv: Any) -> int:

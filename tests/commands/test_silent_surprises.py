@@ -18,7 +18,7 @@ data: {class_path: PreferenceDataModule, init_args: {source: pairs.jsonl}}
 
 
 @pytest.mark.parametrize(("further", "beta"), [((), 2.0), (("--model.beta", "0.3"), 0.3)])
-def test_another_class_takes_its_own_defaults_for_an_objectives_settings(
+def test_switching_the_objective_resets_its_own_settings_to_defaults(
     further: tuple[str, ...], beta: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings of every module, such as lora and max_grad_norm, are kept."""
@@ -37,12 +37,12 @@ def test_another_class_takes_its_own_defaults_for_an_objectives_settings(
     assert ("add --model.beta 0.1" in capsys.readouterr().out) == (not further)
 
 
-def test_what_belongs_to_the_run_is_kept_between_on_policy_objectives() -> None:
+def test_switching_between_on_policy_objectives_keeps_run_settings() -> None:
     own = own_settings("PPOModule", "GRPOModule")
     assert "kl_coef" in own and not {"scorer", "max_new_tokens", "lora", "init_from"} & own
 
 
-def test_what_the_user_raised_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_raised_bound_on_resume_replaces_the_other_bound(capsys: pytest.CaptureFixture[str]) -> None:
     """Three steps, within an epoch of eight; then more steps than an epoch has."""
     run(["fit", *BASIC, "--run_name", "raised", "--trainer.max_steps", "3"])
     resumed = run(["fit", "--resume", "runs/raised", "--trainer.max_steps", str(UPDATES + 2)])
@@ -52,7 +52,7 @@ def test_what_the_user_raised_counts(capsys: pytest.CaptureFixture[str]) -> None
     assert f"nothing was left to train: the run had ended at update {UPDATES + 2}" in capsys.readouterr().out
 
 
-def test_a_bound_that_the_user_gives_or_lowers_changes_no_other() -> None:
+def test_a_lowered_bound_on_resume_keeps_the_other_bound() -> None:
     trainer = {"max_steps": 3, "max_epochs": 1}
     assert raised_bound({"--trainer.max_epochs": "2"}, trainer) == ["--trainer.max_steps", "-1"]
     assert not raised_bound({"--trainer.max_steps": "2"}, trainer)

@@ -24,7 +24,7 @@ def optimizer_of(folder: Path, update: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("masked", ["false", "true"])  # with true, only the loss is NaN and the gradient is valid
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_spoilt_update_changes_neither_weights_nor_moments(value, masked):
+def test_a_nonfinite_update_changes_neither_weights_nor_optimizer_state(value, masked):
     settings = [
         "--model.poison",
         "[3]",
@@ -46,7 +46,7 @@ def test_a_spoilt_update_changes_neither_weights_nor_moments(value, masked):
 
 
 @pytest.mark.parametrize("masked", ["false", "true"])
-def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, capsys):
+def test_consecutive_nonfinite_updates_stop_the_run_and_name_the_last_good_checkpoint(masked, capsys):
     settings = ["--model.poison", "[0, 4, 5, 6]", "--model.masked", masked, "--checkpoint.every_n_updates", "2"]
     assert rlhf(["fit", *POISONED, *settings]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -61,19 +61,19 @@ def test_updates_in_a_row_end_the_run_and_name_the_last_good_checkpoint(masked, 
     assert resumed.model.updates == UPDATES and resumed.model.skipped_updates == 3
 
 
-def test_the_limit_is_an_argument():
+def test_max_skipped_updates_sets_the_limit():
     poison = ["--model.poison", "[1, 2, 3, 5, 6, 7]"]
     assert run(["fit", *POISONED, *poison, "--model.max_skipped_updates", "4"]).model.skipped_updates == 6
     assert rlhf(["fit", *POISONED, *poison, "--model.max_skipped_updates", "0"]) == 1
 
 
-def test_a_rollouts_updates_are_counted_one_by_one():
+def test_updates_of_one_rollout_are_counted_singly():
     rows = ["--model", "tiny_run.PoisonedRollouts", "--data", "tiny_run.NumbersDataModule", "--model.poison", "[1, 2]"]
     cli = run(["fit", *rows])
     (row,) = rows_of(cli.folder / "skipped_updates.jsonl")
     assert row == {"update": 3, "skipped": 2, "rows": [0, 1]}
 
 
-def test_a_run_without_spoilt_updates_has_no_such_file():
+def test_without_skipped_updates_no_log_of_them_is_written():
     folder = run(["fit", *POISONED, "--model.poison", "[]"]).folder
     assert not (folder / "skipped_updates.jsonl").exists()

@@ -37,7 +37,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_a_cut_ppo_run_ends_in_the_same_bits(ppo, monkeypatch):
+def test_a_killed_ppo_run_resumes_bit_identically(ppo, monkeypatch):
     whole = run([*ppo, "--run_name", "whole"])
     assert (whole.model.rollouts, whole.model.updates, whole.model.episodes) == (4, 8, 16)
     real = PPOModule.collect
@@ -60,7 +60,7 @@ def test_a_cut_ppo_run_ends_in_the_same_bits(ppo, monkeypatch):
     assert rows_of(resumed.folder / "samples.jsonl") == rows_of(whole.folder / "samples.jsonl")
 
 
-def test_samples_of_a_stage_with_a_scorer_are_scored_and_headlines_reach_the_tab(ppo):
+def test_samples_are_scored_and_headline_metrics_reach_hparams(ppo):
     folder = run(ppo).folder
     rows = rows_of(folder / "samples.jsonl")
     assert {row["update"] for row in rows} == {0, 8} and len(rows) == 8
@@ -71,7 +71,7 @@ def test_samples_of_a_stage_with_a_scorer_are_scored_and_headlines_reach_the_tab
     assert scalars_of(folder, "val/score")[-1][0] == 8
 
 
-def test_predict_writes_the_policys_completions(ppo):
+def test_predict_writes_completions_with_logprobs(ppo):
     trained = run(ppo).folder
     config, checkpoint = str(trained / "config.yaml"), str(trained / "checkpoints" / "last.ckpt")
     predicted = run(["predict", "--config", config, "--ckpt_path", checkpoint])
@@ -96,7 +96,7 @@ model:
 """
 
 
-def test_a_composed_scorer_is_written_in_yaml_and_comes_back_after_a_cut(ppo, monkeypatch):
+def test_a_composed_scorer_from_yaml_resumes_bit_identically(ppo, monkeypatch):
     Path("scorer.yaml").write_text(COMPOSED)
     start = ppo[ppo.index("--model.init_from") + 1]
     argv = [
@@ -151,7 +151,7 @@ def drawn_by(ppo, *seeds):
     return prompts, completions, weights(cli.folder)["lm_head.weight"], config
 
 
-def test_seed_everything_alone_changes_order_sampling_and_new_weights(ppo):
+def test_seed_everything_sets_data_order_sampling_and_new_weights(ppo):
     first, again, other = (drawn_by(ppo, "--seed_everything", seed) for seed in ("1", "1", "2"))
     assert first[:2] == again[:2] and torch.equal(first[2], again[2])
     assert first[0] != other[0] and first[1] != other[1] and not torch.equal(first[2], other[2])
@@ -160,7 +160,7 @@ def test_seed_everything_alone_changes_order_sampling_and_new_weights(ppo):
     assert recorded == [(1, 1, 1), (2, 2, 2)]
 
 
-def test_a_seed_of_its_own_wins_over_seed_everything(ppo, capsys):
+def test_model_and_data_seeds_override_seed_everything(ppo, capsys):
     own = ["--model.seed", "1", "--data.seed", "1"]
     first, other = drawn_by(ppo, "--seed_everything", "1"), drawn_by(ppo, "--seed_everything", "2", *own)
     assert first[:2] == other[:2] and torch.equal(first[2], other[2])

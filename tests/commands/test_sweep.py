@@ -55,7 +55,7 @@ def status_of(name: str) -> str:
     return state_of(Path("s"), room.PlannedRun(name, {}, 0))[0]
 
 
-def test_every_combination_gets_every_seed_and_seeds_come_first():
+def test_a_grid_runs_every_combination_with_every_seed():
     runs = planned_runs([("model.beta", ".1,.2"), ("model.loss", "[a, '0,1']")], 2)
     assert len(runs) == 8 and len({run.name for run in runs}) == 8
     assert runs[0].name == "beta=.1+loss=a/seed_0" and runs[1].settings == {"model.beta": ".1", "model.loss": "0,1"}
@@ -69,12 +69,12 @@ def test_every_combination_gets_every_seed_and_seeds_come_first():
      ("model.a=1..1e400", 2, "bad-assignment"), ("model.a=-1e308..1e308", 2, "bad-assignment"),
      ("model.a=[]", 2, "bad-assignment"), ("model.a=0..1", 10**9, "too-many-runs")],
 )  # fmt: skip
-def test_ranges_that_cannot_be_drawn_from_are_refused(over, draws, code):
+def test_invalid_ranges_are_refused(over, draws, code):
     with refused(code):
         planned_runs([tuple(over.split("=", 1))], 1, draws)
 
 
-def test_random_arms_are_the_same_again_and_more_keep_the_earlier_ones():
+def test_random_arms_are_deterministic_and_more_draws_extend_them():
     over = [("model.lr", "log:1e-5..1e-3"), ("model.beta", "0..1"), ("model.kind", "a,b")]
     few, more = planned_runs(over, 1, 3), planned_runs(over, 1, 6)
     assert more[:3] == few and len({run.name for run in more}) == 6
@@ -89,12 +89,12 @@ def test_random_arms_are_the_same_again_and_more_keep_the_earlier_ones():
      ("model.a=[]", "bad-assignment"),
      ("model.a=" + ",".join(map(str, range(10_001))), "too-many-runs")],
 )  # fmt: skip
-def test_what_cannot_be_swept_is_refused(over, code):
+def test_invalid_sweeps_are_refused(over, code):
     with refused(code):
         room.sweep("c.yaml", over=[over], out="s")
 
 
-def test_preempted_runs_are_resumed_and_failed_ones_named(capsys):
+def test_preempted_runs_are_resumed_and_failed_runs_named(capsys):
     argv = ["c.yaml", "--over", "model.kind=fine,preempted,broken", "--seeds", "2", "--jobs", "2", "--out", "s"]
     assert main(argv) == 1
     said = capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_a_stopped_sweep_exits_with_75_and_continues(number, tmp_path, capsys):
 REAL = sys.executable
 
 
-def test_a_run_in_another_process_is_left_alone(capsys):
+def test_a_run_locked_by_another_process_is_skipped(capsys):
     from rlhf_lightning.runs.run import acquire_lock
 
     folder = Path("s/kind=a/seed_0/version_0")
@@ -148,7 +148,7 @@ def test_a_run_in_another_process_is_left_alone(capsys):
     acquire_lock(folder).close()
 
 
-def test_a_sweep_may_grow_but_not_change(capsys):
+def test_a_sweep_may_add_runs_but_not_change_its_config(capsys):
     assert main(["c.yaml", "--over", "model.kind=a", "--out", "s"]) == 0
     assert main(["c.yaml", "--over", "model.kind=a,b", "--seeds", "2", "--out", "s"]) == 0
     assert len(json.loads(Path("s/sweep.json").read_text())["runs"]) == 4
@@ -157,7 +157,7 @@ def test_a_sweep_may_grow_but_not_change(capsys):
         main(["c.yaml", "--over", "model.kind=a", "--out", "s"])
 
 
-def test_slurm_gets_an_array_with_a_task_for_each_run(monkeypatch, capsys):
+def test_slurm_script_is_an_array_with_one_task_per_run(monkeypatch, capsys):
     monkeypatch.setattr(room.shutil, "which", lambda name: None)
     argv = ["c.yaml", "--over", "model.kind=a,b", "--seeds", "2", "--out", "s", "--slurm", "--sbatch", "gpus=1"]
     assert main(argv) == 0

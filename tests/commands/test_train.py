@@ -36,7 +36,7 @@ def weight(folder: Path) -> float:
     return json.loads((folder / "model" / "weight.json").read_text())
 
 
-def test_a_run_is_one_folder_and_a_second_run_another():
+def test_each_run_gets_its_own_folder():
     first = run(["fit", *BASIC]).folder
     second = run(["fit", *BASIC]).folder
     assert (str(first), str(second)) == ("runs/slope/version_0", "runs/slope/version_1")
@@ -45,13 +45,13 @@ def test_a_run_is_one_folder_and_a_second_run_another():
     assert weight(first) == weight(second)
 
 
-def test_the_weight_moves_to_where_the_loss_is_least():
+def test_training_reaches_the_minimum_of_the_loss():
     cli = run(["fit", *BASIC, "--trainer.max_epochs", "20"])
     assert weight(cli.folder) == pytest.approx(2.0, abs=0.05)
     assert cli.model.updates == 20 * UPDATES
 
 
-def test_configs_overlay_each_other_and_flags_win(tmp_path):
+def test_later_configs_override_earlier_ones_and_flags_override_both(tmp_path):
     (tmp_path / "base.yaml").write_text(
         "model: {class_path: tiny_run.SlopeModule, init_args: {slope: 1.0, offset: 0.5, learning_rate: 0.1}}\n"
         "data: {class_path: tiny_run.NumbersDataModule}\ntrainer: {max_epochs: 3}\n"
@@ -68,7 +68,7 @@ def test_configs_overlay_each_other_and_flags_win(tmp_path):
     assert str(cli.folder) == "runs/base/version_0"
 
 
-def test_config_yaml_holds_every_setting_nulls_too_and_runs_again():
+def test_config_yaml_has_every_setting_and_reproduces_the_run():
     first = run(["fit", *BASIC, "--model.slope", "1.5", "--model.max_grad_norm", "null", "--run_name", "mine"])
     config = yaml.safe_load((first.folder / "config.yaml").read_text())
     assert config["model"]["init_args"]["max_grad_norm"] is None and "max_grad_norm" in config["model"]["init_args"]
@@ -84,7 +84,7 @@ def test_config_yaml_holds_every_setting_nulls_too_and_runs_again():
         run([command, "--config", str(first.folder / "config.yaml")])
 
 
-def test_print_config_is_yaml_that_can_be_used(capsys):
+def test_print_config_output_is_a_valid_config(capsys):
     with pytest.raises(SystemExit) as exit_status:
         main(["fit", *BASIC, "--model.offset", "0.75", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -93,7 +93,7 @@ def test_print_config_is_yaml_that_can_be_used(capsys):
     assert not Path("runs").exists()
 
 
-def test_an_objective_in_the_working_directory_is_found_by_its_module(tmp_path):
+def test_an_objective_in_the_working_directory_is_imported(tmp_path):
     (tmp_path / "twice_objective.py").write_text(
         "import tiny_run\n\n\n"
         "class TwiceModule(tiny_run.SlopeModule):\n"
@@ -108,7 +108,7 @@ def test_an_objective_in_the_working_directory_is_found_by_its_module(tmp_path):
     assert config["model"]["init_args"]["times"] == 3.0
 
 
-def test_short_names_of_the_package_work(capsys):
+def test_short_class_names_work(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model", "SFTModule", "--model.init_from", "x", "--data", "SFTDataModule", "--data.source", "y",
               "--print_config"])  # fmt: skip
@@ -118,7 +118,7 @@ def test_short_names_of_the_package_work(capsys):
 
 
 @pytest.mark.parametrize("every", [3, 4, 5])
-def test_a_run_that_was_cut_off_ends_in_the_same_bits(every, crash):
+def test_a_killed_run_resumes_bit_identically(every, crash):
     """Killed in the second epoch between checkpoints; samples and curves continue without gap or overlap."""
     settings = [
         "--trainer.max_epochs",
@@ -146,7 +146,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(every, crash):
     assert torch.equal(mine["exp_avg"], theirs["exp_avg"]) and torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"])
 
 
-def test_a_finished_run_continues_for_further_epochs():
+def test_a_finished_run_resumes_for_more_epochs():
     settings = ["--model.lr_schedule", "constant"]
     whole = run(["fit", *BASIC, *settings, "--trainer.max_epochs", "2", "--run_name", "whole"])
     run(["fit", *BASIC, *settings, "--run_name", "short"])
@@ -160,7 +160,7 @@ def test_a_finished_run_continues_for_further_epochs():
     assert (kept["trainer"]["max_epochs"], now["trainer"]["max_epochs"]) == (1, 2)
 
 
-def test_resuming_without_a_checkpoint_is_an_error_and_no_fresh_start(capsys):
+def test_resuming_without_a_checkpoint_is_refused(capsys):
     assert rlhf(["fit", "--resume", "runs/nothing"]) == 1
     assert "no run found at runs/nothing" in capsys.readouterr().err
     run(["fit", *BASIC, "--trainer.enable_checkpointing", "false", "--run_name", "bare"])
@@ -171,7 +171,7 @@ def test_resuming_without_a_checkpoint_is_an_error_and_no_fresh_start(capsys):
     assert [path.name for path in Path("runs/bare").iterdir()] == ["version_0"]
 
 
-def test_the_config_of_a_resumed_run_starts_a_run_anew():
+def test_the_config_of_a_resumed_run_starts_a_new_run():
     first = run(["fit", *BASIC])
     before = (first.folder / "config.yaml").read_text()
     run(["fit", "--resume", "runs/slope"])
@@ -181,7 +181,7 @@ def test_the_config_of_a_resumed_run_starts_a_run_anew():
     assert str(anew.folder) == "runs/slope/version_1" and weight(anew.folder) == weight(first.folder)
 
 
-def test_resume_means_the_latest_training_not_a_later_evaluation():
+def test_resume_takes_the_latest_training_run_not_a_later_evaluation():
     run(["fit", *BASIC])
     config = "runs/slope/version_0/config.yaml"
     evaluated = run(["test", "--config", config, "--ckpt_path", "runs/slope/version_0/checkpoints/last.ckpt"])
@@ -189,7 +189,7 @@ def test_resume_means_the_latest_training_not_a_later_evaluation():
     assert str(run(["fit", "--resume", "slope", "--trainer.max_epochs", "2"]).folder) == "runs/slope/version_0"
 
 
-def test_a_checkpoint_in_a_run_folder_is_continued_there_unless_a_name_is_given():
+def test_ckpt_path_resumes_in_its_run_folder_unless_run_name_is_given():
     run(["fit", *BASIC])
     checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
     forked = run(["fit", *BASIC, "--ckpt_path", checkpoint, "--run_name", "fork", "--trainer.max_epochs", "2"])
@@ -202,7 +202,7 @@ def test_a_checkpoint_in_a_run_folder_is_continued_there_unless_a_name_is_given(
     )
 
 
-def test_the_command_line_wins_over_the_checkpoint_and_the_checkpoint_over_defaults(capsys, tmp_path):
+def test_flags_override_the_checkpoint_and_the_checkpoint_overrides_defaults(capsys, tmp_path):
     run(["fit", *BASIC, "--model.slope", "0.5", "--model.offset", "0.25"])
     checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
     config = tmp_path / "given.yaml"
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(capsys, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_validate_test_and_predict_say_the_same_of_the_same_weights():
+def test_validate_test_and_predict_agree_on_the_same_weights():
     trained = run(["fit", *BASIC])
     config, checkpoint = str(trained.folder / "config.yaml"), str(trained.folder / "checkpoints" / "last.ckpt")
     last = scalars_of(trained.folder, "val/loss")[-1][1]
@@ -259,7 +259,7 @@ def test_validate_test_and_predict_say_the_same_of_the_same_weights():
     assert sum(losses) / len(losses) == pytest.approx(last)
 
 
-def test_a_run_that_failed_before_it_began_leaves_nothing(capsys):
+def test_a_run_that_fails_before_training_leaves_no_folder(capsys):
     assert rlhf(["fit", *BASIC, "--data.count", "0"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "rlhf: numbers has no rows: nothing to train on"
     assert not Path("runs/slope").exists()
@@ -275,12 +275,12 @@ def test_run_names_stay_inside_the_runs_folder(capsys):
     )
 
 
-def test_a_rehearsal_writes_nothing():
+def test_fast_dev_run_writes_no_file():
     run(["fit", *BASIC, "--trainer.fast_dev_run", "true"])
     assert not Path("runs").exists() and list(Path().iterdir()) == []
 
 
-def test_without_a_logger_the_folder_is_the_same():
+def test_without_a_logger_the_run_folder_is_still_written():
     folder = run(["fit", *BASIC, "--trainer.logger", "false"]).folder
     assert (folder / "config.yaml").is_file() and (folder / "checkpoints" / "last.ckpt").is_file()
     assert rows_of(folder / "samples.jsonl")
@@ -290,7 +290,7 @@ def next_random_numbers():
     return random.random(), float(np.random.rand()), float(torch.rand(1))
 
 
-def test_the_callers_random_numbers_go_on_as_if_nothing_had_run(monkeypatch, crash):
+def test_a_run_restores_the_callers_random_state(monkeypatch, crash):
     monkeypatch.delenv("PL_GLOBAL_SEED")
 
     def seed():
@@ -311,7 +311,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_had_run(monkeypatch, cra
     assert next_random_numbers() == expected
 
 
-def test_a_plain_trainer_that_resumes_gives_back_the_callers_random_numbers():
+def test_a_resuming_plain_trainer_restores_the_callers_random_state():
     run(["fit", *BASIC])
     trainer = Trainer(
         max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -327,7 +327,7 @@ def test_a_plain_trainer_that_resumes_gives_back_the_callers_random_numbers():
     assert next_random_numbers()[:2] == expected[:2]  # torch's random numbers initialised the module's weight
 
 
-def test_nothing_but_the_run_is_said(capsys, recwarn):
+def test_only_the_runs_own_lines_are_printed(capsys, recwarn):
     run(["fit", *BASIC])
     told = capsys.readouterr()
     assert re.sub(r"\d[\d,]*(\.\d+)?", "#", told.out).splitlines() == [
@@ -341,14 +341,14 @@ def test_nothing_but_the_run_is_said(capsys, recwarn):
     assert events_of(Path("runs/slope/version_0")).Tags()["scalars"]
 
 
-def test_trainer_settings_the_modules_need_are_set():
+def test_required_trainer_settings_are_set():
     trainer = run(["fit", *BASIC]).trainer
     assert trainer._accelerator_connector.use_distributed_sampler is False
     assert trainer.max_epochs == 1 and trainer.log_every_n_steps == 1
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_what_is_silenced_is_the_noise_and_nothing_else(monkeypatch):
+def test_only_known_library_noise_is_silenced(monkeypatch):
     silence_libraries()
     silence_libraries()
     lightning, fabric = (logging.getLogger(f"lightning.{room}.utilities.{name}") for room, name in

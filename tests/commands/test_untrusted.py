@@ -75,7 +75,7 @@ BOMBS = [torch_zip, torch_legacy, plain_pickle, torch_tar]
 
 
 @pytest.mark.parametrize("make", [torch_zip, torch_legacy, plain_pickle])
-def test_the_bombs_go_off_where_they_are_believed(make: Callable[[Path], None]) -> None:
+def test_a_trusting_torch_load_runs_the_planted_code(make: Callable[[Path], None]) -> None:
     make(Path("bomb"))
     with contextlib.suppress(Exception):
         torch.load("bomb", weights_only=False)
@@ -83,7 +83,9 @@ def test_the_bombs_go_off_where_they_are_believed(make: Callable[[Path], None]) 
 
 
 @pytest.mark.parametrize("make", BOMBS)
-def test_a_checkpoint_that_is_a_bomb(make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_with_pickled_code_is_refused(
+    make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     run(["fit", *BASIC])
     make(Path("bomb.ckpt"))
     for command in ("fit", "validate", "test", "predict"):
@@ -101,7 +103,7 @@ def test_a_checkpoint_that_is_a_bomb(make: Callable[[Path], None], capsys: pytes
         refused([*command, CHECKPOINT], capsys)
 
 
-def test_an_archive_that_writes_outside(capsys: pytest.CaptureFixture[str]) -> None:
+def test_archives_are_never_unpacked_to_disk(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is ever unpacked to disk: neither checkpoints, which are archives, nor data."""
     run(["fit", *BASIC])
     for name in ("slip.ckpt", "slip.zip"):
@@ -122,7 +124,7 @@ def test_an_archive_that_writes_outside(capsys: pytest.CaptureFixture[str]) -> N
     assert not Path("outside").exists()
 
 
-def test_a_runs_newest_checkpoint_is_no_link_to_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_symlink_that_leaves_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run(["fit", *BASIC])
     shutil.copy(CHECKPOINT, "elsewhere.ckpt")
     for name in ("last.ckpt", "best.ckpt"):
@@ -157,7 +159,7 @@ def peddler() -> str:
         {"_class_path": "subprocess.Popen", "args": ["touch", RAN]},
     ],
 )  # fmt: skip
-def test_code_that_a_checkpoint_names_is_not_imported(
+def test_modules_named_in_a_checkpoint_are_not_imported(
     settings: dict[str, Any], peddler: str, capsys: pytest.CaptureFixture[str], policy_folder: str
 ) -> None:
     named = {"_class_path": "rlhf_lightning.modules.grpo.GRPOModule", "init_from": policy_folder, **settings}
@@ -188,7 +190,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_describes_shards_names_nothing_else(attack: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard_metadata_rejects_pickled_objects(attack: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     Path("shards").mkdir()
     Path("shards/meta.pt").touch()
     Path("shards/.metadata").write_bytes(attack)
@@ -200,7 +202,7 @@ def test_what_describes_shards_names_nothing_else(attack: bytes, capsys: pytest.
 
 
 @pytest.mark.parametrize("attack", [ATTACKS[number] for number in (0, 1, 2, 4)])
-def test_the_attacks_on_shards_work_where_they_are_believed(attack: bytes) -> None:
+def test_a_plain_unpickler_runs_the_shard_attacks(attack: bytes) -> None:
     with contextlib.suppress(Exception):
         pickle.loads(attack)
     assert Path(RAN).exists()
@@ -211,12 +213,12 @@ def save_shards(folder: str, **state: Any) -> Path:
     return Path(folder)
 
 
-def test_plain_shards_are_read() -> None:
+def test_shards_of_plain_tensors_are_read() -> None:
     found = sharded_metadata(save_shards("good", optimizer_0={"lr": 0.1, "betas": (0.9, 0.99), "step": torch.ones(1)}))
     assert {"state_dict.w", "optimizer_0.lr"} <= set(found.state_dict_metadata)
 
 
-def test_what_is_no_tensor_among_the_shards_is_a_plain_value() -> None:
+def test_pickled_objects_in_optimizer_shards_are_refused() -> None:
     path = save_shards("bad", optimizer_0={"lr": Bomb(Path(RAN))})
     assert not Path(RAN).exists()
     with conftest.refused("unreadable-checkpoint", "as a sharded checkpoint of plain tensors"):
@@ -227,7 +229,7 @@ def test_what_is_no_tensor_among_the_shards_is_a_plain_value() -> None:
     assert Path(RAN).exists(), "torch itself believes it"
 
 
-def test_shards_lie_in_the_checkpoints_folder() -> None:
+def test_a_shard_symlink_that_leaves_the_checkpoint_is_refused() -> None:
     path = save_shards("linked")
     (shard,) = path.glob("*.distcp")
     shard.rename("outside.distcp")
@@ -255,7 +257,7 @@ def commands_on(folder: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training.pt"])
-def test_weights_that_are_a_pickle(name: str, policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickled_weights_are_refused(name: str, policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(policy_folder, "pickled")
     next(Path("pickled").glob("*.safetensors")).unlink()
     torch.save(Bomb(Path(RAN)), f"pickled/{name}")
@@ -263,14 +265,14 @@ def test_weights_that_are_a_pickle(name: str, policy_folder: str, capsys: pytest
         assert f"the weights in pickled are a pickle ({name})" in refused(command, capsys)
 
 
-def test_pickles_beside_safetensors_are_not_read(policy_folder: str) -> None:
+def test_pickles_next_to_safetensors_are_not_read(policy_folder: str) -> None:
     shutil.copytree(policy_folder, "both")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save(Bomb(Path(RAN)), f"both/{name}")
     assert rlhf(fit_on("both")) == 0 and not Path(RAN).exists()
 
 
-def test_an_adapter_that_is_a_pickle(policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickled_adapter_is_refused(policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf([*fit_on(policy_folder), "--model.lora.r", "2", "--run_name", "lora"]) == 0
     shutil.copytree("runs/lora/version_0/model", "adapter")
     next(Path("adapter").glob("*.safetensors")).unlink()
@@ -298,7 +300,7 @@ def with_code(policy_folder: str) -> str:
     return str(folder)
 
 
-def test_a_models_own_code_runs_only_where_it_is_named(
+def test_custom_model_code_runs_only_for_trusted_models(
     with_code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -312,7 +314,7 @@ def test_a_models_own_code_runs_only_where_it_is_named(
     assert Path(RAN).exists()
 
 
-def test_a_tokenizers_own_code_is_not_run(policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_tokenizer_code_is_not_run(policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(policy_folder, "own_tokenizer")
     folder = Path("own_tokenizer")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -333,9 +335,7 @@ def test_a_tokenizers_own_code_is_not_run(policy_folder: str, capsys: pytest.Cap
         "{{ messages.__class__.__init__.__globals__ }}",
     ],
 )
-def test_a_chat_template_cannot_leave_its_sandbox(
-    escape: str, policy_folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_templates_are_sandboxed(escape: str, policy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(policy_folder, "templated")
     for file in Path("templated").glob("chat_template*"):
         file.unlink()
@@ -349,7 +349,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(
     assert not Path(RAN).exists()
 
 
-def test_data_is_never_run(capsys: pytest.CaptureFixture[str], policy_folder: str) -> None:
+def test_code_in_data_sources_is_not_run(capsys: pytest.CaptureFixture[str], policy_folder: str) -> None:
     code = f"open({str(Path(RAN).absolute())!r}, 'w').close()\n"
     Path("dataset").mkdir()
     Path("dataset/dataset.py").write_text(code)
@@ -361,7 +361,7 @@ def test_data_is_never_run(capsys: pytest.CaptureFixture[str], policy_folder: st
         refused(command, capsys)
 
 
-def test_a_cached_row_store_is_no_pickle(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_row_cache_is_read_without_pickle(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row cache is read as plain arrays, because other users may write into a shared cache."""
     import numpy as np
 
@@ -379,7 +379,7 @@ def test_a_cached_row_store_is_no_pickle(policy_folder: str, monkeypatch: pytest
 # -- configs and names ------------------------------------------------------------------------------------------------
 
 
-def test_yaml_holds_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_yaml_tags_for_python_objects_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for tag in (f"!!python/object/apply:os.system ['touch {RAN}']", f"!!python/object/new:os.system ['touch {RAN}']",
                 "!!python/name:os.system", "!!python/module:antigravity"):  # fmt: skip
         Path("tagged.yaml").write_text(f"model: {tag}\n")
@@ -396,7 +396,7 @@ def test_yaml_holds_data_alone(capsys: pytest.CaptureFixture[str]) -> None:
         {"scorer": "os.system"},
     ],
 )
-def test_a_class_that_is_no_scorer_and_no_engine_is_not_made(
+def test_classes_that_are_neither_scorer_nor_engine_are_not_instantiated(
     settings: dict[str, Any], policy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"init_from": policy_folder, "scorer": "RepetitionPenalty", "max_new_tokens": 2, **settings}
@@ -413,7 +413,7 @@ def test_a_class_that_is_no_scorer_and_no_engine_is_not_made(
 @pytest.mark.parametrize(
     "name", ["../outside", "/outside", "a/../../b", "a\0b", "a\nb", "linked/a", "linked", "~/a", "."]
 )
-def test_run_names_cannot_leave_the_runs_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_names_outside_the_runs_folder_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     Path("away").mkdir()
     Path("runs/linked").symlink_to(Path("away").absolute())
@@ -422,13 +422,13 @@ def test_run_names_cannot_leave_the_runs_folder(name: str, capsys: pytest.Captur
     assert [path.name for path in Path("runs").iterdir()] == ["linked"]
 
 
-def test_a_runs_folder_may_be_a_link_itself() -> None:
+def test_the_runs_folder_may_be_a_symlink() -> None:
     Path("big_disk").mkdir()
     Path("runs").symlink_to("big_disk")
     assert rlhf(["fit", *BASIC]) == 0 and (Path("big_disk") / "slope" / "version_0" / "model").is_dir()
 
 
-def test_safetensors_are_what_is_written(policy_folder: str) -> None:
+def test_exported_weights_are_safetensors(policy_folder: str) -> None:
     assert rlhf(fit_on(policy_folder)) == 0
     written = {path.suffix for path in Path("runs/sft/version_0/model").iterdir()}
     assert ".safetensors" in written and not written & {".bin", ".pt", ".pkl"}

@@ -28,24 +28,24 @@ def judge(**settings: object) -> AILabeller:
     return AILabeller("SimulatedJudge", {"gold_reward": worth, "scale": 5.0, **settings})
 
 
-def test_the_better_one_is_ranked_first_and_surely_where_it_is_much_better(tmp_path: Path) -> None:
+def test_the_better_completion_is_ranked_first_with_graded_strength(tmp_path: Path) -> None:
     found = labelled(tmp_path / "f.db", judge(), ("good", "poor"), ("poor", "best"), ("good", "fair"))
     assert found == [("ranking", "[0,1]", 3), ("ranking", "[1,0]", 4), ("ranking", "[0,1]", 1)]
 
 
-def test_a_judge_that_the_order_sways_calls_a_tie(tmp_path: Path) -> None:
+def test_a_position_biased_judge_gives_a_tie(tmp_path: Path) -> None:
     (found,) = labelled(tmp_path / "f.db", judge(position_bias=2.0), ("good", "fair"))
     assert found[0] == "tie"
 
 
-def test_a_second_call_goes_on_where_the_first_was_cut_off(tmp_path: Path) -> None:
+def test_a_second_call_resumes_where_the_first_stopped(tmp_path: Path) -> None:
     pairs = [("good", "poor"), ("poor", "best"), ("fair", "poor"), ("fair", "best")]
     whole = labelled(tmp_path / "whole.db", judge(noise=1.0), *pairs)
     labelled(tmp_path / "cut.db", judge(noise=1.0), *pairs, count=2)
     assert labelled(tmp_path / "cut.db", judge(noise=1.0), *pairs) == whole
 
 
-def test_no_answer_is_no_label(tmp_path: Path) -> None:
+def test_no_answer_is_stored_as_a_skip(tmp_path: Path) -> None:
     labeller = judge()
     labeller.judge = type("Mute", (), {
         "name": "mute", "__call__": lambda self, asked: [Said(0.0, 0.0, failure="refused")] * len(asked),

@@ -44,7 +44,7 @@ def small(folder: Path, **changes: object) -> Constitution:
     return load_constitution(written(folder, {**SMALL, **changes}))
 
 
-def test_what_ships_is_whole():
+def test_shipped_constitutions_are_complete():
     assert shipped() == ["harmless", "helpful"]
     harmless, helpful = (load_constitution(name) for name in shipped())
     assert (len(harmless.revising), len(harmless.comparing)) == (16, 16)
@@ -55,7 +55,7 @@ def test_what_ships_is_whole():
     assert len(set(said)) == 32
 
 
-def test_a_fingerprint_is_of_the_content_and_not_of_how_it_is_written(tmp_path):
+def test_the_fingerprint_depends_on_content_and_not_on_formatting(tmp_path):
     one = small(tmp_path)
     again = load_constitution(written(tmp_path, "# a comment\n" + yaml.safe_dump(SMALL, sort_keys=False)))
     assert one.fingerprint == again.fingerprint and len(one.fingerprint) == 32
@@ -82,7 +82,7 @@ def test_a_fingerprint_is_of_the_content_and_not_of_how_it_is_written(tmp_path):
         ({"language": "de"}, "its language is 'de', and the default wording is English: wording must say human"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_its_place(tmp_path, changes, sentence):
+def test_errors_name_the_file_and_the_key(tmp_path, changes, sentence):
     with pytest.raises(ConstitutionError, match=sentence) as caught:
         small(tmp_path, **changes)
     assert "own.yaml: " in str(caught.value) and "\n" not in str(caught.value)
@@ -99,14 +99,14 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, changes, sentence):
         ("name: 'open", "is invalid YAML"),
     ],
 )
-def test_a_file_holds_plain_values_alone(tmp_path, monkeypatch, text, sentence):
+def test_files_with_non_plain_values_are_refused(tmp_path, monkeypatch, text, sentence):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConstitutionError, match=sentence) as caught:
         load_constitution(written(tmp_path, text))
     assert "\n" not in str(caught.value) and not Path("ran").exists()
 
 
-def test_a_file_that_is_not_there_and_one_that_is_too_large(tmp_path):
+def test_missing_and_oversized_files_are_refused(tmp_path):
     with refused("no-constitution", "'harmles'", "did you mean harmless?"):
         load_constitution("harmles")
     with refused("no-constitution", "shipped are harmless, helpful"):
@@ -115,7 +115,7 @@ def test_a_file_that_is_not_there_and_one_that_is_too_large(tmp_path):
         load_constitution(written(tmp_path, "#" * 1_000_001))
 
 
-def test_another_language_says_all_of_it(tmp_path):
+def test_wording_can_be_translated_completely(tmp_path):
     wording = {
         "human": "Mensch", "assistant": "Assistent", "system": "Anweisung", "critique_request": "Bitte um Kritik",
         "critique": "Kritik", "revision_request": "Bitte um Verbesserung", "revision": "Verbesserung",
@@ -138,7 +138,7 @@ def turns(*said: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
 
 
-def test_a_critic_reads_turns(tmp_path):
+def test_critique_and_revision_prompts_are_chat_turns(tmp_path):
     rules, shown = small(tmp_path), turns("Hi", "Go.", "What is unkind?", "Rude.", "Say it kindly.", "Hello!")
     system = {"role": "system", "content": "Be brief."}
     prompt = [system, *turns("Bye", "No.", "Please?")]
@@ -150,13 +150,13 @@ def test_a_critic_reads_turns(tmp_path):
     assert revision_prompt(rules, KIND, prompt, "Never.", None) == at_once
 
 
-def test_an_answer_that_was_begun_is_read_as_one(tmp_path):
+def test_a_prefilled_answer_and_its_completion_form_one_turn(tmp_path):
     rules = small(tmp_path, revision_examples=[])
     asked = critique_prompt(rules, KIND, turns("Bye", "I say"), " no.")
     assert asked == turns("Bye", "I say no.", "What is unkind?")
 
 
-def test_a_plain_model_reads_a_transcript(tmp_path):
+def test_plain_prompts_are_written_as_a_transcript(tmp_path):
     rules = small(tmp_path, revision_examples=[])
     asked = "Bye No.\n\nCritique request: What is unkind?\n\nCritique:"
     assert critique_prompt(rules, KIND, "Bye", "No.") == asked
@@ -169,7 +169,7 @@ def test_a_plain_model_reads_a_transcript(tmp_path):
     assert first_paragraphs("Humans: we.", rules.wording) == "Humans: we."
 
 
-def test_what_is_judged_is_never_read_for_places(tmp_path):
+def test_placeholders_in_judged_texts_are_not_substituted(tmp_path):
     rules = small(tmp_path, comparison_examples=[])
     (asked,) = comparison_messages(rules, rules.comparing[0], "{first}", "{second}", "{question} (A)")
     assert "Human: {first}\n\nWhich is kinder?\n\n(A) {second}\n\n(B) {question} (A)\n\n" in asked["content"]

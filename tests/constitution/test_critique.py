@@ -29,7 +29,7 @@ def given(policy_folder):
             "--max-new-tokens", "8", "--rounds", "3", "--keep-unfinished"]  # fmt: skip
 
 
-def test_prompts_become_demonstrations(given, policy_folder, cache, capsys):
+def test_critique_writes_revised_demonstrations(given, policy_folder, cache, capsys):
     assert rlhf([*given, "--out", "out/revised.jsonl"]) == 0
     rows, report = rows_of(Path("out/revised.jsonl")), json.loads(Path("out/revised.report.json").read_text())
     assert rows and report["rows"] == len(rows) == sum(one["kept"] for one in report["rounds"])
@@ -55,7 +55,7 @@ def test_prompts_become_demonstrations(given, policy_folder, cache, capsys):
     assert data.report.read == data.report.kept == len(rows)
 
 
-def test_the_last_revision_alone_and_no_critique(given):
+def test_mix_last_keeps_one_row_and_without_critique_writes_none(given):
     assert rlhf([*given, "--out", "last.jsonl", "--mix", "last", "--without-critique"]) == 0
     rows, report = rows_of(Path("last.jsonl")), json.loads(Path("last.report.json").read_text())
     assert len(rows) == report["revised_prompts"] <= 5 and report["critique"] is False
@@ -63,7 +63,7 @@ def test_the_last_revision_alone_and_no_critique(given):
     assert len({json.dumps(row["prompt"]) for row in rows}) == len(rows)
 
 
-def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
+def test_a_killed_run_resumes_where_it_stopped(given, monkeypatch, capsys):
     flags = [*given, "--batch-size", "1"]
     monkeypatch.setattr("rlhf_lightning.commands.generate.CHUNKS_AT_ONCE", 2)
     assert rlhf([*flags, "--out", "whole.jsonl"]) == 0
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
     assert sorted(path.name for path in Path().glob("parts*")) == ["parts.jsonl", "parts.report.json"]
 
 
-def test_a_rerun_gives_the_same_rows_and_another_seed_others(given):
+def test_rows_are_equal_for_equal_seeds_only(given):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert rlhf([*given, "--out", f"{name}.jsonl", "--seed", str(seed), "--rounds", "1"]) == 0
     read = [Path(f"{name}.jsonl").read_bytes() for name in "abc"]
@@ -106,6 +106,6 @@ def test_a_rerun_gives_the_same_rows_and_another_seed_others(given):
         (["--max-new-tokens", "512"], "max_new_tokens is 512: lower it"),
     ],
 )
-def test_wrong_settings_are_said(given, flags, sentence, capsys):
+def test_invalid_settings_are_refused(given, flags, sentence, capsys):
     assert rlhf([*given, "--out", "revised.jsonl", *flags]) == 1
     assert sentence in capsys.readouterr().err and not Path("revised.jsonl").exists()

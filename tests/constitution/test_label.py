@@ -58,7 +58,7 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_labels_of_given_pairs(given, capsys):
+def test_given_pairs_are_labelled(given, capsys):
     assert rlhf([*given, "--out", "out/labels.jsonl"]) == 0
     rows, report = rows_of(Path("out/labels.jsonl")), json.loads(Path("out/labels.report.json").read_text())
     rules = load_constitution("harmless")
@@ -81,13 +81,13 @@ def test_labels_of_given_pairs(given, capsys):
     assert not list(Path("out").glob("*.partial"))
 
 
-def test_ties_may_be_dropped(given):
+def test_ties_drop_leaves_ties_out(given):
     assert rlhf([*given, "--out", "labels.jsonl", "--ties", "drop"]) == 0
     rows = rows_of(Path("labels.jsonl"))
     assert len(rows) == 5 and not any(row["tie"] for row in rows)
 
 
-def test_what_is_written_is_read_as_soft_preferences(given, policy_folder, cache):
+def test_the_output_is_read_as_soft_preferences(given, policy_folder, cache):
     assert rlhf([*given, "--out", "labels.jsonl"]) == 0
     data = PreferenceDataModule("labels.jsonl", shuffle=False, batch_size=6)
     data.tokenizer = load_tokenizer(policy_folder)
@@ -100,7 +100,7 @@ def test_what_is_written_is_read_as_soft_preferences(given, policy_folder, cache
     assert target == pytest.approx(sorted([sigmoid(2), sigmoid(2), 0.5, sigmoid(1), sigmoid(2), sigmoid(1)]))
 
 
-def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
+def test_a_killed_run_resumes_where_it_stopped(given, monkeypatch, capsys):
     rows = [{"prompt": f"p {n}", "chosen": "e" * (1 + n % 3), "rejected": "x"} for n in range(150)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert rlhf([*given, "--out", "whole.jsonl"]) == 0
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_where_it_stopped(given, monkeypatch, capsys):
     assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
-def test_pairs_that_are_sampled(given, policy_folder):
+def test_pairs_can_be_sampled_from_a_model(given, policy_folder):
     Path("prompts.jsonl").write_text(json.dumps({"prompt": "ab", "topic": "t"}) + "\n" + json.dumps({"prompt": "cd"}))
     sampled = ["label", "--judge", "my_judge.Judge", "--prompts", "prompts.jsonl", "--model", policy_folder]
     assert rlhf([*sampled, "--out", "labels.jsonl", "--max-new-tokens", "6", "--judge_args.letter", "a"]) == 0
@@ -136,7 +136,7 @@ def test_pairs_that_are_sampled(given, policy_folder):
     assert report["sampling"]["max_new_tokens"] == 6
 
 
-def test_a_model_judges(given, policy_folder):
+def test_a_model_folder_can_be_the_judge(given, policy_folder):
     flags = ["--judge", policy_folder, "--judge_args.max_length", "4096", "--least-mass", "0", "--principles", "2"]
     assert rlhf(["label", "--pairs", "pairs.jsonl", *flags, "--out", "labels.jsonl"]) == 0
     report = json.loads(Path("labels.report.json").read_text())
@@ -156,7 +156,7 @@ def test_a_model_judges(given, policy_folder):
         (["--least-mass", "1"], "least_mass is 1.0"),
     ],
 )
-def test_wrong_settings_are_said_and_leave_no_file(given, flags, sentence, capsys):
+def test_invalid_settings_are_refused_and_leave_no_file(given, flags, sentence, capsys):
     assert rlhf([*given, "--out", "labels.jsonl", *flags]) == 1
     told = capsys.readouterr().err
     assert sentence in told and "sk-1234" not in told

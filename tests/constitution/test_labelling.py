@@ -46,7 +46,7 @@ def close(found, expected):
     assert found == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_worked_comparison():
+def test_preference_and_verdict_by_hand():
     one = labelled(WORKED)
     close(one.preference, 0.65621691)
     assert one.verdict == 1.0
@@ -55,7 +55,7 @@ def test_the_worked_comparison():
     close([comparison.probability, comparison.swapped_probability], [0.68997448, 0.37754067])
 
 
-def test_after_reasoning_and_only_then_probabilities_are_clamped():
+def test_probabilities_are_clamped_only_after_reasoning():
     (comparison,) = labelled(WORKED, reasoning=True).comparisons
     close([comparison.probability, comparison.swapped_probability], [0.6, 0.4])
     close(labelled(WORKED, reasoning=True).preference, 0.6)
@@ -64,12 +64,12 @@ def test_after_reasoning_and_only_then_probabilities_are_clamped():
     close(labelled(sure).preference, 1.0)
 
 
-def test_the_reward_model_s_loss_on_a_clamped_label():
+def test_bradley_terry_loss_on_a_clamped_label_by_hand():
     scores = torch.tensor([0.5]).double(), torch.tensor([0.0]).double()
     close(float(bradley_terry_loss(*scores, target=torch.tensor([0.6]).double())), 0.67407698)
 
 
-def test_the_row_is_of_the_chosen_completion():
+def test_an_output_row_puts_the_preferred_completion_in_chosen():
     row = labelled(WORKED).row("scripted", "print")
     assert (row["prompt"], row["chosen"], row["rejected"], row["source"]) == ("p", "x", "y", "test")
     assert (row["judge"], row["constitution"], row["tie"]) == ("scripted", "print", False)
@@ -81,7 +81,7 @@ def test_the_row_is_of_the_chosen_completion():
     close(turned["probabilities"] + turned["swapped_probabilities"], [0.62245933, 0.68997448])
 
 
-def test_orders_that_contradict_each_other_are_a_tie_even_in_certainty():
+def test_contradicting_orders_are_a_tie_even_at_certainty():
     both_first = {"x": JudgeAnswer(0.0, -math.inf), "y": JudgeAnswer(0.0, -math.inf)}
     for average in ("probability", "logit"):
         one = labelled(both_first, average=average)
@@ -97,7 +97,7 @@ def test_orders_that_contradict_each_other_are_a_tie_even_in_certainty():
         (JudgeAnswer(math.nan, -1.0), "not_a_number"),
     ],
 )
-def test_an_answer_that_is_none_is_counted_and_never_made_up(answer, reason):
+def test_an_unparsable_answer_gives_no_label_and_is_counted(answer, reason):
     found = label_pairs(Scripted({"x": WORKED["x"], "y": answer}), RULES, [PAIR])
     assert found.pairs[0].preference is None and found.pairs[0].verdict is None
     assert found.metrics["parse_fail"] == 0.5 and found.metrics["parse_failures"] == {reason: 1}
@@ -107,7 +107,7 @@ def test_an_answer_that_is_none_is_counted_and_never_made_up(answer, reason):
     assert dict(describe(found.metrics))[f"no answer: {reason}"] == "1 of 2 questions"
 
 
-def test_a_principle_without_an_answer_leaves_the_others():
+def test_a_principle_without_an_answer_is_left_out_of_the_mean():
     settings = LabelSettings(principles=4)
     table = {(side, name): WORKED[side] for side in "xy" for name in "abcd"} | {("y", "b"): no_answer("empty")}
     one = label_pairs(Scripted(table), RULES, [PAIR], settings).pairs[0]
@@ -115,7 +115,7 @@ def test_a_principle_without_an_answer_leaves_the_others():
     assert sorted(one.row("s", "f")["principles"]) == ["a", "c", "d"]
 
 
-def test_principles_are_averaged():
+def test_preferences_are_averaged_over_principles():
     table = {("x", name): JudgeAnswer(-value, -1.0) for name, value in zip("abcd", (0.5, 1.0, 2.0, 3.0), strict=True)}
     table |= {("y", name): JudgeAnswer(-1.0, -1.0) for name in "abcd"}
     odds = torch.tensor([0.5, 0.0, -1.0, -2.0]).double()
@@ -123,7 +123,7 @@ def test_principles_are_averaged():
     close(labelled(table, principles=4, average="logit").preference, float((odds.mean() / 2).sigmoid()))
 
 
-def test_the_draw_of_principles_is_addressed():
+def test_principles_are_drawn_per_pair_number_and_seed():
     settings = LabelSettings(principles=2, seed=5)
     drawn = [tuple(one.id for one in drawn_principles(RULES, settings, number)) for number in range(400)]
     assert all(len(set(one)) == 2 for one in drawn)
@@ -152,7 +152,7 @@ def test_settings_out_of_range_are_refused(settings, code):
         LabelSettings(**settings)
 
 
-def test_a_judge_of_too_few_answers_is_named():
+def test_a_judge_with_too_few_answers_is_refused():
     class Lazy:
         name = "lazy"
 
@@ -195,7 +195,7 @@ def truth(pairs: list[Pair]) -> torch.Tensor:
     [(0.5, "logit", 1e-9), (2.0, "logit", 1e-9), (0.5, "probability", 0.012), (0.6, "probability", 0.017),
      (1.0, "probability", 0.045), (2.0, "probability", 0.151)],
 )  # fmt: skip
-def test_both_orders_remove_a_place_s_bias(bias, average, worst):
+def test_both_orders_cancel_position_bias(bias, average, worst):
     """A single order is off by up to tanh(bias / 4). The logit average is exact. The probability average is within 0.02
     of the truth for a bias up to 0.6, and worse for a larger bias.
     """
@@ -210,7 +210,7 @@ def test_both_orders_remove_a_place_s_bias(bias, average, worst):
     assert found.metrics["position_bias"] > 0.08
 
 
-def test_a_judge_of_known_accuracy_with_a_bias():
+def test_labels_of_a_noisy_biased_judge_are_unbiased():
     """The judge's own noise adds no bias to the mean over pairs with the same gap."""
     pairs = [Pair(f"prompt {number}", "1.5", "0.5", 1.0) for number in range(4000)]
     judge = SimulatedJudge(gold, 1.0, position_bias=0.8, noise=1.0)
@@ -222,7 +222,7 @@ def test_a_judge_of_known_accuracy_with_a_bias():
     assert float(odds.mean()) == pytest.approx(1.0, abs=0.05) and float(odds.std()) == pytest.approx(1.0, abs=0.05)
 
 
-def test_metrics_of_a_judge_that_only_looks_at_the_place():
+def test_metrics_of_a_judge_that_only_sees_the_position():
     pairs = known_pairs(200)
     found = label_pairs(SimulatedJudge(lambda prompt, completion: 0.0, position_bias=3.0), RULES, pairs).metrics
     assert (found["consistency"], found["tie_rate"], found["parse_fail"]) == (0.0, 1.0, 0.0)
@@ -236,7 +236,7 @@ def test_metrics_of_a_judge_that_only_looks_at_the_place():
     assert known["by_principle"].keys() == set("abcd") and sum(known["by_principle"].values()) == 200
 
 
-def test_pairs_of_one_prompt_are_no_independent_evidence():
+def test_agreement_intervals_resample_prompts():
     separate = known_pairs(400)
     together = [one._replace(prompt=f"prompt {number // 20}") for number, one in enumerate(separate)]
     for one in together[:200]:
@@ -252,7 +252,7 @@ def test_pairs_of_one_prompt_are_no_independent_evidence():
     assert label_pairs(judge, RULES, ties).metrics["agreement"] is None
 
 
-def test_the_simulated_judge_makes_its_mistakes_about_pairs_and_not_about_orders():
+def test_noise_of_the_simulated_judge_belongs_to_the_pair_and_not_to_the_order():
     judge = SimulatedJudge(gold, 1.0, noise=1.0, seed=3)
     question = Question("p", "1.0", "2.0", RULES.comparing[0], [], RULES.wording)
     swapped = question._replace(first="2.0", second="1.0")

@@ -39,7 +39,7 @@ class Echo:
         return written
 
 
-def test_a_revision_takes_the_answer_s_place():
+def test_each_round_revises_the_previous_revision():
     writer = Echo()
     (chain,) = revise(writer, RULES, PROMPTS[:1], RevisionSettings(rounds=2))
     assert chain.answer == "answer in episode 0"
@@ -55,14 +55,14 @@ def test_a_revision_takes_the_answer_s_place():
     ]  # fmt: skip
 
 
-def test_without_a_critique_the_revision_is_asked_for_at_once():
+def test_without_critique_only_the_revision_is_requested():
     writer = Echo()
     (chain,) = revise(writer, RULES, PROMPTS[:1], RevisionSettings(rounds=1, critique=False))
     assert [episode for _, episode in writer.asked] == [0, 2] and chain.rounds[0].critique is None
     assert chain.rounds[0].revision == "revision in episode 2", "the episode is the same as with a critique"
 
 
-def test_parts_give_what_the_whole_gives():
+def test_revising_in_chunks_equals_revising_at_once():
     settings = RevisionSettings(rounds=3, seed=7)
     whole = revise(Echo(), RULES, PROMPTS, settings)
     parts = revise(Echo(), RULES, PROMPTS[:1], settings) + revise(Echo(), RULES, PROMPTS[1:], settings, start=1)
@@ -70,7 +70,7 @@ def test_parts_give_what_the_whole_gives():
     assert len({chain.last for chain in whole}) == 4
 
 
-def test_no_principle_is_drawn_twice_before_all_were_once():
+def test_principles_are_drawn_without_replacement():
     drawn = [[drawn_principle(RULES, 0, number, turn).id for turn in range(1, 7)] for number in range(300)]
     assert all(sorted(one[:3]) == sorted(one[3:]) == ["a", "b", "c"] for one in drawn)
     assert all(abs(sum(one[0] == name for one in drawn) / 300 - 1 / 3) < 0.1 for name in "abc")
@@ -99,7 +99,7 @@ GOOD = Written("A better answer.", True)
         ("Harsh.", Written("Sorrel is a plant. Heretics wrote of it.", True), ""),
     ],
 )
-def test_a_revision_that_is_none_is_kept_out(critique, revision, reason):
+def test_unusable_revisions_are_rejected_with_a_reason(critique, revision, reason):
     settings = RevisionSettings()
     assert refusal_of(RULES, "The first answer.", critique, revision, settings) == reason
     assert reason in {"", *REASONS}
@@ -107,7 +107,7 @@ def test_a_revision_that_is_none_is_kept_out(critique, revision, reason):
         assert not refusal_of(RULES, "The first answer.", critique, revision, RevisionSettings(keep_unfinished=True))
 
 
-def test_the_next_round_goes_on_from_the_answer_before():
+def test_after_a_rejected_revision_the_next_round_revises_the_last_good_answer():
     class Once(Echo):
         def __call__(self, prompts, episodes):
             drawn = super().__call__(prompts, episodes)
@@ -121,7 +121,7 @@ def test_the_next_round_goes_on_from_the_answer_before():
     assert [(row["round"], row["completion"]) for row in demonstrations(chain, "all")] == [(2, "revision in episode 4")]
 
 
-def test_rows_of_the_last_round_and_of_all():
+def test_mix_last_gives_one_row_and_all_one_per_round():
     (chain,) = revise(Echo(), RULES, PROMPTS[:1], RevisionSettings(rounds=3))
     (last,), every = list(demonstrations(chain, "last")), list(demonstrations(chain, "all"))
     assert last == every[-1] and [row["round"] for row in every] == [1, 2, 3]
@@ -131,7 +131,7 @@ def test_rows_of_the_last_round_and_of_all():
     }  # fmt: skip
 
 
-def test_an_empty_answer_and_one_that_does_not_fit_are_not_revised():
+def test_empty_and_overlong_answers_are_not_revised():
     for first in (Written("  ", True), None):
         (chain,) = revise(Echo(answer=first), RULES, PROMPTS[:1], RevisionSettings(rounds=2))
         assert chain.rounds == () and not list(demonstrations(chain, "all"))
@@ -139,14 +139,14 @@ def test_an_empty_answer_and_one_that_does_not_fit_are_not_revised():
         assert (report["no_answer"], report["revised_prompts"], report["rounds"]) == (1, 0, [])
 
 
-def test_a_critique_that_does_not_fit_leaves_the_answer():
+def test_an_overlong_critique_leaves_the_answer_unchanged():
     writer = Echo(critique=None)
     (chain,) = revise(writer, RULES, PROMPTS[:1], RevisionSettings(rounds=1))
     assert chain.rounds[0].refused == "too_long" and chain.last == chain.answer
     assert [episode for _, episode in writer.asked] == [0, 1], "no revision is asked for"
 
 
-def test_a_transcript_ends_where_its_writer_goes_on_with_another_part():
+def test_a_plain_completion_is_truncated_at_the_next_speaker():
     long = Written(" Fine.\n\nHuman: And?\n\nAssistant: More", False)
     (chain,) = revise(Echo(revision=long), RULES, ["plain question"], RevisionSettings(rounds=1))
     assert chain.rounds[0].revision == "Fine." and not chain.rounds[0].refused, "it ended by itself"
@@ -154,7 +154,7 @@ def test_a_transcript_ends_where_its_writer_goes_on_with_another_part():
     assert row["prompt"] + row["completion"] == "plain question Fine."
 
 
-def test_the_report_in_numbers():
+def test_report_values_by_hand():
     chains = revise(Echo(), RULES, PROMPTS[:2], RevisionSettings(rounds=2))
     chains += revise(Echo(revision=Written("", True)), RULES, PROMPTS[2:], RevisionSettings(rounds=2), start=2)
     report = revision_report(chains)
@@ -166,7 +166,7 @@ def test_the_report_in_numbers():
     assert sum(report["by_principle"].values()) == 4
 
 
-def test_what_cannot_be_done_is_said():
+def test_invalid_settings_are_refused():
     for rounds in (0, 32):
         with refused("setting-out-of-range", f"rounds is {rounds}", "it must be between 1 and 31"):
             RevisionSettings(rounds=rounds)

@@ -32,7 +32,7 @@ def audited(kind, rows, **settings):
     return audit, {found.check: found.rows for found in audit.findings()}
 
 
-def test_every_finding_has_a_meaning_of_its_own():
+def test_every_finding_has_a_description():
     assert not set(CHECKS) & set(REASONS)
 
 
@@ -64,7 +64,7 @@ def test_rows_that_training_drops_are_named_by_reason():
     assert audit.usable == 1
 
 
-def test_preferences_in_a_circle():
+def test_preference_cycles_are_found():
     rows = [pair("p", "a", "b"), pair("p", "b", "c"), pair("p", "c", "a"), pair("p", "a", "d"), pair("q", "c", "a")]
     assert audited("preference", rows)[1]["circle"] == [1, 2, 3]
     ranked = [{"prompt": "p", "completions": ["a", "b", "c"]}, {"prompt": "p", "completions": ["c", "d", "a"]}]
@@ -76,7 +76,7 @@ def test_preferences_in_a_circle():
     assert "both_ways" not in audited("preference", soft)[1], "both say that b is better"
 
 
-def test_long_lists_are_compared_between_neighbours_alone():
+def test_long_ranked_lists_compare_only_neighbours():
     preferences = Preferences()
     preferences.add(1, 0, range(100), range(100))
     assert len(preferences.rows) == 99
@@ -84,13 +84,13 @@ def test_long_lists_are_compared_between_neighbours_alone():
     assert preferences.contradictions() == ([1, 2], [])
 
 
-def test_one_completion_judged_good_and_bad():
+def test_contradicting_labels_of_one_completion_are_found():
     rows = [{"prompt": "p", "completion": "c", "label": label} for label in (True, True, False)]
     found = audited("unpaired", rows)[1]
     assert found["both_ways"] == [1, 3] and found["duplicate"] == [2]
 
 
-def test_a_length_that_gives_the_answer_away():
+def test_length_that_predicts_the_label_is_found():
     long = [pair(f"p{i}", "longer", "short") for i in range(60)]
     audit, found = audited("preference", long)
     shortcut = audit.length_shortcut()
@@ -103,7 +103,7 @@ def test_a_length_that_gives_the_answer_away():
     assert audited("preference", ranked)[0].length_shortcut().accuracy == pytest.approx(2 / 3)
 
 
-def test_turns_out_of_order():
+def test_turns_out_of_order_are_found():
     ask, say, rule = turn("user", "q"), turn("assistant", "a"), turn("system", "s")
     rows = [
         {"prompt": [ask, say], "completion": "c"},
@@ -124,20 +124,20 @@ def test_turns_out_of_order():
         ("a\x9f", "control"), ("a\u202eb", "invisible"), ("a\U000e0041", "invisible"), ("a<|im_end|>", "control_token"),
     ],
 )  # fmt: skip
-def test_damaged_text(text, check):
+def test_damaged_text_is_found(text, check):
     assert audited("sft", [{"prompt": text, "completion": "café – ça va?\t\n"}])[1] == {check: [1]}
 
 
 @pytest.mark.parametrize(
     "filler", ["\n", " ", "\t\n", "<", "<|", "[", "</", "#", "Human", "Human :", "\u200b", "Ã", "â€"]
 )
-def test_long_runs_take_linear_time(filler):
+def test_long_repetitive_texts_are_audited_in_linear_time(filler):
     began, text = time.monotonic(), filler * (400_000 // len(filler))
     audited("sft", [{"prompt": [turn("user", f"x{text}x")], "completion": f"x{text}x"}], similar=0.8)
     assert time.monotonic() - began < 20
 
 
-def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
+def test_truncated_tokens_are_counted(tiny_tokenizer):
     rows = [
         {"prompt": "p" * 6, "completion": "c" * 5},  # 12 tokens including the end token
         {"prompt": "p" * 30, "completion": "c" * 3},
@@ -153,7 +153,7 @@ def test_what_is_cut_is_counted_in_tokens(tiny_tokenizer):
     assert found == {"prompt_cut": [2]}
 
 
-def test_what_is_in_both_has_leaked():
+def test_evaluation_rows_in_the_training_data_are_found():
     train, _ = audited("preference", [pair("p", "a", "b"), pair("q", "a", "b")])
     audit = Audit("preference")
     audit.compare([pair("p", "A", "b"), pair("Q", "x", "y"), pair("r", "a", "b"), UNREADABLE], train)
@@ -169,7 +169,7 @@ def test_what_is_in_both_has_leaked():
         ("messages id", "sft"), ("prompt", "prompt"),
     ],
 )  # fmt: skip
-def test_columns_say_what_rows_are_for(columns, kind):
+def test_columns_determine_the_kind_of_data(columns, kind):
     assert kind_of(columns.split(), "rows") == kind
 
 
@@ -199,7 +199,7 @@ def test_minhash_estimates_the_jaccard_similarity():
         assert abs(np.mean(errors)) < 0.03 and np.max(np.abs(errors)) < 0.17
 
 
-def test_similar_rows_are_found_and_others_are_not():
+def test_only_similar_rows_are_found():
     lot, rows, planted = np.random.default_rng(1), [], []
     for number in range(120):
         text = words(lot, 120)
@@ -229,7 +229,7 @@ def test_evaluation_rows_that_overlap_with_the_training_data():
     assert found == {"overlap": [1, 3, 5], "leaked_similar": [3], "leaked_row": [5]}
 
 
-def test_shares_of_ngrams_by_hand():
+def test_ngram_overlap_by_hand():
     grams = NGrams(2)
     assert grams.share("a b") == 0.0
     grams.add("a b c")
@@ -238,7 +238,7 @@ def test_shares_of_ngrams_by_hand():
     assert grams.share("a b d") == 1.0
 
 
-def test_forks_find_what_one_process_finds(tiny_tokenizer, monkeypatch):
+def test_forked_workers_find_the_same_as_one_process(tiny_tokenizer, monkeypatch):
     lot = np.random.default_rng(3)
     said = ["good", "Good", "bad\u200b", "a longer answer", "<eos>"]
     rows = [pair(f"p{a}", said[b], said[c]) for a, b, c in lot.integers([40, 5, 5], size=(300, 3))]
@@ -253,7 +253,7 @@ def test_forks_find_what_one_process_finds(tiny_tokenizer, monkeypatch):
     assert forked.quantiles() == alone.quantiles() and forked.length_shortcut() == alone.length_shortcut()
 
 
-def test_forks_work_in_order_and_end():
+def test_forked_workers_return_results_in_order_and_exit():
     here = os.getpid()
     found = list(in_forks(lambda number: (number * number, os.getpid()), range(50), 3))
     assert [square for square, _ in found] == [number * number for number in range(50)]
@@ -265,7 +265,7 @@ def test_forks_work_in_order_and_end():
     assert workers and all(map(has_ended, workers))
 
 
-def test_forks_end_with_the_process_that_forked_them(tmp_path):
+def test_forked_workers_exit_with_their_parent(tmp_path):
     def killed():
         begun = in_forks(lambda number: os.getpid(), range(50), 3)
         workers = {next(begun) for _ in range(9)} - {os.getpid()}
@@ -280,7 +280,7 @@ def test_forks_end_with_the_process_that_forked_them(tmp_path):
     assert len(workers) == 3
 
 
-def test_a_part_that_a_fork_cannot_do_is_done_here():
+def test_work_of_a_killed_worker_is_done_by_the_parent():
     here = os.getpid()
 
     def work(number):

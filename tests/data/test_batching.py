@@ -21,26 +21,26 @@ def shares(plan, step):
     return [plan.step(step, rank) for rank in range(plan.ranks)]
 
 
-def test_a_step_is_sorted_by_length_and_cut():
+def test_rows_of_a_step_are_sorted_by_length_into_micro_batches():
     found = plan([3, 9, 1, 5], [1, 2, 3, 4], micro_batch_size=2, shuffle=False).step(0, 0)
     assert found == (((1, 3), (0, 2)), 4, 10)
 
 
-def test_a_token_budget_counts_pads():
+def test_the_token_budget_includes_padding():
     # 9 alone fills 10 cells, 5 and 3 together 2 x 5, and 1 is left: three micro-batches. Three micro-batches of at most
     # 9 cells are 9, 5 and 3 + 1, the most expensive first.
     found = plan([3, 9, 1, 5], max_tokens=10, shuffle=False).step(0, 0)
     assert found.micro_batches == ((1,), (0, 2), (3,))
 
 
-def test_ranks_share_a_step_evenly():
+def test_rows_of_a_step_are_split_evenly_over_ranks():
     # 8 + 1 short rows against 2 long rows: the same number of micro-batches, and about as many cells on each rank.
     lengths = [8, 8, 2, 2, 2, 2, 2, 2, 2, 2]
     found = plan(lengths, batch_size=10, ranks=2, shuffle=False)
     assert [share.micro_batches for share in shares(found, 0)] == [((0, 1),), ((2, 3, 4, 5, 6, 7, 8, 9),)]
 
 
-def test_the_last_step_is_short_or_left_out():
+def test_the_last_step_is_short_or_dropped():
     assert [plan([1] * 10, drop_last=drop).steps for drop in (False, True)] == [3, 2]
     assert plan([1] * 10).step(2, 0).rows == 2
 
@@ -51,7 +51,7 @@ def test_ranks_without_a_row_get_an_empty_micro_batch():
     assert {(share.rows, share.tokens) for share in found} == {(1, 1)}
 
 
-def test_each_epoch_has_its_own_order():
+def test_each_epoch_is_shuffled_differently():
     orders = {(seed, epoch): tuple(shuffled(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(set(orders.values())) == 4
     assert all(sorted(order) == list(range(50)) for order in orders.values())
@@ -61,7 +61,7 @@ def test_the_order_is_the_same_on_every_machine():
     assert shuffled(8, 1, 0).tolist() == [3, 5, 2, 7, 0, 6, 1, 4]
 
 
-def test_every_place_is_equally_likely():
+def test_shuffling_is_uniform():
     places = np.array([shuffled(4, seed, 0) for seed in range(1000)])
     counts = np.array([[np.sum(places[:, place] == row) for row in range(4)] for place in range(4)])
     assert np.abs(counts - 250).max() < 5 * np.sqrt(1000 * 0.25 * 0.75)
@@ -84,7 +84,7 @@ CASES = st.fixed_dictionaries(
 
 @settings(max_examples=80, deadline=None)
 @given(CASES)
-def test_whatever_the_cut(case):
+def test_steps_have_the_same_rows_for_any_ranks_and_micro_batch_size(case):
     lengths = case.pop("lengths")
     tokens = [length // 2 for length in lengths]
     cut = plan(lengths, tokens, **case)
@@ -117,7 +117,7 @@ def test_whatever_the_cut(case):
 @given(
     st.lists(st.integers(1, 200), min_size=16, max_size=64), st.integers(2, 4), st.integers(300, 1000), st.booleans()
 )
-def test_work_is_balanced(lengths, ranks, max_tokens, packed):
+def test_work_is_balanced_over_ranks(lengths, ranks, max_tokens, packed):
     found = plan(lengths, batch_size=len(lengths), ranks=ranks, max_tokens=max_tokens, packed=packed)
     costs = [
         sum(cells_of([lengths[row] for row in group], packed) for group in share.micro_batches if group)
@@ -138,7 +138,7 @@ def test_work_is_balanced(lengths, ranks, max_tokens, packed):
         ({"drop_last": True}, "batch-too-large", "3 rows are fewer than batch_size 4"),
     ],
 )
-def test_wrong_sizes_are_refused(changes, code, message):
+def test_invalid_sizes_are_refused(changes, code, message):
     with refused(code, message):
         plan(**{"lengths": [1, 2, 3], **({"tokens": []} if changes.get("lengths") == [] else {}), **changes})
 
@@ -148,6 +148,6 @@ def test_a_step_outside_the_epoch_is_refused():
         plan([1, 2]).step(1, 0)
 
 
-def test_a_row_over_the_limit_stands_alone_and_widens_no_other():
+def test_a_row_over_the_token_budget_gets_its_own_micro_batch():
     (share,) = shares(plan([1, 1, 2, 4], shuffle=False, max_tokens=2), 0)
     assert sorted(map(sorted, share.micro_batches)) == [[0, 1], [2], [3]]

@@ -70,7 +70,7 @@ ASKED = user("hi") + "<|im_start|>assistant\n"
 ONE, NONE = "<think>\nLet me see.\n</think>\n\nYo.<|im_end|>", "<think>\n\n</think>\n\nYo.<|im_end|>"
 
 
-def test_a_thought_is_learned_once_wherever_it_is_kept(thinking, opening):
+def test_a_thought_is_supervised_once_in_every_input_form(thinking, opening):
     inside, without, _, named, _ = rows_of("thoughts.jsonl")
     for row in (inside, named):
         assert learned(thinking, row)[0] == [(ASKED, ONE, ONE)]
@@ -81,7 +81,7 @@ def test_a_thought_is_learned_once_wherever_it_is_kept(thinking, opening):
     assert learned(opening, without)[0] == [(ASKED + "<think>\n", closed, closed)]
 
 
-def test_each_turn_has_the_context_that_it_has_in_use(thinking):
+def test_each_turn_is_trained_with_its_inference_time_context(thinking):
     row = rows_of("thoughts.jsonl")[2]
     first, second = "<think>\nA.\n</think>\n\nYo.<|im_end|>", "<think>\nB.\n</think>\n\nYa.<|im_end|>"
     again = ASKED + "Yo.<|im_end|>\n" + user("and?") + "<|im_start|>assistant\n"
@@ -92,7 +92,7 @@ def test_each_turn_has_the_context_that_it_has_in_use(thinking):
     assert learned(thinking, row, last_turn_only=True)[0] == [(again, second, second)]
 
 
-def test_a_completion_of_several_turns_is_learned_at_its_last(thinking):
+def test_only_the_last_turn_of_a_multi_turn_completion_is_supervised(thinking):
     turns = rows_of("thoughts.jsonl")[2]["messages"]
     other = [*turns[1:3], {"role": "assistant", "content": "No."}]
     ((_, chosen, rejected, said, unsaid),), report = learned(
@@ -103,7 +103,7 @@ def test_a_completion_of_several_turns_is_learned_at_its_last(thinking):
     assert report.last_turn == 1 and "only the last turn is learned" in report.describe("rows")
 
 
-def test_both_sides_of_a_pair_have_the_prompt_of_use(thinking):
+def test_both_sides_of_a_pair_have_the_inference_time_prompt(thinking):
     row = rows_of("thoughts.jsonl")[4]
     ((asked, chosen, rejected, *_),), _ = learned(thinking, row, "preference")
     assert asked == ASKED + "Yo.<|im_end|>\n" + user("and?") + "<|im_start|>assistant\n"
@@ -111,7 +111,7 @@ def test_both_sides_of_a_pair_have_the_prompt_of_use(thinking):
     assert rejected == "<think>\n\n</think>\n\nNo.<|im_end|>"
 
 
-def test_what_was_sampled_goes_to_a_scorer_without_a_second_thought(thinking, opening):
+def test_a_sampled_thought_is_not_rendered_twice_for_the_scorer(thinking, opening):
     for tokenizer, sampled in ((thinking, ONE), (opening, ONE.removeprefix("<think>\n"))):
         said = completion_text(tokenizer, tokenizer(sampled, add_special_tokens=False)["input_ids"])
         row = {"prompt": [{"role": "user", "content": "hi"}], "completion": said}
@@ -119,7 +119,7 @@ def test_what_was_sampled_goes_to_a_scorer_without_a_second_thought(thinking, op
         assert completion == sampled
 
 
-def test_tool_calls_are_learned_and_tools_are_read(thinking):
+def test_tool_calls_are_supervised_and_tools_are_in_the_prompt(thinking):
     for row in rows_of("tools.jsonl"):
         ((asked, _, said),), report = learned(thinking, row)
         assert asked.startswith("<|im_start|>system\nTools: [") and '"name": "add"' in asked
@@ -135,7 +135,7 @@ def test_tool_calls_are_learned_and_tools_are_read(thinking):
         {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 1}'}},
     ],
 )
-def test_a_tool_call_is_read_in_every_spelling(thinking, call):
+def test_a_tool_call_is_read_in_every_format(thinking, call):
     asked = {"role": "user", "content": "1+1?"}
     told = [{"role": "assistant", "tool_calls": [call]}]
     by_sharegpt = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 1, "b": 1}})}
@@ -144,7 +144,7 @@ def test_a_tool_call_is_read_in_every_spelling(thinking, call):
         assert '{"name": "add", "arguments": {"a": 1, "b": 1}}' in completion
 
 
-def test_flags_of_turns_are_heeded(thinking):
+def test_turn_weights_and_train_flags_select_supervised_turns(thinking):
     for row in rows_of("turn_flags.jsonl"):
         ((_, _, said),), _ = learned(thinking, row)
         assert "GOOD" in said and "BAD" not in said
@@ -170,7 +170,7 @@ def test_further_columns_are_used_or_the_row_is_dropped(thinking):
     assert learned(thinking, image)[1].dropped == {"media": 1}
 
 
-def test_what_nothing_reads_is_counted(thinking):
+def test_unused_columns_and_keys_are_counted(thinking):
     row = {"messages": [{"role": "user", "content": "hi", "id": 3}, {"role": "assistant", "content": "a"}], "source": 1}
     _, report = learned(thinking, row)
     assert report.unused == {"column 'source'": 1, "key 'id' of turns": 1}
@@ -179,7 +179,7 @@ def test_what_nothing_reads_is_counted(thinking):
     assert report.unused == {}, "a scorer gets the other columns of prompts"
 
 
-def test_keys_and_columns_that_others_write_are_read_or_counted(thinking, tiny_tokenizer):
+def test_keys_and_columns_of_other_projects_are_read_or_counted(thinking, tiny_tokenizer):
     asked, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
     tool = {"name": "add", "description": "d", "parameters": {"type": "object", "properties": {}}}
     for first in (
@@ -201,7 +201,7 @@ def test_keys_and_columns_that_others_write_are_read_or_counted(thinking, tiny_t
         assert text.startswith("<|system|>\nbe kind<|end|>\n") and ("one?" in text) == ("one?" in history)
 
 
-def test_columns_of_another_form_are_null_in_a_table(tiny_tokenizer):
+def test_null_columns_of_another_format_are_ignored(tiny_tokenizer):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     row = {"messages": None, "prompt": "hi", "completion": "yo"}
     assert demonstration(row).completions == ["yo"]
@@ -212,7 +212,7 @@ def test_columns_of_another_form_are_null_in_a_table(tiny_tokenizer):
     assert learned(tiny_tokenizer, {**row, "source": None})[1].unused == {}
 
 
-def test_a_prompt_beside_whole_conversations_agrees_with_them():
+def test_a_prompt_must_match_its_whole_conversations():
     brief, asked = {"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}
     chosen, rejected = ({"role": "assistant", "content": said} for said in "ab")
 
@@ -229,14 +229,14 @@ def test_a_prompt_beside_whole_conversations_agrees_with_them():
         assert refusal.value.code == "prompts_differ"
 
 
-def test_weights_of_turns_are_all_or_nothing_in_pairs(tiny_tokenizer):
+def test_turn_weights_in_pairs_must_be_0_or_1(tiny_tokenizer):
     row = {"prompt": [{"role": "user", "content": "hi"}], "rejected": [{"role": "assistant", "content": "b"}]}
     for weight, dropped in ((1, {}), (0.5, {"bad_turn_weight": 1})):
         chosen = [{"role": "assistant", "content": "a", "weight": weight}]
         assert learned(tiny_tokenizer, {**row, "chosen": chosen}, "preference")[1].dropped == dropped
 
 
-def test_turns_that_a_template_leaves_out_are_missed_however_short(tiny_tokenizer):
+def test_turns_that_a_template_drops_are_detected(tiny_tokenizer):
     silent = tokenizer_with(
         "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role + ': ' + m.content + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -248,7 +248,7 @@ def test_turns_that_a_template_leaves_out_are_missed_however_short(tiny_tokenize
         assert learned(tiny_tokenizer, {"messages": turns})[1].kept == 1
 
 
-def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
+def test_json_text_is_parsed_only_if_the_whole_row_is_json_text(thinking):
     (row,) = rows_of("json_text.jsonl")
     ((asked, chosen, *_),), _ = learned(thinking, row, "preference")
     assert asked == ASKED and chosen == NONE.replace("Yo", "yo").replace("yo.", "yo")
@@ -291,13 +291,13 @@ def test_json_text_is_parsed_where_the_whole_row_is_written_so(thinking):
          "bad_tool_call"),
     ],
 )  # fmt: skip
-def test_what_would_change_the_meaning_is_refused(row, reason):
+def test_ambiguous_rows_are_refused(row, reason):
     with pytest.raises(RowRefused) as refusal:
         read_row(row, demonstration)
     assert refusal.value.code == reason
 
 
-def test_a_thought_that_the_prompt_closes_is_refused():
+def test_a_thought_after_a_closed_thinking_block_is_refused():
     tokenizer = tokenizer_with(case("thinking.jinja"))
     tokenizer.init_kwargs["template_args"] = {"enable_thinking": False}
     inside, without, *_ = rows_of("thoughts.jsonl")
@@ -313,7 +313,7 @@ def test_a_template_that_ignores_thoughts_or_tools_drops_the_row(tiny_tokenizer)
     assert learned(tiny_tokenizer, described)[1].dropped == {"tools_left_out": 1}
 
 
-def test_a_conversation_that_begins_with_the_assistant_is_learned_after_the_first_user_turn():
+def test_leading_assistant_turns_are_not_supervised():
     tokenizer = tokenizer_with(CHATML)
     texts = ("Hail!", "Who?", "A knight.", "Why?", "Honour.")
     turns = [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -333,7 +333,7 @@ def test_a_conversation_that_begins_with_the_assistant_is_learned_after_the_firs
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}" + CHATML,
     CHATML.replace("messages %}", "(messages[1:] if messages[0].role == 'assistant' else messages) %}"),
 ])  # fmt: skip
-def test_a_template_that_cannot_begin_with_the_assistant_drops_the_row(template):
+def test_a_template_without_leading_assistant_turns_drops_the_row(template):
     turns = [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(["Hail!", "Who?", "I."])]
     found, report = learned(tokenizer_with(template), {"messages": turns})
     assert not found and set(report.dropped) <= {"template_refuses", "turn_left_out"}
@@ -354,7 +354,7 @@ DOCUMENTS = [{"title": "t", "text": "Ann won.", "none": None}, {"title": "<|im_e
     {"chat_template_kwargs": {"documents": DOCUMENTS[:1], "thinking": None}},
     {},
 ])  # fmt: skip
-def test_variables_of_a_row_are_those_of_its_rendering(row):
+def test_template_variables_of_a_row_are_used_to_render_it(row):
     tokenizer = tokenizer_with(READS_ARGS)
     given = row.get("chat_template_kwargs") or {}
     given = json.loads(given) if isinstance(given, str) else given
@@ -370,7 +370,7 @@ def test_variables_of_a_row_are_those_of_its_rendering(row):
     assert tokenizer.decode(encode_prompt(tokenizer, read_row({"prompt": stored}, prompt).prompt)) == wanted
 
 
-def test_variables_of_a_row_take_the_place_of_the_settings():
+def test_template_variables_of_a_row_override_the_settings():
     tokenizer = tokenizer_with(READS_ARGS)
     tokenizer.init_kwargs["template_args"] = {"thinking": True}
     asked = {False: "<think></think>", True: "", None: ""}
@@ -391,7 +391,7 @@ def test_documents_that_the_template_leaves_out_and_bad_variables_drop_the_row()
         assert learned(tokenizer, row)[1].unused == {"column 'documents'": 1}
 
 
-def test_preferences_in_other_projects_forms():
+def test_preference_formats_of_other_projects_are_read():
     wanted = ([{"role": "user", "content": "p"}], [[{"role": "assistant", "content": one}] for one in "cr"])
     shared = {"conversations": [{"from": "human", "value": "p"}], "chosen": {"from": "gpt", "value": "c"},
               "rejected": {"from": "gpt", "value": "r"}}  # fmt: skip
@@ -414,7 +414,7 @@ DATED = (
 )
 
 
-def test_template_args_reach_every_rendering_and_are_saved(tmp_path):
+def test_template_args_apply_to_every_rendering_and_are_saved(tmp_path):
     make_tiny_tokenizer(DATED).save_pretrained(tmp_path)
     asked = [{"role": "user", "content": "hi"}]
 
@@ -435,7 +435,7 @@ def test_template_args_reach_every_rendering_and_are_saved(tmp_path):
         load_tokenizer(tmp_path, template_args={"now": "yesterday"})
 
 
-def test_an_answer_begins_with_no_space_that_the_template_did_not_write():
+def test_no_space_is_added_before_an_answer():
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -459,14 +459,14 @@ def test_an_answer_begins_with_no_space_that_the_template_did_not_write():
         assert not outcome.merged
 
 
-def test_a_boundary_that_is_encoded_otherwise_together_is_counted(tiny_tokenizer):
+def test_tokens_merged_across_the_prompt_boundary_are_counted(tiny_tokenizer):
     (outcome,) = encoder_for("sft").outcomes(tiny_tokenizer, [{"prompt": "ab", "completion": "c"}])
     assert outcome.merged, "the tokenizer has a token for 'bc'"
     found, report = learned(tiny_tokenizer, {"prompt": "a", "completion": "c"})
     assert report.merged == 0 and tiny_tokenizer.eos_token_id == EOS and found
 
 
-def test_a_conversation_without_end_is_learned_up_to_256_turns(thinking):
+def test_at_most_256_turns_of_a_conversation_are_supervised(thinking):
     turns = [{"role": ("user", "assistant")[place % 2], "content": "a"} for place in range(514)]
     found, report = learned(thinking, {"messages": turns})
     assert report.turns_cut == report.kept == 1 and not report.dropped
@@ -475,7 +475,7 @@ def test_a_conversation_without_end_is_learned_up_to_256_turns(thinking):
     assert learned(thinking, {"messages": turns}, last_turn_only=True, max_length=64)[1].turns_cut == 0
 
 
-def test_pairs_of_more_than_256_learned_turns_are_cut_alike(tiny_tokenizer, thinking):
+def test_both_sides_of_pairs_over_256_turns_are_truncated_alike(tiny_tokenizer, thinking):
     turns = [{"role": ("user", "assistant")[place % 2], "content": f"a{place}"} for place in range(514)]
     pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:2]}
     found, report = learned(tiny_tokenizer, pair, kind="preference")
@@ -486,7 +486,7 @@ def test_pairs_of_more_than_256_learned_turns_are_cut_alike(tiny_tokenizer, thin
     assert found[0][3] == "<think>\n\n</think>\n\na513<|im_end|>"
 
 
-def test_thought_tags_that_are_special_tokens_stay_in_the_text(thinking):
+def test_special_token_thought_tags_stay_in_the_text(thinking):
     tokenizer = tokenizer_with(case("thinking.jinja"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     ids = tokenizer(ONE, add_special_tokens=False)["input_ids"]

@@ -40,7 +40,7 @@ def seen(loader, tokenizer, field="sequences"):
     "changes", [{}, {"micro_batch_size": 1}, {"max_tokens": 12}, {"shuffle": False}, {"eval_rows": 3}]
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_slots_stay_with_their_rows_however_they_are_cut(ready, write_rows, tiny_tokenizer, changes, ranks):
+def test_data_columns_stay_with_their_rows_for_any_batching(ready, write_rows, tiny_tokenizer, changes, ranks):
     source, found = write_rows(ROWS), {}
     for rank in range(ranks):
         data = asking(SFTDataModule(source, batch_size=4, **changes), "helpful", "brief")
@@ -51,7 +51,7 @@ def test_slots_stay_with_their_rows_however_they_are_cut(ready, write_rows, tiny
         assert slots == [{"helpful": n, "brief": -n / 2}]
 
 
-def test_every_kind_of_batch_has_them(ready, write_rows, tiny_tokenizer):
+def test_every_batch_type_has_data_columns(ready, write_rows, tiny_tokenizer):
     pair = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "gap": n} for n in range(4)]
     lists = [{"prompt": f"p{n}", "completions": ["a", "b", "c"], "gap": n} for n in range(4)]
     steps = [{"prompt": f"p{n}", "completions": ["a", "b"], "labels": [1, 0], "gap": n} for n in range(4)]
@@ -73,7 +73,7 @@ def test_every_kind_of_batch_has_them(ready, write_rows, tiny_tokenizer):
     assert seen(data.train_dataloader(), tiny_tokenizer) == {name: 2 * slots for name, slots in expected.items()}
 
 
-def test_prompts_have_them_in_each_sample_and_in_their_columns(ready, write_rows, tiny_tokenizer):
+def test_each_sample_of_a_prompt_has_its_data_columns(ready, write_rows, tiny_tokenizer):
     rows = [{"prompt": f"p{n}", "budget": n} for n in range(4)]
     data = ready(asking(PromptDataModule(write_rows(rows), batch_size=4, samples_per_prompt=2), "budget"))
     assert seen(data.train_dataloader(), tiny_tokenizer) == {f"p{n}": 2 * [{"budget": n}] for n in range(4)}
@@ -82,21 +82,21 @@ def test_prompts_have_them_in_each_sample_and_in_their_columns(ready, write_rows
         assert batch.columns["budget"] == batch.extras["budget"].tolist()
 
 
-def test_rows_without_a_number_are_dropped_and_counted(ready, write_rows):
+def test_rows_with_a_non_numeric_data_column_are_dropped_and_counted(ready, write_rows):
     spoilt = [{**ROWS[0], "helpful": value} for value in (None, "much", "", [1], float("inf"), "2.5", True)]
     data = ready(asking(SFTDataModule(write_rows(spoilt), batch_size=1), "helpful"))
     assert data.report.dropped == {"bad_data_column": 5}
     assert sorted(data.store.extras(range(2))["helpful"].tolist()) == [1.0, 2.5]
 
 
-def test_a_column_that_is_not_there_is_refused(ready, write_rows):
+def test_a_missing_data_column_is_refused(ready, write_rows):
     with refused("missing-data-column", "'kind'"):
         ready(asking(SFTDataModule(write_rows(ROWS)), "kind"))
     renamed = asking(SFTDataModule(write_rows(ROWS), columns={"helpful": "kind"}), "kind")
     assert ready(renamed).store.extras([3])["kind"].tolist() == [3.0]
 
 
-def test_the_cache_knows_which_columns_it_holds(ready, write_rows, tiny_tokenizer):
+def test_the_row_cache_depends_on_the_data_columns(ready, write_rows, tiny_tokenizer):
     source = write_rows(ROWS)
     for names in (("helpful",), ("brief", "helpful"), ()):
         for _ in range(2):  # first written, then read
@@ -107,7 +107,7 @@ def test_the_cache_knows_which_columns_it_holds(ready, write_rows, tiny_tokenize
             assert set(batch.extras) == set(names)
 
 
-def test_streams_have_them_and_resume(ready, tmp_path, tiny_tokenizer):
+def test_streams_have_data_columns_and_resume(ready, tmp_path, tiny_tokenizer):
     for shard in range(2):
         rows = ROWS[shard::2]
         (tmp_path / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -35,7 +35,7 @@ def test_example_rows_are_dropped(example):
     assert refusal.value.code == example["reason"]
 
 
-def test_every_form_has_an_example_row():
+def test_every_format_has_an_example_row():
     for kind, (_, forms) in KINDS.items():
         if kind != "prompt":
             shown = [row for named, row in ROWS if named == kind]

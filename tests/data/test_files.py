@@ -39,11 +39,11 @@ def written(tmp_path, name, content):
         (b'{"a": "\\ud800"}', {"a": "\ud800"}),
     ],
 )
-def test_lines_of_json(line, row):
+def test_json_lines_are_read(line, row):
     assert parse_line(line) == row
 
 
-def test_a_json_file_that_is_cut_off_is_an_error(tmp_path):
+def test_a_truncated_json_file_is_refused(tmp_path):
     with refused("invalid-json", "rows.json is not valid JSON in UTF-8: ", "line 1 column"):
         list(read_file(written(tmp_path, "rows.json", '[{"a": 1}, {"a":')))
     with refused("invalid-json", "an object has a key twice"):
@@ -51,7 +51,7 @@ def test_a_json_file_that_is_cut_off_is_an_error(tmp_path):
     assert list(read_file(written(tmp_path, "rows.json", ""))) == []
 
 
-def test_csv_loses_no_row_in_a_quote(tmp_path):
+def test_malformed_csv_rows_are_skipped_and_unclosed_quotes_refused(tmp_path):
     content = 'prompt,n\na,1\n"b"x,2\n\nc\nd,3,4\n'
     wanted = [{"prompt": "a", "n": "1"}, UNREADABLE, {"prompt": "c", "n": None}, UNREADABLE]
     assert list(read_file(written(tmp_path, "rows.csv", content))) == wanted
@@ -61,14 +61,14 @@ def test_csv_loses_no_row_in_a_quote(tmp_path):
         list(read_file(written(tmp_path, "rows.csv", "n,n\na,1\n")))
 
 
-def test_lines_of_csv_may_end_with_carriage_returns(tmp_path):
+def test_csv_accepts_carriage_return_line_ends(tmp_path):
     rows = [{"a": "1", "b": "x\r2"}, {"a": "3", "b": "y"}]
     for end in ("\r", "\r\n", "\n"):
         content = end.join(["a,b", '1,"x\r2"', "3,y", ""])
         assert list(read_file(written(tmp_path, "rows.csv", content.encode()))) == rows
 
 
-def test_broken_utf8_is_kept_apart_from_what_it_is_not(tmp_path):
+def test_only_invalid_utf8_bytes_become_surrogates(tmp_path):
     assert list(read_file(written(tmp_path, "rows.csv", b"\xef\xbb\xbfprompt\na\xff\n"))) == [{"prompt": "a\udcff"}]
     assert list(read_file(written(tmp_path, "t.txt", b"\xef\xbb\xbfa\xff\n\nb"))) == [
         {"text": "a\udcff"},
@@ -76,7 +76,7 @@ def test_broken_utf8_is_kept_apart_from_what_it_is_not(tmp_path):
     ]
 
 
-def test_parquet_loses_the_broken_rows_alone(tmp_path):
+def test_only_undecodable_parquet_rows_are_lost(tmp_path):
     texts = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
     assert list(read_file(tmp_path / "rows.parquet")) == [{"text": "a"}, UNREADABLE, {"text": "c"}]
@@ -110,7 +110,7 @@ def test_compressed_files_are_read(tmp_path, suffix, pack):
         list(read_file(written(tmp_path, f"rows.jsonl{suffix}", cut[: len(cut) // 2])))
 
 
-def test_suffixes_in_capitals_and_tables_of_every_kind(tmp_path):
+def test_uppercase_suffixes_and_all_arrow_formats_are_read(tmp_path):
     table = pyarrow.table({"a": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "part-0")  # without a suffix
     pyarrow.feather.write_feather(table, tmp_path / "rows.feather")
@@ -129,7 +129,7 @@ def test_suffixes_in_capitals_and_tables_of_every_kind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_rows_over_several_lines_are_read(tmp_path, name):
+def test_pretty_printed_json_rows_are_read(tmp_path, name):
     pretty = "\n".join(json.dumps(row, indent=2) for row in ROWS)
     assert list(read_file(written(tmp_path, name, pretty))) == ROWS
     assert list(read_file(written(tmp_path, name, json.dumps(ROWS, indent=2)))) == ROWS
@@ -137,7 +137,7 @@ def test_rows_over_several_lines_are_read(tmp_path, name):
         list(read_file(written(tmp_path, name, pretty + '\n{"a": \n')))
 
 
-def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
+def test_null_arguments_filled_in_by_arrow_are_removed(tmp_path):
     calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2}}]
     rows = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -149,7 +149,7 @@ LONG = 1000
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "pretty.jsonl", "rows.jsonl.gz", "rows.json.xz"])
-def test_rows_beyond_the_bound_are_counted_and_the_others_kept(tmp_path, name):
+def test_oversized_rows_are_counted_and_skipped(tmp_path, name):
     rows = [{"a": "x"}, {"a": "y" * LONG}, {"a": ["z" * (LONG // 2)] * 2}, {"a": "v" * (LONG - 20)}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     whole = json.dumps(rows, indent=1)
@@ -178,7 +178,7 @@ def test_a_huge_line_is_not_kept_in_memory(tmp_path):
 
 @pytest.mark.parametrize("dictionary", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_table_of_repeated_texts_is_unpacked_row_by_row(tmp_path, nested, dictionary):
+def test_dictionary_encoded_tables_are_decoded_row_by_row(tmp_path, nested, dictionary):
     texts = ["short", "w" * LONG, "short", None, "v" * (LONG // 2)] * 60
     column = [[{"role": "user", "content": text}] for text in texts] if nested else texts
     table = pyarrow.table({"prompt": column, "n": list(range(300))})
@@ -190,7 +190,7 @@ def test_a_table_of_repeated_texts_is_unpacked_row_by_row(tmp_path, nested, dict
     assert found[0] == whole[0] and found[3] == whole[3] and found[4] == whole[4]
 
 
-def test_a_small_parquet_that_unpacks_to_gigabytes_takes_little_memory(tmp_path):
+def test_a_parquet_decompression_bomb_takes_little_memory(tmp_path):
     text = "w" * (1 << 20)
     repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 4000, pyarrow.int32()), [text])
     file = tmp_path / "bomb.parquet"
@@ -206,7 +206,7 @@ def test_a_small_parquet_that_unpacks_to_gigabytes_takes_little_memory(tmp_path)
     assert 900 < count <= 1024
 
 
-def test_compressed_files_that_are_read_whole_have_a_bound(tmp_path, monkeypatch):
+def test_compressed_files_have_a_decompressed_size_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LARGEST_UNPACKED", 5_000_000)
     for name in ("rows.json", "rows.txt", "rows.parquet"):
         file = written(tmp_path, f"{name}.gz", gzip.compress(b"[" + b" " * 6_000_000 + b"]"))
@@ -214,7 +214,7 @@ def test_compressed_files_that_are_read_whole_have_a_bound(tmp_path, monkeypatch
             list(read_file(file))
 
 
-def test_memory_that_a_file_exhausts_is_said_of_the_file(tmp_path, monkeypatch):
+def test_a_memory_error_names_the_file(tmp_path, monkeypatch):
     def exhausted(*_):
         raise MemoryError
 
@@ -223,13 +223,13 @@ def test_memory_that_a_file_exhausts_is_said_of_the_file(tmp_path, monkeypatch):
         list(read_file(written(tmp_path, "rows.json", "[1]")))
 
 
-def test_a_csv_row_beyond_the_bound_is_an_error_that_names_its_line(tmp_path):
+def test_an_oversized_csv_row_is_refused_with_its_line(tmp_path):
     for content in ("a,n\nx,1\n" + "y" * LONG + ",2\n", "a,n\nx,1\n" + '"' + "y\n" * LONG):
         with refused("row-too-large", "rows.csv: the row on line 3", "max_row_bytes"):
             list(read_file(written(tmp_path, "rows.csv", content), LONG))
 
 
-def test_pipes_and_devices_are_refused_by_name_and_left_out_of_globs(tmp_path):
+def test_pipes_and_devices_are_refused_and_skipped_in_globs(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to("/dev/zero")
     for name in ("a.jsonl", "b.jsonl"):

@@ -49,7 +49,7 @@ HH = "\n\nHuman: {}\n\nAssistant: {}"
         ),
     ],
 )
-def test_demonstrations(row, wanted):
+def test_demonstration_formats_are_read(row, wanted):
     found = demonstration(row)
     assert (found.prompt, found.completions) == wanted
 
@@ -89,7 +89,7 @@ def test_demonstrations(row, wanted):
         ({"prompt": "p", "completion_1": "a", "completion_2": "b", "labels": [2, 1, 2]}, ("p", ["b", "a"], [0, 1])),
     ],
 )
-def test_preferences(row, wanted):
+def test_preference_formats_are_read(row, wanted):
     found = preference(row)
     assert (found.prompt, found.completions, found.ranks) == wanted
 
@@ -98,7 +98,7 @@ def test_preferences(row, wanted):
     ("votes", "share"),
     [("tie", 0.5), (0, 0.5), ("2", 1.0), (1.0, 1.0), ([0, 0, 0], 0.5), ([1, 1, 0, 0], 0.75), ([2, 2, 1, 2], 0.75)],
 )
-def test_votes_on_two_completions(votes, share):
+def test_votes_on_two_completions_become_a_soft_label(votes, share):
     row = {
         "prompt": "p",
         "completion_1": "a",
@@ -108,7 +108,7 @@ def test_votes_on_two_completions(votes, share):
     assert preference(row).target == share
 
 
-def test_labels_of_a_pair():
+def test_labels_of_a_pair_are_read():
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     found = preference({**row, "preference": 0.7, "margin": "1.5", "weight": 2, "source": "s"})
     assert (found.target, found.margin, found.weight, found.columns) == (0.7, 1.5, 2.0, {"source": "s"})
@@ -132,12 +132,12 @@ def test_labels_of_a_pair():
         ({"input": "p", "output": "c"}, ("p", {"output": "c"})),
     ],
 )
-def test_prompts(row, wanted):
+def test_prompt_formats_are_read(row, wanted):
     found = prompt(row)
     assert (found.prompt, found.columns, found.completions) == (*wanted, [])
 
 
-def test_plain_text_can_be_made_a_conversation():
+def test_as_chat_wraps_plain_text_in_a_user_turn():
     found = preference({"prompt": "p", "chosen": "c", "rejected": "r"}, as_chat=True)
     assert (found.prompt, found.completions) == ([user("p")], ["c", "r"])
     assert prompt({"prompt": "p"}, as_chat=True).prompt == [user("p")]
@@ -202,14 +202,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("read", "row", "reason"), REFUSED)
-def test_refused_rows_say_why(read, row, reason):
+def test_refused_rows_have_a_reason(read, row, reason):
     with pytest.raises(RowRefused) as refusal:
         read(row)
     assert refusal.value.code == reason
     assert reason in REASONS
 
 
-def test_misnamed_columns_are_named_with_the_nearest_right_one():
+def test_misnamed_columns_are_refused_with_the_nearest_name():
     with pytest.raises(ValueError) as error:
         check_columns(["promt", "choosen", "rejected", "id"], PREFERENCE_FORMS, "pairs.jsonl")
     said = str(error.value)

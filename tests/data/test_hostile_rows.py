@@ -17,7 +17,7 @@ SMALL = {name: make() for name, make in TOKENIZERS.items()}
 
 
 @pytest.mark.parametrize("seed", [2, 3])
-def test_no_row_is_lost(tmp_path, seed):
+def test_every_fuzzed_row_is_kept_or_counted_as_dropped(tmp_path, seed):
     found = fuzz(400, seed, SMALL, tmp_path, long=0.0)
     assert found["wrong"] == []
     for count in found["counts"].values():
@@ -25,7 +25,7 @@ def test_no_row_is_lost(tmp_path, seed):
     assert set(found["reasons"]) <= set(REASONS)
 
 
-def test_the_drill_finds_contents_that_are_taken_for_control(tmp_path, monkeypatch):
+def test_the_fuzzer_detects_content_encoded_as_control_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "_as_written", lambda *_: True)
     assert any("a content speaks for another" in line for line in fuzz(200, 2, SMALL, tmp_path, long=0.0)["wrong"])
 
@@ -56,12 +56,12 @@ PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
         (demonstration, {"prompt": b"p", "completion": "c"}, "empty_prompt"),
     ],
 )
-def test_refused_rows_say_why(read, row, reason):
+def test_refused_rows_have_a_reason(read, row, reason):
     with pytest.raises(RowRefused) as refusal:
         read_row(row, read)
     assert refusal.value.code == reason
 
 
-def test_ranks_may_be_any_numbers():
+def test_ranks_may_be_arbitrarily_large_integers():
     found = read_row({"prompt": "p", "completions": ["a", "b"], "ranks": [10**400, -(10**400)]}, preference)
     assert (found.completions, found.ranks) == (["b", "a"], [0, 1])

@@ -57,7 +57,7 @@ def trainer(folder: Any, **changes: Any) -> L.Trainer:
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(2, 0), (4, 0), (6, 0), (6, 1)])
-def test_a_run_resumes_at_the_very_next_step(cache, write_rows, tmp_path, stop, workers):
+def test_a_resumed_loader_continues_at_the_next_step(cache, write_rows, tmp_path, stop, workers):
     source = write_rows(SOURCE)
     data = lambda: SFTDataModule(source, batch_size=4, num_workers=workers)
     whole = Watcher()
@@ -74,7 +74,7 @@ def test_a_run_resumes_at_the_very_next_step(cache, write_rows, tmp_path, stop, 
     assert resumed.seen == whole.seen[stop:]
 
 
-def test_other_data_is_not_resumed(cache, write_rows, tmp_path):
+def test_resuming_with_other_data_is_refused(cache, write_rows, tmp_path):
     source = write_rows(SOURCE)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer(tmp_path, callbacks=[saving]).fit(Watcher(2), datamodule=SFTDataModule(source, batch_size=4))
@@ -84,7 +84,7 @@ def test_other_data_is_not_resumed(cache, write_rows, tmp_path):
         )
 
 
-def test_validation_runs_over_the_rows_held_out(cache, write_rows, tmp_path):
+def test_validation_covers_the_held_out_rows(cache, write_rows, tmp_path):
     module = Watcher()
     data = SFTDataModule(write_rows(SOURCE), batch_size=4, eval_rows=5, eval_batch_size=2)
     trainer(tmp_path, max_epochs=2).fit(module, datamodule=data)
@@ -98,7 +98,7 @@ def test_without_held_out_rows_there_is_no_validation(cache, write_rows, tmp_pat
     assert module.validated == []
 
 
-def test_lightning_puts_no_sampler_into_the_loader(cache, write_rows, tmp_path, monkeypatch):
+def test_lightning_does_not_replace_the_sampler(cache, write_rows, tmp_path, monkeypatch):
     run = trainer(tmp_path, max_epochs=1)
     monkeypatch.setattr(type(run._accelerator_connector), "is_distributed", property(lambda _: True))
     run.fit(Watcher(), datamodule=SFTDataModule(write_rows(SOURCE), batch_size=4))
@@ -117,7 +117,7 @@ def test_lightning_puts_no_sampler_into_the_loader(cache, write_rows, tmp_path, 
         (PromptDataModule, DemonstrationBatch, "gives a PromptBatch; use SFTDataModule"),
     ],
 )
-def test_a_wrong_partner_is_named(cache, write_rows, tmp_path, data, batch_type, message):
+def test_a_datamodule_of_the_wrong_kind_is_refused(cache, write_rows, tmp_path, data, batch_type, message):
     module = Watcher()
     module.__class__ = type("Taker", (Watcher,), {"data_needs": DataNeeds(batch_type)})
     with refused("wrong-datamodule", message):
@@ -128,7 +128,7 @@ PAIRS = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(3)]
 
 
 @pytest.mark.parametrize(("has_policy", "kind"), [(True, PromptBatch), (False, RankedBatch)])
-def test_policies_predict_on_prompts_and_others_on_completions(cache, write_rows, tmp_path, has_policy, kind):
+def test_policies_predict_from_prompts_and_scorers_from_completions(cache, write_rows, tmp_path, has_policy, kind):
     found = []
 
     class Predictor(Watcher):
@@ -141,7 +141,7 @@ def test_policies_predict_on_prompts_and_others_on_completions(cache, write_rows
     assert [type(batch) for batch in found] == [kind]
 
 
-def test_any_policy_may_answer_prompts(cache, write_rows, tmp_path):
+def test_any_policy_can_predict_from_prompts(cache, write_rows, tmp_path):
     found = []
 
     class Predictor(Watcher):
@@ -152,7 +152,7 @@ def test_any_policy_may_answer_prompts(cache, write_rows, tmp_path):
     assert found == ["a", "b"]
 
 
-def test_modules_choose_pairs_or_groups(cache, write_rows, tmp_path):
+def test_the_module_selects_pair_or_group_batches(cache, write_rows, tmp_path):
     kinds = []
 
     class Taker(Watcher):
@@ -165,13 +165,13 @@ def test_modules_choose_pairs_or_groups(cache, write_rows, tmp_path):
     assert kinds == [RankedBatch]
 
 
-def test_without_a_trainer_the_tokenizer_is_set_by_hand(write_rows):
+def test_without_a_trainer_a_tokenizer_must_be_set(write_rows):
     with refused("no-tokenizer-set", "set its attribute tokenizer"):
         SFTDataModule(write_rows(SOURCE)).prepare_data()
 
 
 @pytest.mark.parametrize("data", [SFTDataModule, PreferenceDataModule, PromptDataModule])
-def test_the_command_line_knows_every_argument(data):
+def test_every_argument_is_on_the_command_line(data):
     """All arguments of the base class are offered, documented, and read from plain YAML."""
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(data, "data")

@@ -26,7 +26,7 @@ def ids(tensors):
     return [tensor.tolist() for tensor in tensors]
 
 
-def test_pairs_by_value(ready, write_rows):
+def test_pair_batch_has_the_expected_ids(ready, write_rows):
     step, batch = only_batch(ready(PreferenceDataModule(write_rows(PAIRS))))
     assert isinstance(batch, PreferenceBatch)
     assert ids(batch.sequences.prompts) == [spell("p:"), spell("q:")]  # longest pair first
@@ -40,7 +40,7 @@ def test_pairs_by_value(ready, write_rows):
     assert (step.rows, step.tokens) == (2, 6 + 3 + 5 + 4)
 
 
-def test_a_pair_is_a_group_of_two(ready, write_rows):
+def test_a_pair_becomes_a_group_of_two(ready, write_rows):
     step, batch = only_batch(ready(PreferenceDataModule(write_rows(PAIRS)), batch_type=RankedBatch))
     assert isinstance(batch, RankedBatch)
     assert ids(batch.sequences.completions) == [
@@ -52,7 +52,7 @@ def test_a_pair_is_a_group_of_two(ready, write_rows):
     assert (step.rows, step.tokens) == (2, 18)
 
 
-def test_a_ranked_list_is_one_group(ready, write_rows):
+def test_a_ranked_list_becomes_one_group(ready, write_rows):
     step, batch = only_batch(ready(PreferenceDataModule(write_rows([LIST])), batch_type=RankedBatch))
     assert ids(batch.sequences.completions) == [spell("1", EOS), spell("22", EOS), spell("333", EOS)]
     assert (batch.sequences.parents, batch.ranks.tolist()) == ((0, 0, 0), [0, 1, 1])
@@ -60,7 +60,7 @@ def test_a_ranked_list_is_one_group(ready, write_rows):
     assert (step.rows, step.tokens) == (1, 2 + 3 + 4)
 
 
-def test_a_ranked_list_is_all_its_untied_pairs(ready, write_rows):
+def test_a_ranked_list_becomes_its_untied_pairs(ready, write_rows):
     rows = [LIST, {"prompt": "m:", "completions": ["a", "b", "c", "d"]}]
     data = ready(PreferenceDataModule(write_rows(rows), shuffle=False, batch_size=1))
     found = []
@@ -81,18 +81,18 @@ def test_both_sides_share_the_truncated_prompt(ready, write_rows):
     assert ids(batch.sequences.completions) == [spell("s", EOS), spell("tttt")]
 
 
-def test_pairs_that_truncation_makes_equal_are_dropped(ready, write_rows):
+def test_pairs_made_equal_by_truncation_are_dropped(ready, write_rows):
     rows = [{"prompt": "uv", "chosen": "s" * 20, "rejected": "s" * 30}, *PAIRS]
     data = ready(PreferenceDataModule(write_rows(rows), max_length=8))
     assert data.report.dropped == {"identical_after_truncation": 1} and data.report.kept == 2
 
 
-def test_equal_pairs_alone_are_an_error(ready, write_rows):
+def test_data_of_only_equal_pairs_is_refused(ready, write_rows):
     with refused("no-usable-rows", "1 identical_completions", "chosen equals rejected"):
         ready(PreferenceDataModule(write_rows([{"prompt": "p", "chosen": "c", "rejected": "c"}])))
 
 
-def test_a_token_budget_counts_both_sides(ready, write_rows):
+def test_the_token_budget_counts_both_sides(ready, write_rows):
     rows = [{"prompt": "p:", "chosen": "x" * n, "rejected": "y"} for n in (7, 3, 3, 1)]
     data = ready(PreferenceDataModule(write_rows(rows), max_tokens=24, batch_size=4))
     (step,) = data.train_dataloader()
@@ -101,7 +101,7 @@ def test_a_token_budget_counts_both_sides(ready, write_rows):
     assert sorted(sizes, reverse=True) == [[8, 2], [4, 4, 2, 2], [2, 2]]
 
 
-def test_prompts_of_the_rows_held_out_are_predicted_by_a_policy(ready, write_rows):
+def test_a_policy_predicts_the_held_out_prompts(ready, write_rows):
     data = ready(PreferenceDataModule(write_rows(PAIRS), eval_source=write_rows([LIST], "eval.jsonl")))
     (step,) = data.predict_dataloader()
     (batch,) = step.micro_batches
@@ -110,7 +110,7 @@ def test_prompts_of_the_rows_held_out_are_predicted_by_a_policy(ready, write_row
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["oasst_pref_train", "hh_harmless_test", "truthfulqa_pref", "gsm8k_solution_pref"])
-def test_real_pairs_are_kept_whole(ready, shared_data, smollm2, name):
+def test_real_pairs_are_not_truncated(ready, shared_data, smollm2, name):
     file = shared_data(f"{name}.jsonl")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     data = ready(PreferenceDataModule(str(file), max_length=None, batch_size=32, shuffle=False), tokenizer=smollm2)

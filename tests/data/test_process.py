@@ -29,7 +29,7 @@ def test_steps_end_with_the_separator_and_the_last_with_the_end_token(ready, wri
     torch.testing.assert_close(batch.labels[0], torch.tensor([1.0, 0.25, 0.0]))
 
 
-def test_steps_are_encoded_apart(ready, write_rows):
+def test_steps_are_encoded_separately(ready, write_rows):
     """The vocabulary has a token "bc"; b and c of two adjacent steps must never become that token."""
     row = {"prompt": "p", "completions": ["ab", "cd"], "labels": [1, 0]}
     data = ready(ProcessDataModule(write_rows([row])))
@@ -39,7 +39,7 @@ def test_steps_are_encoded_apart(ready, write_rows):
     assert ends(batch) == [2, 5]
 
 
-def test_in_a_chat_the_last_step_ends_with_the_turn(ready, write_rows):
+def test_in_a_chat_the_last_step_ends_with_the_end_of_turn(ready, write_rows):
     row = {**ROW, "prompt": [{"role": "user", "content": "p"}]}
     (batch,) = batches(ready(ProcessDataModule(write_rows([row]))))
     assert batch.sequences.prompts[0].tolist() == spell(USER, "\np", END, "\n", ASSISTANT, "\n")
@@ -52,7 +52,7 @@ def test_in_a_chat_the_last_step_ends_with_the_turn(ready, write_rows):
     assert plain.sequences.completions[0].equal(chat.sequences.completions[0])
 
 
-def test_a_step_that_says_a_control_token_does_not_end_the_turn(ready, write_rows):
+def test_a_step_that_spells_a_control_token_stays_text(ready, write_rows):
     row = {"prompt": [{"role": "user", "content": "p"}], "completions": ["a<|end|>", "b"], "labels": [1, 0]}
     (batch,) = batches(ready(ProcessDataModule(write_rows([row]))))
     ids = batch.sequences.completions[0].tolist()
@@ -60,7 +60,7 @@ def test_a_step_that_says_a_control_token_does_not_end_the_turn(ready, write_row
     assert ends(batch) == [8, 10]
 
 
-def test_a_template_that_strips_is_followed(ready, write_rows):
+def test_steps_are_stripped_as_the_template_strips(ready, write_rows):
     tokenizer = make_tiny_tokenizer(
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] | trim) + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -70,13 +70,13 @@ def test_a_template_that_strips_is_followed(ready, write_rows):
     assert batch.sequences.completions[0].tolist() == spell("a \nb", END)
 
 
-def test_a_separator_that_is_there_already_is_not_doubled(ready, write_rows):
+def test_an_existing_separator_is_not_doubled(ready, write_rows):
     row = {"prompt": "p", "completions": ["ab\n", "e\n"], "labels": [1, 1]}
     (batch,) = batches(ready(ProcessDataModule(write_rows([row]))))
     assert batch.sequences.completions[0].tolist() == spell("ab\ne", EOS)
 
 
-def test_the_module_says_the_separator_and_the_cache_knows(ready, write_rows):
+def test_the_module_sets_the_separator_and_the_cache_depends_on_it(ready, write_rows):
     class Separate(ProcessDataModule):
         needs = DataNeeds(step_separator="; ")
 
@@ -88,7 +88,7 @@ def test_the_module_says_the_separator_and_the_cache_knows(ready, write_rows):
     assert ends(other) == [3, 7, 9]
 
 
-def test_truncation_takes_the_steps_that_it_cuts(ready, write_rows):
+def test_truncated_steps_are_removed(ready, write_rows):
     data = ready(ProcessDataModule(write_rows([ROW]), max_length=6))
     (batch,) = batches(data)
     assert batch.sequences.completions[0].tolist() == spell("ab\ncd")
@@ -96,7 +96,7 @@ def test_truncation_takes_the_steps_that_it_cuts(ready, write_rows):
     assert data.report.truncated == {"completion": 1}
 
 
-def test_steps_that_nobody_judged_are_read_and_not_learned(ready, write_rows):
+def test_unlabelled_steps_are_context_and_not_supervised(ready, write_rows):
     rows = [{**ROW, "labels": [None, True, None]}, {**ROW, "labels": [None, None, None]}]
     data = ready(ProcessDataModule(write_rows(rows)))
     (batch,) = batches(data)
@@ -104,7 +104,7 @@ def test_steps_that_nobody_judged_are_read_and_not_learned(ready, write_rows):
     assert data.report.dropped == {"nothing_supervised": 1}
 
 
-def test_a_step_counts_its_judged_steps_over_all_micro_batches_and_ranks(ready, write_rows):
+def test_labelled_steps_are_counted_over_all_micro_batches_and_ranks(ready, write_rows):
     rows = [{**ROW, "prompt": f"p{i}", "labels": [1, None if i % 2 else 0, 1]} for i in range(6)]
     found = []
     for rank in range(2):
@@ -129,7 +129,7 @@ def test_a_step_counts_its_judged_steps_over_all_micro_batches_and_ranks(ready, 
         ({"prompt": ""}, "empty_prompt"),
     ],
 )
-def test_refused_rows_say_why(change, reason):
+def test_refused_rows_have_a_reason(change, reason):
     with pytest.raises(RowRefused) as refusal:
         process({**ROW, **change})
     assert refusal.value.code == reason
@@ -141,7 +141,7 @@ def test_dropped_rows_are_counted(ready, write_rows):
     assert data.report.dropped == {"bad_step_labels": 1, "missing_columns": 1}
 
 
-def test_steps_that_a_template_wrote_keep_their_control_tokens(ready, write_rows):
+def test_rendered_steps_keep_their_control_tokens(ready, write_rows):
     row = {"prompt": "<|user|>p<|end|>", "completions": ["a<|end|>", "b"], "labels": [1, 0]}
     (batch,) = batches(ready(ProcessDataModule(write_rows([row]), rendered=True)))
     assert batch.sequences.prompts[0].tolist() == spell(USER, "p", END)

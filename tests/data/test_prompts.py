@@ -21,7 +21,7 @@ def episodes(batch):
     return dict(zip(batch.episodes.tolist(), batch.texts, strict=True))
 
 
-def test_a_rollout_by_value(ready, write_rows):
+def test_rollout_batch_has_the_expected_ids(ready, write_rows):
     rows = [
         {"prompt": [{"role": "user", "content": "q"}], "answer": "4", "level": 2},
         {"prompt": "p:", "answer": "5", "completions": ["not", "handed", "on"]},
@@ -37,7 +37,7 @@ def test_a_rollout_by_value(ready, write_rows):
     assert (step.rows, step.tokens, batch.pretraining) == (4, 0, None)
 
 
-def test_episodes_are_numbered_through_the_run_alike_on_any_ranks(ready, write_rows):
+def test_episode_numbers_do_not_depend_on_the_ranks(ready, write_rows):
     source = write_rows(rows(10))
     settings = {"batch_size": 8, "samples_per_prompt": 2, "rollouts": 3}
     alone = ready(PromptDataModule(source, **settings))
@@ -54,7 +54,7 @@ def test_episodes_are_numbered_through_the_run_alike_on_any_ranks(ready, write_r
     assert numbers == list(range(2 * 3 * 8))
 
 
-def test_prompts_are_taken_in_turn_from_pass_after_pass(ready, write_rows):
+def test_every_pass_takes_every_prompt_once(ready, write_rows):
     data = ready(PromptDataModule(write_rows(rows(5)), batch_size=3))
     assert data.steps_per_epoch == 2, "one pass, and full rollouts"
     taken = [text for epoch in range(5) for batch in rollouts(data, epoch) for text in batch.texts]
@@ -64,7 +64,7 @@ def test_prompts_are_taken_in_turn_from_pass_after_pass(ready, write_rows):
     assert len({tuple(one) for one in passes}) > 3, "each pass has an order of its own"
 
 
-def test_prompts_of_longer_rows(ready, write_rows):
+def test_prompts_are_taken_from_pairs_and_conversations(ready, write_rows):
     rows = [
         {"prompt": "a", "chosen": "x", "rejected": "y"},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]},
@@ -75,13 +75,13 @@ def test_prompts_of_longer_rows(ready, write_rows):
     assert batch.columns == {"chosen": ["x", None], "rejected": ["y", None]}
 
 
-def test_long_prompts_keep_their_end(ready, write_rows):
+def test_long_prompts_are_truncated_at_the_start(ready, write_rows):
     data = ready(PromptDataModule(write_rows([{"prompt": "uvwxyz"}]), batch_size=1, max_prompt_length=4))
     assert rollouts(data)[0].prompts[0].tolist() == spell("wxyz")
     assert data.report.truncated == {"prompt": 1}
 
 
-def test_held_out_prompts_have_one_sample(ready, write_rows):
+def test_held_out_prompts_are_sampled_once(ready, write_rows):
     data = ready(
         PromptDataModule(write_rows(rows(9)), batch_size=4, samples_per_prompt=4, eval_rows=3, eval_batch_size=2)
     )
@@ -95,7 +95,7 @@ def test_held_out_prompts_have_one_sample(ready, write_rows):
     assert isinstance(list(share.val_dataloader())[1].micro_batches[0], PromptBatch)
 
 
-def test_pretraining_text_is_mixed_in(ready, write_rows):
+def test_pretraining_text_is_added_to_the_batch(ready, write_rows):
     more = write_rows([{"text": f"t{i}"} for i in range(6)], "more.jsonl")
     settings = {"batch_size": 2, "pretraining_source": more, "pretraining_batch_size": 4, "rollouts": 3}
     source = write_rows(rows(4))
@@ -123,12 +123,12 @@ def test_pretraining_text_is_mixed_in(ready, write_rows):
         ({"pretraining_batch_size": 0}, "setting-out-of-range", "pretraining_batch_size is 0: it must be at least 1"),
     ],
 )
-def test_wrong_sizes_are_refused(changes, code, message):
+def test_invalid_sizes_are_refused(changes, code, message):
     with refused(code, message):
         PromptDataModule("x.jsonl", **changes)
 
 
-def test_ranks_that_cannot_share_a_rollout_are_refused(ready, write_rows):
+def test_a_rollout_that_ranks_cannot_split_is_refused(ready, write_rows):
     with refused("uneven-split", "3 ranks cannot share the 4 prompts of a rollout evenly", "a multiple of 3"):
         ready(PromptDataModule(write_rows(rows(4)), batch_size=8, samples_per_prompt=2), 0, 3)
 
@@ -144,7 +144,7 @@ class Chosen(PromptDataModule):
         return self.named
 
 
-def test_rows_are_chosen_when_a_rollout_begins(ready, write_rows):
+def test_rows_are_chosen_at_the_start_of_a_rollout(ready, write_rows):
     source = write_rows(rows(6))
     settings = {"batch_size": 4, "samples_per_prompt": 2, "rollouts": 3}
     data = ready(Chosen(source, **settings))
@@ -171,7 +171,7 @@ def test_rows_are_chosen_when_a_rollout_begins(ready, write_rows):
 
 
 @pytest.mark.parametrize("named", [[1], [1, 6], [-1, 1], [0.5, 1.0], [[1, 3]]])
-def test_wrong_choices_of_rows_are_refused(ready, write_rows, named):
+def test_invalid_row_choices_are_refused(ready, write_rows, named):
     data = ready(Chosen(write_rows(rows(6)), batch_size=2))
     data.named = named
     with refused("chosen-rows", "2 row numbers"):
@@ -186,12 +186,12 @@ def test_held_out_rows_cannot_be_chosen(ready, write_rows):
 
 
 @pytest.mark.parametrize("changes", [{"num_workers": 1}, {"streaming": True, "rollouts": 2}])
-def test_rows_cannot_be_chosen_ahead(ready, write_rows, changes):
+def test_choosing_rows_with_worker_processes_is_refused(ready, write_rows, changes):
     with refused("rows-chosen-ahead", "num_workers"):
         ready(Chosen(write_rows(rows(6)), batch_size=2, **changes)).train_dataloader()
 
 
-def test_a_train_prefix_stands_before_training_prompts_alone(ready, write_rows, tmp_path):
+def test_train_prefix_is_added_only_to_training_prompts(ready, write_rows, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "q"}]}, {"prompt": "p:"},
             {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "r"}]}]  # fmt: skip
     file = write_rows(rows)

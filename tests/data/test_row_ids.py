@@ -15,7 +15,7 @@ def steps_of(data, epoch=0):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_rows_of_a_step(ready, write_rows, tiny_tokenizer, ranks):
+def test_row_ids_cover_every_row_and_agree_over_ranks(ready, write_rows, tiny_tokenizer, ranks):
     source = write_rows(ROWS)
     shares = [steps_of(ready(SFTDataModule(source, batch_size=4), rank, ranks)) for rank in range(ranks)]
     assert sorted(row for step in shares[0] for row in step.row_ids) == list(range(len(KEPT)))
@@ -31,7 +31,7 @@ def test_the_rows_of_a_step(ready, write_rows, tiny_tokenizer, ranks):
         assert sorted(named) == sorted(next(one for one in named if one in text) for text in texts)
 
 
-def test_a_prompt_is_named_once_however_often_it_is_answered(ready, write_rows):
+def test_row_ids_name_a_prompt_once_for_all_its_samples(ready, write_rows):
     data = ready(PromptDataModule(write_rows(ROWS), batch_size=6, samples_per_prompt=3))
     for step in steps_of(data):
         (batch,) = step.micro_batches
@@ -39,6 +39,6 @@ def test_a_prompt_is_named_once_however_often_it_is_answered(ready, write_rows):
         assert [ROWS[row]["prompt"] for row in step.row_ids for _ in range(3)] == list(batch.texts)
 
 
-def test_a_stream_numbers_nothing(ready, write_rows):
+def test_streams_have_no_row_ids(ready, write_rows):
     data = ready(SFTDataModule(write_rows(ROWS), batch_size=4, streaming=True, steps_per_epoch=2))
     assert [step.row_ids for step in steps_of(data)] == [(), ()]

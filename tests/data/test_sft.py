@@ -35,7 +35,7 @@ def prompts_of(step):
     return [tokenizer.decode(ids) for batch in step.micro_batches for ids in batch.sequences.prompts]
 
 
-def test_a_batch_by_value(ready, write_rows):
+def test_sft_batch_has_the_expected_ids(ready, write_rows):
     source = write_rows([
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "weight": 2},
         {"prompt": "p:", "completion": " c"},
@@ -59,7 +59,7 @@ def test_a_batch_by_value(ready, write_rows):
     assert (step.rows, step.tokens) == (3, 2 + 3 + 3)
 
 
-def test_masks_of_a_conversation(ready, write_rows):
+def test_only_assistant_turns_are_supervised(ready, write_rows):
     turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "bd")]
     source = write_rows([{"messages": [{"role": role, "content": said} for role, said in turns]}])
     (step,) = steps(ready(SFTDataModule(source)))
@@ -68,7 +68,7 @@ def test_masks_of_a_conversation(ready, write_rows):
     assert step.tokens == 5
 
 
-def test_every_row_once_an_epoch_and_the_same_steps_on_any_ranks(ready, write_rows):
+def test_an_epoch_has_every_row_once_for_any_ranks(ready, write_rows):
     source = write_rows(rows(23))
     alone = ready(SFTDataModule(source, batch_size=6))
     assert alone.steps_per_epoch == 4
@@ -85,7 +85,7 @@ def test_every_row_once_an_epoch_and_the_same_steps_on_any_ranks(ready, write_ro
     assert both[0].fingerprint == both[1].fingerprint == alone.fingerprint, "a resume may change ranks and cuts"
 
 
-def test_rows_in_file_order(ready, write_rows):
+def test_without_shuffle_rows_keep_file_order(ready, write_rows):
     data = ready(SFTDataModule(write_rows(rows(6)), batch_size=2, shuffle=False, rows=5))
     assert [set(prompts_of(step)) for step in steps(data)] == [{"p0:", "p1:"}, {"p2:", "p3:"}, {"p4:"}]
 
@@ -103,7 +103,7 @@ def test_held_out_rows_share_no_prompt_with_the_others(ready, write_rows):
     assert set(other.held_out) != set(data.held_out)
 
 
-def test_evaluation_from_a_source_of_its_own(ready, write_rows):
+def test_eval_source_is_used_for_validation(ready, write_rows):
     data = ready(SFTDataModule(write_rows(rows(4)), eval_source=write_rows(rows(2), "eval.jsonl"), eval_batch_size=1))
     assert [prompts_of(step) for step in data.val_dataloader()] == [["p0:"], ["p1:"]]
     assert [prompts_of(step) for step in data.test_dataloader()] == [["p0:"], ["p1:"]]
@@ -111,18 +111,18 @@ def test_evaluation_from_a_source_of_its_own(ready, write_rows):
     assert step.rows == 4
 
 
-def test_without_rows_to_evaluate_there_is_no_loader(ready, write_rows):
+def test_without_evaluation_rows_there_is_no_loader(ready, write_rows):
     assert ready(SFTDataModule(write_rows(rows(4)))).val_dataloader() == []
 
 
-def test_prompts_to_predict(ready, write_rows):
+def test_prediction_uses_the_held_out_prompts(ready, write_rows):
     data = ready(SFTDataModule(write_rows(rows(3)), eval_batch_size=2))
     first, second = data.predict_dataloader()
     assert first.micro_batches[0].texts == ("p0:", "p1:") and second.micro_batches[0].texts == ("p2:",)
     assert second.micro_batches[0].episodes.tolist() == [2]
 
 
-def test_mixtures_are_seen_by_weight(ready, write_rows):
+def test_mixtures_are_sampled_by_weight(ready, write_rows):
     first = write_rows([{"prompt": f"a{i}", "completion": "x"} for i in range(10)], "a.jsonl")
     second = write_rows([{"question": f"b{i}", "completion": "x"} for i in range(10)], "b.jsonl")
     mixed = [{"path": first, "weight": 2.5}, {"path": second, "rows": 4, "columns": {"question": "prompt"}}]
@@ -160,7 +160,7 @@ def test_truncated_rows_are_counted(ready, write_rows):
     assert data.report.tokens == 2 + 6 + 4 + 2
 
 
-def test_the_report_is_read_aloud(ready, write_rows, caplog):
+def test_the_data_report_is_logged(ready, write_rows, caplog):
     source = write_rows([*rows(2), {"prompt": "", "completion": "c"}, {"prompt": "p", "completion": None}])
     data = ready(SFTDataModule(source))
     said = data.report.describe("rows")
@@ -191,7 +191,7 @@ def garbage(number):
     return {name: value(1) for name in draw.sample(names, draw.randrange(1, 6))}
 
 
-def test_kept_and_dropped_are_what_was_read(ready, tmp_path):
+def test_kept_and_dropped_rows_sum_to_rows_read(ready, tmp_path):
     file = tmp_path / "rows.jsonl"
     with file.open("wb") as stream:
         for number in range(1500):
@@ -242,7 +242,7 @@ def test_conversations_need_a_template(ready, write_rows):
         ready(SFTDataModule(source), tokenizer=make_tiny_tokenizer(None))
 
 
-def test_turns_that_the_template_refuses_are_counted(ready, write_rows):
+def test_rows_that_the_template_refuses_are_counted(ready, write_rows):
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
     tokenizer = make_tiny_tokenizer(picky + make_tiny_tokenizer().chat_template)
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -280,7 +280,7 @@ def test_contradicting_arguments_are_refused(changes, code, words):
         SFTDataModule("x.jsonl", **changes)
 
 
-def test_rows_cannot_all_be_held_out(ready, write_rows):
+def test_holding_out_all_rows_is_refused(ready, write_rows):
     with refused("no-rows-left", "eval_rows 4 leaves no row to train on: 4 rows of 4 prompts were kept"):
         ready(SFTDataModule(write_rows(rows(4)), eval_rows=4))
 
@@ -292,7 +292,7 @@ def folders(cache):
     return {folder.name for folder in (cache / "rows").iterdir()}
 
 
-def test_rows_are_encoded_once(ready, write_rows, cache, monkeypatch):
+def test_encoded_rows_are_cached(ready, write_rows, cache, monkeypatch):
     source = write_rows(rows(5))
     first = ready(SFTDataModule(source))
     assert len(folders(cache)) == 1
@@ -303,7 +303,7 @@ def test_rows_are_encoded_once(ready, write_rows, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["content", "settings", "template"])
-def test_whatever_changes_the_ids_is_encoded_anew(ready, write_rows, cache, change):
+def test_changes_to_the_encoding_invalidate_the_cache(ready, write_rows, cache, change):
     ready(SFTDataModule(write_rows(rows(5))))
     tokenizer = make_tiny_tokenizer("{{ messages }}") if change == "template" else None
     source = write_rows(rows(6 if change == "content" else 5))
@@ -312,7 +312,7 @@ def test_whatever_changes_the_ids_is_encoded_anew(ready, write_rows, cache, chan
 
 
 @pytest.mark.parametrize("damage", ["ids.npy", "meta.json"])
-def test_a_damaged_cache_is_made_again(ready, write_rows, cache, damage):
+def test_a_damaged_cache_is_rebuilt(ready, write_rows, cache, damage):
     source = write_rows(rows(5))
     ready(SFTDataModule(source))
     (folder,) = (cache / "rows").iterdir()
@@ -324,7 +324,7 @@ def test_a_damaged_cache_is_made_again(ready, write_rows, cache, damage):
     assert not [path for path in (cache / "rows").iterdir() if path.name.startswith(".")]
 
 
-def test_a_folder_that_cannot_be_written_costs_only_time(ready, write_rows, tmp_path):
+def test_an_unwritable_cache_folder_only_warns(ready, write_rows, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.warns(UserWarning, match="encoded rows are not cached"):
@@ -332,7 +332,7 @@ def test_a_folder_that_cannot_be_written_costs_only_time(ready, write_rows, tmp_
     assert len(data.store) == 3
 
 
-def test_nothing_in_the_cache_is_code(ready, write_rows, cache):
+def test_cache_files_need_no_unpickling(ready, write_rows, cache):
     ready(SFTDataModule(write_rows(rows(3))))
     (folder,) = (cache / "rows").iterdir()
     assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
@@ -340,7 +340,7 @@ def test_nothing_in_the_cache_is_code(ready, write_rows, cache):
         np.load(file, allow_pickle=False)
 
 
-def test_text_that_spells_control_tokens_is_encoded_as_it_is_and_said_so(ready, write_rows):
+def test_text_that_spells_control_tokens_stays_text_and_is_reported(ready, write_rows):
     rows = [{"text": "a<|end|>b"}, {"text": "ab"}]
     data = ready(SFTDataModule(write_rows(rows)))
     assert data.store.lengths.tolist() == [len("a<|end|>b") + 1, 3]

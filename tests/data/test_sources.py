@@ -20,33 +20,33 @@ def read(path, **changes):
     return list(read_rows(Source(str(path), **changes)))
 
 
-def test_jsonl(tmp_path):
+def test_jsonl_is_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(lines(ROWS) + "\n", encoding="utf-8")
     assert read(file) == ROWS
     assert read(file, rows=2) == ROWS[:2]
 
 
-def test_lines_that_hold_no_row_are_counted(tmp_path):
+def test_unreadable_lines_are_counted(tmp_path):
     file = tmp_path / "rows.jsonl"
     deep = b"[" * 100_000
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\nnonsense\n"text"\n{"a": "\xff"}\n{"a": \n' + deep + b'\n{"a": 2}')
     assert read(file) == [{"a": 1}, *[UNREADABLE] * 5, {"a": 2}]
 
 
-def test_rows_from_memory_lose_the_one_with_half_a_surrogate_alone(tmp_path):
+def test_only_the_in_memory_row_with_a_lone_surrogate_is_dropped(tmp_path):
     file = as_file([ROWS[0], {"prompt": "\ud83d"}, ROWS[2]], tmp_path)
     assert read(file) == [ROWS[0], UNREADABLE, ROWS[2]]
 
 
 @pytest.mark.parametrize("whole", [ROWS, {"data": ROWS}])
-def test_json(tmp_path, whole):
+def test_json_is_read(tmp_path, whole):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(whole), encoding="utf-8")
     assert read(file) == ROWS
 
 
-def test_json_of_one_row_or_of_lines(tmp_path):
+def test_json_may_be_one_row_or_lines(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"messages": [1, 2]}), encoding="utf-8")
     assert read(file) == [{"messages": [1, 2]}]
@@ -56,13 +56,13 @@ def test_json_of_one_row_or_of_lines(tmp_path):
     assert read(file) == [UNREADABLE, {}]
 
 
-def test_csv(tmp_path):
+def test_csv_is_read(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('prompt,n\n"a, ""b""\nc",1\nx,2,3\n', encoding="utf-8")
     assert read(file) == [{"prompt": 'a, "b"\nc', "n": "1"}, UNREADABLE]
 
 
-def test_parquet_and_saved_datasets(tmp_path):
+def test_parquet_and_saved_datasets_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
     data.to_parquet(str(tmp_path / "rows.parquet"))
@@ -75,13 +75,13 @@ def test_parquet_and_saved_datasets(tmp_path):
         read(tmp_path / "splits")
 
 
-def test_text_files_are_paragraphs(tmp_path):
+def test_text_files_are_split_into_paragraphs(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one\nline\n\n\n\ntwo\n", encoding="utf-8")
     assert read(file) == [{"text": "one\nline"}, {"text": "two"}]
 
 
-def test_a_hub_name_is_loaded_by_its_split(monkeypatch):
+def test_a_hub_dataset_is_loaded_with_its_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -94,7 +94,7 @@ def test_a_hub_name_is_loaded_by_its_split(monkeypatch):
     assert asked == [(("owner/set", "en"), {"split": "test", "streaming": False})]
 
 
-def test_a_hub_that_does_not_answer_is_named(monkeypatch):
+def test_an_unreachable_hub_is_named(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def load(*arguments, **options):
@@ -127,7 +127,7 @@ def test_missing_files_are_named(tmp_path, monkeypatch, path, message):
         files_of(path)
 
 
-def test_sources_as_they_are_written():
+def test_sources_are_parsed():
     assert parse_sources("a") == (Source("a"),)
     assert parse_sources(["a", {"path": "b", "weight": 0.5, "rows": 3}]) == (Source("a"), Source("b", 0.5, 3))
 
@@ -151,12 +151,12 @@ def test_sources_as_they_are_written():
         ({"path": "a", "rows": 0}, "setting-out-of-range", ["rows of a is 0: it must be at least 1"]),
     ],
 )
-def test_wrong_sources_are_refused(source, code, words):
+def test_invalid_sources_are_refused(source, code, words):
     with refused(code, *words):
         parse_sources(source)
 
 
-def test_fingerprints_tell_contents_not_names(tmp_path):
+def test_fingerprints_depend_on_content_and_not_on_file_names(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     (tmp_path / "b.jsonl").write_text("{}\n")
     first = source_fingerprint(Source(str(tmp_path / "a.jsonl")))
@@ -190,7 +190,7 @@ def test_a_folder_gives_the_files_of_one_split_and_format(tmp_path):
     assert [file.parent.name for file in files_of(str(tmp_path / "folders"), "test")] == ["test"]
 
 
-def test_globs_and_files_have_no_splits(tmp_path):
+def test_a_split_of_a_glob_or_file_is_refused(tmp_path):
     for name in ("train.jsonl", "test.jsonl", "a.JSONL"):
         (tmp_path / name).write_text('{"a": 1}\n')
     with refused("mixed-files", "matches files of several splits", "narrow the pattern"):
@@ -210,7 +210,7 @@ def test_globs_and_files_have_no_splits(tmp_path):
         ("train[8:20]", range(8, 10)), ("train[:-50%]", range(5)), ("train[5:2]", range(0)),
     ],
 )  # fmt: skip
-def test_slices_of_splits(tmp_path, split, wanted):
+def test_split_slices_are_read(tmp_path, split, wanted):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "rows.jsonl").write_text(lines([{"n": n} for n in range(10)]))
     assert [row["n"] for row in read(tmp_path / "rows.jsonl", split=split)] == list(wanted)
@@ -220,7 +220,7 @@ def test_slices_of_splits(tmp_path, split, wanted):
     assert (source_fingerprint(Source(str(tmp_path / "rows.jsonl"), split=split)) == whole) == (split == "train")
 
 
-def test_slices_that_are_none_are_refused(tmp_path):
+def test_invalid_slices_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(lines(ROWS))
     with refused("bad-split", "train[1:2:3]", "train[:100]"):
         read(tmp_path / "rows.jsonl", split="train[1:2:3]")

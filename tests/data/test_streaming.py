@@ -54,12 +54,12 @@ def test_each_pass_sees_every_row_once(ready, shards):
     assert len({tuple(seen[start : start + 20]) for start in range(0, 140, 20)}) == 7
 
 
-def test_in_order_a_stream_is_the_file(ready, shards):
+def test_an_unshuffled_stream_keeps_file_order(ready, shards):
     data = stream(ready, shards, batch_size=1, shuffle=False)
     assert [prompts_of(step)[0] for step in data.train_dataloader()] == sorted(USABLE)[:10]
 
 
-def test_steps_are_the_same_on_any_ranks(ready, shards):
+def test_streamed_steps_are_the_same_for_any_ranks(ready, shards):
     alone = list(stream(ready, shards).train_dataloader())
     first, second = (list(stream(ready, shards, rank, 2).train_dataloader()) for rank in (0, 1))
     for one, a, b in zip(alone, first, second, strict=True):
@@ -69,7 +69,7 @@ def test_steps_are_the_same_on_any_ranks(ready, shards):
 
 
 @pytest.mark.parametrize("stop", range(1, 10))
-def test_a_stream_resumes_at_the_very_next_step(ready, shards, stop):
+def test_a_stream_resumes_at_the_next_step(ready, shards, stop):
     whole = [prompts_of(step) for step in stream(ready, shards).train_dataloader()]
     loader = stream(ready, shards).train_dataloader()
     steps = iter(loader)
@@ -83,7 +83,7 @@ def test_a_stream_resumes_at_the_very_next_step(ready, shards, stop):
     assert resumed.report.read == resumed.report.kept + sum(resumed.report.dropped.values()) > 0
 
 
-def test_the_next_epoch_goes_on(ready, shards):
+def test_the_next_epoch_continues_the_stream(ready, shards):
     long = [prompts_of(step) for step in stream(ready, shards, steps_per_epoch=10).train_dataloader()]
     loader = stream(ready, shards, steps_per_epoch=5).train_dataloader()
     found = []
@@ -93,7 +93,7 @@ def test_the_next_epoch_goes_on(ready, shards):
     assert found == long
 
 
-def test_sources_are_drawn_from_by_weight(ready, write_rows):
+def test_sources_are_sampled_by_weight(ready, write_rows):
     first = write_rows([{"prompt": f"a{i}", "completion": "x"} for i in range(9)], "a.jsonl")
     second = write_rows([{"question": f"b{i}", "completion": "x"} for i in range(9)], "b.jsonl")
     mixed = [{"path": first, "weight": 3}, {"path": second, "columns": {"question": "prompt"}}]
@@ -103,7 +103,7 @@ def test_sources_are_drawn_from_by_weight(ready, write_rows):
     assert len(set(seen)) == 18
 
 
-def test_a_hub_set_is_streamed_by_shard(ready, monkeypatch):
+def test_a_hub_dataset_is_streamed_by_shard(ready, monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": f"p{i}", "completion": "x"} for i in range(12)]
     asked = []
@@ -125,7 +125,7 @@ def test_a_hub_set_is_streamed_by_shard(ready, monkeypatch):
     assert [prompts_of(step) for step in resumed] == whole[2:]
 
 
-def test_streamed_pairs_and_prompts(ready, write_rows):
+def test_pairs_and_prompts_can_be_streamed(ready, write_rows):
     source = write_rows([{"prompt": "p", "completions": ["a", "b", "c"]}])
     pairs = ready(PreferenceDataModule(source, batch_size=3, streaming=True, steps_per_epoch=2))
     for step in pairs.train_dataloader():
@@ -140,14 +140,14 @@ def test_streamed_pairs_and_prompts(ready, write_rows):
     assert prompts.steps_per_epoch == 3 and prompts.examples(1)[0][0] == "p"
 
 
-def test_another_stream_is_refused(ready, shards, write_rows):
+def test_resuming_another_stream_is_refused(ready, shards, write_rows):
     state = stream(ready, shards).train_dataloader().state_dict()
     other = stream(ready, write_rows([{"prompt": "p", "completion": "c"}])).train_dataloader()
     with refused("other-data", "written on other data"):
         other.load_state_dict(state)
 
 
-def test_a_stream_says_what_is_wrong_at_once(ready, write_rows):
+def test_invalid_streams_are_refused_at_setup(ready, write_rows):
     with refused("no-accepted-form", "Did you mean 'prompt' by 'promt'"):
         stream(ready, write_rows([{"promt": "p", "completion": "c"}]))
     with refused("no-rows", "is empty: it holds no row"):
@@ -156,6 +156,6 @@ def test_a_stream_says_what_is_wrong_at_once(ready, write_rows):
         stream(ready, write_rows([{"prompt": "", "completion": "c"}]))
 
 
-def test_a_stream_has_no_rows_to_predict(ready, shards):
+def test_predicting_from_a_stream_is_refused(ready, shards):
     with refused("not-with-streaming", "name an eval_source"):
         stream(ready, shards).predict_dataloader()

@@ -26,7 +26,7 @@ def batches(data):
     return [batch for step in data.train_dataloader() for batch in step.micro_batches]
 
 
-def test_rows_by_value(ready, write_rows):
+def test_unpaired_batch_has_the_expected_ids(ready, write_rows):
     (batch,) = batches(ready(UnpairedDataModule(write_rows(ROWS), shuffle=False)))
     assert isinstance(batch, UnpairedBatch) and batch.mismatched is None
     found = {
@@ -37,7 +37,7 @@ def test_rows_by_value(ready, write_rows):
     assert batch.sequences.parents == (0, 1, 2, 3)
 
 
-def test_mismatched_completions_follow_the_prompt_and_fit(ready, write_rows):
+def test_mismatched_completions_belong_to_other_prompts_and_fit_max_length(ready, write_rows):
     (batch,) = batches(ready(Wants(write_rows(ROWS), shuffle=False, max_length=6)))
     own = {tuple(p.tolist()): set() for p in batch.sequences.prompts}
     for parent, ids in zip(batch.sequences.parents, batch.sequences.completions, strict=True):
@@ -50,7 +50,7 @@ def test_mismatched_completions_follow_the_prompt_and_fit(ready, write_rows):
         assert any(tuple(ids.tolist()) == full[: len(ids)] for full in everything - own[tuple(prompt.tolist())])
 
 
-def test_partners_do_not_depend_on_how_steps_are_cut(ready, write_rows):
+def test_mismatched_pairs_do_not_depend_on_batching(ready, write_rows):
     rows = [{"prompt": f"{i}:", "completion": f" {i}", "label": i % 2} for i in range(12)]
 
     def pairs(**changes):
@@ -72,7 +72,7 @@ def test_partners_do_not_depend_on_how_steps_are_cut(ready, write_rows):
 
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.integers(0, 9))
-def test_every_row_gets_another_prompt_s(groups, seed):
+def test_every_row_gets_a_completion_of_another_prompt(groups, seed):
     prompts = np.array(groups)
     rows = np.arange(len(groups))
     if len(set(groups)) == 1:
@@ -94,18 +94,18 @@ def test_with_distinct_prompts_every_completion_is_used_once(count, seed):
     ("label", "good"),
     [(True, True), (1, True), (1.0, True), ("1", True), ("True", True), (False, False), (0, False), (-1, False)],
 )
-def test_labels(label, good):
+def test_good_and_bad_labels_are_read(label, good):
     row = unpaired({"prompt": "p", "completion": "c", "label": label})
     assert row.ranks == [0 if good else 1]
 
 
 @pytest.mark.parametrize("label", [None, 2, 0.5, "good", "", float("nan")])
-def test_other_labels_are_refused(label):
+def test_invalid_labels_are_refused(label):
     with refused("bad_label"):
         unpaired({"prompt": "p", "completion": "c", "label": label})
 
 
-def test_a_conversation_with_a_label(ready, write_rows):
+def test_labelled_conversations_are_read(ready, write_rows):
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     row = unpaired({"messages": turns, "label": -1})
     assert (row.prompt, row.completions, row.ranks) == (turns[:1], [turns[1:]], [1])
@@ -113,6 +113,6 @@ def test_a_conversation_with_a_label(ready, write_rows):
     assert batch.desirable.tolist() == [False]
 
 
-def test_plain_ids(ready, write_rows):
+def test_plain_text_is_encoded_with_eos(ready, write_rows):
     (batch,) = batches(ready(UnpairedDataModule(write_rows(ROWS[:1]))))
     assert batch.sequences.completions[0].tolist() == spell(" good", EOS)

@@ -65,7 +65,7 @@ def test_best_of_n_writes_demonstrations_of_all_turns(policy_folder: str, prompt
     quiet_trainer(limit_train_batches=1, limit_val_batches=0).fit(module, SFTDataModule(str(out), batch_size=2))
 
 
-def test_chat_shows_the_replies(policy_folder: str) -> None:
+def test_chat_prints_environment_replies(policy_folder: str) -> None:
     policy, tokenizer = SamplingArguments().load(policy_folder)
     talk = Conversation(policy, tokenizer, SamplingSettings(5), engine=ManyEnds(), rules=MultiTurn(Talks(), 3, None))
     shown = "".join("".join(talk.answer(f"w{word}")) for word in range(20, 26))
@@ -73,7 +73,7 @@ def test_chat_shows_the_replies(policy_folder: str) -> None:
     assert [turn["role"] for turn in talk.turns[:2]] == ["user", "assistant"]
 
 
-def test_sample_tables_and_predictions_hold_the_conversation(policy_folder: str, prompts: str) -> None:
+def test_sample_tables_and_predictions_contain_the_conversation(policy_folder: str, prompts: str) -> None:
     module = GRPOModule(
         init_from=policy_folder, scorer="ZeroScorer", engine=ManyEnds(), max_new_tokens=5, kl_coef=0.0, seed=1
     )
@@ -87,7 +87,7 @@ def test_sample_tables_and_predictions_hold_the_conversation(policy_folder: str,
     assert found is not None and len([row for part in found for row in part]) == 4
 
 
-def test_show_prints_the_first_prompt_of_an_environment(
+def test_rlhf_show_prints_the_first_prompt_of_an_environment(
     policy_folder: str, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["show", prompts, "--tokenizer", policy_folder, "--rows", "1"]

@@ -34,7 +34,7 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the answer is 7", False), ("3*(x+1)**2", False), ("a few words (as said)", True),
     ],
 )  # fmt: skip
-def test_answers_that_may_run_code_reach_no_verifier(answer: str, refused_: bool) -> None:
+def test_answers_that_may_run_code_are_not_passed_to_verifiers(answer: str, refused_: bool) -> None:
     assert may_run_code(answer) == refused_
 
 
@@ -43,7 +43,7 @@ class TestWithThePackage:
     def installed(self) -> None:
         pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (the extra gym)")
 
-    def test_rows_are_those_of_the_task(self) -> None:
+    def test_rows_equal_those_of_the_task(self) -> None:
         import reasoning_gym
 
         rows = reasoning_rows(f"reasoning_gym:{SPEC}")
@@ -68,7 +68,7 @@ class TestWithThePackage:
         assert reward(right) == reward(f"<answer>1</answer> no, <answer> {right} </answer>") == 1.0
         assert reward("nothing") < 1.0
 
-    def test_wrong_tasks_are_refused(self) -> None:
+    def test_invalid_tasks_are_refused(self) -> None:
         with refused("wrong-task", "no_such_task"):
             reasoning_rows("reasoning_gym:no_such_task")
         with refused("wrong-task", "chain_sum"):
@@ -89,7 +89,7 @@ class TestWithThePackage:
         assert module.rollouts == 2
 
     @pytest.mark.parametrize("task", ["leg_counting", "word_sorting", "countdown", "simple_equations", "maze"])
-    def test_any_task_is_data_and_environment(self, task: str) -> None:
+    def test_any_task_works_as_data_and_environment(self, task: str) -> None:
         rows, environment = reasoning_rows(f"{task}?size=3"), ReasoningGym()
         json.dumps(rows)
         for row in rows:

@@ -55,7 +55,7 @@ def state(folder: Path, name: str) -> dict[str, Any]:
         pytest.param([25 + 3 * number % 20 for number in range(20)], 30, marks=pytest.mark.drill, id="twenty"),
     ],
 )
-def test_a_run_killed_within_episodes_ends_in_the_same_bits(tmp_path: Path, kills: list[int], rollouts: int) -> None:
+def test_a_run_killed_within_episodes_resumes_bit_identically(tmp_path: Path, kills: list[int], rollouts: int) -> None:
     """The process dies at its 25th reply or later, in its second rollout or later."""
     save_policy(tmp_path / "policy")
     rows = [{"prompt": f"w{10 + number} w{20 + number}"} for number in range(8)]

@@ -40,7 +40,7 @@ def weather(city: str, unit: Literal["C", "F"] = "C", days: int | None = None, t
     return f"{city}: 7 {unit}"
 
 
-def test_a_description_comes_from_signature_and_docstring() -> None:
+def test_tool_descriptions_come_from_signature_and_docstring() -> None:
     assert description_of(weather)["function"] == {
         "name": "weather",
         "description": "Tell the weather of a city.",
@@ -58,7 +58,7 @@ def test_a_description_comes_from_signature_and_docstring() -> None:
     assert description_of(LookupTable({"a": 1}, "ages", "Look up an age."))["function"]["name"] == "ages"
 
 
-def test_what_the_policy_could_not_know_is_refused() -> None:
+def test_tools_without_docstring_or_types_are_refused() -> None:
     with refused("tool-undescribed", "no docstring"):
         description_of(lambda x: x)
 
@@ -90,11 +90,11 @@ ADD = Call("add", {"a": 1, "b": "x"})
         ('{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "x"}}}', ""),
     ],
 )
-def test_calls_are_read_in_the_formats_that_templates_write(text: str, before: str) -> None:
+def test_tool_calls_are_read_in_every_template_format(text: str, before: str) -> None:
     assert calls_in(text) == (before, [ADD])
 
 
-def test_a_format_reads_no_other_and_text_without_a_call_is_none() -> None:
+def test_a_format_reads_only_its_own_calls() -> None:
     assert calls_in('call: add(a=1, b="x")', "hermes")[1] == []
     for text in ("the sum is 3", "{1, 2}", "we call: it", "", "<think>call: f()</think> 3"):
         assert calls_in(text) == (text, [])
@@ -125,7 +125,7 @@ def test_a_format_reads_no_other_and_text_without_a_call_is_none() -> None:
         *(f"{start}{' ' * 200_000}x" for start in ("<tool_call>", "[TOOL_CALLS]f")),
     ],
 )
-def test_a_broken_call_is_said(text: str) -> None:
+def test_a_malformed_call_raises_a_call_error(text: str) -> None:
     with pytest.raises(CallError):
         calls_in(text)
 
@@ -141,7 +141,7 @@ def test_a_broken_call_is_said(text: str) -> None:
         ("4 / 2", "2"),
     ],
 )
-def test_the_calculator_computes(expression: str, value: str) -> None:
+def test_the_calculator_evaluates_expressions(expression: str, value: str) -> None:
     assert calculator(expression) == value
 
 
@@ -166,7 +166,7 @@ def test_the_calculator_computes(expression: str, value: str) -> None:
         "0**-1",
     ],
 )
-def test_the_calculator_refuses_everything_else(expression: str) -> None:
+def test_the_calculator_refuses_other_expressions(expression: str) -> None:
     with pytest.raises(ValueError, match=r"^[\w'(]"):
         calculator(expression)
 
@@ -175,7 +175,7 @@ def episode(text: str, turn: int = 0) -> Episode:
     return Episode({}, [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}], [], [], 3, turn)
 
 
-def test_wrong_calls_are_answered_and_rewarded() -> None:
+def test_invalid_calls_get_a_reply_and_a_penalty() -> None:
     tools = ToolEnvironment([calculator, LookupTable({"a": 1})], reward={"call": 0.1, "wrong": -0.2})
     told = {
         'call: calculator(expression="1+1")': ("2", 0.1),
@@ -192,7 +192,7 @@ def test_wrong_calls_are_answered_and_rewarded() -> None:
     assert tools.reply(episode("it is 2")).done and tools.reply(episode("it is 2")).reward == 0.0
 
 
-def test_a_template_without_tools_gets_them_in_the_system_turn(tiny_tokenizer: Any) -> None:
+def test_without_template_support_tools_are_listed_in_the_system_turn(tiny_tokenizer: Any) -> None:
     tools = ToolEnvironment([calculator], call_format="plain", system="Be exact.", describe="system")
     turns: Any = tools.reset({"prompt": "1 + 1?"})
     assert [turn["role"] for turn in turns] == ["system", "user"] and "tools" not in turns[0]
@@ -205,7 +205,7 @@ def test_a_template_without_tools_gets_them_in_the_system_turn(tiny_tokenizer: A
         ToolEnvironment([calculator], describe="both")  # type: ignore[arg-type]
 
 
-def test_tools_that_return_what_cannot_be_written_are_answered() -> None:
+def test_tool_results_that_are_not_json_get_an_error_reply() -> None:
     def odd(kind: str) -> object:
         """Return something.
 
@@ -222,12 +222,12 @@ def test_tools_that_return_what_cannot_be_written_are_answered() -> None:
         assert not works and text.startswith("error: odd: ") and text.encode()
 
 
-def test_a_long_result_is_cut() -> None:
+def test_a_long_tool_result_is_truncated() -> None:
     tools = ToolEnvironment([LookupTable({"a": "x" * 9000})])
     assert len(tools.reply(episode('call: lookup(key="a")')).messages[0]["content"]) == 4000
 
 
-def test_tools_reach_the_first_prompt() -> None:
+def test_tools_are_in_the_first_prompt() -> None:
     tools = ToolEnvironment(["calculator"], system="Use tools.")
     first, second = tools.reset({"prompt": "1 + 1?"})  # type: ignore[misc]
     assert first["role"] == "system" and first["tools"] == tools.descriptions  # type: ignore[index]
@@ -237,7 +237,7 @@ def test_tools_reach_the_first_prompt() -> None:
     assert [tool["function"]["name"] for tool in only["tools"]] == ["weather", "calculator"]  # type: ignore[index]
 
 
-def test_a_conversation_over_tokens() -> None:
+def test_tool_turns_are_rendered_as_the_template_renders_them() -> None:
     tokenizer = make_tiny_tokenizer(TOOLS)
     rules = conversing({"class_path": "ToolEnvironment", "init_args": {"tools": ["calculator"]}}, max_turns=3)
     prompt = rules.environment.reset({"prompt": "2 * 3?"})
@@ -261,7 +261,7 @@ def test_a_conversation_over_tokens() -> None:
 
 
 @pytest.mark.parametrize("reward", ["turn", "final"])
-def test_the_game_tells_and_pays(reward: Any) -> None:
+def test_the_guessing_game_replies_and_rewards(reward: Any) -> None:
     game, row = GuessTheNumber(16, reward=reward), {"secret": 11, "prompt": "guess"}
     messages: list[Message] = [{"role": "user", "content": "guess"}]
     heard, paid = [], []
@@ -306,7 +306,7 @@ def lost(a: "Missing") -> str:  # type: ignore[name-defined]  # noqa: F821
     ("tool", "words"),
     [(many, "*numbers"), (placed, "named arguments"), (handles, "pathlib.Path"), (lost, "no readable signature")],
 )
-def test_arguments_that_a_call_cannot_give_are_refused(tool: Any, words: str) -> None:
+def test_tool_arguments_without_a_json_type_are_refused(tool: Any, words: str) -> None:
     with refused("tool-undescribed", words):
         ToolEnvironment([tool])
 
@@ -327,7 +327,7 @@ def leaves() -> str:
     raise SystemExit(0)
 
 
-def test_async_tools_are_awaited_and_one_that_exits_is_an_error() -> None:
+def test_async_tools_are_awaited_and_sys_exit_is_an_error() -> None:
     environment = ToolEnvironment([later, leaves])
     assert environment.call(Call("later", {}), {}) == (True, "3")
 
@@ -351,12 +351,12 @@ def test_async_tools_are_awaited_and_one_that_exits_is_an_error() -> None:
         ({"d": "y"}, False),
     ],
 )
-def test_arguments_of_another_type_are_told(arguments: dict[str, Any], works: bool) -> None:
+def test_arguments_of_the_wrong_type_get_an_error_reply(arguments: dict[str, Any], works: bool) -> None:
     (worked, text) = ToolEnvironment([typed]).call(Call("typed", arguments), {})
     assert worked == works and text.startswith("error: typed: ") != works
 
 
-def test_a_row_without_its_table_is_named() -> None:
+def test_a_row_without_its_table_is_refused() -> None:
     environment = ToolEnvironment([LookupTable(name="price", about="Look up.", column="prices")])
     for row in ({"answer": 1}, {"prices": None}):
         with refused("missing-data-column", "prices"):
@@ -384,7 +384,7 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize("reply", WRONG, ids=repr)
-def test_replies_of_wrong_types_are_refused_in_a_sentence(reply: Any) -> None:
+def test_replies_of_the_wrong_type_are_refused(reply: Any) -> None:
     turns = Turns(MultiTurn(Replies(reply), 3), make_tiny_tokenizer(), ["Hi"], {}, [0])
     with pytest.raises(ContractError) as found:
         turns.replies([0], [[10, END]], [True])
@@ -392,12 +392,12 @@ def test_replies_of_wrong_types_are_refused_in_a_sentence(reply: Any) -> None:
 
 
 @pytest.mark.parametrize("reply", WRONG[:12], ids=repr)
-def test_a_tolerant_environment_drops_episodes_with_such_replies(reply: Any) -> None:
+def test_on_fault_drop_drops_episodes_with_invalid_replies(reply: Any) -> None:
     tolerant = FaultTolerantEnvironment(Replies(reply), on_fault="drop")
     assert tolerant.reply(Episode({}, [], [11], [True], 0)) is None
 
 
-def test_environments_that_exit_or_reply_to_nothing_are_named() -> None:
+def test_environments_that_exit_or_return_no_reply_are_refused() -> None:
     class Exits(Replies):
         def reply(self, episode: Episode) -> Any:
             raise SystemExit(0)

@@ -33,14 +33,14 @@ def test_distinct_ngrams_by_hand():
     assert math.isnan(distinct_ngrams(["a"], 2))
 
 
-def test_summary_counts_what_is_not_scored_and_estimates_pass_at_k():
+def test_the_summary_counts_unscored_completions_and_estimates_pass_at_k():
     found = summary(rows([1.0, 0.0, None, 1.0]), samples=2, correct=1.0)
     assert found["score"]["mean"] == pytest.approx(2 / 3) and found["score"]["missing"] == 1
     assert found["pass@1"]["mean"] == 0.5 and found["pass@2"]["mean"] == 1.0
     assert found["kl"]["mean"] == 0.5 and found["prompts"] == 2 and found["unique"] == 1.0
 
 
-def test_a_planted_win_rate_is_found_and_a_planted_even_match_is_not():
+def test_only_a_true_win_rate_difference_is_significant():
     rng, found = np.random.default_rng(0), {0.5: 0, 0.7: 0}
     for rate in found:
         for number in range(100):
@@ -51,7 +51,7 @@ def test_a_planted_win_rate_is_found_and_a_planted_even_match_is_not():
     assert found[0.7] >= stats.binom.ppf(0.0005, 100, 0.97)
 
 
-def test_the_controlled_win_rate_takes_out_a_judge_that_likes_length():
+def test_the_length_controlled_win_rate_removes_length_bias():
     rng = np.random.default_rng(0)
     lengths = rng.normal(2, 1, 2000)
     odds = 2 * np.tanh(lengths / lengths.std())
@@ -60,7 +60,7 @@ def test_the_controlled_win_rate_takes_out_a_judge_that_likes_length():
     assert found.length_bias == pytest.approx(2, abs=0.5)
 
 
-def test_verdicts_by_score_are_paired_and_missing_scores_are_left_out():
+def test_verdicts_by_score_are_paired_and_skip_missing_scores():
     better, base = rows([1.0, 2.0, None, 3.0]), rows([0.0, 2.0, 1.0, 4.0])
     verdicts = score_verdicts(better, base)
     assert verdicts[:2] == [1.0, 0.5] and math.isnan(verdicts[2]) and verdicts[3] == 0.0
@@ -70,7 +70,7 @@ def test_verdicts_by_score_are_paired_and_missing_scores_are_left_out():
         win_rates([math.nan], [0], [0])
 
 
-def test_a_judge_sees_both_orders_and_its_position_bias_makes_ties():
+def test_a_position_biased_judge_gives_ties():
     gold = {"good": 1.0, "bad": 0.0, "fair": 0.55, "plain": 0.5}
     ours, base = rows([0] * 3, ["good", "fair", "bad"]), rows([0] * 3, ["bad", "plain", "bad"])
     fair = ask_judge(SimulatedJudge(lambda prompt, text: gold[text]), ours, base)
@@ -80,5 +80,5 @@ def test_a_judge_sees_both_orders_and_its_position_bias_makes_ties():
     assert biased.verdicts == [1.0, 0.5, 0.5] and biased.consistency == 0.5 and biased.position_bias > 0.1
 
 
-def test_a_page_escapes_what_it_makes_breakable():
+def test_line_break_hints_do_not_break_html_escaping():
     assert breakable("runs/a_b <i>&amp;") == "runs/<wbr>a_<wbr>b &lt;i&gt;&amp;amp;"

@@ -26,7 +26,7 @@ def arms(rng, gap, seeds=5, spread=1.0):
     return dict(enumerate(first)), dict(enumerate(second + gap))
 
 
-def test_seeds_find_a_planted_difference_with_the_power_of_theory_and_a_planted_zero_at_5_percent():
+def test_the_test_over_seeds_has_its_nominal_power_and_level():
     rng = np.random.default_rng(0)
     for gap in (0.0, 2.0):
         centre = gap * math.sqrt(5)
@@ -38,7 +38,7 @@ def test_seeds_find_a_planted_difference_with_the_power_of_theory_and_a_planted_
         assert all((test.p < 0.05) == (test.low > 0 or test.high < 0) for test in tests)
 
 
-def test_prompts_find_a_planted_difference_and_the_interval_covers_it():
+def test_the_test_over_prompts_finds_a_difference_and_its_interval_covers_it():
     rng = np.random.default_rng(1)
     for gap, rate in ((0.0, 0.05), (0.4, stats.norm.sf(1.96 - 0.4 * 8) + stats.norm.cdf(-1.96 - 0.4 * 8))):
         tests = [clustered_difference(rng.normal(gap, 1, 64), seed=number, draws=500) for number in range(COMPARISONS)]
@@ -46,7 +46,7 @@ def test_prompts_find_a_planted_difference_and_the_interval_covers_it():
         assert sum(test.low <= gap <= test.high for test in tests) > 0.9 * COMPARISONS
 
 
-def test_samples_of_one_prompt_are_not_independent():
+def test_samples_of_one_prompt_are_treated_as_one_cluster():
     rng = np.random.default_rng(2)
     wrong = right = 0
     for number in range(COMPARISONS):
@@ -58,7 +58,7 @@ def test_samples_of_one_prompt_are_not_independent():
     assert wrong > 0.2 * COMPARISONS
 
 
-def test_mcnemar_keeps_its_level_and_finds_a_planted_difference():
+def test_mcnemar_has_its_nominal_level_and_finds_a_difference():
     rng = np.random.default_rng(3)
     zero = planted = 0
     for _ in range(COMPARISONS):
@@ -71,7 +71,7 @@ def test_mcnemar_keeps_its_level_and_finds_a_planted_difference():
     assert mcnemar([False] * 5, [True] * 5) == pytest.approx(2 / 32)
 
 
-def test_holm_controls_the_error_of_all_arms_together():
+def test_holm_controls_the_family_wise_error_rate():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, math.nan, 0.02])[0] == 0.5 and math.isnan(holm([0.5, math.nan])[1])
     rng = np.random.default_rng(4)

@@ -10,7 +10,7 @@ from rlhf_lightning.functional.selection import disagreement, farthest_first, pr
 LOG3 = math.log(3.0)  # this margin makes one side three times as likely
 
 
-def test_probabilities_of_a_list_are_those_of_its_pairs():
+def test_list_probabilities_equal_pair_probabilities():
     found = preference_probabilities(torch.tensor([[LOG3, 0.0, 0.0]]))
     torch.testing.assert_close(found, torch.tensor([[0.75, 0.75, 0.5]]))
 
@@ -30,7 +30,7 @@ def test_disagreement_by_hand():
     assert disagreement(torch.tensor([[3.0, 1.0], [2.0, 0.0]])) == 0, "only differences of scores count"
 
 
-def test_neither_depends_on_which_completion_comes_first():
+def test_uncertainty_and_disagreement_do_not_depend_on_order():
     scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     for value in (uncertainty, disagreement):
         torch.testing.assert_close(value(scores), value(scores.flip(1)))
@@ -45,7 +45,7 @@ def test_farthest_first_by_hand():
     assert farthest_first(points[:0], points).tolist() == []
 
 
-def test_the_order_goes_on_where_it_was_broken_off():
+def test_farthest_first_can_be_continued():
     points = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
     whole = farthest_first(points, torch.empty(0, 5))
     taken, left = whole[:12], torch.tensor(sorted(set(range(30)) - set(whole[:12].tolist())))

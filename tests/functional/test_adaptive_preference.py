@@ -67,7 +67,7 @@ def ld_dpo_token_weights(chosen, rejected, alpha):
     return torch.autograd.grad(torch.stack(module.implicit_reward(given)).sum(), grids)
 
 
-def test_ld_dpo_discounts_what_only_the_longer_completion_has():
+def test_ld_dpo_discounts_only_the_excess_tokens_of_the_longer_completion():
     chosen = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
     rejected = torch.tensor([[True, True, False, False], [True] * 3 + [False], [True] + [False] * 3])
     chosen_weights, rejected_weights = ld_dpo_token_weights(chosen, rejected, alpha=0.5)

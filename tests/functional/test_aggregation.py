@@ -96,7 +96,7 @@ def test_padding_and_micro_batches_change_neither_value_nor_gradient(name, seed,
 
 
 @aggregations
-def test_a_fully_masked_row_weighs_nothing_and_a_fully_masked_batch_gives_zero(name):
+def test_fully_masked_rows_have_weight_zero_and_fully_masked_batches_loss_zero(name):
     mask = torch.tensor([[True, True], [False, False]])
     losses = torch.tensor([[1.0, 3.0], [float("nan"), float("nan")]])
     expected = {"token_mean": 2.0, "sequence_mean_token_mean": 2.0, "sequence_mean_token_sum": 4.0, "constant": 4 / 16}

@@ -19,18 +19,18 @@ EXAMPLE = [
 
 
 @pytest.mark.parametrize(("metric", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
-def test_the_papers_example(metric, alpha):
+def test_krippendorffs_published_example(metric, alpha):
     assert float(krippendorff_alpha(torch.tensor(EXAMPLE), metric)) == pytest.approx(alpha, abs=5e-4)
 
 
-def test_two_observers_by_hand():
+def test_alpha_of_two_annotators_by_hand():
     """Ten units, three disagreements: D_o = 6 / 20; 15 values 0 and 5 values 1: D_e = 2 * 15 * 5 / (20 * 19)."""
     first, second = [0] * 6 + [1, 1, 0, 1], [0] * 6 + [0, 0, 1, 1]
     expected = 1 - (6 / 20) / (2 * 15 * 5 / (20 * 19))
     assert float(krippendorff_alpha(torch.tensor([first, second], dtype=torch.float64))) == pytest.approx(expected)
 
 
-def test_the_limits_of_alpha():
+def test_alpha_is_1_for_full_agreement_and_nan_if_undefined():
     same = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     assert float(krippendorff_alpha(same)) == 1
     assert float(krippendorff_alpha(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))) < 0
@@ -38,7 +38,7 @@ def test_the_limits_of_alpha():
     assert math.isnan(float(krippendorff_alpha(torch.ones(2, 3)))), "nothing that could differ"
 
 
-def test_order_of_annotators_and_empty_units_change_nothing():
+def test_alpha_ignores_annotator_order_and_empty_units():
     table = torch.tensor(EXAMPLE)
     more = torch.cat([table.flip(0), torch.full((4, 2), NAN)], -1)
     assert torch.allclose(krippendorff_alpha(more, "ordinal"), krippendorff_alpha(table, "ordinal"))
@@ -54,7 +54,7 @@ def simulated(seed, pairs=400, rates=(0.9, 0.85, 0.8, 0.5, 0.5)):
     return difference, gold, first, torch.where(right, first, 1 - first)
 
 
-def test_reliabilities_are_what_the_annotators_were_made_to_be():
+def test_simulated_reliabilities_are_recovered():
     _, _, first, votes = simulated(0, pairs=4000)
     rates, better = annotator_reliability(votes)
     assert rates.tolist() == pytest.approx([0.9, 0.85, 0.8, 0.5, 0.5], abs=0.03)
@@ -62,7 +62,7 @@ def test_reliabilities_are_what_the_annotators_were_made_to_be():
     assert ((better > 0.5) == first.bool()).double().mean() > ((mean > 0.5) == first.bool()).double().mean() + 0.02
 
 
-def test_ties_and_missing_votes_say_nothing():
+def test_ties_and_missing_votes_carry_no_information():
     _, _, _, votes = simulated(1)
     silent = torch.cat([votes, torch.full((1, votes.shape[1]), NAN), torch.full((1, votes.shape[1]), 0.5)])
     rates, better = annotator_reliability(silent)

@@ -63,7 +63,7 @@ centred = pytest.mark.parametrize("name", CENTRED)
 @centred
 @property_test
 @given(seed=seeds, size=st.integers(2, 5))
-def test_advantages_sum_to_zero_in_every_group_and_forget_a_constant(name, seed, size):
+def test_group_advantages_sum_to_zero_and_ignore_a_constant(name, seed, size):
     scores, group = normal(seed, 3 * size), torch.arange(3).repeat(size)
     advantages = CENTRED[name](scores, group)
     sums = torch.zeros(3, dtype=torch.float64).index_add(0, group, advantages)
@@ -78,7 +78,7 @@ def test_equal_scores_give_exactly_zero(name):
 
 
 @centred
-def test_an_unscorable_sample_is_out_of_the_baseline_and_gets_zero(name):
+def test_an_unscored_sample_has_advantage_zero_and_does_not_enter_the_baseline(name):
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     scores = torch.tensor([1.0, float("nan"), 0.0, 2.0, 2.5, float("nan")], dtype=torch.float64)
     found, kept = CENTRED[name](scores, group), ~scores.isnan()
@@ -89,7 +89,7 @@ def test_an_unscorable_sample_is_out_of_the_baseline_and_gets_zero(name):
 
 
 @centred
-def test_a_sample_without_siblings_gets_zero(name):
+def test_a_group_of_one_has_advantage_zero(name):
     assert CENTRED[name](torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0, 1, 1]))[0].item() == 0
 
 
@@ -103,7 +103,7 @@ def test_leave_one_out_is_score_minus_the_mean_of_the_others(seed, size):
     torch.testing.assert_close(found, size / (size - 1) * group_mean_advantages(scores, group))
 
 
-def test_deviations_of_groups():
+def test_group_standard_deviations_by_hand():
     scores, group = torch.tensor([0.0, 2.0, 10.0, 14.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     torch.testing.assert_close(group_deviation(scores, group), torch.tensor([2, 2, 8, 8]).double().sqrt())
     torch.testing.assert_close(group_deviation(scores, group, unbiased=False), torch.tensor([1, 1, 2, 2]).double())

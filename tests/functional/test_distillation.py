@@ -62,7 +62,7 @@ def test_divergences_are_zero_between_equals_and_positive_otherwise(seed, beta, 
 
 @property_test
 @given(seed=seeds, beta=st.floats(0.01, 0.99))
-def test_exchanging_student_and_teacher(seed, beta):
+def test_exchanging_student_and_teacher_reverses_the_divergence(seed, beta):
     student, teacher = normal(seed, 4), normal(seed + 1, 4)
     torch.testing.assert_close(generalized_jsd(student, teacher, beta), generalized_jsd(teacher, student, 1 - beta))
     torch.testing.assert_close(forward_kl(student, teacher), reverse_kl(teacher, student))
@@ -96,7 +96,7 @@ def test_advantages_are_zero_under_the_mask_and_carry_no_gradient():
     assert not found.requires_grad
 
 
-def test_all_but_the_student_s_likeliest_ids_count_as_one():
+def test_tokens_outside_the_students_top_k_form_one_class():
     student, teacher = top_k_and_rest(torch.tensor([1.0, 0.0, -1.0, 3.0]), torch.tensor([2.0, 0.0, 0.0, 1.0]), 2)
     p, q = (torch.tensor(logits).softmax(-1) for logits in ([1.0, 0.0, -1.0, 3.0], [2.0, 0.0, 0.0, 1.0]))
     torch.testing.assert_close(student.exp(), torch.stack([p[3], p[0], p[1] + p[2]]))
@@ -116,7 +116,7 @@ def test_fewer_classes_bound_the_divergence_from_below(seed, beta, k, temperatur
     assert slope.isfinite().all() and slope.sum(-1).abs().max() < 1e-9
 
 
-def test_tokens_that_neither_model_can_say_add_nothing():
+def test_tokens_with_probability_zero_in_both_models_add_nothing():
     student, teacher = torch.tensor([1.0, 0.0, -torch.inf]), torch.tensor([0.0, 2.0, -torch.inf])
     for divergence in (forward_kl, reverse_kl, generalized_jsd):
         torch.testing.assert_close(divergence(student, teacher), divergence(student[:2], teacher[:2]))
@@ -124,14 +124,14 @@ def test_tokens_that_neither_model_can_say_add_nothing():
         assert slope.isfinite().all()
 
 
-def test_a_padded_vocabulary_is_cut_to_the_common_size():
+def test_padded_vocabularies_are_sliced_to_the_common_size():
     student, teacher = common_vocabulary(torch.zeros(2, 5), torch.ones(2, 4))
     assert student.shape == teacher.shape == (2, 4)
     with refused("shape-mismatch", "student_logits (2, 5), teacher_logits (2, 4)"):
         forward_kl(torch.zeros(2, 5), torch.zeros(2, 4))
 
 
-def test_agreement_compares_the_likeliest_ids():
+def test_agreement_compares_argmax_tokens():
     student, teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 4.0], [4.0, 5.0]])
     assert top1_agreement(student, teacher).tolist() == [1.0, 0.0]
 
@@ -141,7 +141,7 @@ def test_beta_outside_the_unit_interval_is_refused():
         generalized_jsd(torch.zeros(3), torch.zeros(3), 1.5)
 
 
-def test_the_head_s_logits_by_hand():
+def test_lm_head_logits_by_hand():
     hidden, weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.5, 1.0]]), torch.tensor([0.0, -0.5])
     torch.testing.assert_close(head_logits(hidden, weight, bias), torch.tensor([[1.0, 2.0]]))
     torch.testing.assert_close(head_logits(hidden, weight, bias, scale=0.5), torch.tensor([[0.5, 1.0]]))
@@ -183,7 +183,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_tokens):
     assert sum(calls) == 7
 
 
-def test_what_comes_after_the_loss_is_not_computed_again():
+def test_metrics_after_the_loss_are_not_recomputed_in_backward():
     leaf, after = normal(0, 4, 3).requires_grad_(), []
 
     def function(h):
@@ -197,6 +197,6 @@ def test_what_comes_after_the_loss_is_not_computed_again():
     torch.testing.assert_close(leaf.grad, 2 * leaf.detach())
 
 
-def test_no_tokens_make_no_values():
+def test_empty_input_gives_empty_output():
     found = chunked_over_tokens(lambda h: {"loss": h.sum(-1)}, torch.zeros(0, 3))
     assert found["loss"].shape == (0,)

@@ -169,7 +169,7 @@ def token_gradient(module: Any, logprobs: PolicyLogprobs, aggregated: bool = Tru
 @paired
 @property_test
 @given(seed=seeds, **pads)
-def test_pads_on_either_side_change_no_preference_loss(kind: type, seed: int, left: int, right: int):
+def test_padding_does_not_change_preference_losses(kind: type, seed: int, left: int, right: int):
     given = pairs(seed, kind)
     torch.testing.assert_close(of_pairs(kind, padded(given, left, right)), of_pairs(kind, given))
 
@@ -177,7 +177,7 @@ def test_pads_on_either_side_change_no_preference_loss(kind: type, seed: int, le
 @unpaired
 @property_test
 @given(seed=seeds, **pads)
-def test_pads_on_either_side_change_no_loss_of_a_judged_row(kind: type, seed: int, left: int, right: int):
+def test_padding_does_not_change_unpaired_losses(kind: type, seed: int, left: int, right: int):
     given, module = judged(seed), unloaded(kind)
     found, expected = (as_loss(module.unpaired_loss(g)).values for g in (padded(given, left, right), given))
     torch.testing.assert_close(found, expected)
@@ -185,7 +185,7 @@ def test_pads_on_either_side_change_no_loss_of_a_judged_row(kind: type, seed: in
 
 @property_test
 @given(seed=seeds, **pads)
-def test_pads_on_either_side_change_no_token_loss(seed: int, left: int, right: int):
+def test_padding_does_not_change_token_losses(seed: int, left: int, right: int):
     mask = right_padded_mask(seed, 4, 5)
     given = TokenLogprobs(grid(seed, mask), mask, torch.ones(4, dtype=torch.float64))
     found = unloaded(SFTModule).token_loss(padded(given, left, right))
@@ -196,7 +196,7 @@ def test_pads_on_either_side_change_no_token_loss(seed: int, left: int, right: i
 @sampled
 @property_test
 @given(seed=seeds, **pads)
-def test_pads_on_either_side_change_no_reward_advantage_or_gradient(kind: type, seed: int, left: int, right: int):
+def test_padding_does_not_change_rewards_advantages_or_gradients(kind: type, seed: int, left: int, right: int):
     module, drawn = sampler(kind), rollout(seed)
     wide, inside = padded(drawn, left, right), slice(left, left + 5)
     torch.testing.assert_close(module.shape_rewards(wide)[:, inside], module.shape_rewards(drawn))
@@ -213,7 +213,7 @@ def test_pads_on_either_side_change_no_reward_advantage_or_gradient(kind: type, 
 @pytest.mark.parametrize("kind", [kind for kind in PAIRED if not kind.batch_coupled], ids=lambda kind: kind.__name__)
 @property_test
 @given(seed=seeds, cut=st.integers(1, 3))
-def test_a_cut_step_has_the_gradient_of_the_whole(kind: type, seed: int, cut: int):
+def test_micro_batches_do_not_change_the_gradient_of_a_step(kind: type, seed: int, cut: int):
     given = pairs(seed, kind)
 
     def slopes(*parts: slice) -> tuple[Tensor, ...]:
@@ -228,7 +228,7 @@ def test_a_cut_step_has_the_gradient_of_the_whole(kind: type, seed: int, cut: in
 @sampled
 @property_test
 @given(seed=seeds, cut=st.integers(1, 5))
-def test_a_cut_minibatch_has_the_gradient_of_the_whole(kind: type, seed: int, cut: int):
+def test_micro_batches_do_not_change_the_gradient_of_a_minibatch(kind: type, seed: int, cut: int):
     """Advantages are those of the whole rollout; token weights and the divisor add up over any split."""
     module, drawn = sampler(kind), rollout(seed)
     given = update(module, drawn, 0.1)
@@ -244,7 +244,7 @@ def test_a_cut_minibatch_has_the_gradient_of_the_whole(kind: type, seed: int, cu
 @paired
 @property_test
 @given(seed=seeds)
-def test_at_the_reference_margins_are_zero_and_the_loss_is_what_the_class_says(kind: type, seed: int):
+def test_at_the_reference_margins_are_zero_and_losses_match_their_declared_value(kind: type, seed: int):
     given = pairs(seed, kind)
     given = given._replace(
         reference_chosen_logprobs=given.policy_chosen_logprobs,
@@ -259,7 +259,7 @@ def test_at_the_reference_margins_are_zero_and_the_loss_is_what_the_class_says(k
 @sampled
 @property_test
 @given(seed=seeds)
-def test_at_the_reference_the_leash_costs_nothing_and_ratios_are_one(kind: type, seed: int):
+def test_at_the_reference_kl_is_zero_and_ratios_are_one(kind: type, seed: int):
     drawn = rollout(seed)
     drawn = drawn._replace(reference_logprobs=drawn.old_logprobs)
     for estimator in ("k1", "k2", "k3"):
@@ -294,7 +294,7 @@ def test_at_ratio_one_every_objective_has_reinforces_gradient(kind: type, seed: 
 @pytest.mark.parametrize("kind", [kind for kind in PAIRED if kind.weighs_rows], ids=lambda kind: kind.__name__)
 @property_test
 @given(seed=seeds)
-def test_exchanged_completions_with_the_opposite_label_lose_the_same(kind: type, seed: int):
+def test_swapping_completions_with_opposite_label_keeps_the_loss(kind: type, seed: int):
     given = pairs(seed, kind)
     torch.testing.assert_close(given.swapped().margin, -given.margin)
     torch.testing.assert_close(of_pairs(kind, given.swapped()), of_pairs(kind, given))
@@ -303,7 +303,7 @@ def test_exchanged_completions_with_the_opposite_label_lose_the_same(kind: type,
 @pytest.mark.parametrize("kind", [RewardModule, PlackettLuceModule])
 @property_test
 @given(seed=seeds)
-def test_exchanged_scores_change_a_pairs_loss_by_their_difference(kind: type, seed: int):
+def test_swapping_scores_changes_the_pair_loss_by_their_difference(kind: type, seed: int):
     scores, group, ranks = normal(seed, 6), torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1] * 3)
     ones, zeros = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     module = unloaded(kind)
@@ -324,7 +324,7 @@ CENTRED = ("CriticFreeModule", "GRPOModule", "DrGRPOModule", "DAPOModule", "Lite
 )
 @property_test
 @given(seed=seeds, samples=st.integers(2, 5))
-def test_advantages_of_a_group_sum_to_zero(kind: type, seed: int, samples: int):
+def test_group_advantages_sum_to_zero(kind: type, seed: int, samples: int):
     module, drawn = sampler(kind), rollout(seed, samples=samples)
     rewards = module.shape_rewards(drawn).sum(-1)
     advantages = module.episode_advantages(rewards, drawn).view(2, samples)
@@ -334,7 +334,7 @@ def test_advantages_of_a_group_sum_to_zero(kind: type, seed: int, samples: int):
 
 @property_test
 @given(seed=seeds, samples=st.integers(2, 5))
-def test_leaving_itself_out_of_the_baseline_scales_by_g_over_g_minus_one(seed: int, samples: int):
+def test_leave_one_out_scales_advantages_by_g_over_g_minus_one(seed: int, samples: int):
     drawn = rollout(seed, samples=samples)
     plain, left_out = sampler(CriticFreeModule, kl_coef=0.1), sampler(RLOOModule, kl_coef=0.1)
     rewards = plain.shape_rewards(drawn).sum(-1)
@@ -358,7 +358,7 @@ def test_a_greedy_baseline_is_subtracted_once(seed: int, shift: float):
 
 @property_test
 @given(seed=seeds)
-def test_ppo_with_lambda_one_returns_the_rewards_to_go_and_with_zero_the_td_errors(seed: int):
+def test_gae_lambda_one_gives_rewards_to_go_and_zero_gives_td_errors(seed: int):
     drawn = rollout(seed)
     module = sampler(PPOModule, whiten_advantages=False, lam=1.0)
     rewards, mask = module.shape_rewards(drawn), drawn.completion_mask
@@ -380,7 +380,7 @@ def test_ppo_with_lambda_one_returns_the_rewards_to_go_and_with_zero_the_td_erro
 
 @property_test
 @given(seed=seeds, groups=st.integers(1, 4))
-def test_plackett_luce_of_two_is_bradley_terry(seed: int, groups: int):
+def test_plackett_luce_of_two_equals_bradley_terry(seed: int, groups: int):
     ones, zeros = torch.ones(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
     given = RankedScores(
         normal(seed, 2 * groups), torch.arange(groups).repeat_interleave(2), torch.tensor([0, 1]).repeat(groups),
@@ -392,7 +392,7 @@ def test_plackett_luce_of_two_is_bradley_terry(seed: int, groups: int):
 
 @property_test
 @given(seed=seeds)
-def test_the_middle_divergence_is_symmetric(seed: int):
+def test_jensen_shannon_at_one_half_is_symmetric(seed: int):
     student, teacher = normal(seed, 3, 5), normal(seed + 1, 3, 5)
     torch.testing.assert_close(generalized_jsd(student, teacher, 0.5), generalized_jsd(teacher, student, 0.5))
 

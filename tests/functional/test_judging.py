@@ -39,12 +39,12 @@ def test_worked_number(case, dtype):
     check(case, dtype)
 
 
-def test_variants_of_an_option_add_their_probability():
+def test_token_variants_of_an_option_are_summed():
     variants = torch.tensor([[0.1, 0.2, 0.0]]).double().log()
     torch.testing.assert_close(option_logprobs(variants).exp().item(), 0.3)
 
 
-def test_a_verdict_needs_both_orders():
+def test_a_verdict_needs_agreement_of_both_orders():
     probability = torch.tensor([0.9, 0.2, 0.9, 0.1, 0.5, 0.9])
     swapped = torch.tensor([0.3, 0.8, 0.7, 0.4, 0.2, 0.5])
     assert verdict(probability, swapped).tolist() == [1.0, 0.0, 0.5, 0.5, 0.5, 0.5]
@@ -52,7 +52,7 @@ def test_a_verdict_needs_both_orders():
 
 @property_test
 @given(seed=st.integers(0, 2**31), bias=st.floats(-2, 2))
-def test_a_constant_bias_towards_the_first_place_cancels_in_the_logits(seed, bias):
+def test_constant_position_bias_cancels_in_logit_space(seed, bias):
     fair = normal(seed, 5)
     debiased = debiased_probability_from_logits(fair + bias, -fair + bias)
     torch.testing.assert_close(debiased, torch.sigmoid(fair))
@@ -63,7 +63,7 @@ def test_a_constant_bias_towards_the_first_place_cancels_in_the_logits(seed, bia
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_judging_the_other_completion_gives_the_complement(seed):
+def test_swapping_completions_gives_the_complement(seed):
     p, swapped = torch.sigmoid(normal(seed, 5)), torch.sigmoid(normal(seed + 1, 5))
     ones = torch.ones_like(p)
     torch.testing.assert_close(debiased_probability(p, swapped) + debiased_probability(swapped, p), ones)
@@ -76,7 +76,7 @@ def test_the_entropy_of_a_label_is_in_nats():
     torch.testing.assert_close(label_entropy(certain).tolist(), expected)
 
 
-def test_agreement_counts_who_cannot_tell_half():
+def test_agreement_counts_undecided_labels_as_half():
     judge, people = torch.tensor([0.9, 0.9, 0.5, 0.1]), torch.tensor([1.0, 0.2, 1.0, 0.0])
     assert agreement(judge, people).tolist() == [1.0, 0.0, 0.5, 1.0]
 
@@ -87,7 +87,7 @@ def test_agreement_counts_who_cannot_tell_half():
     Worked("probability average", lambda t: debiased_probability(t([0.8807970780]), t([0.5])), [0.6903985390]),
     Worked("logit average", lambda t: debiased_probability_from_logits(t([2.0]), t([0.0])), [0.7310585786]),
 ])  # fmt: skip
-def test_what_averages_leave_of_a_bias_of_one(case, dtype):
+def test_residual_position_bias_of_each_average_by_hand(case, dtype):
     """The probability average reduces the error of one order from 0.14974 to -0.04066; the logit
     average has no error.
     """

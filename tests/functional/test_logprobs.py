@@ -87,7 +87,7 @@ def test_worked_number(case, dtype):
 # --- shapes and dtypes -----------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_shape_is_named_with_what_was_found():
+def test_a_wrong_shape_is_refused_with_the_shape():
     with refused("shape-mismatch", "(rows, length)", "logprobs (2, 3), mask (2, 4)"):
         require_shape("rows length", logprobs=torch.zeros(2, 3), mask=torch.zeros(2, 4), missing=None)
     with refused("shape-mismatch", "(pairs)", "margin (2, 3)"):
@@ -95,7 +95,7 @@ def test_a_wrong_shape_is_named_with_what_was_found():
     require_shape("...", x=torch.zeros(2, 3), y=torch.zeros(2, 3))
 
 
-def test_low_precision_is_widened_and_double_kept():
+def test_low_precision_is_upcast_to_fp32_and_fp64_kept():
     assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert masked_sum(torch.ones(1000, dtype=torch.bfloat16), torch.ones(1000, dtype=torch.bool)) == 1000
@@ -114,7 +114,7 @@ def test_a_temperature_must_be_positive(temperature):
 # --- masked reductions -----------------------------------------------------------------------------------------------
 
 
-def test_masked_reductions_look_past_nan_and_send_no_gradient_there():
+def test_masked_reductions_ignore_masked_nan_and_pass_it_no_gradient():
     x = torch.tensor([[1.0, 3.0, float("nan")], [float("nan"), 5.0, 6.0]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, True, False]])
     assert masked_sum(x, mask).tolist() == [4.0, 5.0]
@@ -125,7 +125,7 @@ def test_masked_reductions_look_past_nan_and_send_no_gradient_there():
     torch.testing.assert_close(x.grad, mask / 3)
 
 
-def test_reductions_over_nothing_are_zero():
+def test_empty_reductions_are_zero():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     assert masked_mean(torch.full((2, 3), float("nan")), nothing).item() == 0
     assert masked_whiten(torch.ones(2, 3), nothing).abs().sum().item() == 0
@@ -133,7 +133,7 @@ def test_reductions_over_nothing_are_zero():
 
 @property_test
 @given(seed=st.integers(0, 2**31), rows=st.integers(2, 5), length=st.integers(2, 6), pads=st.integers(0, 3))
-def test_whitening_ignores_padding_and_where_ranks_are_cut(seed, rows, length, pads):
+def test_whitening_does_not_depend_on_padding_or_ranks(seed, rows, length, pads):
     x, mask = 3 * normal(seed, rows, length) + 2, right_padded_mask(seed, rows, length, least=2)
     whitened = masked_whiten(x, mask)
     torch.testing.assert_close(whitened[mask].mean(), torch.zeros((), dtype=x.dtype), atol=1e-9, rtol=0)
@@ -159,14 +159,14 @@ def test_probabilities_sum_to_one_and_ignore_a_constant(seed, shift, temperature
     torch.testing.assert_close(token_entropy(logits, temperature), -(logprobs.exp() * logprobs).sum())
 
 
-def test_huge_logits_stay_exact():
+def test_huge_logits_give_exact_logprobs():
     logits = torch.tensor([[1e4, 0.0, -1e4]])
     assert token_logprobs(logits, torch.tensor([0])).item() == 0.0
     assert token_logprobs(logits, torch.tensor([2])).item() == -2e4
     assert token_entropy(logits).item() == 0.0
 
 
-def test_an_impossible_token_leaves_entropy_and_its_gradient_as_without_it():
+def test_tokens_with_logit_minus_infinity_do_not_change_entropy_or_its_gradient():
     possible = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
     blocked = torch.cat([possible, torch.tensor([-math.inf], dtype=torch.float64)])
     torch.testing.assert_close(token_entropy(blocked), token_entropy(possible))
@@ -179,7 +179,7 @@ def test_uniform_entropy_is_log_vocabulary():
     torch.testing.assert_close(token_entropy(torch.zeros(7, dtype=torch.float64)).item(), math.log(7))
 
 
-def test_log1mexp_keeps_its_digits_at_both_ends():
+def test_log1mexp_is_accurate_at_both_ends():
     x = torch.tensor([-1e-10, -0.5, -1.0, -50.0, -800.0], dtype=torch.float64)
     expected = torch.tensor(
         [math.log(1e-10), math.log(1 - math.exp(-0.5)), math.log(1 - math.exp(-1)), -math.exp(-50), 0]
@@ -212,7 +212,7 @@ def test_k1_and_k3_average_to_the_kl_and_k3_is_never_negative(seed):
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_gradients_of_the_estimators_as_losses(seed):
+def test_kl_estimator_gradients_by_hand(seed):
     logits, q = normal(seed, 6), normal(seed + 1, 6).log_softmax(-1)
     samples = logits.softmax(-1)  # expected frequency of each id, without gradient
 
@@ -226,13 +226,13 @@ def test_gradients_of_the_estimators_as_losses(seed):
     torch.testing.assert_close(slope(k3), forward)
 
 
-def test_policies_that_agree_are_at_distance_zero():
+def test_equal_policies_have_kl_zero():
     logprobs = torch.tensor([-1.0, -30.0])
     for estimator in (kl_k1, k2, k3):
         assert estimator(logprobs, logprobs).tolist() == [0, 0]
 
 
-def test_the_clamp_bounds_the_log_ratio_on_both_sides_and_null_does_not():
+def test_log_ratios_are_clamped_on_both_sides_unless_null():
     far = (torch.tensor([-500.0, -1.0]), torch.tensor([-1.0, -500.0]))
     torch.testing.assert_close(k3(*far), torch.tensor([math.exp(20) - 21, 19.0]))
     torch.testing.assert_close(k2(*far, clamp=3.0), torch.tensor([4.5, 4.5]))
@@ -262,7 +262,7 @@ def plain_head(hidden, weight, bias, targets, temperature, softcap, scale):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 @pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, 1.0), (0.7, 2.0, 1.3)])
-def test_chunked_head_equals_the_plain_one(
+def test_chunked_head_equals_the_plain_head(
     monkeypatch, kept_logits, with_bias, chunk_tokens, temperature, softcap, scale
 ):
     monkeypatch.setattr(logprobs_module, "KEPT_LOGITS", kept_logits)
@@ -302,7 +302,7 @@ def test_chunked_head_passes_gradcheck(monkeypatch, kept_logits, with_entropy):
     assert torch.autograd.gradcheck(lambda h: outputs(h, weight.detach(), bias.detach()), leaves[:1])
 
 
-def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(monkeypatch):
+def test_chunk_size_bounds_logits_for_any_vocabulary(monkeypatch):
     assert [chunk_size(1024, vocabulary) for vocabulary in (49_152, 65_536, 131_072, 262_144)] == [1024, 1024, 512, 256]
     assert chunk_size(1024, 2**30) == 1 and chunk_size(3, 11) == 3
     hidden, weight, bias, targets = head_inputs()
@@ -315,7 +315,7 @@ def test_a_chunk_of_logits_is_bounded_whatever_the_vocabulary(monkeypatch):
 
 
 @pytest.mark.parametrize("head_trains", [True, False])
-def test_one_output_alone_may_be_used(head_trains):
+def test_each_output_can_be_used_alone(head_trains):
     hidden, weight, _, targets = head_inputs()
     weight.requires_grad_(head_trains)
     for output in (0, 1):
@@ -325,7 +325,7 @@ def test_one_output_alone_may_be_used(head_trains):
 
 
 @pytest.mark.parametrize("head_trains", [True, False])
-def test_chunked_head_of_nothing(head_trains):
+def test_chunked_head_of_no_tokens(head_trains):
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
     weight = torch.zeros(VOCABULARY, WIDTH, requires_grad=head_trains)
     logprobs, entropy = chunked_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), with_entropy=True)
@@ -336,7 +336,7 @@ def test_chunked_head_of_nothing(head_trains):
         assert weight.grad.abs().sum().item() == 0
 
 
-def test_chunked_head_without_gradient_keeps_nothing():
+def test_chunked_head_without_gradient_saves_no_tensors():
     hidden, weight, bias, targets = head_inputs()
     weight.requires_grad_()
     saved = []
@@ -381,7 +381,7 @@ class LiveElements(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head_trains", [True, False])
-def test_neither_pass_holds_the_logits_of_all_tokens(monkeypatch, head_trains):
+def test_neither_pass_materialises_all_logits(monkeypatch, head_trains):
     monkeypatch.setattr(logprobs_module, "KEPT_LOGITS", 0)
     tokens, width, vocabulary, chunk = 512, 4, 256, 16
     hidden = torch.randn(tokens, width, requires_grad=True)

@@ -20,7 +20,7 @@ def test_best_and_worst_of_each_group():
     assert (chosen.tolist(), rejected.tolist()) == ([2], [0])
 
 
-def test_a_group_of_unscorable_samples_makes_no_pair():
+def test_a_group_of_unscored_samples_gives_no_pair():
     chosen, rejected = best_and_worst(torch.tensor([float("nan"), float("nan"), 1.0]), torch.tensor([0, 0, 1]))
     assert len(chosen) == len(rejected) == 0
 
@@ -36,7 +36,7 @@ def xpo(margin, explored, target=1.0):
     return as_loss(module.preference_loss(given._replace(target=torch.full_like(margin, target)))).values
 
 
-def test_xpo_adds_its_bonus_to_dpo():
+def test_xpo_adds_its_exploration_bonus_to_dpo():
     margin, explored = torch.zeros(1, dtype=torch.float64), torch.tensor([-30.0], dtype=torch.float64)
     torch.testing.assert_close(xpo(margin, explored).item(), math.log(2) - 0.03)
     (slope,) = gradient(lambda s: xpo(margin, s), explored)

@@ -74,7 +74,7 @@ def test_worked_number(case, dtype):
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_score_lands_on_the_last_completion_token_of_each_row():
+def test_the_score_is_added_to_the_last_completion_token():
     mask = torch.tensor([[True, True, False], [True, True, True], [True, False, True], [False, False, False]])
     kl = torch.tensor([[0.1, 0.2, float("nan")], [0.1, 0.2, 0.3], [0.1, float("nan"), 0.3], [float("nan")] * 3])
     found = token_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), kl, mask, kl_coef=1.0)
@@ -83,14 +83,14 @@ def test_the_score_lands_on_the_last_completion_token_of_each_row():
     )
 
 
-def test_after_end_the_score_has_a_slot_of_its_own():
+def test_after_eos_the_score_has_its_own_position():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     found, states = rewards_after_end(torch.tensor([1.0, 2.0]), torch.full((2, 3), 0.5), mask, kl_coef=0.2)
     torch.testing.assert_close(found, torch.tensor([[-0.1, -0.1, 1.0, 0.0], [-0.1, -0.1, -0.1, 2.0]]))
     assert states.tolist() == [[True, True, True, False], [True] * 4]
 
 
-def test_unfinished_completions_are_penalised_or_replaced():
+def test_missing_eos_penalty_and_score_apply_to_unfinished_completions():
     scores, finished = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
     assert missing_eos_scores(scores, finished).tolist() == [2, 2]
     assert missing_eos_scores(scores, finished, penalty=1.5).tolist() == [2, 0.5]
@@ -100,13 +100,13 @@ def test_unfinished_completions_are_penalised_or_replaced():
         missing_eos_scores(scores, finished, 1.0, -1.0)
 
 
-def test_a_row_count_that_does_not_fit_is_refused():
+def test_mismatched_row_counts_are_refused():
     with refused("shape-mismatch", "scores (1,), rows_of_mask (2,)"):
         token_rewards(torch.ones(1), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.1)
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.15), (7.2, 0.150768), (1e6, 0.150768), (4.8, 0.149232)])
-def test_the_kl_controller_saturates_at_a_fifth(kl, expected):
+def test_the_kl_controller_clips_its_error_at_0_2(kl, expected):
     torch.testing.assert_close(float(adapted_kl_coef(0.15, kl, 6, 10_000, 256)), expected, rtol=1e-6, atol=0)
 
 
@@ -121,7 +121,7 @@ def masked(seed, rows, length, mask):
 
 @property_test
 @given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 6))
-def test_lambda_one_ignores_the_critic_and_lambda_zero_sees_one_step(seed, rows, length):
+def test_gae_lambda_one_ignores_the_critic_and_zero_is_one_step(seed, rows, length):
     mask = right_padded_mask(seed, rows, length)
     rewards, values = masked(seed, rows, length, mask), masked(seed + 1, rows, length, mask)
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)
@@ -136,7 +136,7 @@ def test_lambda_one_ignores_the_critic_and_lambda_zero_sees_one_step(seed, rows,
 
 @property_test
 @given(seed=seeds, rows=st.integers(1, 4), length=st.integers(1, 6), pads=st.integers(1, 3))
-def test_padding_changes_no_advantage_whatever_it_holds(seed, rows, length, pads):
+def test_padding_values_do_not_change_advantages(seed, rows, length, pads):
     mask = right_padded_mask(seed, rows, length)
     rewards, values = normal(seed, rows, length), normal(seed + 1, rows, length)
     expected = generalized_advantages(rewards, values, mask, 0.9, 0.8)
@@ -148,7 +148,7 @@ def test_padding_changes_no_advantage_whatever_it_holds(seed, rows, length, pads
 
 @property_test
 @given(seed=seeds, hole=st.integers(0, 4))
-def test_a_masked_token_inside_is_passed_over(seed, hole):
+def test_masked_tokens_inside_a_row_are_skipped(seed, hole):
     rewards, values = normal(seed, 2, 5), normal(seed + 1, 2, 5)
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[:, hole] = False
@@ -175,12 +175,12 @@ def test_generalized_advantages_are_discounted_sums_of_td_errors(seed):
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def test_before_any_update_nothing_has_moved():
+def test_before_any_update_ratios_are_one_and_kl_is_zero():
     logprobs = normal(0, 2, 3)
     assert approx_kl(logprobs, logprobs).sum().item() == 0
 
 
-def test_value_loss_is_pessimistic_and_plain_without_a_clip():
+def test_clipped_value_loss_takes_the_maximum():
     values, old, returns = torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[2.0]])
     torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=0.2).item(), 0.5 * 1.8**2)
     torch.testing.assert_close(clipped_value_loss(values, old, returns, clip=None).item(), 0.5)

@@ -182,7 +182,7 @@ def test_chosen_is_pushed_up_and_rejected_down(name):
 
 
 @of_log_ratios
-def test_extreme_log_ratios_stay_finite(name):
+def test_extreme_log_ratios_give_finite_losses(name):
     loss, _ = OF_LOG_RATIOS[name]
     chosen, rejected = torch.tensor([3e3, -3e3, 3e3, -3e3]), torch.tensor([-3e3, 3e3, 3e3, -3e3])
     assert loss(chosen, rejected).isfinite().all()
@@ -190,7 +190,7 @@ def test_extreme_log_ratios_stay_finite(name):
 
 
 @of_log_ratios
-def test_a_pair_sees_itself_alone_unless_the_batch_is_coupled(name):
+def test_losses_are_independent_per_pair_unless_coupled(name):
     loss, _ = OF_LOG_RATIOS[name]
     chosen, rejected = normal(0, 4), normal(1, 4)
     whole = loss(chosen, rejected)
@@ -203,7 +203,7 @@ def test_a_pair_sees_itself_alone_unless_the_batch_is_coupled(name):
 
 @property_test
 @given(seed=st.integers(0, 2**31), flip_rate=st.floats(0, 0.45))
-def test_robust_dpo_averages_to_dpo_over_flipped_labels(seed, flip_rate):
+def test_robust_dpo_is_unbiased_under_label_flips(seed, flip_rate):
     clean = 5 * normal(seed, 6)
     robust = of_margin("RobustDPOModule", beta=BETA, flip_rate=flip_rate)
     kept, flipped = robust(clean), robust(-clean)
@@ -212,7 +212,7 @@ def test_robust_dpo_averages_to_dpo_over_flipped_labels(seed, flip_rate):
 
 @property_test
 @given(seed=st.integers(0, 2**31), p=st.floats(0.01, 0.99))
-def test_a_soft_label_is_met_where_the_implied_probability_equals_it(seed, p):
+def test_the_minimum_is_where_the_implied_probability_equals_the_soft_label(seed, p):
     best = torch.tensor([math.log(p / (1 - p)) / BETA], dtype=torch.float64)
     target = torch.tensor([p], dtype=torch.float64)
 
@@ -234,7 +234,7 @@ def test_dpo_gradient_is_beta_times_the_probability_of_error():
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_limits_of_the_alpha_divergence(seed):
+def test_alpha_divergence_limits_are_dpo_and_forward_kl(seed):
     chosen, rejected = normal(seed, 5), normal(seed + 1, 5)
     reverse = sums("AlphaDPOModule", alpha=1e-9)(chosen, rejected)
     torch.testing.assert_close(reverse, dpo_loss(chosen - rejected, BETA))
@@ -243,7 +243,7 @@ def test_limits_of_the_alpha_divergence(seed):
     torch.testing.assert_close(sums("AlphaDPOModule", alpha=1.0)(chosen, rejected), by_hand)
 
 
-def test_the_least_points_of_regression_losses():
+def test_regression_losses_have_their_minimum_at_the_target_margin():
     target = torch.tensor([1 / (2 * BETA)], dtype=torch.float64)
     assert sums("IPOModule", average=False)(target, torch.zeros_like(target)).item() == 0
     assert sums("SPPOModule")(target, -target).item() == 0
@@ -260,13 +260,13 @@ def test_aot_compares_quantiles():
     torch.testing.assert_close(aot_of_margins(policy, reference, 1.0), dpo_loss(torch.tensor([1.0, 1.0]), 1.0))
 
 
-def test_discopop_blends_logistic_into_exponential():
+def test_discopop_interpolates_logistic_and_exponential_losses():
     discopop = of_margin("DiscoPOPModule", beta=0.1)
     torch.testing.assert_close(discopop(torch.tensor([-40.0])), dpo_loss(torch.tensor([-40.0]), 0.1))
     torch.testing.assert_close(discopop(torch.tensor([40.0])), torch.tensor([math.exp(-4)]))
 
 
-def test_rpo_adds_the_likelihood_of_chosen_alone():
+def test_rpo_adds_only_the_likelihood_of_chosen():
     margins, logprobs, lengths = torch.tensor([0.4]), torch.tensor([-6.0]), torch.tensor([4])
     torch.testing.assert_close(rpo(margins, logprobs, lengths, 0.5) - dpo_loss(margins, BETA), torch.tensor([0.75]))
     (slope,) = gradient(lambda s: rpo(margins, s, lengths, 0.5), logprobs)

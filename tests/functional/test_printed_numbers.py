@@ -123,6 +123,6 @@ def test_every_printed_number_is_asserted(section):
         assert all(alike), f"{name}: printed {printed}, asserted {values}"
 
 
-def test_no_printed_number_went_missing():
+def test_the_number_of_printed_numbers_is_unchanged():
     counts = {section: sum(map(len, entries.values())) for section, entries in PRINTED.items()}
     assert counts == COUNTS

@@ -32,7 +32,7 @@ def test_worked_number(case, dtype):
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_the_pull_is_probability_less_label(seed):
+def test_the_gradient_is_probability_minus_label(seed):
     scores, labels = normal(seed, 6), torch.rand(6, generator=torch.Generator().manual_seed(seed)).double()
     (slope,) = gradient(lambda s: step_loss(s, labels).sum(), scores)
     torch.testing.assert_close(slope, scores.sigmoid() - labels)
@@ -40,7 +40,7 @@ def test_the_pull_is_probability_less_label(seed):
     torch.testing.assert_close(step_loss(scores, labels), parity)
 
 
-def test_huge_scores_stay_finite():
+def test_huge_scores_give_finite_losses():
     found = step_loss(torch.tensor([1e4, -1e4]), torch.tensor([1.0, 1.0]))
     assert found.tolist() == [0.0, 1e4]
 
@@ -49,14 +49,14 @@ def test_huge_scores_stay_finite():
     ("right", "first"),
     [([1, 0, 0, 1, 1, 0], [1, -1, 0]), ([1, 1, 1, 0, 1, 1], [-1, 0, -1]), ([0, 1, 0, 1, 0, 1], [0, 1, -1])],
 )
-def test_the_first_error_of_each_completion(right, first):
+def test_first_error_of_each_completion_by_hand(right, first):
     assert first_errors(torch.tensor(right).bool(), ROW, POSITION, 3).tolist() == first
 
 
-def test_a_completion_without_judged_steps_has_no_error():
+def test_a_completion_without_labelled_steps_has_no_error():
     assert first_errors(torch.zeros(6).bool(), ROW, POSITION, 4).tolist() == [0, 0, 0, -1]
 
 
-def test_another_aggregate_is_refused():
+def test_an_unknown_aggregate_is_refused():
     with refused("unknown-choice", "'mean'", "'min', 'product' or 'last'"):
         aggregated_steps(torch.zeros(6), ROW, 3, "mean")

@@ -94,7 +94,7 @@ def plain_groups(count):
 
 @property_test
 @given(seed=st.integers(0, 2**31), p=st.floats(0, 1), margin=st.floats(0, 3))
-def test_exchanging_the_completions(seed, p, margin):
+def test_swapping_completions_equals_swapping_the_label(seed, p, margin):
     chosen, rejected = 3 * normal(seed, 4), 3 * normal(seed + 1, 4)
     delta = chosen - rejected
     difference = bradley_terry_loss(chosen, rejected) - bradley_terry_loss(rejected, chosen)
@@ -105,7 +105,7 @@ def test_exchanging_the_completions(seed, p, margin):
     )
 
 
-def test_equal_scores_give_log_two_and_a_certain_label_equals_none():
+def test_equal_scores_give_log_2_and_target_1_equals_no_target():
     scores = torch.tensor([0.3, -4.0])
     torch.testing.assert_close(bradley_terry_loss(scores, scores), torch.full((2,), math.log(2)))
     other = torch.tensor([1.3, -7.0])
@@ -120,14 +120,14 @@ def test_chosen_scores_are_pushed_up_and_rejected_down_by_the_probability_of_err
     torch.testing.assert_close(down.item(), error)
 
 
-def test_far_scores_stay_finite():
+def test_extreme_scores_give_finite_losses():
     loss = bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
     assert loss.tolist() == [2e4, 0.0]
 
 
 @property_test
 @given(seed=st.integers(0, 2**31), pairs=st.integers(1, 5))
-def test_groups_of_two_are_pairs_for_both_ranking_losses(seed, pairs):
+def test_ranking_losses_of_two_equal_the_pair_loss(seed, pairs):
     chosen, rejected = normal(seed, pairs), normal(seed + 1, pairs)
     scores = torch.stack([chosen, rejected], dim=1).flatten()
     group, ranks = torch.arange(pairs).repeat_interleave(2), torch.tensor([0, 1]).repeat(pairs)
@@ -138,7 +138,7 @@ def test_groups_of_two_are_pairs_for_both_ranking_losses(seed, pairs):
 
 @property_test
 @given(seed=st.integers(0, 2**31), size=st.integers(2, 5))
-def test_order_of_completions_and_a_constant_do_not_matter(seed, size):
+def test_ranking_losses_ignore_order_and_a_constant(seed, size):
     scores = normal(seed, 2 * size)
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.randint(3, (2 * size,), generator=generator)
@@ -153,7 +153,7 @@ def test_order_of_completions_and_a_constant_do_not_matter(seed, size):
         torch.testing.assert_close(loss(scores + 5, group, ranks), expected)
 
 
-def test_ties_are_skipped_and_the_rest_averaged():
+def test_tied_pairs_are_skipped_and_the_others_averaged():
     scores, group = torch.tensor([2.0, 1.0, 1.5]), torch.zeros(3, dtype=torch.long)
     tied_second = ranked_pairs_loss(scores, group, torch.tensor([0, 1, 1]), torch.ones(1), torch.zeros(1))
     by_hand = (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(-0.5))) / 2
@@ -181,7 +181,7 @@ def test_a_group_without_an_untied_pair_gives_exactly_zero_and_no_gradient(loss)
     assert slope[2] < slope[3]
 
 
-def test_a_soft_label_of_a_pair_reaches_its_group_only():
+def test_a_soft_label_changes_only_its_own_group():
     scores, target = torch.tensor([0.8, 0.0, 0.8, 0.0], dtype=torch.float64), torch.tensor([0.7, 1.0]).double()
     group, ranks = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     found = ranked_pairs_loss(scores, group, ranks, target, torch.zeros(2, dtype=torch.float64))
@@ -190,7 +190,7 @@ def test_a_soft_label_of_a_pair_reaches_its_group_only():
 
 @property_test
 @given(seed=st.integers(0, 2**31), share=st.floats(0.01, 0.99))
-def test_davidson_s_three_outcomes_are_all_there_is(seed, share):
+def test_davidsons_three_probabilities_sum_to_one(seed, share):
     chosen, rejected = normal(seed, 4), normal(seed + 1, 4)
     win, loss, tie = (
         davidson_loss(chosen, rejected, torch.full((4,), p, dtype=torch.float64), share) for p in (1.0, 0.0, 0.5)
@@ -203,13 +203,13 @@ def test_davidson_s_three_outcomes_are_all_there_is(seed, share):
     torch.testing.assert_close(swapped, win)
 
 
-def test_without_ties_davidson_is_bradley_terry():
+def test_davidson_without_ties_equals_bradley_terry():
     chosen, rejected = normal(0, 5), normal(1, 5)
     found = davidson_loss(chosen, rejected, torch.ones(5, dtype=torch.float64), 1e-12)
     torch.testing.assert_close(found, bradley_terry_loss(chosen, rejected))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_share_of_ties_that_nothing_or_everything_is_is_refused(share):
+def test_a_tie_share_of_0_or_1_is_refused(share):
     with refused("setting-out-of-range", f"tie_share is {share}: it must be in"):
         davidson_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), share)

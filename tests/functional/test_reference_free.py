@@ -61,7 +61,7 @@ def test_chosen_is_pushed_up_and_rejected_down(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_certain_and_impossible_completions_stay_finite(name):
+def test_completions_of_probability_0_and_1_give_finite_losses(name):
     chosen, rejected = torch.tensor([0.0, -5e3, 0.0]), torch.tensor([-5e3, 0.0, 0.0])
     assert LOSSES[name](chosen, rejected).isfinite().all()
     assert all(slope.isfinite().all() for slope in gradient(LOSSES[name], chosen, rejected))
@@ -76,7 +76,7 @@ def test_simpo_is_dpo_on_means_with_a_shifted_margin(seed, gamma):
     torch.testing.assert_close(found, dpo_loss(means - gamma / 2, 2.0))
 
 
-def test_values_where_both_sides_are_alike():
+def test_loss_values_for_equal_sides():
     same, lengths = torch.tensor([-6.0], dtype=torch.float64), torch.tensor([4])
     torch.testing.assert_close(loss_of("SimPOModule")(same, same, lengths, lengths).item(), math.log1p(math.e))
     assert log_odds_ratio(same, same, lengths, lengths).item() == 0
@@ -84,7 +84,7 @@ def test_values_where_both_sides_are_alike():
     torch.testing.assert_close(loss_of("CPOModule")(same, same, lengths).item(), 1.5 + math.log(2))
 
 
-def test_log_odds_against_probabilities():
+def test_log_odds_equal_those_computed_from_probabilities():
     chosen, rejected = torch.tensor([0.9]).double().log() * 3, torch.tensor([0.2]).double().log() * 2
     found = log_odds_ratio(chosen, rejected, torch.tensor([3]), torch.tensor([2]))
     torch.testing.assert_close(found.item(), math.log((0.9 / 0.1) / (0.2 / 0.8)))

@@ -64,7 +64,7 @@ CORRECTIONS = ["bypass", "token_truncate", "token_mask", "sequence_truncate", "s
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_equal_numbers_need_no_correction_and_padding_has_no_say(correction):
+def test_equal_logprobs_give_weight_one_and_padding_is_ignored(correction):
     old = torch.tensor(OLD)
     assert sampler_weights(correction, old, old, MASK).tolist() == [[1.0] * 3] * 2
     mask = torch.tensor([[True, True, False]] * 2)
@@ -75,14 +75,14 @@ def test_equal_numbers_need_no_correction_and_padding_has_no_say(correction):
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_extreme_differences_stay_finite(correction):
+def test_extreme_differences_give_finite_weights(correction):
     far = torch.tensor([[-1.0, -5e3]]), torch.tensor([[-5e3, -1.0]])
     mask = torch.ones(1, 2, dtype=torch.bool)
     for old, behaviour in (far, far[::-1], (far[0][:, :1], far[1][:, :1])):
         assert sampler_weights(correction, old, behaviour, mask[:, : old.shape[1]]).isfinite().all()
 
 
-def test_normalised_weights_have_mean_one_over_the_tokens_of_the_batch():
+def test_normalised_weights_have_mean_one_over_tokens():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     found = normalised_weights(torch.tensor(TRUNCATED), mask)
     assert float(found[mask].mean()) == pytest.approx(1)
@@ -92,14 +92,14 @@ def test_normalised_weights_have_mean_one_over_the_tokens_of_the_batch():
     assert normalised_weights(torch.zeros(1, 2), mask[1:, :2]).tolist() == [[0, 0]]
 
 
-def test_the_effective_share_is_that_of_equal_weights():
+def test_effective_sample_fraction_by_hand():
     weight = torch.tensor([1.0, 1.0, 0.0, 2.0])
     share = effective_share(weight.mean(), weight.var(correction=0))
     assert float(share) == pytest.approx(16 / (4 * 6))
     assert float(effective_share(torch.tensor(0.0), torch.tensor(0.0))) == 0
 
 
-def test_bad_completions_that_became_unlikely_are_left_out():
+def test_opsm_masks_unlikely_completions_with_negative_advantage():
     old, mask = torch.tensor([[-1.0, -1.0]] * 4), torch.ones(4, 2, dtype=torch.bool)
     now = torch.tensor([[-2.0, -1.5], [-2.0, -1.5], [-1.2, -1.2], [0.0, -1.0]])
     advantages = torch.tensor([[-1.0], [1.0], [-1.0], [-1.0]]).expand(4, 2)

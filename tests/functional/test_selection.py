@@ -30,14 +30,14 @@ def test_missing_samples_are_never_chosen():
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_soft_best_of_n_lies_between_a_fair_draw_and_the_best(seed):
+def test_soft_best_of_n_interpolates_uniform_and_best(seed):
     scores = normal(seed, 2, 5)
     torch.testing.assert_close(soft_best_of_n(scores, 1e9), torch.full_like(scores, 0.2))
     assert torch.equal(soft_best_of_n(scores, 1e-3).argmax(-1), best_of_n(scores))
     torch.testing.assert_close(soft_best_of_n(scores, 1e-9).max(-1).values, torch.ones(2, dtype=scores.dtype))
 
 
-def test_votes_are_weighted_and_equal_weights_are_a_majority():
+def test_votes_are_weighted_and_equal_weights_give_the_majority():
     answers = torch.tensor([7, 3, 7, 3, 3, -1])
     assert answers[weighted_best_of_n(answers, torch.ones(6))].item() == 3
     assert weighted_best_of_n(answers, torch.tensor([2.0, 0.1, 2.0, 0.1, 0.1, 50.0])).item() == 0

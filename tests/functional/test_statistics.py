@@ -74,7 +74,7 @@ def test_worked_number(case, dtype):
     check(case, dtype)
 
 
-def test_length_controlled_win_rate():
+def test_length_controlled_win_rate_by_hand():
     lengths = torch.tensor(LENGTHS, dtype=torch.float64)
     verdicts = torch.sigmoid(0.2 + 0.5 * length_terms(lengths))
     theta, phi = length_controlled_fit(verdicts, lengths, ridge=1e-12)
@@ -95,7 +95,7 @@ def test_a_calibrated_reward_model_has_no_calibration_error():
 
 @property_test
 @given(seed=st.integers(0, 2**31), bins=st.integers(1, 12))
-def test_calibration_error_against_a_plain_loop(seed, bins):
+def test_calibration_error_equals_a_plain_loop(seed, bins):
     delta = 2 * normal(seed, 40)
     confidence, right = torch.sigmoid(delta.abs()), (delta > 0).double()
     edges, expected = torch.linspace(0.5, 1, bins + 1, dtype=torch.float64), 0.0
@@ -106,7 +106,7 @@ def test_calibration_error_against_a_plain_loop(seed, bins):
     torch.testing.assert_close(calibration_error(delta, bins), torch.as_tensor(expected))
 
 
-def test_ties_of_scores_are_wrong_and_uninformative():
+def test_a_tied_score_counts_as_probability_one_half():
     tie = torch.zeros(1)
     assert calibration_error(tie).item() == 0.5
     assert brier_score(tie).item() == 0.25
@@ -116,13 +116,13 @@ def test_ties_of_scores_are_wrong_and_uninformative():
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def test_ties_are_half_a_win():
+def test_ties_count_as_half_a_win():
     assert win_rate(torch.tensor([1.0, 0.5, 0.5, 0.0])).item() == 0.5
 
 
 @property_test
 @given(wins=st.integers(0, 50), count=st.integers(50, 500))
-def test_wilson_ends_are_where_the_score_test_just_rejects(wins, count):
+def test_wilson_bounds_are_the_critical_points_of_the_score_test(wins, count):
     rate, z = wins / count, 1.959963984540054
     for end in wilson_interval(rate, count):
         p = end.item()
@@ -130,7 +130,7 @@ def test_wilson_ends_are_where_the_score_test_just_rejects(wins, count):
         assert (rate - p) ** 2 == pytest.approx(z**2 * p * (1 - p) / count, abs=1e-12)
 
 
-def test_bootstrap_is_repeatable_and_as_wide_as_theory():
+def test_the_bootstrap_is_deterministic_and_has_the_theoretical_width():
     values = (torch.arange(200) % 5 < 3).double()
     low, high = bootstrap_interval(values, draws=4000, seed=3)
     again = bootstrap_interval(values, draws=4000, seed=3)
@@ -142,7 +142,7 @@ def test_bootstrap_is_repeatable_and_as_wide_as_theory():
     assert low < narrower[0] < narrower[1] < high
 
 
-def test_rows_of_one_prompt_are_no_independent_evidence():
+def test_the_bootstrap_resamples_prompts():
     values = normal(0, 30)
     repeated, prompts = values.repeat_interleave(4), torch.arange(30).repeat_interleave(4)
     clustered = bootstrap_interval(repeated, draws=2000, clusters=prompts)
@@ -153,7 +153,7 @@ def test_rows_of_one_prompt_are_no_independent_evidence():
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_the_length_controlled_fit_solves_its_penalised_regression(seed):
+def test_the_length_controlled_fit_minimises_its_penalised_loss(seed):
     lengths = 100 * normal(seed, 60)
     verdicts = (normal(seed + 1, 60) + 0.5 * length_terms(lengths) > 0).double()
     theta, phi = length_controlled_fit(verdicts, lengths, ridge=0.1)
@@ -162,14 +162,14 @@ def test_the_length_controlled_fit_solves_its_penalised_regression(seed):
     torch.testing.assert_close((residual * length_terms(lengths)).sum(), 0.1 * phi)
 
 
-def test_a_clean_sweep_and_equal_lengths_stay_finite():
+def test_winning_all_rows_or_equal_lengths_give_finite_rates():
     all_won = length_controlled_win_rate(torch.ones(20), torch.arange(20.0))
     assert 0.99 < all_won.item() < 1
     same_length = length_controlled_win_rate(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.zeros(4))
     assert same_length.item() == pytest.approx(0.75, abs=1e-3)
 
 
-def test_length_bias_is_taken_out():
+def test_length_bias_is_removed():
     lengths = torch.tensor([1.0, 1.0, 1.0, -1.0] * 25)  # mostly longer, with a judge that prefers length only
     verdicts = torch.where(lengths > 0, 0.8, 0.2)
     assert win_rate(verdicts).item() == pytest.approx(0.65)
@@ -199,7 +199,7 @@ def test_best_of_n_curve_is_the_mean_over_all_subsets(seed, samples, levels):
         torch.testing.assert_close(curve[n - 1], torch.stack(picked).mean())
 
 
-def test_best_of_n_curves_come_one_per_prompt():
+def test_best_of_n_gives_one_curve_per_prompt():
     proxy, gold = torch.tensor([PROXY, GOLD]), torch.tensor([GOLD, PROXY])
     torch.testing.assert_close(best_of_n_curve(proxy, gold)[1], best_of_n_curve(proxy[1], gold[1]))
 
@@ -218,7 +218,7 @@ def test_pass_at_k_counts_subsets(samples, correct, k):
 
 @property_test
 @given(alpha=st.floats(0.1, 3), beta=st.floats(0.05, 1))
-def test_fits_recover_their_curve_and_peaks_are_on_top(alpha, beta):
+def test_fits_recover_their_curve_and_peaks_are_maxima(alpha, beta):
     distance = torch.linspace(0.0, 4.0, 9, dtype=torch.float64)
     for curve, fit, peak in (
         (best_of_n_overoptimization, best_of_n_overoptimization_fit, best_of_n_peak),
@@ -232,7 +232,7 @@ def test_fits_recover_their_curve_and_peaks_are_on_top(alpha, beta):
         assert (curve(at * torch.tensor([0.9, 1.1]), alpha, beta) < height).all()
 
 
-def test_logistic_fit_without_ridge_reproduces_the_share_of_each_group():
+def test_unregularised_logistic_fit_reproduces_group_means():
     design = torch.tensor([[1.0, 0.0]] * 4 + [[1.0, 1.0]] * 5)
     targets = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0])
     intercept, slope = logistic_fit(design, targets, torch.zeros(2)).tolist()

@@ -140,7 +140,7 @@ def test_a_ratio_over_tokens_has_the_gradient_of_the_sequence_ratio(seed):
         torch.testing.assert_close(gradient(by_token, now), gradient(by_sequence, now))
 
 
-def test_ratios_by_name():
+def test_ratio_levels_by_hand():
     old = torch.tensor([[-1.0, -2.0, 0.0]], dtype=torch.float64)
     now = torch.tensor([[-0.9, -2.2, 0.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, False]])
@@ -166,7 +166,7 @@ def test_ratios_by_name():
         (0.1, 1.0, -math.exp(0.1)),  # inside the clip
     ],
 )
-def test_the_clip_stops_only_what_goes_too_far_in_the_wanted_direction(log_ratio, advantage, slope):
+def test_clipping_stops_only_updates_beyond_the_bound_in_the_improving_direction(log_ratio, advantage, slope):
     old, advantages = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
     now = torch.tensor([[log_ratio]], dtype=torch.float64)
     (found,) = gradient(lambda lp: clipped_surrogate_loss(token_ratio(lp, old), advantages), now)
@@ -187,7 +187,7 @@ def test_clip_fractions_count_the_tokens_without_gradient(seed, bounds):
         assert torch.equal(found["clip_fraction"].bool(), low | high)
 
 
-def test_clips_of_different_height_and_the_two_further_bounds():
+def test_asymmetric_clip_dual_clip_and_ratio_bound_by_hand():
     ratio, ones = torch.tensor([1.5, 0.5]), torch.ones(2)
     assert clipped_surrogate_loss(ratio, ones, 0.2, clip_high=0.28).tolist() == pytest.approx([-1.28, -0.5])
     assert clipped_surrogate_loss(ratio, -ones, 0.2, clip_high=0.28).tolist() == pytest.approx([1.5, 0.8])
@@ -197,7 +197,7 @@ def test_clips_of_different_height_and_the_two_further_bounds():
     assert clipped_surrogate_loss(far, ones, dual_clip=3.0).tolist() == pytest.approx([-1.2, -1.2])
 
 
-def test_a_policy_that_ran_away_gives_finite_losses_and_gradients():
+def test_extreme_ratios_give_finite_losses_and_gradients():
     old, now = torch.tensor([[-1.0, -5e3]]), torch.tensor([[-5e3, -1.0]])
     advantages = torch.tensor([[1.0, -1.0]])
     for name, objective in OBJECTIVES.items():
@@ -206,7 +206,7 @@ def test_a_policy_that_ran_away_gives_finite_losses_and_gradients():
         assert losses.isfinite().all() and slope.isfinite().all(), name
 
 
-def test_the_soft_gate_fades_where_the_clip_stops():
+def test_the_soft_gate_decays_beyond_the_clip_range():
     ratio, ones = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     (good,) = gradient(lambda x: soft_gate_loss(x, ones), ratio)
     (bad,) = gradient(lambda x: soft_gate_loss(x, -ones), ratio)
@@ -233,7 +233,7 @@ def test_reinforce_gradient_is_minus_the_advantage():
 
 
 @pytest.mark.parametrize("name", ["token", "sequence", "sequence_product", "none"])
-def test_a_row_without_tokens_leaves_every_loss_and_gradient_finite(name):
+def test_an_empty_row_gives_finite_losses_and_gradients(name):
     mask = torch.tensor([[True, True], [False, False]])
     old = torch.tensor([[-1.0, -2.0], [0.0, 0.0]])
     advantages = torch.tensor([[0.5, 0.5], [0.0, 0.0]])

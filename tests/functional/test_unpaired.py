@@ -43,7 +43,7 @@ def test_worked_number(case, dtype):
     check(case, dtype)
 
 
-def test_at_the_reference_every_row_gives_half_its_weight():
+def test_at_the_reference_the_loss_is_half_the_weight():
     found = kto_loss(
         torch.zeros(2), torch.tensor([True, False]), torch.zeros(()), desirable_weight=2.0, undesirable_weight=3.0
     )
@@ -57,7 +57,7 @@ def test_the_reference_point_is_never_negative_and_passes_no_gradient():
 
 @property_test
 @given(seed=st.integers(0, 2**31))
-def test_desirable_is_pushed_up_undesirable_down_and_far_rows_are_let_go(seed):
+def test_desirable_is_pushed_up_undesirable_down_and_the_gradient_saturates(seed):
     ratios = normal(seed, 6)
     (slope,) = gradient(lambda a: kto_loss(a, LABELS, torch.tensor(0.1).double()), ratios)
     assert (slope[:3] < 0).all()

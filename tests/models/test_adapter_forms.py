@@ -84,7 +84,7 @@ def close(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_form_is_trained_seen_exported_continued_and_merged(tmp_path: Path, form: str, tied: bool) -> None:
+def test_an_adapter_form_trains_exports_continues_and_merges(tmp_path: Path, form: str, tied: bool) -> None:
     lora = LoraSettings(r=4, alpha=8, **FORMS[form])
     folder = backbone(tmp_path / "base", form, tied)
     bare = ours(load_policy(folder))
@@ -115,7 +115,7 @@ def test_a_form_is_trained_seen_exported_continued_and_merged(tmp_path: Path, fo
 
 
 @pytest.mark.parametrize("form", ["dora", "rows"])
-def test_a_critic_on_the_same_backbone_has_its_own(tmp_path: Path, form: str) -> None:
+def test_a_critic_on_the_same_backbone_has_its_own_adapter(tmp_path: Path, form: str) -> None:
     policy = moved(load_policy(backbone(tmp_path / "base", form), lora=LoraSettings(r=4, **FORMS[form])))
     before = ours(policy)
     critic = add_critic(policy, LoraSettings())
@@ -130,7 +130,7 @@ def test_a_critic_on_the_same_backbone_has_its_own(tmp_path: Path, form: str) ->
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_of_tokens_are_taken_over_by_a_reward_model(tmp_path: Path, tied: bool) -> None:
+def test_trained_token_rows_are_inherited_by_a_reward_model(tmp_path: Path, tied: bool) -> None:
     base = backbone(tmp_path / "base", "rows", tied)
     lora = LoraSettings(r=2, trained_tokens=[7, 9])
     export_policy(moved(load_policy(base, lora=lora)), tiny_tokenizer(), tmp_path / "policy")
@@ -148,7 +148,7 @@ def test_rows_of_tokens_are_taken_over_by_a_reward_model(tmp_path: Path, tied: b
     assert module.rollouts == 1
 
 
-def test_a_critic_does_not_share_a_backbone_that_is_trained_in_part(tmp_path: Path) -> None:
+def test_a_shared_critic_is_refused_if_whole_modules_are_trained(tmp_path: Path) -> None:
     policy = load_policy(backbone(tmp_path / "base", "head"), lora=LoraSettings(modules_to_save=["lm_head"]))
     with refused("adapter-critic-whole-modules", "use critic='separate'"):
         add_critic(policy, LoraSettings())
@@ -169,7 +169,9 @@ def test_a_critic_does_not_share_a_backbone_that_is_trained_in_part(tmp_path: Pa
         ({"target_parameters": ["q_proj.weight"], "dropout": 0.1}, "excludes dropout and dora"),
     ],
 )
-def test_settings_that_name_nothing_are_refused(policy_folder: str, settings: dict[str, Any], words: str) -> None:
+def test_lora_settings_that_match_no_module_are_refused(
+    policy_folder: str, settings: dict[str, Any], words: str
+) -> None:
     with refused("impossible-lora", words):
         load_policy(policy_folder, lora=LoraSettings(**settings))
 
@@ -184,7 +186,7 @@ def test_a_continued_adapter_keeps_its_settings(tmp_path: Path, policy_folder: s
     assert "keeps its r=4 and alpha=32" in caplog.text
 
 
-def test_other_kinds_of_adapters_are_refused_in_a_sentence(tmp_path: Path, policy_folder: str) -> None:
+def test_adapters_other_than_lora_are_refused(tmp_path: Path, policy_folder: str) -> None:
     from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig
 
     kinds = {
@@ -208,7 +210,7 @@ def test_other_kinds_of_adapters_are_refused_in_a_sentence(tmp_path: Path, polic
         ({"bias": "all"}, "trains biases of its backbone"),
     ],
 )
-def test_adapters_whose_forward_is_another_are_refused(
+def test_lora_variants_with_another_forward_are_refused(
     tmp_path: Path, policy_folder: str, changes: dict[str, Any], words: str
 ) -> None:
     export_policy(load_policy(policy_folder, lora=LoraSettings(r=4)), tiny_tokenizer(), tmp_path / "adapter")
@@ -218,7 +220,7 @@ def test_adapters_whose_forward_is_another_are_refused(
         load_policy(str(tmp_path / "adapter"), lora=LoraSettings(r=4))
 
 
-def test_experts_that_are_left_out_are_named(caplog: Any) -> None:
+def test_unadapted_experts_are_reported(caplog: Any) -> None:
     with caplog.at_level(logging.INFO):
         add_lora(build("granitemoe", AutoModelForCausalLM), LoraSettings(r=2), "CAUSAL_LM")
     assert "GraniteMoeForCausalLM: all-linear adapts no fused experts" in caplog.text
@@ -229,7 +231,7 @@ def test_experts_that_are_left_out_are_named(caplog: Any) -> None:
     assert "fused experts" not in caplog.text
 
 
-def test_settings_of_peft_are_taken_over() -> None:
+def test_peft_settings_are_converted() -> None:
     given = LoraConfig(
         r=4, use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"],
         trainable_token_indices=[3], target_modules=["q_proj"],

@@ -44,7 +44,7 @@ def outputs(policy: CausalLM) -> Any:
 
 
 @pytest.mark.parametrize("name", [CRITIC, POLICY, None])
-def test_a_switch_is_put_back_and_changes_nothing_that_is_trained(policy_folder: str, name: str | None) -> None:
+def test_switching_adapters_restores_the_active_one_and_keeps_gradients(policy_folder: str, name: str | None) -> None:
     policy = with_critic(policy_folder)
     before, trained = outputs(policy), trainable(policy)
     assert {key.split(".")[-2] for key in trained} == {POLICY, CRITIC}
@@ -58,7 +58,7 @@ def test_a_switch_is_put_back_and_changes_nothing_that_is_trained(policy_folder:
     assert torch.equal(inside, bare) == (name is None)
 
 
-def test_switches_nest(policy_folder: str) -> None:
+def test_adapter_switches_can_be_nested(policy_folder: str) -> None:
     policy = with_critic(policy_folder)
     with with_adapter(policy.model, CRITIC):
         critic = outputs(policy)
@@ -67,7 +67,7 @@ def test_switches_nest(policy_folder: str) -> None:
         assert torch.equal(outputs(policy), critic)
 
 
-def test_pefts_own_switch_would_stop_the_critic_from_learning(policy_folder: str) -> None:
+def test_pefts_set_adapter_would_freeze_the_critic(policy_folder: str) -> None:
     """The reason for a switch of one's own; when this fails, peft has learnt to leave requires_grad alone."""
     policy = with_critic(policy_folder)
     trained = trainable(policy)
@@ -76,7 +76,7 @@ def test_pefts_own_switch_would_stop_the_critic_from_learning(policy_folder: str
     assert trainable(policy) < trained and not any(CRITIC in name for name in trainable(policy))
 
 
-def test_a_new_adapter_changes_nothing_and_draws_from_its_seed(policy_folder: str) -> None:
+def test_a_new_adapter_is_the_identity_and_seeded(policy_folder: str) -> None:
     policy = load_policy(policy_folder, lora=LoraSettings(r=4))
     before, trained, state = outputs(policy), trainable(policy), torch.get_rng_state()
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
@@ -88,7 +88,7 @@ def test_a_new_adapter_changes_nothing_and_draws_from_its_seed(policy_folder: st
     assert any(not torch.equal(one[key], other[key]) for key in one if "lora_A" in key)
 
 
-def test_frozen_adapters_drop_nothing_though_the_model_trains(policy_folder: str, tmp_path: Path) -> None:
+def test_frozen_adapters_have_no_dropout_in_train_mode(policy_folder: str, tmp_path: Path) -> None:
     first = with_critic(policy_folder, dropout=0.4)
     folder = str(export_policy(first, load_tokenizer(policy_folder), tmp_path / "adapter"))
     policy = load_policy(folder, lora=LoraSettings(r=4, dropout=0.4)).train()
@@ -107,7 +107,7 @@ def test_an_adapter_of_another_architecture_is_refused(policy_folder: str, tmp_p
             add_adapter(policy.model, "foreign", start.config, start.weights)
 
 
-def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_forward(policy_folder: str) -> None:
+def test_activation_checkpointing_recomputes_with_the_adapter_of_the_forward(policy_folder: str) -> None:
     """One backward pass through three forward passes with different adapters, long after switching back."""
     found = []
     for checkpointing in (False, True):
@@ -128,9 +128,7 @@ def test_checkpointed_blocks_are_recomputed_with_the_adapter_of_their_forward(po
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)], ids=["full", "lora"])
-def test_mlps_that_read_a_long_row_in_chunks_give_the_same_gradients(
-    lora: LoraSettings | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_mlps_give_the_same_gradients(lora: LoraSettings | None, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(40).view(2, 20) + 6
     found = []
     for cells in (4096, 7):
@@ -149,7 +147,7 @@ def test_mlps_that_read_a_long_row_in_chunks_give_the_same_gradients(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_an_update_holds_no_tensor_of_length_times_vocabulary_and_no_whole_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_materialises_neither_full_logits_nor_full_mlp_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the largest tensor of a forward and a backward pass over one row of 1,200 tokens."""
     length, vocabulary = 1200, 20_000
 

@@ -59,7 +59,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("batch", [PAIR, LONE], ids=["prompts shared", "each alone"])
 @pytest.mark.parametrize("attends", [by_lengths, by_lengths_head_by_head])
-def test_a_packed_row_by_lengths_is_the_padded_one(
+def test_variable_length_attention_equals_padded_rows(
     monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None], attends: Any, family: str, batch: Any
 ) -> None:
     kernel(attends)
@@ -75,7 +75,7 @@ def test_a_packed_row_by_lengths_is_the_padded_one(
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=2e-5)
 
 
-def test_a_kernel_is_tried_before_it_is_used(kernel: Callable[..., None]) -> None:
+def test_a_variable_length_kernel_is_tested_before_use(kernel: Callable[..., None]) -> None:
     assert not packing.takes_lengths(CPU, torch.bfloat16)  # PyTorch's own runs on no CPU
     packing.takes_lengths.cache_clear()
     kernel(by_lengths)
@@ -89,5 +89,5 @@ def test_a_kernel_is_tried_before_it_is_used(kernel: Callable[..., None]) -> Non
     packing.takes_lengths.cache_clear()
 
 
-def test_a_cpu_goes_block_by_block() -> None:
+def test_a_cpu_has_no_half_precision_kernel() -> None:
     assert packing.half_precision_of(torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)) is None

@@ -43,9 +43,7 @@ def assert_rows(grid: Tensor, expected: list[Tensor], tolerance: float = 1e-5) -
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_logprobs_are_the_log_softmax_of_the_plain_models_logits(
-    policy: CausalLM, plain: Any, temperature: float
-) -> None:
+def test_logprobs_equal_log_softmax_of_the_models_logits(policy: CausalLM, plain: Any, temperature: float) -> None:
     outputs = policy(padded_layout(BATCH), temperature)
     assert_rows(outputs.logprobs.detach(), by_hand(plain, temperature))
     assert outputs.entropy is None and outputs.values is None and not outputs.extras
@@ -90,7 +88,7 @@ def noisy_pads(layout: Layout, lengths: list[int], extra: int) -> Layout:
 
 
 @pytest.mark.parametrize("extra", [0, 7])
-def test_what_lies_in_free_cells_and_how_many_there_are_changes_nothing(policy: CausalLM, extra: int) -> None:
+def test_padding_content_and_amount_do_not_change_logprobs(policy: CausalLM, extra: int) -> None:
     layout = padded_layout(BATCH)
     changed = noisy_pads(layout, BATCH.lengths, extra)
     assert extra or not torch.equal(changed.input_ids, layout.input_ids)
@@ -99,14 +97,14 @@ def test_what_lies_in_free_cells_and_how_many_there_are_changes_nothing(policy: 
     torch.testing.assert_close(after.entropy, before.entropy, atol=1e-5, rtol=0)
 
 
-def test_a_row_does_not_feel_the_rows_beside_it(policy: CausalLM) -> None:
+def test_logprobs_of_a_row_do_not_depend_on_the_batch(policy: CausalLM) -> None:
     together = policy(padded_layout(BATCH)).logprobs
     for row, pair in enumerate(ROWS):
         alone = policy(padded_layout(sequences([pair]))).logprobs[0]
         torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-5, rtol=0)
 
 
-def test_gradients_are_those_of_the_plain_model(policy_folder: str) -> None:
+def test_gradients_equal_those_of_the_plain_model(policy_folder: str) -> None:
     policy = load_policy(policy_folder)
     plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
     outputs = policy(padded_layout(BATCH), 0.7, with_entropy=True)
@@ -156,7 +154,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_give_their_own_logits(family: str) -> None:
+def test_other_model_families_give_their_own_logits(family: str) -> None:
     torch.manual_seed(2)
     plain = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
     policy = CausalLM(plain)
@@ -199,7 +197,7 @@ def train_a_little(policy: CausalLM) -> None:
         optimizer.step()
 
 
-def test_with_an_adapter_the_reference_is_the_base_model_whatever_was_trained(policy_folder: str, plain: Any) -> None:
+def test_with_an_adapter_the_reference_is_the_base_model(policy_folder: str, plain: Any) -> None:
     policy = load_policy(policy_folder, lora=LoraSettings(r=4))
     layout = padded_layout(BATCH)
     assert_rows(policy(layout).logprobs.detach(), by_hand(plain))  # B = 0: the adapter starts as the base
@@ -211,7 +209,7 @@ def test_with_an_adapter_the_reference_is_the_base_model_whatever_was_trained(po
     torch.testing.assert_close(policy(layout).logprobs.detach(), moved)
 
 
-def test_a_continued_adapters_reference_is_the_adapter_as_it_was_loaded(policy_folder: str, tmp_path: Path) -> None:
+def test_the_reference_of_a_continued_adapter_is_the_loaded_adapter(policy_folder: str, tmp_path: Path) -> None:
     first = load_policy(policy_folder, lora=LoraSettings(r=4))
     train_a_little(first)
     folder = export_policy(first, AutoTokenizer.from_pretrained(policy_folder), tmp_path / "adapter")
@@ -254,7 +252,7 @@ def test_only_the_adapter_is_trained(policy_folder: str) -> None:
     assert trainable_fraction(adapted) == pytest.approx(added / (total + added))
 
 
-def test_a_loaded_reference_is_frozen_and_gives_the_policys_logprobs(policy_folder: str, policy: CausalLM) -> None:
+def test_a_loaded_reference_is_frozen_and_equals_the_initial_policy(policy_folder: str, policy: CausalLM) -> None:
     reference = load_reference(policy_folder, LoadSettings(activation_checkpointing=True))
     assert not reference.training and not reference.model.is_gradient_checkpointing
     assert not any(parameter.requires_grad for parameter in reference.parameters())
@@ -262,7 +260,7 @@ def test_a_loaded_reference_is_frozen_and_gives_the_policys_logprobs(policy_fold
     assert torch.equal(reference(layout).logprobs, policy(layout).logprobs)
 
 
-def test_inference_mode_puts_every_submodule_back_as_it_was() -> None:
+def test_eval_mode_is_restored_per_submodule() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
     model.train()
     model[1].eval()
@@ -274,12 +272,12 @@ def test_inference_mode_puts_every_submodule_back_as_it_was() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_first_word_is_no_special_token(tokenizer: Any) -> None:
+def test_first_word_is_not_a_special_token(tokenizer: Any) -> None:
     assert tokenizer.eos_token_id == 3 and max(tokenizer.all_special_ids) == FIRST_WORD - 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}])
-def test_whole_distributions_are_those_of_the_log_probabilities(tmp_path: Path, changes: dict[str, float]) -> None:
+def test_full_distributions_agree_with_logprobs(tmp_path: Path, changes: dict[str, float]) -> None:
     model = load_policy(save_policy(tmp_path / "policy", **changes))
     rows = random_rows(4, seed=2)
     layout = padded_layout(sequences(rows))

@@ -50,7 +50,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
-def test_kernels_give_the_same_gradients(folder: str) -> None:
+def test_compiled_layers_give_the_same_gradients(folder: str) -> None:
     step = demonstration_step(random_rows(5, seed=3), None)
     expected = gradients_of_step(SFTModule(init_from=folder), step)
     assert graphs() == 0
@@ -59,7 +59,7 @@ def test_kernels_give_the_same_gradients(folder: str) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_graphs_are_as_many_as_kinds_of_pass_and_not_as_shapes(folder: str, lora: Any, quick: None) -> None:
+def test_the_number_of_graphs_does_not_depend_on_shapes(folder: str, lora: Any, quick: None) -> None:
     """What makes a kind: gradient or none, one row or several, a mask or none, adapters on or off."""
     sizes = [(1, None), (2, 1), (3, None), (4, 2)]
     steps = [preference_step(random_pairs(count, seed=count), micro) for count, micro in sizes]
@@ -78,7 +78,7 @@ def test_graphs_are_as_many_as_kinds_of_pass_and_not_as_shapes(folder: str, lora
     assert graphs() == first  # new shapes, and another model of the same kind
 
 
-def test_sampling_runs_as_it_is(folder: str, quick: None) -> None:
+def test_sampling_runs_uncompiled(folder: str, quick: None) -> None:
     """Each token would be a new shape, and rollouts must equal those of the uncompiled model."""
     prompts = [[6, 7, 8], [9, 10], [11, 12, 13, 14]]
     rollouts = []
@@ -97,7 +97,7 @@ def lengths(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     message = str(missing_compiler("cpu"))

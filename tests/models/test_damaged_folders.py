@@ -47,14 +47,14 @@ def write(file: Path, content: Any) -> Path:
 @pytest.mark.parametrize(
     "name", ["other.bin", "../out.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "gone.safetensors", 7, None]
 )
-def test_an_index_names_safetensors_of_its_folder(name: Any, tmp_path: Path) -> None:
+def test_an_index_may_only_name_safetensors_of_its_folder(name: Any, tmp_path: Path) -> None:
     (tmp_path / "other.bin").touch()
     write(tmp_path / INDEX, {"weight_map": {"a": name}})
     with refused("unreadable-model", INDEX):
         check_folder(tmp_path)
 
 
-def test_what_is_loaded_is_hashed(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_exactly_the_loaded_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4)}, tmp_path / "shard.safetensors")
     write(tmp_path / INDEX, {"weight_map": {"a": "shard.safetensors"}})
     before = fingerprint(str(tmp_path)), content_hash(str(tmp_path))
@@ -70,7 +70,7 @@ def test_what_is_loaded_is_hashed(tmp_path: Path) -> None:
     ["_attn_implementation", "attn_implementation", "experts_implementation", "_attn_implementation_internal"],
 )
 @pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel"}, "paged|owner/kernel"])
-def test_a_config_chooses_no_kernel(key: str, value: Any, tmp_path: Path) -> None:
+def test_a_config_that_names_a_hub_kernel_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     for config in ({key: value}, {"text_config": {key: value}}):
         write(tmp_path / "config.json", config)
         with refused("foreign-kernel", key):
@@ -80,22 +80,20 @@ def test_a_config_chooses_no_kernel(key: str, value: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("x", 10**30)])
-def test_counts_that_no_model_has(key: str, value: int, tmp_path: Path) -> None:
+def test_implausibly_large_sizes_are_refused(key: str, value: int, tmp_path: Path) -> None:
     write(tmp_path / "config.json", {key: value})
     with refused("model-too-large", key):
         check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"])
-def test_counts_below_zero(key: str, tmp_path: Path) -> None:
+def test_negative_sizes_are_refused(key: str, tmp_path: Path) -> None:
     write(tmp_path / "config.json", {key: -1})
     with refused("model-too-small", key):
         check_folder(tmp_path)
 
 
-def test_a_new_model_beyond_this_machines_memory_is_refused_before_it_is_built(
-    policy_folder: str, tmp_path: Path
-) -> None:
+def test_a_new_model_larger_than_memory_is_refused_before_allocation(policy_folder: str, tmp_path: Path) -> None:
     config = json.loads((Path(policy_folder) / "config.json").read_text())
     write(tmp_path / "config.json", {**config, "vocab_size": 2**31, "hidden_size": 1024})
     began = time.monotonic()
@@ -115,7 +113,7 @@ def test_prompts_beyond_a_models_embeddings_or_positions_are_refused() -> None:
     check_prompts(model, [], 15)
 
 
-def test_a_tokenizer_that_multiplies(tmp_path: Path) -> None:
+def test_a_tokenizer_that_expands_text_exponentially_is_refused(tmp_path: Path) -> None:
     steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 8
     write(tmp_path / "tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": steps}})
     with refused("hostile-tokenizer"):
@@ -124,14 +122,14 @@ def test_a_tokenizer_that_multiplies(tmp_path: Path) -> None:
     check_folder(tmp_path)
 
 
-def test_a_pipe_in_a_folder(tmp_path: Path) -> None:
+def test_a_named_pipe_in_a_model_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with refused("not-a-file", "pipe"):
         check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "<html>", "[" * 100_000, "7", "\x00"])
-def test_json_that_is_no_object_names_its_file(text: str, tmp_path: Path) -> None:
+def test_json_that_is_not_an_object_is_refused_with_its_file(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with refused("unreadable-model", "config.json"):
         read_json(tmp_path / "config.json")
@@ -153,14 +151,16 @@ def test_json_that_is_no_object_names_its_file(text: str, tmp_path: Path) -> Non
         {"bias": "many"},
     ],
 )
-def test_odd_adapter_configs(change: dict[str, Any], tmp_path: Path) -> None:
+def test_malformed_adapter_configs_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "adapter_config.json", {**ADAPTER, **change})
     with pytest.raises(ValueError, match="adapter_config.json"):
         adapter_settings(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"target_modules": "(a|a)*$"}, {"target_modules": "("}])
-def test_patterns_that_hang(change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_target_module_patterns_are_refused(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlhf_lightning.models.lora.PATTERN_SECONDS", 1)
     write(tmp_path / "adapter_config.json", {**ADAPTER, **change})
     model = nn.ModuleDict({"a" * 40 + "c": nn.Linear(1, 1)})
@@ -171,20 +171,20 @@ def test_patterns_that_hang(change: dict[str, Any], tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("record", [[], 7, {"fingerprint": 7}, {"source": ["x"]}])
-def test_odd_backbone_records(record: Any, tmp_path: Path) -> None:
+def test_malformed_backbone_records_are_refused(record: Any, tmp_path: Path) -> None:
     write(tmp_path / "backbone.json", record)
     with refused("unreadable-model", "backbone.json"):
         backbone_record(tmp_path)
 
 
-def test_a_gguf_with_a_huge_count(tmp_path: Path) -> None:
+def test_a_gguf_with_an_implausible_tensor_count_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40))
     with refused("unreadable-model", "gguf"):
         refuse_odd_gguf(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), RuntimeError("size mismatch"), ValueError("x")])
-def test_errors_of_libraries_become_one_sentence(error: Exception, tmp_path: Path) -> None:
+def test_library_errors_become_one_sentence(error: Exception, tmp_path: Path) -> None:
     with refused("unreadable-model", type(error).__name__), reading(str(tmp_path)):
         raise error
 
@@ -237,7 +237,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_weights_are_one_sentence(kind: str, damage: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_in_one_sentence(
+    kind: str, damage: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     name, load = LOADERS[kind]
     shutil.copytree(folders[kind], tmp_path / "x")
     file = tmp_path / "x" / name
@@ -250,7 +252,7 @@ def test_damaged_weights_are_one_sentence(kind: str, damage: str, folders: dict[
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("change", ["other shape", "one is missing", "one is renamed"])
-def test_weights_of_another_model_are_one_sentence(
+def test_weights_of_another_model_are_refused_in_one_sentence(
     kind: str, change: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     name, load = LOADERS[kind]
@@ -277,7 +279,7 @@ def test_weights_of_another_model_are_one_sentence(
         {"architectures": 7}, {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, {"num_labels": -1},
     ],
 )  # fmt: skip
-def test_odd_configs_load_or_are_one_sentence(
+def test_changed_configs_load_or_are_refused_in_one_sentence(
     kind: str, change: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(folders[kind], tmp_path / "x")
@@ -293,7 +295,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 1
 @pytest.mark.parametrize(
     "text", [BOMB, "a: &a [*a]", "[" * 9000, "- " * 5000 + "a", "? " * 5000 + "a", "k" * 2_000_000]
 )
-def test_yaml_bombs(text: str) -> None:
+def test_yaml_alias_bombs_are_refused(text: str) -> None:
     with refused("yaml-too-large"):
         refuse_large_yaml(text)
     refuse_large_yaml("a: &x {b: [1, 2]}\nc: *x")

@@ -79,7 +79,7 @@ def test_a_policy_loads_in_transformers_with_the_same_logits(
     assert loaded.config.use_cache
 
 
-def test_the_next_stage_starts_where_this_one_ended(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_the_next_stage_starts_from_the_exported_weights(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     policy = load_policy(policy_folder)
     disturbed(policy)
     folder = str(export_policy(policy, tokenizer, tmp_path / "model"))
@@ -106,7 +106,7 @@ def test_an_adapter_loads_in_peft_with_the_same_logits(
     assert not torch.allclose(logits(plain), logits(policy.model), atol=1e-2)
 
 
-def test_an_adapters_folder_names_its_backbone_and_holds_no_other_weights(
+def test_an_adapter_folder_names_its_backbone_and_has_only_adapter_weights(
     policy_folder: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     policy = load_policy(policy_folder, lora=LoraSettings(r=4))
@@ -117,7 +117,9 @@ def test_an_adapters_folder_names_its_backbone_and_holds_no_other_weights(
     assert [file.name for file in folder.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
-def test_only_an_adapter_keeps_the_path_of_its_backbone(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_only_adapter_folders_contain_the_path_of_the_backbone(
+    policy_folder: str, tmp_path: Path, tokenizer: Any
+) -> None:
     """A folder may be shared or pushed: local paths appear only where peft needs one."""
 
     def naming(folder: Path) -> set[str]:
@@ -134,11 +136,11 @@ def test_only_an_adapter_keeps_the_path_of_its_backbone(policy_folder: str, tmp_
     ("source", "name"),
     [("owner/model", "owner/model"), ("/home/me/base", "base"), ("/x/runs/sft/version_3/model", "sft/version_3/model")],
 )
-def test_a_model_is_named_without_the_path_to_it(source: str, name: str) -> None:
+def test_model_names_contain_no_local_path(source: str, name: str) -> None:
     assert model_name(source) == name
 
 
-def test_an_adapter_without_its_backbone_says_how_to_name_another(
+def test_an_adapter_with_a_missing_backbone_is_refused_with_the_remedy(
     policy_folder: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     folder = export_policy(load_policy(policy_folder, lora=LoraSettings(r=4)), tokenizer, tmp_path / "adapter")
@@ -148,9 +150,7 @@ def test_an_adapter_without_its_backbone_says_how_to_name_another(
         load_policy(str(folder))
 
 
-def test_a_continued_adapter_is_handed_over_without_its_reference(
-    policy_folder: str, tmp_path: Path, tokenizer: Any
-) -> None:
+def test_exporting_a_continued_adapter_omits_its_reference(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     first = load_policy(policy_folder, lora=LoraSettings(r=4))
     disturbed(first)
     start = str(export_policy(first, tokenizer, tmp_path / "first"))
@@ -165,7 +165,7 @@ def test_a_continued_adapter_is_handed_over_without_its_reference(
     assert not torch.allclose(logits(loaded), logits(first.model), atol=1e-2)
 
 
-def test_the_tokenizer_travels_with_its_template(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_the_chat_template_is_exported_with_the_tokenizer(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     folder = export_policy(load_policy(policy_folder), tokenizer, tmp_path / "model")
     loaded = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "w7 w9"}]
@@ -178,9 +178,7 @@ def test_the_tokenizer_travels_with_its_template(policy_folder: str, tmp_path: P
     assert json.loads(stored) == json.loads(tokenizer.backend_tokenizer.to_str()) and "\n" not in stored
 
 
-def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(
-    policy_folder: str, tmp_path: Path, tokenizer: Any
-) -> None:
+def test_exporting_again_replaces_the_folder_atomically(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     target = tmp_path / "model"
     export_policy(load_policy(policy_folder, lora=LoraSettings(r=4)), tokenizer, target)
     policy = load_policy(policy_folder)
@@ -190,7 +188,7 @@ def test_exporting_again_replaces_the_folder_and_leaves_nothing_beside_it(
     assert fingerprint(str(target)) == fingerprint(policy_folder)
 
 
-def test_a_model_goes_on_training_after_it_was_exported(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_training_continues_after_an_export(policy_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     policy = load_policy(policy_folder, lora=LoraSettings(r=4))
     before = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
     export_policy(policy, tokenizer, tmp_path / "model")
@@ -235,9 +233,7 @@ def test_a_reward_adapter_gives_the_same_scores_in_peft_with_its_head(
     torch.testing.assert_close(scores, own_scores(model), atol=1e-5, rtol=1e-5)
 
 
-def test_the_bias_travels_in_the_config_and_changes_no_weight(
-    reward_folder: str, tmp_path: Path, tokenizer: Any
-) -> None:
+def test_the_score_bias_is_exported_in_the_config(reward_folder: str, tmp_path: Path, tokenizer: Any) -> None:
     model = reward_model(reward_folder)
     with_bias = export_reward_model(model, tokenizer, tmp_path / "biased", reward_folder)
     model.bias = 0.0
@@ -249,5 +245,5 @@ def test_the_bias_travels_in_the_config_and_changes_no_weight(
     assert json.loads((with_bias / "backbone.json").read_text())["score_bias"] == 1.25
 
 
-def test_a_policys_folder_gives_a_causal_lm_of_its_own_source(policy_folder: str) -> None:
+def test_a_policy_folder_exports_a_causal_lm(policy_folder: str) -> None:
     assert isinstance(load_policy(policy_folder), CausalLM) and load_policy(policy_folder).source == policy_folder

@@ -11,7 +11,7 @@ RIGHT = {"right", "padded instead"}
 
 
 @pytest.mark.parametrize("name", MATTER)
-def test_a_family_that_matters_is_right(name: str, tmp_path: Path) -> None:
+def test_a_core_model_family_passes_all_checks(name: str, tmp_path: Path) -> None:
     found = measure(name, tmp_path, QUICK)
     assert not found["path"].startswith("refused")
     assert {found[column] for column in QUICK} <= RIGHT, found
@@ -20,7 +20,7 @@ def test_a_family_that_matters_is_right(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "column"), [("git", "in groups"), ("phi4_multimodal", "in groups"), ("xlstm", "exported")]
 )
-def test_a_family_with_towers_or_weights_of_its_own_drawing_is_right(name: str, column: str, tmp_path: Path) -> None:
+def test_a_multimodal_or_specially_initialised_family_passes_all_checks(name: str, column: str, tmp_path: Path) -> None:
     assert measure(name, tmp_path, (column,))[column] == "right"
 
 
@@ -33,7 +33,7 @@ def test_the_page_has_a_row_for_every_family() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_every_family_is_as_the_page_says(name: str, tmp_path: Path) -> None:
+def test_every_family_matches_its_row_on_the_page(name: str, tmp_path: Path) -> None:
     found = measure(name, tmp_path)
     (row,) = re.findall(rf"^\| {re.escape(name)} \| .*$", PAGE.read_text(), re.MULTILINE)
     shown = [cell.strip().replace("✓", "right") for cell in row.strip("|").split("|")]

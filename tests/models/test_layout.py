@@ -10,7 +10,7 @@ from rlhf_lightning.types import Sequences
 EXAMPLE = sequences([([5, 6, 7], [8, 9, 2]), ([4], [3, 9, 6, 5, 8, 7, 2])])
 
 
-def test_worked_example_is_laid_out_with_its_masks() -> None:
+def test_a_padded_layout_by_hand() -> None:
     layout = padded_layout(EXAMPLE)
 
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 0, 0], [4, 3, 9, 6, 5, 8, 7, 2]]
@@ -22,12 +22,12 @@ def test_worked_example_is_laid_out_with_its_masks() -> None:
     assert layout.last.tolist() == [5, 15]
 
 
-def test_scatter_puts_each_value_on_its_cell_and_zero_elsewhere() -> None:
+def test_scatter_places_values_and_zero_elsewhere() -> None:
     grid = padded_layout(EXAMPLE).scatter(torch.arange(1.0, 11.0))
     assert grid.tolist() == [[1, 2, 3, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9, 10]]
 
 
-def test_scatter_passes_gradients_to_each_value() -> None:
+def test_scatter_is_differentiable() -> None:
     values = torch.arange(1.0, 11.0, requires_grad=True)
     weights = torch.arange(14.0).view(2, 7)
     (padded_layout(EXAMPLE).scatter(values) * weights).sum().backward()
@@ -35,7 +35,7 @@ def test_scatter_passes_gradients_to_each_value() -> None:
     assert values.grad.tolist() == [0, 1, 2, 7, 8, 9, 10, 11, 12, 13]
 
 
-def test_unsupervised_tokens_are_read_but_neither_predicted_nor_masked_in() -> None:
+def test_unsupervised_tokens_are_input_but_not_predicted() -> None:
     batch = sequences([([5, 6], [7, 8, 9, 2])], supervised=[[True, False, False, True]])
     layout = padded_layout(batch)
     assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 2]]
@@ -44,7 +44,7 @@ def test_unsupervised_tokens_are_read_but_neither_predicted_nor_masked_in() -> N
     assert layout.completion_mask.tolist() == [[True, False, False, True]]
 
 
-def test_first_token_after_an_empty_prompt_has_nothing_to_be_predicted_from() -> None:
+def test_the_first_token_after_an_empty_prompt_is_not_predicted() -> None:
     layout = padded_layout(sequences([([], [7, 8, 2]), ([5], [6])]))
     assert layout.completion_mask.tolist() == [[False, True, True], [True, False, False]]
     assert layout.targets.tolist() == [8, 2, 6]
@@ -57,7 +57,7 @@ def test_an_empty_completion_is_refused() -> None:
         padded_layout(sequences([([5], [6]), ([5, 6], [])]))
 
 
-def test_completions_share_the_prompt_they_name() -> None:
+def test_completions_use_the_prompt_of_their_parent_index() -> None:
     shared = Sequences(
         prompts=(torch.tensor([5, 6]), torch.tensor([7])),
         completions=(torch.tensor([8]), torch.tensor([9]), torch.tensor([10])),
@@ -68,14 +68,14 @@ def test_completions_share_the_prompt_they_name() -> None:
     assert shared.lengths == [2, 3, 2]
 
 
-def test_end_state_adds_the_position_that_has_read_the_last_token() -> None:
+def test_end_state_adds_the_position_of_the_last_token() -> None:
     layout = padded_layout(EXAMPLE).with_end_state()
     assert layout.completion_mask.tolist() == [[True] * 4 + [False] * 4, [True] * 8]
     grid = layout.scatter(layout.predictors.float())
     assert grid.tolist() == [[2, 3, 4, 5, 0, 0, 0, 0], [8, 9, 10, 11, 12, 13, 14, 15]]
 
 
-def test_end_state_comes_after_the_last_token_whatever_is_supervised() -> None:
+def test_end_state_does_not_depend_on_supervision() -> None:
     layout = padded_layout(
         sequences([([5, 6], [7, 8, 9, 2]), ([], [4, 9])], supervised=[[True, False, False, True], [True, True]])
     ).with_end_state()
@@ -101,7 +101,7 @@ def test_every_supervised_token_is_predicted_by_its_predecessor(rows: list[tuple
         assert int(layout.input_ids.flatten()[layout.last[row]]) == completion[-1]
 
 
-def test_select_keeps_only_the_prompts_that_are_needed() -> None:
+def test_select_drops_unused_prompts() -> None:
     pairs = Sequences(
         prompts=(torch.tensor([1]), torch.tensor([2, 2]), torch.tensor([3, 3, 3])),
         completions=tuple(torch.tensor([token]) for token in (11, 12, 13, 21, 22, 23)),

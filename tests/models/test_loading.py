@@ -53,7 +53,7 @@ def bare_folder(tmp_path_factory: pytest.TempPathFactory, policy_folder: str) ->
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_folders_and_hub_names_stay_and_missing_paths_are_named(tmp_path: Path, policy_folder: str) -> None:
+def test_existing_folders_and_hub_ids_resolve_and_missing_paths_are_refused(tmp_path: Path, policy_folder: str) -> None:
     assert resolve_folder(policy_folder) == policy_folder
     assert resolve_folder("gpt2") == "gpt2"
     assert resolve_folder("owner/model") == "owner/model"
@@ -64,7 +64,7 @@ def test_folders_and_hub_names_stay_and_missing_paths_are_named(tmp_path: Path, 
         resolve_folder(str(tmp_path / "weights.gguf"))
 
 
-def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_variables_set_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     assert cache_folder("~/mine") == Path.home() / "mine"
@@ -78,7 +78,7 @@ def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_from_scratch_draws_the_weights_of_the_seed_and_leaves_the_global_state_alone(bare_folder: str) -> None:
+def test_from_scratch_weights_depend_only_on_the_seed(bare_folder: str) -> None:
     torch.manual_seed(99)
     state = torch.get_rng_state()
     first = weights(load_policy(bare_folder, LoadSettings(from_scratch=True, seed=4)))
@@ -90,13 +90,13 @@ def test_from_scratch_draws_the_weights_of_the_seed_and_leaves_the_global_state_
     assert float(spread) == pytest.approx(0.2, rel=0.04)  # the config's initializer_range
 
 
-def test_from_scratch_does_not_read_the_weights_that_are_there(policy_folder: str) -> None:
+def test_from_scratch_ignores_stored_weights(policy_folder: str) -> None:
     stored = weights(load_policy(policy_folder))
     assert not equal(weights(load_policy(policy_folder, LoadSettings(from_scratch=True, seed=4))), stored)
 
 
 @pytest.mark.parametrize("piece", ["bias", "weight_scale", "lora_A.weight"])
-def test_weights_that_a_layer_has_no_place_for_are_refused(piece: str, tmp_path: Path, policy_folder: str) -> None:
+def test_unexpected_weights_of_a_layer_are_refused(piece: str, tmp_path: Path, policy_folder: str) -> None:
     shutil.copytree(policy_folder, tmp_path / "x")
     file = tmp_path / "x" / "model.safetensors"
     key = f"model.layers.1.self_attn.q_proj.{piece}"
@@ -124,7 +124,7 @@ def test_an_adapter_of_integer_weights_is_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
-def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) -> None:
+def test_a_weight_of_the_wrong_shape_is_refused(tmp_path: Path, policy_folder: str) -> None:
     shutil.copytree(policy_folder, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": VOCABULARY + 8}
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
@@ -132,7 +132,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path, policy_folder: str) 
         load_policy(str(tmp_path / "x"))
 
 
-def test_shapes_that_no_memory_holds_are_named_too(tmp_path: Path, policy_folder: str) -> None:
+def test_a_wrong_shape_larger_than_memory_is_refused(tmp_path: Path, policy_folder: str) -> None:
     shutil.copytree(policy_folder, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": 10**9}
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
@@ -140,7 +140,7 @@ def test_shapes_that_no_memory_holds_are_named_too(tmp_path: Path, policy_folder
         load_policy(str(tmp_path / "x"))
 
 
-def test_shapes_that_cannot_be_named_for_want_of_memory_are_refused(tmp_path: Path) -> None:
+def test_a_memory_error_while_comparing_shapes_is_refused(tmp_path: Path) -> None:
     class Kind:
         @staticmethod
         def from_pretrained(name: str, **options: Any) -> None:
@@ -150,7 +150,7 @@ def test_shapes_that_cannot_be_named_for_want_of_memory_are_refused(tmp_path: Pa
         _from_pretrained("x", Kind, {})
 
 
-def test_a_file_of_4_bit_weights_trains_an_adapter_where_that_is_said(tmp_path: Path, policy_folder: str) -> None:
+def test_four_bit_weights_need_quantization_nf4(tmp_path: Path, policy_folder: str) -> None:
     load_policy(policy_folder, LoadSettings(quantization="nf4"), LoraSettings(r=2)).model.unload().save_pretrained(
         tmp_path
     )
@@ -164,12 +164,12 @@ def test_a_file_of_4_bit_weights_trains_an_adapter_where_that_is_said(tmp_path: 
     torch.testing.assert_close(policy.model(input_ids=ids).logits, expected)
 
 
-def test_a_whole_reward_model_starts_no_policy(reward_folder: str) -> None:
+def test_a_reward_model_as_policy_is_refused(reward_folder: str) -> None:
     with refused("reward-model", reward_folder):
         load_policy(reward_folder)
 
 
-def test_weights_that_a_model_does_not_use_are_named(tmp_path: Path, policy_folder: str, caplog: Any) -> None:
+def test_unused_weights_are_reported(tmp_path: Path, policy_folder: str, caplog: Any) -> None:
     shutil.copytree(policy_folder, tmp_path / "x")
     file = tmp_path / "x" / "model.safetensors"
     save_file(load_file(file) | {"v_head.summary.weight": torch.ones(1, 32)}, file, metadata={"format": "pt"})
@@ -180,12 +180,12 @@ def test_weights_that_a_model_does_not_use_are_named(tmp_path: Path, policy_fold
     assert caplog.text.count("does not use") == 1
 
 
-def test_a_folder_without_weights_is_refused_with_the_way_out(bare_folder: str) -> None:
+def test_a_folder_without_weights_is_refused_with_the_remedy(bare_folder: str) -> None:
     with refused("no-weights", "has no weights (no .safetensors file)", "from_scratch=true"):
         load_policy(bare_folder)
 
 
-def test_a_folder_with_half_a_model_is_refused(tmp_path: Path, policy_folder: str) -> None:
+def test_missing_weights_are_refused(tmp_path: Path, policy_folder: str) -> None:
     folder = tmp_path / "half"
     shutil.copytree(policy_folder, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -196,17 +196,17 @@ def test_a_folder_with_half_a_model_is_refused(tmp_path: Path, policy_folder: st
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_weights_come_in_the_precision_asked_for(policy_folder: str, name: str) -> None:
+def test_weights_are_loaded_in_the_requested_dtype(policy_folder: str, name: str) -> None:
     policy = load_policy(policy_folder, LoadSettings(dtype=name))
     assert {parameter.dtype for parameter in policy.parameters()} == {getattr(torch, name)}
 
 
-def test_another_precision_is_refused(policy_folder: str) -> None:
+def test_an_unsupported_dtype_is_refused(policy_folder: str) -> None:
     with refused("unknown-choice", "dtype is 'float16'", "'float32' or 'bfloat16'"):
         load_policy(policy_folder, LoadSettings(dtype="float16"))
 
 
-def test_the_attention_kernel_asked_for_is_used_and_changes_nothing(policy_folder: str) -> None:
+def test_the_requested_attention_kernel_is_used(policy_folder: str) -> None:
     layout = padded_layout(BATCH)
     eager = load_policy(policy_folder, LoadSettings(attn_implementation="eager"))
     assert eager.model.config._attn_implementation == "eager"
@@ -217,7 +217,7 @@ def test_the_attention_kernel_asked_for_is_used_and_changes_nothing(policy_folde
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])
-def test_a_language_model_gets_a_new_small_head_and_keeps_its_trunk(tmp_path: Path, from_scratch: bool) -> None:
+def test_a_reward_model_from_a_causal_lm_gets_a_new_small_head(tmp_path: Path, from_scratch: bool) -> None:
     settings = LoadSettings(from_scratch, seed=3)
     policy_folder = save_policy(tmp_path / "policy", initializer_range=0.02)
     model = load_reward_hf_model(policy_folder, settings)
@@ -232,7 +232,7 @@ def test_a_language_model_gets_a_new_small_head_and_keeps_its_trunk(tmp_path: Pa
     assert not torch.equal(other.score.weight, model.score.weight)
 
 
-def test_a_reward_models_own_head_is_kept(reward_folder: str) -> None:
+def test_a_reward_model_keeps_its_trained_head(reward_folder: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32)
     assert equal(weights(load_reward_hf_model(reward_folder, LoadSettings())), weights(plain))
 
@@ -248,7 +248,7 @@ def gpt2_with_dropout() -> GPT2Config:
 
 
 @pytest.mark.parametrize("config", [tiny_config(attention_dropout=0.5), gpt2_with_dropout()], ids=["llama", "gpt2"])
-def test_dropout_is_off_after_loading_though_the_model_trains(tmp_path: Path, config: Any) -> None:
+def test_dropout_is_disabled_on_load_even_in_train_mode(tmp_path: Path, config: Any) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     policy, layout = load_policy(str(tmp_path)), padded_layout(BATCH)
@@ -261,7 +261,7 @@ def test_dropout_is_off_after_loading_though_the_model_trains(tmp_path: Path, co
     assert not torch.allclose(policy(layout).logprobs, trained, atol=1e-2)
 
 
-def test_an_adapters_own_dropout_is_kept(policy_folder: str) -> None:
+def test_lora_dropout_is_kept(policy_folder: str) -> None:
     policy, layout = load_policy(policy_folder, lora=LoraSettings(r=4, dropout=0.4)), padded_layout(BATCH)
     rates = {m.p for n, m in policy.named_modules() if n.endswith("lora_dropout.default")}
     assert rates == {0.4}
@@ -273,7 +273,7 @@ def test_an_adapters_own_dropout_is_kept(policy_folder: str) -> None:
     assert not torch.equal(policy(layout).logprobs, policy(layout).logprobs)
 
 
-def test_the_embedding_of_an_end_token_that_is_also_the_pad_token_is_trained(tmp_path: Path) -> None:
+def test_an_eos_token_that_is_also_the_pad_token_gets_a_gradient(tmp_path: Path) -> None:
     policy = load_policy(save_policy(tmp_path / "shared", pad_token_id=3, tie_word_embeddings=False))
     rows = sequences([([FIRST_WORD, 3, 20], [21, 22, 3])])
     policy(padded_layout(rows)).logprobs.sum().backward()
@@ -300,7 +300,7 @@ def test_activation_checkpointing_gives_the_same_gradients(policy_folder: str) -
 # -- adapters and the backbone they belong to -------------------------------------------------------------------------
 
 
-def test_a_fingerprint_outlives_saving_again_and_another_precision(policy_folder: str, tmp_path: Path) -> None:
+def test_fingerprints_do_not_depend_on_saving_or_dtype(policy_folder: str, tmp_path: Path) -> None:
     expected = fingerprint(policy_folder)
     assert expected is not None and len(expected) == 32
     for name, dtype in (("again", torch.float32), ("half", torch.bfloat16)):
@@ -309,7 +309,7 @@ def test_a_fingerprint_outlives_saving_again_and_another_precision(policy_folder
         assert fingerprint(str(tmp_path / name)) == expected
 
 
-def test_a_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
+def test_fingerprints_do_not_depend_on_sharding(tmp_path: Path) -> None:
     whole = save_policy(tmp_path / "whole", num_hidden_layers=12)  # sorted by name, layer 10 comes before layer 2
     model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
@@ -317,7 +317,7 @@ def test_a_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path / "shards")) == fingerprint(whole)
 
 
-def test_a_fingerprint_tells_other_weights_apart(policy_folder: str, other_folder: str, tmp_path: Path) -> None:
+def test_fingerprints_of_different_weights_differ(policy_folder: str, other_folder: str, tmp_path: Path) -> None:
     assert fingerprint(other_folder) != fingerprint(policy_folder)
     policy = load_policy(policy_folder)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
@@ -327,7 +327,7 @@ def test_a_fingerprint_tells_other_weights_apart(policy_folder: str, other_folde
     assert fingerprint(str(tmp_path)) != fingerprint(policy_folder)
 
 
-def test_what_is_no_local_folder_of_safetensors_has_no_fingerprint(bare_folder: str) -> None:
+def test_hub_ids_and_folders_without_weights_have_no_fingerprint(bare_folder: str) -> None:
     assert fingerprint("owner/model") is None
     assert fingerprint(bare_folder) is None
 
@@ -360,7 +360,7 @@ def test_an_adapter_on_another_backbone_is_refused_with_both_fingerprints(
         load_policy(folder)
 
 
-def test_an_adapter_loaded_to_train_every_weight_is_merged(tmp_path: Path, policy_folder: str, tokenizer: Any) -> None:
+def test_an_adapter_is_merged_for_full_fine_tuning(tmp_path: Path, policy_folder: str, tokenizer: Any) -> None:
     adapted, folder = trained_adapter(policy_folder, tmp_path / "adapter", tokenizer)
     merged, layout = load_policy(folder), padded_layout(BATCH)
     assert not merged.has_adapter and all(parameter.requires_grad for parameter in merged.parameters())
@@ -369,7 +369,7 @@ def test_an_adapter_loaded_to_train_every_weight_is_merged(tmp_path: Path, polic
         assert not torch.allclose(load_policy(policy_folder)(layout).logprobs, merged(layout).logprobs, atol=1e-2)
 
 
-def test_a_reward_adapter_comes_back_with_its_head(tmp_path: Path, policy_folder: str, tokenizer: Any) -> None:
+def test_a_reward_adapter_is_loaded_with_its_head(tmp_path: Path, policy_folder: str, tokenizer: Any) -> None:
     model = add_lora(load_reward_hf_model(policy_folder, LoadSettings(seed=3)), LoraSettings(r=4), "SEQ_CLS")
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any("score" in name for name in trainable)
@@ -398,9 +398,7 @@ def test_lora_scales_its_update_by_alpha_over_r(policy_folder: str) -> None:
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_policys_adapter_starts_a_reward_model_on_its_trunk(
-    tmp_path: Path, policy_folder: str, tokenizer: Any
-) -> None:
+def test_a_reward_model_can_start_from_a_policy_adapter(tmp_path: Path, policy_folder: str, tokenizer: Any) -> None:
     adapted, folder = trained_adapter(policy_folder, tmp_path / "adapter", tokenizer)
     rewards, layout = load_reward_hf_model(folder, LoadSettings(seed=3)), padded_layout(BATCH)
     with torch.no_grad():
@@ -412,7 +410,7 @@ def test_a_policys_adapter_starts_a_reward_model_on_its_trunk(
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_a_reward_adapter_starts_no_policy(
+def test_a_reward_adapter_as_policy_is_refused(
     tmp_path: Path, policy_folder: str, tokenizer: Any, lora: LoraSettings | None
 ) -> None:
     model = add_lora(load_reward_hf_model(policy_folder, LoadSettings()), LoraSettings(r=4), "SEQ_CLS")
@@ -421,7 +419,7 @@ def test_a_reward_adapter_starts_no_policy(
         load_policy(folder, lora=lora)
 
 
-def test_an_adapter_is_drawn_from_the_seed_alone(policy_folder: str) -> None:
+def test_adapter_initialisation_depends_only_on_the_seed(policy_folder: str) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         policy = load_policy(policy_folder, LoadSettings(seed=seed), LoraSettings(r=4))
         return {name: parameter for name, parameter in weights(policy).items() if "lora_A" in name}
@@ -434,7 +432,7 @@ def test_an_adapter_is_drawn_from_the_seed_alone(policy_folder: str) -> None:
     assert not equal(drawn(4), first)
 
 
-def test_a_plain_folder_loads_through_the_shared_loader(policy_folder: str) -> None:
+def test_load_hf_model_loads_a_plain_folder(policy_folder: str) -> None:
     model = load_hf_model(policy_folder, AutoModelForCausalLM, LoadSettings())
     stored = json.loads((Path(policy_folder) / "config.json").read_text())
     assert model.config.hidden_size == stored["hidden_size"] == 32

@@ -55,7 +55,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (1, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_output_and_gradients_are_peft_s(counted: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_output_and_gradients_equal_pefts(counted: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     model, x = adapted().to(dtype), torch.randn(shape, dtype=dtype)
     expected = outcome(model, x)
     assert not counted
@@ -67,7 +67,7 @@ def test_output_and_gradients_are_peft_s(counted: list[int], shape: tuple[int, .
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_mixed_precision_gives_peft_s_gradients_up_to_bf16(counted: list[int], base: torch.dtype) -> None:
+def test_mixed_precision_gradients_are_as_accurate_as_pefts(counted: list[int], base: torch.dtype) -> None:
     """Relative to single precision, the error is at most 1.5 times that of peft's implementation."""
     model, x = adapted(), torch.randn(16, 6)
     exact = outcome(model, x)
@@ -86,7 +86,7 @@ def test_mixed_precision_gives_peft_s_gradients_up_to_bf16(counted: list[int], b
         assert (ours - true).abs().max() <= 1.5 * (theirs - true).abs().max() + 0.01 * scale
 
 
-def test_dropout_falls_on_the_same_inputs_as_peft_s(counted: list[int]) -> None:
+def test_dropout_masks_equal_pefts(counted: list[int]) -> None:
     model, x = adapted(dropout=0.5), torch.randn(5, 6)
     found = []
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_dropout_falls_on_the_same_inputs_as_peft_s(counted: list[int]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_double_precision_under_autocast_is_left_to_peft(counted: list[int]) -> None:
+def test_double_precision_under_autocast_falls_back_to_peft(counted: list[int]) -> None:
     model = adapted().double()
     use_low_rank_products(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +108,7 @@ def test_double_precision_under_autocast_is_left_to_peft(counted: list[int]) -> 
 
 
 @pytest.mark.parametrize("form", ["off", "bias", "dora", "merged", "trained base", "two adapters"])
-def test_every_other_form_is_left_to_peft(counted: list[int], form: str) -> None:
+def test_other_adapter_forms_fall_back_to_peft(counted: list[int], form: str) -> None:
     options = {"bias": {"lora_bias": True}, "dora": {"use_dora": True}}
     torch.manual_seed(1)
     x = torch.randn(5, 6)
@@ -135,7 +135,7 @@ def test_every_other_form_is_left_to_peft(counted: list[int], form: str) -> None
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_the_layers_stay_peft_s_in_name_weights_and_merging() -> None:
+def test_fused_layers_keep_pefts_names_weights_and_merging() -> None:
     model, plain = adapted(), adapted()
     use_low_rank_products(model)
     assert type(model.base_model.model.first) is LowRankLinear and isinstance(model.base_model.model.first, Linear)
@@ -147,7 +147,7 @@ def test_the_layers_stay_peft_s_in_name_weights_and_merging() -> None:
     torch.testing.assert_close(merged(x), before)
 
 
-def test_a_matrix_in_four_bits_gives_what_bitsandbytes_gives(counted: list[int]) -> None:
+def test_four_bit_layers_equal_bitsandbytes(counted: list[int]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
     class Four(nn.Module):

@@ -38,7 +38,7 @@ from rlhf_lightning.tokenization import encode_completion, end_token_ids, load_t
 NEW = ["<act>", "</act>"]
 
 
-def test_new_tokens_are_trained_and_handed_over(tmp_path: Path) -> None:
+def test_new_tokens_are_trained_and_exported(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "base", tie_word_embeddings=False)
     module = SFTModule(init_from=folder, new_tokens=NEW, learning_rate=0.1, warmup=0, lr_schedule="constant")
     ids = module.tokenizer.convert_tokens_to_ids(NEW)
@@ -60,7 +60,7 @@ def test_new_tokens_are_trained_and_handed_over(tmp_path: Path) -> None:
     torch.testing.assert_close(after.policy.model(torch.tensor([[5, 6, 7]])).logits, logits)
 
 
-def test_embeddings_never_shrink_and_new_rows_are_the_mean(policy_folder: str) -> None:
+def test_embeddings_only_grow_and_new_rows_are_the_mean(policy_folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(policy_folder)
     before = model.get_input_embeddings().weight.detach().clone()
     make_room(model, 10)
@@ -72,7 +72,7 @@ def test_embeddings_never_shrink_and_new_rows_are_the_mean(policy_folder: str) -
     assert model.get_output_embeddings().weight is after
 
 
-def test_an_adapter_trains_the_rows_of_new_tokens(tmp_path: Path) -> None:
+def test_an_adapter_trains_the_embedding_rows_of_new_tokens(tmp_path: Path) -> None:
     small = save_policy(tmp_path / "small")
     with refused("new-tokens-need-rows", f"has {VOCABULARY} embeddings", "--new_tokens"):
         SFTModule(init_from=small, new_tokens=NEW, lora=LoraSettings(r=2)).configure_model()
@@ -99,7 +99,7 @@ def test_an_adapter_trains_the_rows_of_new_tokens(tmp_path: Path) -> None:
         SFTModule(init_from=folder, lora=LoraSettings(trained_tokens=["<gone>"])).configure_model()
 
 
-def test_a_token_that_the_template_of_a_conversation_writes_ends_a_turn(tmp_path: Path) -> None:
+def test_the_end_token_of_the_chat_template_ends_a_turn(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "base")
     module = SFTModule(init_from=folder, new_tokens=["<|im_start|>", "<|im_end|>"], chat_template="chatml")
     end = module.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -108,7 +108,7 @@ def test_a_token_that_the_template_of_a_conversation_writes_ends_a_turn(tmp_path
     assert encode_completion(module.tokenizer, "w8", asked)[0] == [8, end]
 
 
-def test_completions_end_at_every_token_that_ends_one(tmp_path: Path) -> None:
+def test_stop_tokens_and_generation_config_define_end_tokens(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "base")
     file = Path(folder) / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, 4, 2, 0, 17, 999]}))
@@ -154,7 +154,7 @@ def ppo(folder: str, reward: str, **settings: Any) -> PPOModule:
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_vocabularies_padded_to_different_sizes(tmp_path: Path, critic: Any) -> None:
+def test_roles_may_have_vocabularies_padded_to_different_sizes(tmp_path: Path, critic: Any) -> None:
     """Ids of padding rows can be sampled; a critic and a reward model with a smaller vocabulary must
     still read them.
     """
@@ -166,7 +166,7 @@ def test_vocabularies_padded_to_different_sizes(tmp_path: Path, critic: Any) -> 
     assert max(int(ids.max()) for ids in drawn.ids) >= VOCABULARY
 
 
-def test_a_critic_does_not_start_from_a_reward_model_of_other_tokens(tmp_path: Path, caplog: Any) -> None:
+def test_a_critic_is_not_initialised_from_a_reward_model_with_another_vocabulary(tmp_path: Path, caplog: Any) -> None:
     folder, reward = save_policy(tmp_path / "policy"), save_reward_model(tmp_path / "reward")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["another"])
@@ -198,7 +198,7 @@ def long_rope(tmp_path: Path) -> str:
     return str(tmp_path / "long")
 
 
-def test_rows_on_both_sides_of_a_switch_are_rotated_as_alone(tmp_path: Path) -> None:
+def test_rows_on_both_sides_of_the_longrope_switch_equal_single_rows(tmp_path: Path) -> None:
     policy = load_policy(long_rope(tmp_path)).eval()
     assert rope_switch(text_config(policy.model)) == 16 and not policy.reads_trees
     assert policy.decoding is None
@@ -210,7 +210,7 @@ def test_rows_on_both_sides_of_a_switch_are_rotated_as_alone(tmp_path: Path) -> 
             torch.testing.assert_close(found[row, : len(completion)], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_completions_that_cross_a_switch_are_the_models_own(tmp_path: Path) -> None:
+def test_completions_across_the_longrope_switch_equal_the_plain_model(tmp_path: Path) -> None:
     policy = load_policy(long_rope(tmp_path)).eval()
     prompts = [torch.tensor([7, 8, 9, 10, 11, 12, 13, 14, 15, 16]), torch.tensor([5, 6])]
     drawn = SlotEngine().sample(policy, prompts, torch.arange(2), SamplingSettings(12), 0, [])
@@ -224,7 +224,7 @@ def test_completions_that_cross_a_switch_are_the_models_own(tmp_path: Path) -> N
     assert policy.decoding == "slots" and len(short.ids[0]) == 4
 
 
-def test_rollouts_across_a_switch_are_refused(tmp_path: Path) -> None:
+def test_rollouts_across_the_longrope_switch_are_refused(tmp_path: Path) -> None:
     limits = limits_of(load_policy(long_rope(tmp_path)).model)
     check_rows(limits, tiny_tokenizer(), 5, torch.tensor([16, 30]))  # fixed rows are learned on both sides
     check_rows(limits, tiny_tokenizer(), 5, torch.tensor([16, 12]), sampled=8)

@@ -30,7 +30,7 @@ def spoil(folder: str, name: str, value: float, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_policy_and_a_reward_model_are_refused(name: str, value: str, tmp_path: Path) -> None:
+def test_nonfinite_policies_and_reward_models_are_refused(name: str, value: str, tmp_path: Path) -> None:
     policy = spoil(save_policy(tmp_path / "policy"), name, VALUES[value])
     for load in (load_policy, load_reference):
         with refused("non-finite-weights", policy, name):
@@ -42,7 +42,7 @@ def test_a_policy_and_a_reward_model_are_refused(name: str, value: str, tmp_path
         LearnedScorer(reward)(["w20"], ["w21"])
 
 
-def test_an_adapter_is_refused_merged_and_continued(tmp_path: Path) -> None:
+def test_nonfinite_adapters_are_refused_for_merging_and_continuing(tmp_path: Path) -> None:
     backbone = save_policy(tmp_path / "policy")
     folder = str(tmp_path / "adapter")
     load_policy(backbone, lora=LoraSettings(r=2)).model.save_pretrained(folder)
@@ -54,7 +54,7 @@ def test_an_adapter_is_refused_merged_and_continued(tmp_path: Path) -> None:
             load_policy(folder, lora=settings)
 
 
-def test_large_weights_are_finite(tmp_path: Path) -> None:
+def test_large_finite_weights_are_accepted(tmp_path: Path) -> None:
     """Their sum overflows, although no weight is infinite."""
     folder = save_policy(tmp_path / "policy")
     file = tmp_path / "policy" / "model.safetensors"
@@ -65,7 +65,7 @@ def test_large_weights_are_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "best-of-n", "validate", "predict"])
-def test_commands_refuse_them(
+def test_commands_refuse_nonfinite_weights(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def test_commands_refuse_them(
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_a_checkpoints_weights_are_checked_too(
+def test_checkpoints_with_nonfinite_weights_are_refused(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

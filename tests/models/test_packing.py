@@ -55,7 +55,7 @@ def model_of(family: str, kind: Any = AutoModelForCausalLM, attention: str = "sd
         return kind.from_config(config, attn_implementation=attention).eval()
 
 
-def test_a_worked_row_of_two_trees() -> None:
+def test_a_packed_row_of_two_prompts_by_hand() -> None:
     row = shared_layout(PAIR)
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 2, 9, 4, 3, 2]]
     assert row.positions is not None and row.packed is not None
@@ -72,7 +72,7 @@ def test_a_worked_row_of_two_trees() -> None:
     assert block.mask[0, 0, 8].tolist() == [False] * 7 + [True] * 2 + [False]
 
 
-def test_small_trees_share_a_block_and_a_lone_sequence_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_trees_share_a_block_and_single_sequences_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "SMALL", 7)
     batch = sequences(
         [([5], [6, 7]), ([6], [6, 7]), ([7], [6, 7]), ([8], [6] * 9), ([9, 9, 9], [6] * 4), ([7], [8] * 7)]
@@ -84,7 +84,7 @@ def test_small_trees_share_a_block_and_a_lone_sequence_needs_no_mask(monkeypatch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_gives_what_padded_rows_give(family: str) -> None:
+def test_packed_rows_equal_padded_rows_for_each_family(family: str) -> None:
     policy = CausalLM(model_of(family), value_head=True)
     assert policy.value_head is not None
     torch.nn.init.normal_(policy.value_head.weight)
@@ -102,7 +102,7 @@ def test_each_family_gives_what_padded_rows_give(family: str) -> None:
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=2e-5)
 
 
-def test_scores_and_values_alike() -> None:
+def test_packed_scores_and_values_equal_padded_ones() -> None:
     model = ScalarModel(model_of("llama", AutoModelForSequenceClassification))
     for per_token in (False, True):
         alone, shared = (model(layout(PAIR), per_token=per_token) for layout in (padded_layout, shared_layout))
@@ -119,7 +119,7 @@ def test_scores_and_values_alike() -> None:
         ("mamba", {"state_size": 4}),
     ],
 )
-def test_models_that_cannot_read_trees_are_known(family: str, changes: dict[str, Any]) -> None:
+def test_models_without_tree_attention_are_detected(family: str, changes: dict[str, Any]) -> None:
     if family == "mamba":
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("mamba", vocab_size=8, hidden_size=8, num_hidden_layers=1)
@@ -129,7 +129,7 @@ def test_models_that_cannot_read_trees_are_known(family: str, changes: dict[str,
     assert not CausalLM(model).reads_trees
 
 
-def test_the_cheaper_arrangement_is_taken() -> None:
+def test_the_cheaper_layout_is_chosen() -> None:
     assert lay_out(PAIR, pack_rows=False).packed is None
     assert lay_out(PAIR, pack_rows=True).input_ids.shape == (1, 10)
     equal = sequences([([5, 6], [7, 8]), ([6, 6], [7, 9])])
@@ -141,7 +141,7 @@ def test_the_cheaper_arrangement_is_taken() -> None:
     assert lay_out(long, pack_rows=False).input_ids.shape == (2, 62)
 
 
-def test_a_tree_is_split_before_its_attention_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_trees_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "WIDEST", 8)
     group = sequences([([5, 6, 7], [8, 9, 2])] * 3)
     tree = shared_layout(group)
@@ -150,7 +150,7 @@ def test_a_tree_is_split_before_its_attention_costs_too_much(monkeypatch: pytest
     torch.testing.assert_close(policy(tree).logprobs, policy(padded_layout(group)).logprobs)
 
 
-def test_unsupervised_tokens_and_empty_prompts_are_treated_as_in_padded_rows() -> None:
+def test_unsupervised_tokens_and_empty_prompts_equal_padded_rows() -> None:
     batch = sequences(
         [([], [7, 8, 2]), ([], [9, 3]), ([5], [6, 8])], supervised=[[True] * 3, [True] * 2, [False, True]]
     )
@@ -170,7 +170,7 @@ ROWS = st.lists(
 
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(ROWS, st.integers(1, 9), st.integers(4, 40), st.integers(1, 30))
-def test_any_rows_however_cut_give_the_same_logprobs(
+def test_random_rows_give_the_same_logprobs_for_any_micro_batches(
     rows: Any, micro_batch_size: int, max_tokens: int, small: int
 ) -> None:
     batch = sequences([([6 + prompt] * length, completion) for prompt, length, completion in rows])
@@ -194,7 +194,7 @@ def test_any_rows_however_cut_give_the_same_logprobs(
 POLICY = CausalLM(model_of("llama"))
 
 
-def test_cut_keeps_a_prompt_s_completions_together() -> None:
+def test_micro_batches_keep_completions_of_a_prompt_together() -> None:
     batch: Sequences = sequences([([5, 6], [7]), ([8, 9], [7]), ([5, 6], [7, 7]), ([8, 9], [7, 7, 7])])
     assert cut_sequences(batch, pack_rows=True) == [[1, 3, 0, 2]]
     assert cut_sequences(batch, limits=MicroBatchLimits(max_tokens=6), pack_rows=True) == [[1, 3], [0, 2]]

@@ -32,7 +32,7 @@ def calls_of(module: Any) -> list[Any]:
     return calls
 
 
-def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
+def test_cached_rows_are_read_back_exactly(tmp_path: Path) -> None:
     layout = padded_layout(ROWS)
     for dtype in (torch.float32, torch.float64):
         grid = torch.randn(layout.completion_mask.shape, dtype=dtype) * layout.completion_mask
@@ -43,7 +43,7 @@ def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
         assert found is not None and torch.equal(found, grid)
 
 
-def test_a_row_is_named_by_all_that_its_logprobs_depend_on() -> None:
+def test_cache_keys_cover_everything_that_logprobs_depend_on() -> None:
     changed = [
         sequences([([5, 6], [7, 8, 2])]),
         sequences([([5], [6, 7, 8, 2])]),  # the same ids, parted elsewhere
@@ -54,7 +54,7 @@ def test_a_row_is_named_by_all_that_its_logprobs_depend_on() -> None:
     assert len(keys | {row_keys(changed[0], torch.float64)[0]}) == 5
 
 
-def test_later_epochs_and_runs_forward_the_policy_alone(policy_folder: str) -> None:
+def test_later_epochs_and_runs_skip_the_reference_forward(policy_folder: str) -> None:
     step, counts, weights = preference_step(PAIRS, 3), [], []
     for cached in (False, True, True):
         module = DPOModule(init_from=policy_folder, beta=0.5, cache_reference=cached, learning_rate=1e-2)
@@ -67,7 +67,7 @@ def test_later_epochs_and_runs_forward_the_policy_alone(policy_folder: str) -> N
     assert all(torch.equal(weights[0][name], weights[run][name]) for name in weights[0] for run in (1, 2))
 
 
-def test_other_weights_and_moving_references_are_not_served(tmp_path: Path) -> None:
+def test_the_cache_is_not_used_for_other_weights_or_moving_references(tmp_path: Path) -> None:
     folders = [save_policy(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1))]
     assert content_hash(folders[0]) != content_hash(folders[1])
     assert content_hash("no/such-model-here") is None
@@ -85,7 +85,7 @@ def test_other_weights_and_moving_references_are_not_served(tmp_path: Path) -> N
     assert len(calls) == 1
 
 
-def test_gradients_are_the_same_from_the_cache_however_cut(policy_folder: str) -> None:
+def test_gradients_from_the_cache_are_the_same_for_any_micro_batches(policy_folder: str) -> None:
     found = []
     for micro in (None, 2, 3):
         module = DPOModule(init_from=policy_folder, beta=0.5, max_grad_norm=None)
@@ -98,7 +98,7 @@ def test_gradients_are_the_same_from_the_cache_however_cut(policy_folder: str) -
     assert_same(found[2], found[0])
 
 
-def test_a_broken_file_costs_time_and_no_run(tmp_path: Path) -> None:
+def test_a_damaged_cache_file_only_warns(tmp_path: Path) -> None:
     file = tmp_path / "rows.sqlite"
     file.write_bytes(b"not a database, but long enough to be taken for one" * 40)
     layout, cache = padded_layout(ROWS), ReferenceCache(file)
@@ -109,7 +109,7 @@ def test_a_broken_file_costs_time_and_no_run(tmp_path: Path) -> None:
         cache.write(ROWS, torch.zeros(layout.completion_mask.shape))
 
 
-def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
+def test_concurrent_writers_keep_the_first_value(tmp_path: Path) -> None:
     layout = padded_layout(ROWS)
     first, second = (ReferenceCache(tmp_path / "rows.sqlite") for _ in range(2))
     grid = torch.ones(layout.completion_mask.shape) * layout.completion_mask

@@ -63,7 +63,7 @@ def scorer_on(policy: CausalLM, folder: str, settings: LoadSettings | None = Non
 # -- the reward model -------------------------------------------------------------------------------------------------
 
 
-def test_on_the_policys_backbone_a_reward_model_scores_as_on_its_own(policy: CausalLM, reward_adapter: str) -> None:
+def test_a_reward_model_on_the_policys_backbone_scores_as_on_its_own(policy: CausalLM, reward_adapter: str) -> None:
     logprobs, trained = policy(LAYOUT).logprobs, {n for n, p in policy.named_parameters() if p.requires_grad}
     scorer = scorer_on(policy.train(), reward_adapter)
     assert isinstance(scorer.model, AdapterScalar)
@@ -76,7 +76,7 @@ def test_on_the_policys_backbone_a_reward_model_scores_as_on_its_own(policy: Cau
     torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(reward_adapter), atol=1e-5, rtol=1e-5)
 
 
-def test_several_reward_models_stand_on_one_backbone(
+def test_several_reward_models_share_one_backbone(
     policy: CausalLM, policy_folder: str, reward_adapter: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     hf = add_lora(load_reward_hf_model(policy_folder, LoadSettings(), pad_token_id=0), LoraSettings(r=2), "SEQ_CLS")
@@ -87,7 +87,7 @@ def test_several_reward_models_stand_on_one_backbone(
         torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(folder), atol=1e-5, rtol=1e-5)
 
 
-def test_what_was_not_trained_on_the_policys_backbone_is_a_model_of_its_own(
+def test_a_reward_model_of_another_backbone_is_loaded_separately(
     policy: CausalLM, policy_folder: str, other_folder: str, reward_folder: str, reward_adapter: str
 ) -> None:
     assert belongs_to(policy, reward_adapter)
@@ -105,7 +105,7 @@ def test_what_was_not_trained_on_the_policys_backbone_is_a_model_of_its_own(
         torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(folder), atol=tolerance, rtol=0)
 
 
-def test_frozen_models_come_in_their_own_precision(policy_folder: str, reward_folder: str) -> None:
+def test_frozen_models_are_loaded_in_frozen_dtype(policy_folder: str, reward_folder: str) -> None:
     settings = LoadSettings(frozen_dtype="bfloat16")
     policy = load_policy(policy_folder, settings)
     reference = Reference(policy, policy_folder, settings).copy
@@ -121,7 +121,7 @@ def test_frozen_models_come_in_their_own_precision(policy_folder: str, reward_fo
 # -- the reference ----------------------------------------------------------------------------------------------------
 
 
-def test_the_backbone_gives_the_references_logprobs_whoever_else_stands_on_it(
+def test_other_adapters_do_not_change_reference_logprobs(
     policy: CausalLM, policy_folder: str, reward_adapter: str
 ) -> None:
     scorer_on(policy, reward_adapter)
@@ -136,9 +136,7 @@ def test_the_backbone_gives_the_references_logprobs_whoever_else_stands_on_it(
 # -- the critic -------------------------------------------------------------------------------------------------------
 
 
-def test_a_critic_starts_as_the_reward_model_with_its_head_and_is_trained_apart(
-    policy: CausalLM, reward_adapter: str
-) -> None:
+def test_a_critic_starts_from_the_reward_model_and_is_trained_separately(policy: CausalLM, reward_adapter: str) -> None:
     scorer, critic = scorer_on(policy, reward_adapter), add_critic(policy, LORA, reward_adapter)
     assert critic.bias == scorer.model.bias == 0.5
     assert torch.equal(critic(LAYOUT), scorer.model(LAYOUT))
@@ -154,7 +152,7 @@ def test_a_critic_starts_as_the_reward_model_with_its_head_and_is_trained_apart(
     assert torch.equal(scorer.score_sequences(ROWS), scores) and torch.equal(policy(LAYOUT).logprobs, logprobs)
 
 
-def test_without_a_reward_model_a_critic_starts_as_the_policy_with_a_head_of_zeros(policy: CausalLM) -> None:
+def test_without_a_reward_model_a_critic_starts_from_the_policy_with_a_zero_head(policy: CausalLM) -> None:
     critic = add_critic(policy, LORA)
     assert critic(LAYOUT, per_token=True).abs().sum() == 0
     with torch.no_grad():
@@ -164,7 +162,7 @@ def test_without_a_reward_model_a_critic_starts_as_the_policy_with_a_head_of_zer
     torch.testing.assert_close(critic(LAYOUT, per_token=True), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_critic_on_another_backbone_is_refused_with_the_way_out(
+def test_a_critic_of_another_backbone_is_refused_with_the_remedy(
     other_folder: str, reward_adapter: str, reward_folder: str
 ) -> None:
     policy = load_policy(other_folder, lora=LORA)
@@ -173,9 +171,7 @@ def test_a_critic_on_another_backbone_is_refused_with_the_way_out(
             add_critic(policy, LORA, folder)
 
 
-def test_a_merged_adapter_loses_nothing_to_the_precision_it_is_merged_in(
-    policy_folder: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_merging_keeps_updates_below_bf16_resolution(policy_folder: str, tokenizer: Any, tmp_path: Path) -> None:
     """An update of a thousandth of each weight is below bf16's resolution; merging rounds once and does not drop it."""
     trained = load_policy(policy_folder, lora=LORA)
     with torch.no_grad():

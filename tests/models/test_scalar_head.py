@@ -18,7 +18,7 @@ def reward_model(reward_folder: str) -> ScalarModel:
     return ScalarModel(load_reward_hf_model(reward_folder, LoadSettings()))
 
 
-def test_scores_are_those_of_transformers_on_each_sequence_alone(reward_model: ScalarModel, reward_folder: str) -> None:
+def test_scores_equal_those_of_transformers(reward_model: ScalarModel, reward_folder: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32)
     with torch.no_grad():
         scores = reward_model(padded_layout(sequences(ROWS)))
@@ -27,7 +27,7 @@ def test_scores_are_those_of_transformers_on_each_sequence_alone(reward_model: S
     assert float(scores.std()) > 0.1
 
 
-def test_values_are_the_scores_of_the_prefixes(reward_model: ScalarModel) -> None:
+def test_values_equal_the_scores_of_prefixes(reward_model: ScalarModel) -> None:
     layout = padded_layout(sequences(ROWS)).with_end_state()
     with torch.no_grad():
         values = reward_model(layout, per_token=True)
@@ -38,7 +38,7 @@ def test_values_are_the_scores_of_the_prefixes(reward_model: ScalarModel) -> Non
             assert values[row, len(expected) :].abs().sum() == 0
 
 
-def test_the_score_is_read_at_the_last_token_even_where_it_is_not_supervised(reward_model: ScalarModel) -> None:
+def test_the_score_is_read_at_the_last_token_even_if_unsupervised(reward_model: ScalarModel) -> None:
     prompt, completion = ROWS[0]
     flags = [[True] * (len(completion) - 1) + [False]]
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_the_score_is_read_at_the_last_token_even_where_it_is_not_supervised(rew
     assert torch.equal(found, expected)
 
 
-def test_a_new_head_is_drawn_from_the_normal_of_variance_one_over_width_plus_one() -> None:
+def test_a_new_head_has_variance_one_over_width_plus_one() -> None:
     head = nn.Linear(20_000, 1)
     initialise_head(head, 20_000, seed=4)
     weights = head.weight.detach().flatten()

@@ -50,7 +50,7 @@ def told(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(("kind", "path"), [(LlamaForCausalLM, "product"), (Doubled, "head"), (SeesIds, "forward")])
-def test_logits_are_those_of_the_models_own_forward(kind: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logits_equal_those_of_the_models_own_forward(kind: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(1)
     policy = CausalLM(kind(tiny_config())).eval()
     with caplog.at_level(logging.INFO):
@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_models_own_forward(kind: Any, path: str, caplog
     torch.testing.assert_close(drawn.logprobs[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_through_the_models_own_head_are_those_of_its_forward() -> None:
+def test_gradients_through_the_models_own_head_equal_those_of_its_forward() -> None:
     torch.manual_seed(1)
     policy = CausalLM(Doubled(tiny_config()))
     check_class(policy)
@@ -80,7 +80,7 @@ def test_gradients_through_the_models_own_head_are_those_of_its_forward() -> Non
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_what_was_found_is_kept_by_class_and_config(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_results_are_cached_by_class_and_config(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     self_check._found.clear()
     load_policy(policy_folder)
     self_check._found.clear()
@@ -105,7 +105,7 @@ def seconds_of(action: Callable[[], Any]) -> float:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "deepseek_v4"])
-def test_checks_of_the_small_copy_take_seconds_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_check_takes_seconds_and_runs_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     self_check._found.clear()
     policy = CausalLM(build(name, AutoModelForCausalLM)).eval()
@@ -120,13 +120,13 @@ def test_checks_of_the_small_copy_take_seconds_once(name: str, tmp_path: Path, m
     assert seconds_of(checks) < 0.1
 
 
-def test_real_weights_are_checked_within_a_second(smollm2: Any) -> None:
+def test_real_weights_are_checked_in_under_a_second(smollm2: Any) -> None:
     policy = load_policy(smollm2.name_or_path, LoadSettings(self_check=False)).eval()
     check_weights(policy)
     assert seconds_of(lambda: check_weights(policy)) < 1
 
 
-def test_real_weights_that_disagree_fall_back_and_then_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_fail_the_check_fall_back_and_are_then_refused(caplog: pytest.LogCaptureFixture) -> None:
     policy = CausalLM(SeesIds(tiny_config()))
     with caplog.at_level(logging.INFO):
         check_weights(policy)
@@ -159,7 +159,7 @@ def test_encoders_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "xglm", "biogpt", "bloom", "falcon", "persimmon", "phimoe"])
-def test_dropout_is_off_in_every_form(name: str) -> None:
+def test_every_kind_of_dropout_is_disabled(name: str) -> None:
     model = build(name, AutoModelForCausalLM)
     for holder in (model.config, *model.modules()):
         for field, value in list(vars(holder).items()):
@@ -174,7 +174,7 @@ def test_dropout_is_off_in_every_form(name: str) -> None:
     torch.testing.assert_close(trained, evaluated)
 
 
-def test_a_reward_model_is_checked_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reward_models_are_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_policy(tmp_path / "policy")
     from rlhf_lightning.models.roles import scalar_model
 

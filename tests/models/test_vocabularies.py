@@ -48,7 +48,7 @@ ROWS = random_rows(4, seed=9)
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_head_or_embeddings_is_trained_seen_and_merged(tmp_path: Path, tied: bool, target: str) -> None:
+def test_an_adapter_on_head_or_embeddings_trains_and_merges(tmp_path: Path, tied: bool, target: str) -> None:
     folder = save_policy(tmp_path / "policy", tie_word_embeddings=tied)
     policy = load_policy(folder, lora=LoraSettings(r=4, targets=[target, "q_proj"]))
     layout = padded_layout(sequences(ROWS))
@@ -73,7 +73,7 @@ def test_an_adapter_on_head_or_embeddings_is_trained_seen_and_merged(tmp_path: P
         torch.testing.assert_close(again(ids).logits, policy.model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_merge_that_changes_the_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_changes_the_outputs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_policy(tmp_path / "policy")
     policy = load_policy(folder, lora=LoraSettings(r=4))
     with torch.no_grad():
@@ -98,7 +98,7 @@ def tokenizer_without_spare_token() -> PreTrainedTokenizerFast:
     )
 
 
-def test_stages_follow_each_other_without_any_spare_token(tmp_path: Path) -> None:
+def test_all_stages_work_without_a_spare_pad_token(tmp_path: Path) -> None:
     tokenizer = tokenizer_without_spare_token()
     size = len(tokenizer)
     folder = save_policy(tmp_path / "base", vocab_size=size, pad_token_id=None, eos_token_id=0, bos_token_id=0)
@@ -148,7 +148,7 @@ def test_the_generation_config_lists_every_token_that_ends_a_turn(tmp_path: Path
     assert model.generation_config.eos_token_id == [0, 2] and model.generation_config.pad_token_id == 3
 
 
-def test_rows_beyond_embeddings_or_positions_are_refused_by_name(tmp_path: Path, policy_folder: str) -> None:
+def test_rows_beyond_embeddings_or_positions_are_refused(tmp_path: Path, policy_folder: str) -> None:
     limits = limits_of(AutoModelForCausalLM.from_pretrained(policy_folder))
     tokenizer = tiny_tokenizer()
     check_rows(limits, tokenizer, VOCABULARY - 1, torch.tensor([limits.trained]))
@@ -167,7 +167,7 @@ def test_rows_beyond_embeddings_or_positions_are_refused_by_name(tmp_path: Path,
             check_rows(learned, tokenizer, 5, torch.tensor([33, 32]))
 
 
-def test_a_row_that_the_model_has_no_positions_for_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_row_longer_than_the_positions_is_refused_before_training(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "gpt2", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=2, eos_token_id=3,
@@ -181,7 +181,7 @@ def test_a_row_that_the_model_has_no_positions_for_is_refused_before_training(tm
         quiet_trainer(limit_val_batches=0).fit(module, data)
 
 
-def test_streamed_rows_and_scored_texts_beyond_a_model_are_refused(tmp_path: Path) -> None:
+def test_streamed_rows_and_scored_texts_beyond_the_positions_are_refused(tmp_path: Path) -> None:
     """If rows cannot be checked before training, the forward pass raises the error."""
     positions = {"max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1,

@@ -45,7 +45,7 @@ def by_length(pieces, place):
 @given(
     st.lists(IDS, min_size=1, max_size=3), st.lists(st.tuples(st.integers(0, 2), COMPLETION), min_size=1, max_size=5)
 )
-def test_every_token_is_predicted_from_all_before_it(prompts, completions):
+def test_every_token_is_predicted_from_exactly_the_tokens_before_it(prompts, completions):
     parents = [parent % len(prompts) for parent, _ in completions]
     sequences = Sequences(
         prompts=tuple(torch.tensor(prompt, dtype=torch.long) for prompt in prompts),

@@ -51,7 +51,7 @@ def second_gradients(folder: str, **settings: Any) -> tuple[dict[str, Tensor], A
 
 
 @pytest.mark.parametrize("cost_critics", [False, True], ids=["one-critic", "cost-critic"])
-def test_the_gradient_is_that_of_the_constrained_objective(policy_folder: str, cost_critics: bool) -> None:
+def test_the_gradient_equals_that_of_the_constrained_objective(policy_folder: str, cost_critics: bool) -> None:
     found, rollout, weights = second_gradients(policy_folder, cost_critics=cost_critics)
     rows = list(zip(rollout.sequences.prompts, rollout.sequences.completions, strict=True))
     policy = loaded(AutoModelForCausalLM, policy_folder, weights, "policy.model.")
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_constrained_objective(policy_folder: str, c
             torch.testing.assert_close(found[prefix + name], slope, rtol=1e-5, atol=1e-6 * largest)
 
 
-def test_micro_batches_change_no_gradient(policy_folder: str) -> None:
+def test_micro_batches_do_not_change_the_gradient(policy_folder: str) -> None:
     whole = second_gradients(policy_folder, cost_critics=True)[0]
     cut = second_gradients(policy_folder, cost_critics=True, micro_batch_size=2)[0]
     for name, gradient in whole.items():
@@ -96,7 +96,7 @@ def test_micro_batches_change_no_gradient(policy_folder: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [PPOModule, GRPOModule, OnlineDPOModule])
-def test_the_multiplier_follows_the_mean_cost_of_training_rollouts_alone(policy_folder: str, kind: Any) -> None:
+def test_the_multiplier_follows_the_mean_cost_of_training_rollouts(policy_folder: str, kind: Any) -> None:
     logged = MetricsLog()
     module = module_of(policy_folder, kind, learning_rate=1e-3, missing_eos_score=None)
     fit(module, [step(8 * i) for i in range(3)], evaluation=[step(8 * 9)], callbacks=[logged])
@@ -120,9 +120,7 @@ def test_the_multiplier_follows_the_mean_cost_of_training_rollouts_alone(policy_
      {"constraints": {"cost": COST | {"method": "pid", "proportional": 0.3, "derivative": 0.2}}}],
     ids=["lagrangian", "cost-critic", "pid"],
 )  # fmt: skip
-def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(
-    policy_folder: str, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_resumed_run_is_bit_identical(policy_folder: str, tmp_path: Path, settings: dict[str, Any]) -> None:
     settings = {"scorer": low_words_at_a_cost, "missing_eos_score": None, **settings}
     found = rank_cases.resume("PPOModule", policy_folder, str(tmp_path / "half.ckpt"), "auto", **settings)
     assert found["whole_multiplier"] == found["resumed_multiplier"]
@@ -131,7 +129,7 @@ def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(
         assert torch.equal(found["resumed"][weight], value), weight
 
 
-def test_pid_by_hand() -> None:
+def test_pid_multiplier_by_hand() -> None:
     one = Multiplier(Constraint(1.0, "pid", multiplier=0.5, learning_rate=0.1, proportional=2.0, derivative=3.0))
     one.move(1.4)  # I = .5 + .04, P = .8, no rise known
     assert one.value == pytest.approx(1.34)
@@ -151,7 +149,7 @@ def test_lagrangian_multipliers_are_bounded() -> None:
     assert one.value == pytest.approx(0.25)
 
 
-def test_a_limit_holds_and_scores_rise(policy_folder: str) -> None:
+def test_the_cost_limit_holds_and_scores_rise(policy_folder: str) -> None:
     """Words below 60 are rewarded, and words from 30 to 89 have a cost, so words below 30 earn reward without cost."""
     logged = MetricsLog()
     constraint = {"limit": 0.2, "learning_rate": 0.5}
@@ -163,7 +161,7 @@ def test_a_limit_holds_and_scores_rise(policy_folder: str) -> None:
     assert sum(objective[-10:]) / 10 > sum(objective[:5]) / 5 + 0.1
 
 
-def test_wrong_settings_are_refused(policy_folder: str) -> None:
+def test_invalid_settings_are_refused(policy_folder: str) -> None:
     def made(kind: Any = PPOModule, **settings: Any) -> Any:
         return kind(init_from=policy_folder, scorer=low_words_at_a_cost, **settings)
 

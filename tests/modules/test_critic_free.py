@@ -82,7 +82,7 @@ def advantages(name: str, rollout: Rollout, **settings: Any) -> Tensor:
         ("ReMaxModule", {"greedy": 0.4}, [0.6, -0.4, 0.1, -0.4]),
     ],
 )
-def test_worked_advantages(name: str, settings: dict[str, Any], expected: list[float]) -> None:
+def test_advantages_by_hand(name: str, settings: dict[str, Any], expected: list[float]) -> None:
     found = advantages(name, rollout_of([1, 0, 0.5, 0], [0, 0, 0, 0], **settings))
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64)[:, None].expand(4, 3))
 
@@ -93,14 +93,14 @@ def test_the_baseline_variant_is_whitened_over_all_groups() -> None:
     torch.testing.assert_close(found[:, 0], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_lite_ppo_takes_the_deviation_of_the_batch() -> None:
+def test_lite_ppo_divides_by_the_batch_standard_deviation() -> None:
     scores = torch.tensor([1, 0, 0.5, 0, 1, 1, 0, 1], dtype=torch.float64)
     found = advantages("LitePPOModule", rollout_of(scores.tolist(), [0] * 4 + [1] * 4))
     centred = scores - torch.tensor([0.375] * 4 + [0.75] * 4)
     torch.testing.assert_close(found[:, 0], centred / (scores.std() + 1e-4))
 
 
-def test_reinforce_plus_plus_goes_by_rewards_to_go() -> None:
+def test_reinforce_plus_plus_uses_rewards_to_go() -> None:
     reference = torch.tensor([[-1.2, -0.4, -2.05]], dtype=torch.float64)
     old = torch.tensor([[-1.0, -0.5, -2.0]], dtype=torch.float64)
     rollout = rollout_of([1.0], [0])._replace(old_logprobs=old, reference_logprobs=reference)
@@ -110,7 +110,7 @@ def test_reinforce_plus_plus_goes_by_rewards_to_go() -> None:
     torch.testing.assert_close(module.advantages(rollout, module.shape_rewards(rollout)).advantages[0], expected)
 
 
-def test_what_could_not_be_scored_teaches_nothing() -> None:
+def test_unscored_completions_have_advantage_zero() -> None:
     for name in ("GRPOModule", "DrGRPOModule", "RLOOModule", "LitePPOModule", "ReinforcePlusPlusBaselineModule"):
         found = advantages(name, rollout_of([1.0, math.nan, 0.0, 0.5], [0, 0, 0, 0]))
         without = advantages(name, rollout_of([1.0, 0.0, 0.5], [0, 0, 0]))
@@ -125,7 +125,7 @@ RATIOS = torch.tensor([[0.1, -0.2, 0.3]], dtype=torch.float64)
     ("name", "settings", "expected"),
     [("GRPOModule", {"kl_coef": 0.0}, -1.04130056), ("DAPOModule", {}, -1.06796722), ("GSPOModule", {}, -1.0004)],
 )
-def test_worked_losses(name: str, settings: dict[str, Any], expected: float) -> None:
+def test_losses_by_hand(name: str, settings: dict[str, Any], expected: float) -> None:
     old = torch.full_like(RATIOS, -1.0)
     mask = torch.ones_like(RATIOS, dtype=torch.bool)
     logprobs = PolicyLogprobs(old + RATIOS, old, None, None, torch.ones_like(RATIOS), mask)
@@ -135,7 +135,7 @@ def test_worked_losses(name: str, settings: dict[str, Any], expected: float) -> 
     assert float(loss) == pytest.approx(expected, abs=1e-7)
 
 
-def test_cispo_s_worked_loss() -> None:
+def test_cispo_loss_by_hand() -> None:
     now = torch.tensor([[-1.0, -0.5, -2.0]], dtype=torch.float64)
     ratios = torch.tensor([[1.0, -0.2, 0.3]], dtype=torch.float64)
     mask = torch.ones_like(now, dtype=torch.bool)
@@ -148,7 +148,7 @@ def test_cispo_s_worked_loss() -> None:
     ("name", "expected"),
     [("CriticFreeModule", 7 / 3), ("DAPOModule", 7 / 3), ("GRPOModule", 2.0), ("RLOOModule", 7.0)],
 )
-def test_worked_aggregations(name: str, expected: float) -> None:
+def test_aggregations_by_hand(name: str, expected: float) -> None:
     values = torch.tensor([[1.0, 1, 0, 0], [3, 3, 3, 3]])
     mask = values > 0
     weights, count = module_of(name).aggregation(mask)
@@ -170,14 +170,14 @@ def gradients(name: str, folder: str, micro: int | None = None, most: int | None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> None:
+def test_gradients_do_not_depend_on_micro_batches(policy_folder: str, name: str) -> None:
     whole = gradients(name, policy_folder)
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-6
     assert_same(gradients(name, policy_folder, micro=1), whole, rtol=1e-4, atol=1e-6)
     assert_same(gradients(name, policy_folder, most=30), whole, rtol=1e-4, atol=1e-6)
 
 
-def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None:
+def test_the_first_gradient_equals_plain_pytorch(policy_folder: str) -> None:
     """RLOO's: the mean over completions of -A * log-probability, from unpadded sequences."""
     module = module_of("RLOOModule", policy_folder, max_grad_norm=None, kl_coef=0.0)
     kept: list[Rollout] = []
@@ -196,7 +196,7 @@ def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_rise_and_shuffled_scores_teach_nothing(policy_folder: str, name: str) -> None:
+def test_scores_rise_only_if_scores_are_not_shuffled(policy_folder: str, name: str) -> None:
     def last_scores(scorer: Any) -> float:
         logged = MetricsLog()
         settings: dict[str, Any] = {"learning_rate": 6e-3, "kl_coef": 0.0, "clip": 0.2, "max_new_tokens": 4}
@@ -222,13 +222,13 @@ def test_scores_rise_and_shuffled_scores_teach_nothing(policy_folder: str, name:
     assert control < rising - 0.1, (control, rising)
 
 
-def test_a_group_of_one_is_refused_in_words(policy_folder: str) -> None:
+def test_a_group_of_one_is_refused(policy_folder: str) -> None:
     with pytest.raises(ValueError, match=r"data\.samples_per_prompt to 2 or more"):
         fit(module_of("GRPOModule", policy_folder), [prompt_step(PROMPTS)])
     fit(module_of("ReinforcePlusPlusModule", policy_folder), [prompt_step(PROMPTS)])
 
 
-def test_without_a_leash_no_reference_is_loaded(policy_folder: str) -> None:
+def test_without_a_kl_penalty_no_reference_is_loaded(policy_folder: str) -> None:
     module = module_of("DrGRPOModule", policy_folder)
     fit(module, [grouped(prompt_step(GROUPED))])
     assert module.reference is None and module.frozen_models() == ()
@@ -256,7 +256,9 @@ def scored_after(failures: int) -> Any:
 
 
 @pytest.mark.parametrize(("failures", "rounds"), [(0, 1), (1, 2), (2, 3), (5, 3)])
-def test_dynamic_sampling_goes_on_until_groups_differ(policy_folder: str, failures: int, rounds: int) -> None:
+def test_dynamic_sampling_continues_until_scores_differ_within_groups(
+    policy_folder: str, failures: int, rounds: int
+) -> None:
     scorer, calls = scored_after(failures)
     module, logged = modules.DAPOModule(init_from=policy_folder, scorer=scorer, max_new_tokens=4), MetricsLog()
     fit(module, [candidates(3)], callbacks=[logged])
@@ -266,7 +268,7 @@ def test_dynamic_sampling_goes_on_until_groups_differ(policy_folder: str, failur
     assert module.episodes == len(GROUPED)
 
 
-def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_folder: str) -> None:
+def test_dynamic_sampling_keeps_groups_in_episode_order(policy_folder: str) -> None:
     def scorer(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         return [float(i) if i // 2 % 2 else 0.0 for i in range(len(completions))]  # every other group differs
 
@@ -281,7 +283,7 @@ def test_dynamic_sampling_keeps_groups_in_the_order_of_their_episodes(policy_fol
     assert dropped is not None and dropped.scores.tolist() == [0.0] * 8
 
 
-def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_completions_are_penalised_or_masked(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Facts, "ends", tuple(range(20, 70)))
     logged = MetricsLog()
 
@@ -308,7 +310,7 @@ def test_overlong_completions_are_punished_or_left_out(policy_folder: str, monke
     assert 0 < int(rollout.finished.sum()) < len(GROUPED)
 
 
-def test_remax_compares_with_the_greedy_completion(policy_folder: str) -> None:
+def test_remax_uses_the_greedy_completion_as_baseline(policy_folder: str) -> None:
     module = module_of("ReMaxModule", policy_folder)
     kept: list[Rollout] = []
     collect = module.collect
@@ -331,7 +333,7 @@ def test_remax_compares_with_the_greedy_completion(policy_folder: str) -> None:
 # -- what must hold ---------------------------------------------------------------------------------------------------
 
 
-def test_invariants_are_metrics(policy_folder: str) -> None:
+def test_invariants_are_logged_as_metrics(policy_folder: str) -> None:
     logged = MetricsLog()
     fit(module_of("GRPOModule", policy_folder), [grouped(prompt_step(GROUPED))], callbacks=[logged])
     row = logged.rows[0]
@@ -363,7 +365,7 @@ class WarmSamplerModule(modules.RLOOModule):
 @pytest.mark.parametrize(
     ("kind", "name"), [(LateScoreModule, "score_slot"), (WarmerModule, "ratio"), (WarmSamplerModule, "sampler")]
 )
-def test_a_broken_invariant_is_named(policy_folder: str, kind: Any, name: str) -> None:
+def test_a_violated_invariant_raises_or_warns(policy_folder: str, kind: Any, name: str) -> None:
     settings: dict[str, Any] = {"init_from": policy_folder, "scorer": low_words, "max_new_tokens": 6, "kl_coef": 0.0}
     with pytest.raises(InvariantError, match=f"invariant {name}: measured"):
         fit(kind(**settings), [grouped(prompt_step(GROUPED))])
@@ -371,7 +373,7 @@ def test_a_broken_invariant_is_named(policy_folder: str, kind: Any, name: str) -
         fit(kind(**settings, on_violation="warn"), [grouped(prompt_step(GROUPED))])
 
 
-def test_another_reference_or_mask_is_noticed() -> None:
+def test_another_reference_or_mask_violates_an_invariant() -> None:
     rollout = rollout_of([1.0, 0.0], [0, 0])
     checks = Invariants()
     checks.check_first_kl(rollout)
@@ -386,7 +388,7 @@ def test_another_reference_or_mask_is_noticed() -> None:
         Invariants("ignore")  # type: ignore[arg-type]
 
 
-def test_an_aggregation_of_one_s_own(policy_folder: str) -> None:
+def test_a_custom_aggregation_is_used(policy_folder: str) -> None:
     class LongestFirstModule(modules.DrGRPOModule):
         def aggregation(self, learned: Tensor) -> Aggregation:
             return Aggregation(learned.float() * 2, learned.sum())
@@ -400,7 +402,7 @@ def test_an_aggregation_of_one_s_own(policy_folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["GRPOModule", "RLOOModule", "OnlineDPOModule"])
-def test_what_sampling_found_spares_a_forward_of_the_policy(policy_folder: str, name: str) -> None:
+def test_reusing_sampling_logprobs_saves_a_policy_forward(policy_folder: str, name: str) -> None:
     """The same rollouts, losses and weights up to rounding, with one forward pass less per rollout."""
     found = []
     for reuse in (False, True):
@@ -462,7 +464,7 @@ def counting(calls: list[int], function: Any, *args: Any, **kwargs: Any) -> Any:
         ("GRPOModule", {"gamma": 0.9}, "discount-without-tokens", "reward_to_go"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(name: str, settings: dict[str, Any], code: str, word: str) -> None:
+def test_conflicting_settings_are_refused(name: str, settings: dict[str, Any], code: str, word: str) -> None:
     with refused(code, word):
         module_of(name, **settings)
 
@@ -511,7 +513,7 @@ def test_only_an_objective_that_clips_reports_a_clip_fraction() -> None:
 
 
 @pytest.mark.parametrize("name", ["GRPOModule", "PPOModule"])
-def test_the_sampler_s_correction_weighs_the_objective_and_not_the_kl(name: str) -> None:
+def test_sampler_correction_weights_the_objective_but_not_the_kl(name: str) -> None:
     settings: dict[str, Any] = {"kl_coef": 0.3, "kl_place": "loss", "kl_estimator": "k2"}
     given = moved_logprobs(1.0)
     plain, corrected = (
@@ -570,11 +572,11 @@ def test_the_kl_loss_times_the_ratio_has_a_gradient_through_both() -> None:
         ("PPOModule", {"aggregation": "sequence_mean_token_mean"}, False),
     ],
 )  # fmt: skip
-def test_the_optimum_is_declared_by_settings(name: str, settings: dict[str, Any], reached: bool) -> None:
+def test_reaches_kl_optimum_depends_on_settings(name: str, settings: dict[str, Any], reached: bool) -> None:
     assert module_of(name, **settings).reaches_kl_optimum() == reached
 
 
-def test_tokens_that_are_not_learned_from_count_in_no_metric(policy_folder: str) -> None:
+def test_masked_tokens_enter_no_metric(policy_folder: str) -> None:
     """Every completion is truncated and masked, so no token is left to average over."""
     logged = MetricsLog()
     module = module_of("GRPOModule", policy_folder, mask_truncated=True, max_new_tokens=1, kl_coef=0.0)

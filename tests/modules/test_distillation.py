@@ -140,7 +140,7 @@ def test_loss_and_metrics_are_means_over_all_tokens(
     assert held_out["val/distill/top1_agreement"] == pytest.approx(float(torch.cat(agreed).mean()))
 
 
-def test_row_weights_multiply_losses_and_not_their_count(policy_folder: str, teacher_folder: str) -> None:
+def test_row_weights_scale_losses_but_not_the_token_count(policy_folder: str, teacher_folder: str) -> None:
     weights = [2.0, 0.0, 1.0, 0.5, 3.0]
     rows = zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
     sums = [float(divergences(*row)[1].sum()) for row in rows]
@@ -152,7 +152,7 @@ def test_row_weights_multiply_losses_and_not_their_count(policy_folder: str, tea
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_the_gradient_is_that_of_the_plain_mean(
+def test_the_gradient_equals_that_of_the_plain_mean(
     policy_folder: str, teacher_folder: str, lora: LoraSettings | None
 ) -> None:
     def gradients(micro: int | None, chunk_tokens: int) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_no_more_than_a_chunk_of_either_vocabulary_is_ever_made(policy_folder: str, teacher_folder: str) -> None:
+def test_at_most_one_chunk_of_logits_is_materialised(policy_folder: str, teacher_folder: str) -> None:
     module = gkd(policy_folder, teacher_folder, chunk_tokens=4)
     module.configure_model()
     (batch,) = demonstration_step(random_rows(12, seed=3)).micro_batches
@@ -199,7 +199,7 @@ def test_no_more_than_a_chunk_of_either_vocabulary_is_ever_made(policy_folder: s
     assert seen.rows == 4
 
 
-def test_the_student_becomes_the_teacher(policy_folder: str, other_folder: str) -> None:
+def test_the_student_converges_to_the_teacher(policy_folder: str, other_folder: str) -> None:
     module = gkd(policy_folder, other_folder, learning_rate=3e-3)
     steps = [demonstration_step(ROWS)]
     before = evaluate(module, steps)
@@ -209,7 +209,7 @@ def test_the_student_becomes_the_teacher(policy_folder: str, other_folder: str) 
     assert after["val/distill/top1_agreement"] > before["val/distill/top1_agreement"]
 
 
-def test_equals_have_nothing_to_learn(policy_folder: str) -> None:
+def test_a_student_equal_to_its_teacher_has_gradient_zero(policy_folder: str) -> None:
     gradients = gradients_of_step(gkd(policy_folder, policy_folder), demonstration_step(ROWS))
     assert max(float(g.abs().max()) for g in gradients.values()) < 1e-6
 
@@ -223,7 +223,7 @@ class Crossed(GKDModule):
         return Loss(values, {"seen": (logits.targets == EOS).float()})
 
 
-def test_an_objective_of_ones_own(policy_folder: str, teacher_folder: str) -> None:
+def test_a_custom_distillation_objective_trains(policy_folder: str, teacher_folder: str) -> None:
     rows = zip(distributions(policy_folder), distributions(teacher_folder), strict=True)
     expected = torch.cat([-s.gather(-1, t.argmax(-1, keepdim=True)) for s, t in rows]).mean()
     logged = MetricsLog()
@@ -235,7 +235,7 @@ def test_an_objective_of_ones_own(policy_folder: str, teacher_folder: str) -> No
 # -- whose completions ------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_the_student_s_and_do_not_see_the_batch(policy_folder: str, teacher_folder: str) -> None:
+def test_samples_come_from_the_student_and_do_not_depend_on_the_batch(policy_folder: str, teacher_folder: str) -> None:
     module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0)
     module.configure_model()
     fit(module, [demonstration_step(ROWS[:1])])  # a trainer to ask
@@ -254,7 +254,7 @@ def test_samples_are_the_student_s_and_do_not_see_the_batch(policy_folder: str, 
     assert drawn([0, 1, 2, 3, 4], None) != whole
 
 
-def test_a_row_s_address_says_all_that_the_row_says() -> None:
+def test_the_sampling_address_depends_on_update_prompt_and_completion() -> None:
     prompt, completion = torch.tensor([5, 6]), torch.tensor([7])
     here = address_of(3, prompt, completion)
     others = [(4, prompt, completion), (3, prompt, torch.tensor([8])), (3, torch.tensor([5]), torch.tensor([6, 7]))]
@@ -262,7 +262,7 @@ def test_a_row_s_address_says_all_that_the_row_says() -> None:
     assert len({here, *(address_of(*other) for other in others)}) == 4
 
 
-def test_the_coin_is_the_update_s(policy_folder: str, teacher_folder: str) -> None:
+def test_on_policy_updates_are_chosen_by_seed_and_update(policy_folder: str, teacher_folder: str) -> None:
     def coins(**settings: Any) -> list[bool]:
         module = gkd(policy_folder, teacher_folder, **settings)
         return [module.learns_from_samples(update) for update in range(200)]
@@ -274,7 +274,7 @@ def test_the_coin_is_the_update_s(policy_folder: str, teacher_folder: str) -> No
     assert not any(coins(on_policy_fraction=0.0)) and all(coins(on_policy_fraction=1.0))
 
 
-def test_a_step_on_samples_counts_their_tokens(policy_folder: str, teacher_folder: str) -> None:
+def test_a_step_on_samples_counts_the_sampled_tokens(policy_folder: str, teacher_folder: str) -> None:
     module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0, learning_rate=1e-20)
     module.configure_model()
     seen: list[int] = []
@@ -284,7 +284,7 @@ def test_a_step_on_samples_counts_their_tokens(policy_folder: str, teacher_folde
     assert module.tokens == sum(seen) and module.episodes == 2 * len(ROWS)
 
 
-def test_a_rank_without_rows_samples_none(policy_folder: str, teacher_folder: str) -> None:
+def test_a_rank_without_rows_samples_nothing(policy_folder: str, teacher_folder: str) -> None:
     module = gkd(policy_folder, teacher_folder, on_policy_fraction=1.0)
     fit(module, [demonstration_step(ROWS[:1])])
     none = DemonstrationBatch(sequences([]), torch.zeros(0))
@@ -295,7 +295,7 @@ def test_a_rank_without_rows_samples_none(policy_folder: str, teacher_folder: st
 
 
 @pytest.mark.parametrize("kind", [GKDModule, OnPolicyDistillationModule])
-def test_the_teacher_is_frozen_and_in_no_checkpoint(
+def test_the_teacher_is_frozen_and_not_in_checkpoints(
     kind: Any, policy_folder: str, teacher_folder: str, tmp_path: Path
 ) -> None:
     module = kind(init_from=policy_folder, teacher=teacher_folder, max_new_tokens=4, learning_rate=1e-2)
@@ -316,7 +316,7 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(
     torch.testing.assert_close(student(layout).logprobs, module.policy(layout).logprobs)
 
 
-def test_another_tokenizer_is_refused_by_name(policy_folder: str, tmp_path: Path) -> None:
+def test_a_teacher_with_another_tokenizer_is_refused(policy_folder: str, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_policy(other)
     file = other / "tokenizer.json"
@@ -330,7 +330,7 @@ def test_another_tokenizer_is_refused_by_name(policy_folder: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["beta", "on_policy_fraction"])
-def test_shares_outside_the_unit_interval_are_refused(name: str) -> None:
+def test_fractions_outside_the_unit_interval_are_refused(name: str) -> None:
     with refused("setting-out-of-range", name, "1.5", "[0, 1]"):
         gkd("unread", "unread", **{name: 1.5})
 
@@ -347,7 +347,7 @@ PROMPTS = [prompt for prompt, _ in random_rows(6, seed=41)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_advantages_are_what_the_teacher_thinks_beyond_the_student(
+def test_advantages_are_teacher_minus_student_logprobs(
     policy_folder: str, teacher_folder: str, temperature: float
 ) -> None:
     module = sampled_distillation(policy_folder, teacher_folder, temperature=temperature)
@@ -366,7 +366,7 @@ def test_advantages_are_what_the_teacher_thinks_beyond_the_student(
             assert not found[row, len(ids) :].any()
 
 
-def test_scores_are_measured_or_left_out(policy_folder: str, teacher_folder: str) -> None:
+def test_scores_are_logged_only_with_a_scorer(policy_folder: str, teacher_folder: str) -> None:
     logged = MetricsLog()
     fit(sampled_distillation(policy_folder, teacher_folder), [prompt_step(PROMPTS)], callbacks=[logged])
     assert not [name for name in logged.rows[0] if "score" in name and "invariant" not in name]
@@ -379,7 +379,7 @@ def test_scores_are_measured_or_left_out(policy_folder: str, teacher_folder: str
     assert {"val/kl", "val/distill/kl_reverse"} <= set(held_out) and "val/score" not in held_out
 
 
-def test_samples_alone_bring_the_student_to_the_teacher(policy_folder: str, other_folder: str) -> None:
+def test_training_on_samples_reduces_the_reverse_kl(policy_folder: str, other_folder: str) -> None:
     module = sampled_distillation(policy_folder, other_folder, learning_rate=2e-3)
     logged = MetricsLog()
     fit(module, [prompt_step(PROMPTS * 8, first_episode=48 * i) for i in range(40)], callbacks=[logged])
@@ -422,7 +422,7 @@ def reads(context: str, prompt: list[int], feedback: str | None) -> list[int]:
 
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize(("beta", "top_k", "temperature"), [(1.0, None, 1.0), (0.0, None, 0.7), (1.0, 5, 1.0)])
-def test_the_gradient_is_that_of_the_divergence_from_a_teacher_that_reads_feedback(
+def test_the_gradient_equals_that_of_the_divergence_from_a_teacher_with_feedback(
     policy_folder: str, beta: float, top_k: int | None, temperature: float, micro: int | None
 ) -> None:
     context = "w40 {feedback} w41"
@@ -456,13 +456,13 @@ def test_the_gradient_is_that_of_the_divergence_from_a_teacher_that_reads_feedba
     assert_same(found, expected, rtol=2e-3, atol=2e-6)
 
 
-def test_without_a_text_the_policy_is_its_own_teacher(policy_folder: str) -> None:
+def test_without_context_the_gradient_is_zero(policy_folder: str) -> None:
     gradients = gradients_of_step(taught(policy_folder, context="", scorer=None), text_step())
     assert max(float(g.abs().max()) for g in gradients.values()) < 1e-6
 
 
 @pytest.mark.parametrize("teacher", ["policy", "ema", "start", "other"])
-def test_the_policy_comes_to_answer_as_if_it_had_read_the_context(
+def test_context_distillation_converges_to_the_policy_with_context(
     policy_folder: str, other_folder: str, teacher: str
 ) -> None:
     module = taught(
@@ -478,7 +478,7 @@ def test_the_policy_comes_to_answer_as_if_it_had_read_the_context(
     assert held_out["val/distill/kl_reverse"] < kl[0] and "val/score" not in held_out
 
 
-def test_the_moving_average_follows_the_policy_and_is_resumed(policy_folder: str, tmp_path: Path) -> None:
+def test_the_ema_teacher_follows_the_policy_and_is_resumed(policy_folder: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"teacher": "ema", "ema_decay": 0.75, "context": "w40 {feedback}"}
     module, start = taught(policy_folder, **settings), load_policy(policy_folder)
     fit(module, [text_step()])
@@ -494,7 +494,7 @@ def test_the_moving_average_follows_the_policy_and_is_resumed(policy_folder: str
     torch.testing.assert_close(again.teacher.models[0].get_parameter(name), teacher, rtol=0, atol=0)
 
 
-def test_a_rollout_without_any_text_learns_nothing_and_says_so(policy_folder: str) -> None:
+def test_a_rollout_without_context_changes_nothing_and_warns(policy_folder: str) -> None:
     module = taught(policy_folder, scorer=lambda prompts, completions, **_: [1.0] * len(completions))
     module.configure_model()
     before, log = weights_of(module), MetricsLog()
@@ -504,7 +504,7 @@ def test_a_rollout_without_any_text_learns_nothing_and_says_so(policy_folder: st
     assert log.rows[0]["distill/taught"] == 0.0
 
 
-def test_texts_apply_where_their_fields_are_known(policy_folder: str) -> None:
+def test_context_texts_apply_only_if_their_fields_are_known(policy_folder: str) -> None:
     context = ["Right: {solution}", "Wrong: {completion}. {feedback}", "Hint {{here}}: {hint}.", "Again."]
     module = taught(policy_folder, context=context, success=0.5)
     rollout = Rollout(
@@ -526,7 +526,7 @@ def test_texts_apply_where_their_fields_are_known(policy_folder: str) -> None:
             taught(policy_folder, context=wrong)
 
 
-def test_where_the_text_stands() -> None:
+def test_context_is_placed_after_the_question_or_in_the_system_turn() -> None:
     assert with_context("Q", "c", "after") == "Q\n\nc" and with_context("Q", "c", "system") == "c\n\nQ"
     user, said = {"role": "user", "content": "Q", "tools": ["t"]}, {"role": "assistant", "content": "A"}
     assert with_context([user, said], "c", "after") == [{**user, "content": "Q\n\nc"}, said]
@@ -537,7 +537,7 @@ def test_where_the_text_stands() -> None:
     assert user["content"] == "Q"
 
 
-def test_an_environment_s_feedback_is_read_by_the_teacher_alone(policy_folder: str) -> None:
+def test_environment_feedback_is_seen_only_by_the_teacher(policy_folder: str) -> None:
     class Corrects(Talks):
         def reply(self, episode: Episode) -> Reply:
             return super().reply(episode)._replace(feedback=f"w{20 + episode.turn}")

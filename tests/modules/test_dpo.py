@@ -62,7 +62,7 @@ def test_before_any_update_the_loss_is_log_2_exactly(policy_folder: str, lora: L
     assert first["train/reward_accuracy"] == 0.5  # ties count half
 
 
-def test_held_out_metrics_are_those_of_the_formula(trained: tuple[DPOModule, Any, Any]) -> None:
+def test_validation_metrics_match_the_formula(trained: tuple[DPOModule, Any, Any]) -> None:
     module, policy, reference = trained
     metrics = evaluate(module, [preference_step(PAIRS[:4], 3), preference_step(PAIRS[4:])])
     chosen, rejected = log_ratios(policy, reference)
@@ -80,7 +80,7 @@ def test_held_out_metrics_are_those_of_the_formula(trained: tuple[DPOModule, Any
     assert metrics["val/length_difference"] == pytest.approx(sum(lengths) / 6)
 
 
-def test_soft_targets_and_label_smoothing_mix_both_directions(trained: tuple[DPOModule, Any, Any]) -> None:
+def test_soft_labels_and_label_smoothing_mix_both_losses(trained: tuple[DPOModule, Any, Any]) -> None:
     module, policy, reference = trained
     targets = [1.0, 0.0, 0.5, 0.8, 0.3, 1.0]
     module.label_smoothing = 0.1
@@ -121,7 +121,7 @@ def test_the_gradient_pushes_chosen_up_and_rejected_down_token_by_token(policy_f
         torch.testing.assert_close(gradient, torch.full_like(gradient, slope), atol=1e-7, rtol=1e-5)
 
 
-def test_pair_weights_scale_the_loss_that_is_trained(policy_folder: str) -> None:
+def test_pair_weights_scale_the_training_loss(policy_folder: str) -> None:
     found = []
     for weights, rows in (([1.0, 0.0, 0.0, 0.0, 0.0, 0.0], PAIRS), ([1 / 6], PAIRS[:1])):
         module = DPOModule(init_from=policy_folder, learning_rate=1e-3, adam_eps=1e-3, warmup=0, max_grad_norm=None)
@@ -130,7 +130,7 @@ def test_pair_weights_scale_the_loss_that_is_trained(policy_folder: str) -> None
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
-def test_with_an_adapter_the_backbone_is_the_reference_and_stays(policy_folder: str) -> None:
+def test_with_an_adapter_the_frozen_backbone_is_the_reference(policy_folder: str) -> None:
     module = DPOModule(init_from=policy_folder, beta=0.3, lora=LoraSettings(r=4), learning_rate=1e-2, warmup=0)
     logged = MetricsLog()
     fit(module, [preference_step(PAIRS, 3)] * 4, callbacks=[logged])
@@ -144,7 +144,7 @@ def test_with_an_adapter_the_backbone_is_the_reference_and_stays(policy_folder: 
             torch.testing.assert_close(found, plain_logprobs(base, prompt, chosen), atol=1e-5, rtol=1e-5)
 
 
-def test_a_continued_adapter_is_measured_from_where_it_started(policy_folder: str, tmp_path: Path) -> None:
+def test_the_reference_of_a_continued_adapter_is_its_initial_state(policy_folder: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"beta": 0.3, "lora": LoraSettings(r=4), "learning_rate": 1e-2, "warmup": 0}
     first = DPOModule(init_from=policy_folder, **settings)
     fit(first, [preference_step(PAIRS)] * 3)
@@ -175,7 +175,7 @@ class OffsetDPOModule(DPOModule):
         return -F.logsigmoid(self.beta * pair.margin - self.offset)
 
 
-def test_the_objective_of_twenty_lines_trains(policy_folder: str) -> None:
+def test_a_custom_objective_of_twenty_lines_trains(policy_folder: str) -> None:
     module = OffsetDPOModule(offset=0.7, init_from=policy_folder, beta=0.3, learning_rate=2e-3, warmup=0)
     logged = MetricsLog()
     fit(module, [preference_step(PAIRS, 4)] * 3, callbacks=[logged])

@@ -83,7 +83,7 @@ def rollout_of(scores: list[float], group: list[int]) -> Rollout:
     return Rollout(sequences, mask, grid, grid, None, values, mask[:, 0], torch.tensor(group), None, torch.arange(rows))
 
 
-def test_the_best_meets_the_worst_and_ties_meet_nobody() -> None:
+def test_pairs_are_best_against_worst_without_ties() -> None:
     rollout = rollout_of([0.5, 2.0, 1.0, 3.0, 3.0, 3.0, math.nan, 0.0, -1.0], [0, 0, 0, 1, 1, 1, 2, 2, 2])
     hard = made("OnlineDPOModule").pairs(rollout)
     assert (hard.chosen.tolist(), hard.rejected.tolist()) == ([1, 7], [0, 8])
@@ -101,7 +101,7 @@ def logprobs_of(by_reference: bool = False) -> PreferenceLogprobs:
     return PreferenceLogprobs(*columns, mask, mask, 0.8 * one, 0 * one, one, slots)
 
 
-def test_worked_losses() -> None:
+def test_losses_by_hand() -> None:
     """-0.8 log sigmoid(0.07) - 0.2 log sigmoid(-0.07), and XPO's bonus on the side that the reference wrote."""
     expected = 0.67275956
     assert float(as_loss(made("OnlineDPOModule").preference_loss(logprobs_of())).values) == pytest.approx(
@@ -112,7 +112,7 @@ def test_worked_losses() -> None:
     assert float(xpo.preference_loss(logprobs_of(True)).values) == pytest.approx(expected - 0.10, abs=1e-8)
 
 
-def test_xpo_without_its_bonus_is_online_dpo_and_nash_md_pays_by_its_chance() -> None:
+def test_xpo_without_bonus_is_online_dpo_and_nash_md_rewards_win_probability() -> None:
     plain = made("XPOModule", alpha=0.0).preference_loss(logprobs_of()).values
     torch.testing.assert_close(plain, made("OnlineDPOModule").preference_loss(logprobs_of()).values)
     module = made("NashMDModule", kl_coef=0.1)
@@ -126,7 +126,7 @@ def test_xpo_without_its_bonus_is_online_dpo_and_nash_md_pays_by_its_chance() ->
 # -- whole steps ------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None:
+def test_the_first_gradient_equals_plain_pytorch(policy_folder: str) -> None:
     """Mean over pairs of -log sigmoid(beta d), from unpadded sequences at the temperature of the samples."""
     module, logged = made("OnlineDPOModule", policy_folder, max_grad_norm=None, beta=0.3), MetricsLog()
     kept: list[Rollout] = []
@@ -155,7 +155,7 @@ def test_the_first_gradient_is_that_of_plain_pytorch(policy_folder: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> None:
+def test_gradients_do_not_depend_on_micro_batches(policy_folder: str, name: str) -> None:
     def gradients(**limits: int) -> dict[str, Tensor]:
         (step,) = within([questions()], **limits)
         return gradients_of_step(made(name, policy_folder, max_grad_norm=None), step)
@@ -167,7 +167,7 @@ def test_gradients_do_not_depend_on_the_cut(policy_folder: str, name: str) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_rise_and_level_scores_teach_nothing(policy_folder: str, name: str) -> None:
+def test_scores_rise_and_constant_scores_change_nothing(policy_folder: str, name: str) -> None:
     logged = MetricsLog()
     settings: dict[str, Any] = {"max_new_tokens": 4, "learning_rate": 4e-3}
     settings |= {"kl_coef": 0.01} if name == "NashMDModule" else {"beta": 0.3}
@@ -194,7 +194,7 @@ def _repeated(batch: PromptBatch, times: int) -> PromptBatch:
     )
 
 
-def test_a_rank_without_pairs_takes_its_part(policy_folder: str) -> None:
+def test_a_rank_without_pairs_joins_every_update(policy_folder: str) -> None:
     logged = MetricsLog()
     module = made("OnlineDPOModule", policy_folder, scorer=level, mini_batch_size=4, ppo_epochs=2)
     fit(module, [questions()], callbacks=[logged])
@@ -214,7 +214,7 @@ def test_minibatches_keep_the_samples_of_a_prompt_together(policy_folder: str) -
 
 
 @pytest.mark.parametrize("name", ON_PAIRS)
-def test_what_cannot_be_paired_is_refused_in_words(policy_folder: str, name: str) -> None:
+def test_rollouts_that_cannot_be_paired_are_refused(policy_folder: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} compares completions .* data.samples_per_prompt to 2 or more"):
         fit(made(name, policy_folder), [questions(1)])
     with pytest.raises(ValueError, match=r"mini_batch_size is 3 .* a multiple of data\.samples_per_prompt"):
@@ -223,7 +223,7 @@ def test_what_cannot_be_paired_is_refused_in_words(policy_folder: str, name: str
         made(name, policy_folder, kl_coef=0.1)
 
 
-def test_xpo_takes_two_samples_and_no_more(policy_folder: str) -> None:
+def test_xpo_needs_exactly_two_samples_per_prompt(policy_folder: str) -> None:
     with pytest.raises(ValueError, match=r"a prompt has 4: set data\.samples_per_prompt to 2"):
         fit(made("XPOModule", policy_folder), [questions(4)])
 
@@ -242,7 +242,7 @@ class OnlineIPOModule(OnlineDPOModule):
         return (pair.margin - 1 / (2 * self.beta)) ** 2
 
 
-def test_an_objective_of_one_s_own(policy_folder: str) -> None:
+def test_a_custom_online_objective_trains(policy_folder: str) -> None:
     logged = MetricsLog()
     module = OnlineIPOModule(init_from=policy_folder, scorer=low_words, max_new_tokens=6, beta=0.5)
     fit(module, [questions()], callbacks=[logged])
@@ -251,7 +251,7 @@ def test_an_objective_of_one_s_own(policy_folder: str) -> None:
     assert module.value_at_reference == pytest.approx(1.0)
 
 
-def test_validation_samples_from_the_policy_alone(policy_folder: str) -> None:
+def test_validation_samples_only_from_the_policy(policy_folder: str) -> None:
     for name in NAMES:
         found = evaluate(made(name, policy_folder), [questions(1)])
         assert abs(found["val/kl"]) < 1e-4 and 0 <= found["val/score"] <= 1
@@ -270,7 +270,7 @@ ROUNDS: dict[str, Any] = {"rollouts_per_round": 2, "beta": 0.3, "learning_rate":
 
 
 @LORAS
-def test_each_round_starts_from_the_last_one_s_policy(policy_folder: str, lora: Any) -> None:
+def test_each_round_takes_the_previous_policy_as_reference(policy_folder: str, lora: Any) -> None:
     module, logged = made("IterativeDPOModule", policy_folder, lora=lora, **ROUNDS), MetricsLog()
     moments: list[int] = []
     begin = module.begin_round
@@ -291,7 +291,7 @@ def test_each_round_starts_from_the_last_one_s_policy(policy_folder: str, lora: 
     assert "invariant/first_kl" in logged.rows[2]
 
 
-def test_rounds_may_share_the_reference_of_the_start(policy_folder: str) -> None:
+def test_reference_of_round_start_keeps_the_initial_reference(policy_folder: str) -> None:
     module, logged = made("IterativeDPOModule", policy_folder, reference_of_round="start", **ROUNDS), MetricsLog()
     fit(module, STEPS, callbacks=[logged])
     assert [abs(value) < 1e-4 for value in logged.column("rollout/kl")] == [True, False, False, False, False]
@@ -302,7 +302,7 @@ def test_rounds_may_share_the_reference_of_the_start(policy_folder: str) -> None
 
 
 @LORAS
-def test_a_resumed_run_has_the_reference_of_its_round(policy_folder: str, tmp_path: Path, lora: Any) -> None:
+def test_a_resumed_run_restores_the_reference_of_its_round(policy_folder: str, tmp_path: Path, lora: Any) -> None:
     path = tmp_path / "epoch.ckpt"
 
     def run(ckpt_path: Path | None = None, **trainer: Any) -> Any:
@@ -330,7 +330,7 @@ def resumed_from(module: Any, path: Path, saved: dict[str, Any]) -> None:
     module.load_state_dict(saved["state_dict"])
 
 
-def test_an_export_goes_without_the_reference(policy_folder: str, tmp_path: Path) -> None:
+def test_an_export_omits_the_reference(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "late.ckpt"
     whole = made("IterativeDPOModule", policy_folder, **ROUNDS)
     fit(whole, STEPS, callbacks=[Snapshot(5, path)])
@@ -345,7 +345,7 @@ def test_an_export_goes_without_the_reference(policy_folder: str, tmp_path: Path
 
 
 @LORAS
-def test_the_second_sample_of_xpo_is_the_reference_s(policy_folder: str, lora: Any) -> None:
+def test_xpo_draws_the_second_sample_from_the_reference(policy_folder: str, lora: Any) -> None:
     module = made("XPOModule", policy_folder, lora=lora, learning_rate=2e-2)
     fit(module, [questions()])
     step, collector = questions(2, 100).micro_batches[0], module.collector
@@ -360,7 +360,7 @@ def test_the_second_sample_of_xpo_is_the_reference_s(policy_folder: str, lora: A
 
 
 @LORAS
-def test_nash_md_s_opponent_is_drawn_between_policy_and_reference(policy_folder: str, lora: Any) -> None:
+def test_nash_md_draws_the_opponent_from_the_mixture(policy_folder: str, lora: Any) -> None:
     module = made("NashMDModule", policy_folder, lora=lora, learning_rate=2e-2, mixture=0.25)
     logged = MetricsLog()
     fit(module, [questions()], callbacks=[logged])

@@ -88,7 +88,7 @@ def plain_values(critic: Any, prompt: list[int], completion: list[int]) -> Tenso
 
 
 @pytest.mark.parametrize("micro", [1, 3, None])
-def test_updates_are_those_of_plain_pytorch_however_they_are_cut(
+def test_updates_equal_plain_pytorch_for_any_micro_batches(
     policy_folder: str, reward_folder: str, micro: int | None, many_ends: tuple[int, ...]
 ) -> None:
     module = ppo(
@@ -189,7 +189,7 @@ def unloaded(**settings: Any) -> PPOModule:
     return module
 
 
-def test_worked_rewards_and_advantages() -> None:
+def test_rewards_and_advantages_by_hand() -> None:
     module, rollout = unloaded(whiten_advantages=False), worked_rollout([0.3, 0.4, 0.6])
     rewards = module.shape_rewards(rollout)
     torch.testing.assert_close(rewards, torch.tensor([[-0.01, 0.005, 0.9975], [2.0, 0.0, 0.0]]))
@@ -198,7 +198,7 @@ def test_worked_rewards_and_advantages() -> None:
     torch.testing.assert_close(returns, torch.tensor([[0.94349375, 0.982625, 0.9975], [2.0, 0.0, 0.0]]))
 
 
-def test_after_eos_puts_the_score_on_a_slot_of_its_own() -> None:
+def test_after_eos_puts_the_score_on_its_own_position() -> None:
     module = unloaded(whiten_advantages=False, reward_slot="after_eos")
     rollout = worked_rollout([0.3, 0.4, 0.6, 0.8], more=1)
     rewards = module.shape_rewards(rollout)
@@ -211,7 +211,7 @@ def test_after_eos_puts_the_score_on_a_slot_of_its_own() -> None:
     torch.testing.assert_close(returns, expected)
 
 
-def test_whitening_spans_the_rollouts_tokens_and_leaves_returns_alone() -> None:
+def test_whitening_is_over_rollout_tokens_and_keeps_returns() -> None:
     rollout = worked_rollout([0.3, 0.4, 0.6])
     tensors = {name: part for name, part in rollout._asdict().items() if isinstance(part, torch.Tensor)}
     rollout = rollout._replace(**{name: part[:1] for name, part in tensors.items()})
@@ -224,9 +224,7 @@ def test_whitening_spans_the_rollouts_tokens_and_leaves_returns_alone() -> None:
     torch.testing.assert_close(rewards, torch.tensor([[-0.39212234, -0.36030522, 1.74492755]]), atol=1e-5, rtol=0)
 
 
-def test_judgements_are_shaped_before_the_rule_for_a_missing_end(
-    policy_folder: str, many_ends: tuple[int, ...]
-) -> None:
+def test_judgements_are_shaped_before_the_missing_eos_rule(policy_folder: str, many_ends: tuple[int, ...]) -> None:
     class Halved(PPOModule):
         def shape_judgements(self, judged: Judgements) -> Judgements:
             return judged._replace(scores=judged.scores / 2)
@@ -245,7 +243,7 @@ def test_judgements_are_shaped_before_the_rule_for_a_missing_end(
     ("settings", "unfinished"),
     [({}, 5.0), ({"missing_eos_score": -1.0}, -1.0), ({"missing_eos_penalty": 2.0}, 3.0)],
 )
-def test_completions_that_did_not_end_by_themselves(
+def test_unfinished_completions_get_the_missing_eos_score_or_penalty(
     policy_folder: str, many_ends: tuple[int, ...], settings: dict[str, float], unfinished: float
 ) -> None:
     module = ppo(policy_folder, lambda prompts, completions, **columns: [5.0] * len(completions), **settings)
@@ -287,7 +285,7 @@ def test_the_minibatches_of_an_epoch_are_a_permutation_of_the_episodes(policy_fo
 
 
 @pytest.mark.parametrize(("limit", "updates"), [(1e-5, 2), (1e3, 8), (None, 8)])
-def test_early_stopping_leaves_the_rollouts_epochs(policy_folder: str, limit: float | None, updates: int) -> None:
+def test_early_stop_kl_ends_the_epochs_of_a_rollout(policy_folder: str, limit: float | None, updates: int) -> None:
     module = ppo(policy_folder, ppo_epochs=4, mini_batch_size=4, early_stop_kl=limit, learning_rate=1e-2)
     fit(module, rollouts(1))
     assert module.updates == updates  # the first minibatch sees no move yet, the second sees the first one's
@@ -297,7 +295,7 @@ def test_early_stopping_leaves_the_rollouts_epochs(policy_folder: str, limit: fl
 # -- KL control -------------------------------------------------------------------------------------------------------
 
 
-def test_the_kl_coefficient_is_steered_towards_its_target(policy_folder: str) -> None:
+def test_the_kl_coefficient_is_adapted_to_its_target(policy_folder: str) -> None:
     module = ppo(policy_folder, kl_coef=0.2, kl_target=0.5, kl_horizon=100, learning_rate=1e-2, ppo_epochs=2)
     logged = MetricsLog()
     fit(module, rollouts(4), callbacks=[logged])
@@ -327,7 +325,7 @@ def test_a_rewarded_token_becomes_frequent(policy_folder: str) -> None:
     assert scores[0] < 0.01 and scores[-1] > 0.15
 
 
-def test_the_entropy_bonus_raises_entropy_and_a_malus_lowers_it(policy_folder: str) -> None:
+def test_the_sign_of_entropy_coef_raises_or_lowers_entropy(policy_folder: str) -> None:
     found = {}
     for coef in (0.1, -0.1):
         logged = MetricsLog()
@@ -340,9 +338,7 @@ def test_the_entropy_bonus_raises_entropy_and_a_malus_lowers_it(policy_folder: s
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-def test_the_pretraining_term_is_the_mean_negative_log_likelihood_times_its_weight(
-    policy_folder: str, micro: int | None
-) -> None:
+def test_the_pretraining_term_is_the_weighted_mean_nll(policy_folder: str, micro: int | None) -> None:
     """Scores and KL are 0 and the critic starts at 0, so that nothing else has a gradient."""
     rows = random_rows(5, seed=70)
     (mixed,) = demonstration_step(rows).micro_batches
@@ -386,7 +382,7 @@ def test_a_shared_critic_starts_at_zero_and_learns_the_rewards_to_go(
     assert not any(name.startswith("critic") for name in weights_of(module))
 
 
-def test_a_separate_critic_is_trained_beside_the_policy_and_shares_no_weight(policy_folder: str) -> None:
+def test_a_separate_critic_shares_no_weight_with_the_policy(policy_folder: str) -> None:
     module = ppo(policy_folder, lora=LoraSettings(r=4))
     module.configure_model()
     before = weights_of(module)
@@ -399,7 +395,7 @@ def test_a_separate_critic_is_trained_beside_the_policy_and_shares_no_weight(pol
     assert any(name.startswith("policy") for name in moved)
 
 
-def test_a_critic_made_from_the_reward_model_values_the_last_state_at_the_score(
+def test_a_critic_from_the_reward_model_predicts_the_score_at_the_last_state(
     policy_folder: str, tmp_path: Path
 ) -> None:
     folder = save_reward_model(tmp_path / "reward", score_bias=0.75)
@@ -416,7 +412,7 @@ def test_a_critic_made_from_the_reward_model_values_the_last_state_at_the_score(
         assert float(rollout.scores[0]) == pytest.approx(plain(ids).logits.item() - 0.75, abs=1e-5)
 
 
-def test_a_policy_drawn_from_scratch_takes_a_trained_critic_as_it_is(policy_folder: str, reward_folder: str) -> None:
+def test_a_policy_from_scratch_can_use_a_trained_critic(policy_folder: str, reward_folder: str) -> None:
     module = ppo(policy_folder, reward_folder, from_scratch=True, seed=3)
     fit(module, rollouts(1), max_steps=1, max_epochs=-1)
     (rollout,) = module.kept
@@ -428,9 +424,7 @@ def test_a_policy_drawn_from_scratch_takes_a_trained_critic_as_it_is(policy_fold
     assert torch.equal(other.critic.model.score.weight, plain.score.weight)
 
 
-def test_a_policy_that_starts_from_an_adapter_gets_a_critic_on_the_same_trunk(
-    policy_folder: str, tmp_path: Path
-) -> None:
+def test_a_policy_from_an_adapter_gets_a_critic_on_the_same_trunk(policy_folder: str, tmp_path: Path) -> None:
     first = ppo(policy_folder, lora=LoraSettings(r=4), learning_rate=5e-2)
     fit(first, rollouts(2))
     folder = str(first.export(tmp_path / "adapter"))
@@ -444,7 +438,7 @@ def test_a_policy_that_starts_from_an_adapter_gets_a_critic_on_the_same_trunk(
 # -- rollouts ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_run_however_it_is_cut(policy_folder: str) -> None:
+def test_the_same_seed_gives_the_same_run_for_any_micro_batches(policy_folder: str) -> None:
     found = []
     for slots, limits in ((None, {}), (5, {"micro_batch_size": 3}), (None, {"max_tokens": 40})):
         module = ppo(policy_folder, adam_eps=1e-3, ppo_epochs=2, mini_batch_size=5, sampling_batch_size=slots)
@@ -483,13 +477,13 @@ def test_the_scorer_sees_prompts_texts_and_columns(policy_folder: str, many_ends
         (None, "must return one number for each completion: it returned None"),
     ],
 )
-def test_a_scorer_that_answers_wrongly_is_named(policy_folder: str, returned: Any, message: str) -> None:
+def test_invalid_scorer_results_are_refused(policy_folder: str, returned: Any, message: str) -> None:
     module = ppo(policy_folder, lambda prompts, completions, **columns: returned)
     with pytest.raises(ValueError, match=message):
         fit(module, rollouts(1))
 
 
-def test_validation_measures_other_samples_and_changes_nothing(policy_folder: str) -> None:
+def test_validation_draws_its_own_samples_and_changes_no_state(policy_folder: str) -> None:
     module = ppo(policy_folder)
     step = prompt_step(PROMPTS)
     first = evaluate(module, [step])
@@ -505,7 +499,7 @@ def test_validation_measures_other_samples_and_changes_nothing(policy_folder: st
     assert drawn[0] != drawn[1]
 
 
-def test_counters_and_rollout_metrics(policy_folder: str, many_ends: tuple[int, ...]) -> None:
+def test_counters_and_rollout_metrics_by_hand(policy_folder: str, many_ends: tuple[int, ...]) -> None:
     module = ppo(policy_folder, ppo_epochs=3, mini_batch_size=3)
     logged = MetricsLog()
     fit(module, rollouts(2), callbacks=[logged])
@@ -530,7 +524,7 @@ class ShortAnswersModule(PPOModule):
         return Loss(-logprobs.advantages * logprobs.logprobs, {"surprise": -logprobs.logprobs})
 
 
-def test_an_objective_of_ones_own_trains(policy_folder: str, many_ends: tuple[int, ...]) -> None:
+def test_a_custom_ppo_objective_trains(policy_folder: str, many_ends: tuple[int, ...]) -> None:
     module = ppo(policy_folder, nothing, kind=ShortAnswersModule, kl_coef=0.0, learning_rate=1e-2, ppo_epochs=2)
     logged = MetricsLog()
     fit(module, [prompt_step(PROMPTS * 4, first_episode=32 * i) for i in range(6)], callbacks=[logged])
@@ -550,12 +544,12 @@ def test_an_objective_of_ones_own_trains(policy_folder: str, many_ends: tuple[in
         ({"missing_eos_score": -1.0, "missing_eos_penalty": 1.0}, "one of them must be null"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_refused_at_construction(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PPOModule(init_from="unread", scorer=nothing, **settings)
 
 
-def test_predictions_of_a_policy_come_with_their_logprobs(policy_folder: str) -> None:
+def test_predictions_include_logprobs(policy_folder: str) -> None:
     module = ppo(policy_folder, temperature=0.7)
     rows = quiet_trainer().predict(module, StepData([], [prompt_step(PROMPTS[:2], texts=["a", "b"])]))
     assert rows is not None and [row["prompt"] for row in rows[0]] == ["a", "b"]
@@ -568,7 +562,7 @@ def test_predictions_of_a_policy_come_with_their_logprobs(policy_folder: str) ->
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
+def test_prompts_are_packed_only_if_every_model_supports_it(
     policy_folder: str, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     """A critic of another architecture than the policy's may need its own layout."""
@@ -583,7 +577,7 @@ def test_a_prompt_is_shared_where_every_model_that_reads_the_layout_can(
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_a_shared_trunk_is_forwarded_for_its_values_whatever_sampling_found(policy_folder: str, critic: Any) -> None:
+def test_a_shared_trunk_is_forwarded_for_values_even_with_reused_logprobs(policy_folder: str, critic: Any) -> None:
     found = []
     for reuse in (False, True):
         module = ppo(policy_folder, critic=critic, reuse_behaviour_logprobs=reuse, learning_rate=1e-2, adam_eps=1e-3)
@@ -618,7 +612,7 @@ class WithoutRowsModule(KeepingModule):
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_a_rank_without_rows_adds_nothing_even_where_a_rows_loss_is_nan(policy_folder: str, critic: str) -> None:
+def test_a_rank_without_rows_adds_zero_gradient_even_with_nan_losses(policy_folder: str, critic: str) -> None:
     module = ppo(policy_folder, kind=WithoutRowsModule, critic=critic)
     fit(module, rollouts(1))
     loss, gradients = module.seen

@@ -59,7 +59,7 @@ def episodes_of(page: ModuleType, rollout: Rollout) -> Any:
     return page.Episodes(ids, attention, mask[:, 1:], rollout.scores)
 
 
-def test_the_page_takes_the_modules_update(page: ModuleType, policy_folder: str) -> None:
+def test_the_one_page_script_takes_the_modules_update(page: ModuleType, policy_folder: str) -> None:
     """Two epochs over one rollout of six episodes of unequal length: the same weights"""
     prompts = [prompt for prompt, _ in random_rows(6, seed=3)]
     settings = page.Settings(kl_coef=0.3, value_coef=0.4, ppo_epochs=2, lam=0.9, temperature=0.8)
@@ -92,7 +92,7 @@ def test_the_page_takes_the_modules_update(page: ModuleType, policy_folder: str)
         torch.testing.assert_close(dict(critic.named_parameters())[name], theirs, rtol=1e-4, atol=2e-5)
 
 
-def test_the_page_is_short() -> None:
+def test_the_one_page_script_is_short() -> None:
     assert len(SCRIPT.read_text().splitlines()) <= 150
 
 

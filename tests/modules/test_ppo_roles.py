@@ -98,7 +98,7 @@ def in_double(module: Any) -> Any:
     return module
 
 
-def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> None:
+def test_sharing_one_backbone_equals_separate_copies(stages: dict[str, str]) -> None:
     """Losses, metrics and gradients of three rollouts with four updates each."""
     found = []
     for kind, critic in ((PPOModule, "adapter"), (CopiesModule, "separate")):
@@ -133,7 +133,7 @@ def test_one_backbone_learns_as_separate_copies_do(stages: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])
-def test_the_first_gradient_is_that_of_separate_copies(stages: dict[str, str], critic: str) -> None:
+def test_the_first_gradient_equals_that_of_separate_copies(stages: dict[str, str], critic: str) -> None:
     """For every kind of critic, sharing the backbone with reference and reward model leaves the first gradient
     unchanged.
     """
@@ -152,7 +152,7 @@ def test_the_first_gradient_is_that_of_separate_copies(stages: dict[str, str], c
 
 
 @pytest.mark.parametrize(("micro", "checkpointing"), [(2, False), (None, True)])
-def test_how_the_step_is_computed_changes_nothing(
+def test_micro_batches_and_checkpointing_do_not_change_the_step(
     stages: dict[str, str], micro: int | None, checkpointing: bool
 ) -> None:
     found = []
@@ -167,7 +167,7 @@ def test_how_the_step_is_computed_changes_nothing(
     assert_same(found[1], found[0], rtol=1e-4, atol=2e-6)
 
 
-def test_a_critic_made_from_the_reward_model_values_the_last_state_at_the_score(stages: dict[str, str]) -> None:
+def test_a_critic_from_the_reward_model_predicts_the_score_at_the_last_state(stages: dict[str, str]) -> None:
     kept: list[Any] = []
 
     class Kept(PPOModule):
@@ -185,7 +185,7 @@ def test_a_critic_made_from_the_reward_model_values_the_last_state_at_the_score(
     torch.testing.assert_close(rollout.values.gather(-1, last).squeeze(-1), rollout.scores, atol=1e-5, rtol=1e-5)
 
 
-def test_a_critic_beside_a_reward_model_of_another_backbone_starts_from_the_policy(
+def test_with_a_reward_model_of_another_backbone_the_critic_starts_from_the_policy(
     stages: dict[str, str], reward_folder: str
 ) -> None:
     logged = MetricsLog()
@@ -223,7 +223,7 @@ def checkpoint(stages: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     return module, path
 
 
-def test_a_checkpoint_holds_policy_and_critic_once_and_nothing_frozen(checkpoint: tuple[Any, Path]) -> None:
+def test_a_checkpoint_has_only_policy_and_critic_adapters(checkpoint: tuple[Any, Path]) -> None:
     module, path = checkpoint
     state = torch.load(path, weights_only=True)["state_dict"]
     assert state.keys() == weights_of(module).keys()
@@ -233,7 +233,7 @@ def test_a_checkpoint_holds_policy_and_critic_once_and_nothing_frozen(checkpoint
     assert {".reward." in name for name, p in module.named_parameters() if not p.requires_grad} == {True, False}
 
 
-def test_folder_and_checkpoint_are_no_larger_than_what_is_trained(
+def test_folder_and_checkpoint_contain_only_trained_weights(
     checkpoint: tuple[Any, Path], stages: dict[str, str], tmp_path: Path
 ) -> None:
     """Weights of the adapter, and of the checkpoint those of both adapters and the head with Adam's two moments."""
@@ -254,7 +254,7 @@ def test_folder_and_checkpoint_are_no_larger_than_what_is_trained(
     assert json.loads((folder / "backbone.json").read_text())["fingerprint"] == fingerprint(stages["base"])
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(stages: dict[str, str], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(stages: dict[str, str], tmp_path: Path) -> None:
     def made() -> PPOModule:
         return PPOModule(init_from=stages["sft"], scorer=stages["reward"], critic="adapter", **SETTINGS)
 
@@ -277,9 +277,7 @@ def test_a_checkpoint_without_its_critic_is_refused(
         fit(module, STEPS[:1], ckpt_path=str(tmp_path / "half.ckpt"))
 
 
-def test_frozen_weights_that_changed_since_are_refused_by_both_fingerprints(
-    policy_folder: str, other_folder: str, tmp_path: Path
-) -> None:
+def test_resuming_with_changed_frozen_weights_is_refused(policy_folder: str, other_folder: str, tmp_path: Path) -> None:
     """No checkpoint holds the backbone, so only the fingerprint can detect the change."""
     base, step = tmp_path / "base", demonstration_step(random_rows(4, seed=1))
     shutil.copytree(policy_folder, base)
@@ -290,7 +288,7 @@ def test_frozen_weights_that_changed_since_are_refused_by_both_fingerprints(
         fit(SFTModule(init_from=str(base), lora=LORA), [step], ckpt_path=str(tmp_path / "run.ckpt"))
 
 
-def test_an_adapter_that_changed_since_is_refused(stages: dict[str, str], tmp_path: Path) -> None:
+def test_resuming_with_a_changed_initial_adapter_is_refused(stages: dict[str, str], tmp_path: Path) -> None:
     """The KL is measured from this adapter."""
     start, step = tmp_path / "start", demonstration_step(random_rows(4, seed=1))
     shutil.copytree(stages["sft"], start)

@@ -71,20 +71,20 @@ def on_the_first_token(logprobs: PreferenceLogprobs) -> PreferenceLogprobs:
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"LDDPOModule"}))
-def test_a_loss_depends_on_sums_over_tokens(name: str) -> None:
+def test_losses_depend_only_on_sequence_logprobs(name: str) -> None:
     """The worked numbers of tests/functional stand on the first token; this carries them to any completion."""
     losses = values(unloaded(name), fixture())
     assert losses.shape == (3,)
     torch.testing.assert_close(values(unloaded(name), on_the_first_token(fixture())), losses)
 
 
-def test_cpo_takes_the_likelihood_per_sequence() -> None:
+def test_cpo_averages_the_likelihood_per_sequence() -> None:
     nll = sum(-s / n for s, n in zip(S_CHOSEN, N_CHOSEN, strict=True)) / 3
     assert float(values(unloaded("CPOModule"), fixture()).mean()) == pytest.approx(0.67378031 + nll, rel=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if unloaded(name).value_at_reference is not None])
-def test_value_where_the_policy_is_the_reference(name: str) -> None:
+def test_the_loss_at_the_reference_has_its_declared_value(name: str) -> None:
     parts = fixture()
     parts = parts._replace(
         reference_chosen_logprobs=parts.policy_chosen_logprobs,
@@ -95,7 +95,7 @@ def test_value_where_the_policy_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["RPOModule", "WPOModule", "SimPOModule", "ORPOModule", "CPOModule"])
-def test_no_value_is_stated_where_it_depends_on_the_pair(name: str) -> None:
+def test_pair_dependent_losses_declare_no_value_at_reference(name: str) -> None:
     assert unloaded(name).value_at_reference is None
 
 
@@ -109,7 +109,7 @@ def test_a_soft_label_is_the_expectation_over_both_orders(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_lifts_chosen_against_rejected(name: str) -> None:
+def test_the_gradient_raises_chosen_relative_to_rejected(name: str) -> None:
     parts = fixture()
     if name == "DiscoPOPModule":  # not monotone about 0
         parts = parts._replace(policy_chosen_logprobs=parts.policy_chosen_logprobs - 20.0 * parts.chosen_mask)
@@ -121,7 +121,7 @@ def test_the_gradient_lifts_chosen_against_rejected(name: str) -> None:
     assert float(pull) > 0
 
 
-def test_wpo_weighs_pairs_by_their_likelihood_under_the_policy() -> None:
+def test_wpo_weights_pairs_by_policy_likelihood() -> None:
     parts = fixture()
     one = parts._replace(
         extras={
@@ -135,7 +135,7 @@ def test_wpo_weighs_pairs_by_their_likelihood_under_the_policy() -> None:
     torch.testing.assert_close(values(unloaded("WPOModule", max_pair_weight=None), one), 2 * dpo)
 
 
-def test_wpo_weighs_any_objective() -> None:
+def test_wpo_weighting_works_with_any_objective() -> None:
     class WPOSimPOModule(modules.WPOWeighting, modules.SimPOModule):
         max_pair_weight = None
 
@@ -150,7 +150,7 @@ def test_wpo_weighs_any_objective() -> None:
     torch.testing.assert_close(values(WPOSimPOModule(init_from="nowhere"), parts), 3 * simpo)
 
 
-def test_ld_dpo_counts_the_longer_side_s_rest_by_alpha() -> None:
+def test_ld_dpo_weights_excess_tokens_by_alpha() -> None:
     parts = fixture()
     ratio = (parts.policy_rejected_logprobs - parts.reference_rejected_logprobs)[2]  # type: ignore[operator]
     margin = 0.4 - float(ratio[:4].sum() + 0.5 * ratio[4:].sum())
@@ -159,7 +159,7 @@ def test_ld_dpo_counts_the_longer_side_s_rest_by_alpha() -> None:
     torch.testing.assert_close(values(unloaded("LDDPOModule", alpha=1.0), parts), values(unloaded("DPOModule"), parts))
 
 
-def test_beta_dpo_follows_the_margins() -> None:
+def test_beta_dpo_adapts_beta_to_the_margins() -> None:
     module = unloaded("BetaDPOModule", keep=1.0, momentum=0.0)
     module.margin_mean = 5.0  # forgotten at momentum 0
     with torch.enable_grad():
@@ -174,7 +174,7 @@ def test_beta_dpo_follows_the_margins() -> None:
     assert float(losses.values.mean()) == pytest.approx(0.67595370, rel=1e-6)
 
 
-def test_beta_dpo_forgets_margins_that_are_no_numbers() -> None:
+def test_beta_dpo_ignores_non_finite_margins() -> None:
     """The update is skipped for its gradient; what moves with the margins must not be NaN from then on."""
     module = unloaded("BetaDPOModule", keep=0.67)
     module.margin_mean, module.margin_std = 0.2, 0.3
@@ -185,7 +185,7 @@ def test_beta_dpo_forgets_margins_that_are_no_numbers() -> None:
     assert losses.values.isnan().any() and (module.margin_mean, module.margin_std) == (0.2, 0.3)
 
 
-def test_beta_dpo_drops_pairs_and_measures_without_moving() -> None:
+def test_beta_dpo_filters_pairs_and_validation_keeps_its_statistics() -> None:
     module = unloaded("BetaDPOModule", keep=0.9)
     with torch.no_grad():
         values(module, fixture())
@@ -204,7 +204,7 @@ class OnlyOneOrder(DPOModule):
         return Loss(loss, {"right": (pair.margin > 0).double()})
 
 
-def test_a_side_without_weight_may_be_infinite() -> None:
+def test_a_zero_weight_order_may_have_an_infinite_loss() -> None:
     """0 * inf is NaN, in the loss and in its gradient: the side must not be computed, or with other values."""
     module = OnlyOneOrder(init_from="nowhere")
     margin = torch.tensor([0.5, -0.25, 2.0], dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_a_side_without_weight_may_be_infinite() -> None:
         torch.testing.assert_close(slope[:, 0], -1 / given)
 
 
-def test_metrics_of_a_soft_label_are_mixed_like_its_loss() -> None:
+def test_metrics_of_a_soft_label_are_averaged_like_its_loss() -> None:
     module, parts = unloaded("RPOModule"), fixture()
     soft = as_loss(module.preference_loss(parts._replace(target=torch.full((3,), 0.3, dtype=torch.float64)))).metrics
     nll = [
@@ -233,7 +233,7 @@ def test_metrics_of_a_soft_label_are_mixed_like_its_loss() -> None:
     torch.testing.assert_close(soft["nll_loss"], 0.3 * nll[0] + 0.7 * nll[1])
 
 
-def test_swapped_pairs_exchange_all_that_belongs_to_a_side() -> None:
+def test_swapping_pairs_swaps_every_field_of_a_side() -> None:
     parts = fixture()._replace(
         target=torch.full((3,), 0.8), extras={"chosen_kl": S_CHOSEN, "rejected_kl": S_REJECTED, "worth": [1]}
     )

@@ -70,7 +70,7 @@ def labelled(kind: type[DPOModule], micro: int | None) -> Step[Any]:
 
 
 @pytest.mark.parametrize("kind", [getattr(modules, name) for name in FAMILY] + [WPOBCOPairModule])
-def test_how_a_step_is_cut_changes_neither_gradient_nor_metrics(kind: type[DPOModule], policy_folder: str) -> None:
+def test_micro_batches_change_neither_gradient_nor_metrics(kind: type[DPOModule], policy_folder: str) -> None:
     empty = preference_step([]).micro_batches
     found = []
     for micro in (None, 3):
@@ -87,7 +87,7 @@ def test_how_a_step_is_cut_changes_neither_gradient_nor_metrics(kind: type[DPOMo
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if getattr(modules, name).batch_coupled])
-def test_held_out_pairs_of_a_coupled_loss_are_judged_together(name: str, policy_folder: str) -> None:
+def test_coupled_losses_validate_all_pairs_of_a_step_together(name: str, policy_folder: str) -> None:
     found = []
     for micro in (None, 2):
         found.append(evaluate(moved(made(name, policy_folder)), [preference_step(PAIRS, micro)]))
@@ -96,7 +96,7 @@ def test_held_out_pairs_of_a_coupled_loss_are_judged_together(name: str, policy_
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-def test_a_coupled_loss_that_is_no_number_is_seen_though_its_gradient_is(micro: int | None, policy_folder: str) -> None:
+def test_a_nan_coupled_loss_is_detected_even_with_a_finite_gradient(micro: int | None, policy_folder: str) -> None:
     class Masked(modules.AOTModule):
         def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor:
             loss = super().preference_loss(logprobs)
@@ -124,7 +124,7 @@ def some_logprobs(pairs: int, width: int, seed: int) -> PreferenceLogprobs:
     )
 
 
-def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
+def test_ranks_with_different_numbers_of_pairs_gather_the_same_step() -> None:
     """Collectives need equal shapes: ranks have 3 + 0 and 1 + 4 pairs, and completions of different lengths."""
     parts = [[some_logprobs(3, 4, 1), some_logprobs(0, 1, 2)], [some_logprobs(1, 2, 3), some_logprobs(4, 6, 4)]]
     table: list[Any] = [None, None]
@@ -166,7 +166,7 @@ def test_ranks_with_other_numbers_of_pairs_see_the_same_whole_step() -> None:
 # -- labels and weights -----------------------------------------------------------------------------------------------
 
 
-def test_label_smoothing_is_every_objective_s(policy_folder: str) -> None:
+def test_label_smoothing_works_for_every_objective(policy_folder: str) -> None:
     swapped = [(prompt, rejected, chosen) for prompt, chosen, rejected in PAIRS]
     right, wrong, mixed = (
         evaluate(moved(made("SimPOModule", policy_folder, label_smoothing=s)), [preference_step(pairs)])["val/loss"]
@@ -176,7 +176,7 @@ def test_label_smoothing_is_every_objective_s(policy_folder: str) -> None:
     assert abs(right - wrong) > 0.1
 
 
-def test_metrics_are_those_of_the_weighted_pairs(policy_folder: str) -> None:
+def test_metrics_are_weighted_over_pairs(policy_folder: str) -> None:
     weights = [0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 0.0]
     found = evaluate(moved(made("DPOModule", policy_folder)), [preference_step(PAIRS, 3, weights=weights)])
     alone = [
@@ -191,7 +191,7 @@ def test_metrics_are_those_of_the_weighted_pairs(policy_folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["AOTModule", "UnpairedAOTModule"])
-def test_sorted_losses_refuse_what_they_would_ignore(name: str, policy_folder: str) -> None:
+def test_sorted_losses_refuse_weights_and_label_smoothing(name: str, policy_folder: str) -> None:
     with refused("pairs-without-weights", f"{name} matches pairs by rank"):
         fit(made(name, policy_folder), [preference_step(PAIRS, 3, weights=WEIGHTS)])
     with refused("labels-are-certain", f"{name} takes labels as certain"):
@@ -211,7 +211,7 @@ OWN_REWARDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OWN_REWARDS)
-def test_rewards_margins_and_accuracies_are_the_objective_s_own(name: str, policy_folder: str) -> None:
+def test_reward_metrics_use_the_objectives_own_rewards(name: str, policy_folder: str) -> None:
     free = not getattr(modules, name).needs_reference
     module = moved(made(name, policy_folder))
     found = evaluate(module, [preference_step(PAIRS, 3)])
@@ -236,9 +236,7 @@ def test_rewards_margins_and_accuracies_are_the_objective_s_own(name: str, polic
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_a_reference_is_loaded_where_it_is_needed_and_only_there(
-    name: str, policy_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reference_is_loaded_only_if_needed(name: str, policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"ReferenceFreeDPOModule", "SimPOModule", "ORPOModule", "CPOModule"}
     asked = []
 
@@ -267,7 +265,9 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 @LORAS
-def test_the_reference_moves_by_alpha_every_so_many_updates(policy_folder: str, lora: LoraSettings | None) -> None:
+def test_the_reference_moves_by_alpha_every_reference_every_updates(
+    policy_folder: str, lora: LoraSettings | None
+) -> None:
     module = tr_dpo(policy_folder, lora, alpha=0.75, reference_every=2)
     module.configure_model()
     start = reference_weights(module)
@@ -292,7 +292,7 @@ def test_the_reference_moves_by_alpha_every_so_many_updates(policy_folder: str, 
 
 
 @LORAS
-def test_a_replaced_reference_starts_the_policy_anew(policy_folder: str, lora: LoraSettings | None) -> None:
+def test_replacing_the_reference_resets_the_loss_to_log_2(policy_folder: str, lora: LoraSettings | None) -> None:
     logged = MetricsLog()
     module = tr_dpo(policy_folder, lora, alpha=1.0, reference_every=2)
     fit(module, [preference_step(PAIRS, 3)] * 4, callbacks=[logged])
@@ -312,7 +312,7 @@ def run(module: Any, path: Path | None = None, **settings: Any) -> Any:
 
 
 @LORAS
-def test_a_resumed_tr_dpo_run_has_the_reference_where_it_was(
+def test_a_resumed_tr_dpo_run_restores_its_reference(
     policy_folder: str, tmp_path: Path, lora: LoraSettings | None
 ) -> None:
     path = tmp_path / "epoch.ckpt"
@@ -331,7 +331,7 @@ def test_a_resumed_tr_dpo_run_has_the_reference_where_it_was(
     assert max(float((weights_of(forgetful)[n] - w).abs().max()) for n, w in weights_of(whole).items()) > 1e-5
 
 
-def test_a_reference_that_has_not_moved_is_in_no_checkpoint(policy_folder: str, tmp_path: Path) -> None:
+def test_an_unmoved_reference_is_not_in_checkpoints(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "early.ckpt"
     run(tr_dpo(policy_folder, None, reference_every=4), callbacks=[Snapshot(3, path)])
     assert "reference" not in torch.load(path, weights_only=True)
@@ -350,7 +350,7 @@ def test_a_tr_dpo_checkpoint_can_be_exported_without_its_reference(policy_folder
     assert_same(weights_of(module), weights_of(whole), rtol=0, atol=0)
 
 
-def test_a_resumed_beta_dpo_run_follows_the_margins_from_where_they_were(policy_folder: str, tmp_path: Path) -> None:
+def test_a_resumed_beta_dpo_run_restores_its_margin_statistics(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "epoch.ckpt"
     settings: dict[str, Any] = {**LEARNING, "beta": 0.3, "keep": 0.75}
     whole = run(made("BetaDPOModule", policy_folder, **settings), callbacks=[Snapshot(3, path)])
@@ -400,7 +400,7 @@ TAUGHT = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_held_out_accuracy_rises_on_true_labels_and_not_on_shuffled_ones(name: str, short_folder: str) -> None:
+def test_held_out_accuracy_rises_only_with_true_labels(name: str, short_folder: str) -> None:
     accuracy = {}
     for told in (True, False):
         rows = judged_pairs(800, seed=2, told=told)

@@ -79,7 +79,7 @@ LOSSES = [0.37110067, 0.59813887, 0.61110067, 0.97407698, 0.31326169, 0.12692801
 
 
 @pytest.mark.parametrize("micro", [None, 1])
-def test_worked_steps_weigh_the_same_in_long_and_short_completions(micro: int | None) -> None:
+def test_steps_have_equal_weight_in_long_and_short_completions(micro: int | None) -> None:
     module, rows = with_scores(WORKED)
     found = evaluate(module, [process_step(rows, micro)])
     assert found["val/loss"] == pytest.approx(sum(LOSSES) / 6, abs=1e-6)
@@ -89,13 +89,13 @@ def test_worked_steps_weigh_the_same_in_long_and_short_completions(micro: int | 
     assert found["val/first_error_f1"] == pytest.approx(2 * 0.5 / 1.5)
 
 
-def test_a_score_of_0_is_right_about_nothing() -> None:
+def test_a_score_of_0_counts_as_wrong() -> None:
     module, rows = with_scores([([0.0, 1.0, 1.0], [1.0, 1.0, 0.5])])
     assert evaluate(module, [process_step(rows)])["val/step_accuracy"] == 0.5  # an even label is on neither side
 
 
 @pytest.mark.parametrize("micro", [None, 1, 2])
-def test_the_gradient_is_that_of_the_weighted_mean_over_steps(micro: int | None) -> None:
+def test_the_gradient_equals_that_of_the_weighted_mean_over_steps(micro: int | None) -> None:
     settings = {"lr_schedule": "constant", "max_grad_norm": None, "adam_eps": 1.0, "learning_rate": 1.0}
     module, rows = with_scores(WORKED, **settings)
     before = module.reward_model.table.detach().clone()
@@ -116,7 +116,7 @@ class OnlyFirstErrors(ProcessRewardModule):
         return Loss(kept * super().process_loss(scores), {"kept": kept})  # type: ignore[operator]
 
 
-def test_an_objective_of_ones_own_sees_positions() -> None:
+def test_a_custom_objective_gets_step_positions() -> None:
     module, rows = with_scores(WORKED, kind=OnlyFirstErrors)
     logged = MetricsLog()
     fit(module, [process_step(rows, 2)], callbacks=[logged])
@@ -124,7 +124,7 @@ def test_an_objective_of_ones_own_sees_positions() -> None:
     assert logged.rows[0]["train/kept"] == pytest.approx(0.5)
 
 
-def test_a_rank_without_rows_takes_part() -> None:
+def test_a_rank_without_rows_joins_with_loss_zero() -> None:
     module, _ = with_scores(WORKED)
     module.trainer = quiet_trainer()
     meter = Meter()
@@ -162,7 +162,7 @@ def step_scores_by_hand(model: Any, row: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_what_is_handed_over_scores_steps_as_what_was_trained(
+def test_the_exported_model_scores_steps_as_the_trained_one(
     policy_folder: str, tmp_path: Path, lora: LoraSettings | None
 ) -> None:
     module = ProcessRewardModule(
@@ -209,7 +209,7 @@ def test_what_is_handed_over_scores_steps_as_what_was_trained(
     assert last.tolist() == pytest.approx([float(trained[row == index][-1]) for index in range(len(ROWS))], abs=1e-4)
 
 
-def test_from_rows_to_predictions(policy_folder: str, write_rows: Any, cache: Any) -> None:
+def test_predictions_pair_each_step_with_its_label(policy_folder: str, write_rows: Any, cache: Any) -> None:
     """The module says the separator, the DataModule writes it, and predictions give each step its label back."""
     rows = [{"prompt": f"w{30 + i}", "completions": ["w7", "w8 w9"], "labels": [True, i % 2 == 0]} for i in range(6)]
     module = ProcessRewardModule(init_from=policy_folder, step_separator=" w20 ", learning_rate=1e-3)
@@ -223,7 +223,7 @@ def test_from_rows_to_predictions(policy_folder: str, write_rows: Any, cache: An
     assert all(len(row["steps"]) == 2 and row["labels"][0] == 1.0 for row in found)
 
 
-def test_it_learns_which_steps_are_right(policy_folder: str) -> None:
+def test_training_reaches_full_step_accuracy(policy_folder: str) -> None:
     module = ProcessRewardModule(init_from=policy_folder, learning_rate=5e-3)
     before = evaluate(module, [process_step(ROWS)])
     fit(module, [process_step(ROWS, 4)] * 25)
@@ -232,7 +232,7 @@ def test_it_learns_which_steps_are_right(policy_folder: str) -> None:
     assert after["val/loss"] < 0.2 * before["val/loss"]
 
 
-def test_scores_are_log_odds_and_relative_to_nothing(tmp_path: Path) -> None:
+def test_scores_are_log_odds_without_bias(tmp_path: Path) -> None:
     """Also where training starts from a reward model whose scores are relative to its demonstrations."""
     module = ProcessRewardModule(init_from=save_reward_model(tmp_path / "reward", score_bias=3.0))
     fit(module, [process_step(ROWS)])
@@ -245,7 +245,7 @@ def test_scores_are_log_odds_and_relative_to_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_what_the_scorer_needs(policy_folder: str, reward_folder: str) -> None:
+def test_process_scorer_refuses_invalid_arguments(policy_folder: str, reward_folder: str) -> None:
     with refused("no-separator", "is not the folder of a process reward model; give the separator"):
         ProcessScorer(reward_folder)
     with pytest.raises(ValueError, match="aggregate is 'mean'"):

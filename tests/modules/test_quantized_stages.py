@@ -87,7 +87,7 @@ def stages(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tra
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
-def test_each_stage_trains_an_adapter_on_four_bits(stages: dict[str, Trained], base: str, stage: str) -> None:
+def test_each_stage_trains_an_adapter_on_a_four_bit_backbone(stages: dict[str, Trained], base: str, stage: str) -> None:
     trained = stages[stage]
     model = unwrapped(trained.module.model.model)
     assert quantization_of(model) == "nf4"
@@ -103,7 +103,7 @@ def test_each_stage_trains_an_adapter_on_four_bits(stages: dict[str, Trained], b
     assert not (Path(trained.folder) / "model.safetensors").exists()
 
 
-def test_each_stage_learns(stages: dict[str, Trained]) -> None:
+def test_each_stage_reduces_its_loss(stages: dict[str, Trained]) -> None:
     for stage in ("sft", "reward", "dpo"):
         losses = stages[stage].log.column("train/loss")
         assert losses[-1] < 0.9 * losses[0], stage
@@ -113,7 +113,7 @@ def test_each_stage_learns(stages: dict[str, Trained]) -> None:
     assert ppo.column("rollout/kl")[0] == pytest.approx(0.0, abs=1e-5) and abs(ppo.column("rollout/kl")[-1]) > 1e-3
 
 
-def test_ppo_stands_on_one_backbone_and_scores_as_the_reward_model_does(stages: dict[str, Trained]) -> None:
+def test_ppo_shares_one_backbone_and_scores_as_the_reward_model(stages: dict[str, Trained]) -> None:
     module = stages["ppo"].module
     assert type(module.critic) is AdapterScalar and type(module.scorer.model) is AdapterScalar
     assert module.reference.models == ()
@@ -127,7 +127,7 @@ def test_ppo_stands_on_one_backbone_and_scores_as_the_reward_model_does(stages: 
         torch.testing.assert_close(scorer.score_sequences(batch.sequences), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_next_stage_starts_where_the_last_ended(stages: dict[str, Trained]) -> None:
+def test_the_next_stage_starts_from_the_previous_weights(stages: dict[str, Trained]) -> None:
     layout = padded_layout(ranked_step(ranked_pairs(PAIRS)).micro_batches[0].sequences)
     sft, dpo = stages["sft"].module.policy, DPOModule(init_from=stages["sft"].folder, **NF4)
     dpo.configure_model()
@@ -137,7 +137,7 @@ def test_the_next_stage_starts_where_the_last_ended(stages: dict[str, Trained]) 
         torch.testing.assert_close(dpo.reference.logprobs(layout), expected, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
 
 
-def test_sampling_does_not_change_what_training_computes(base: str) -> None:
+def test_sampling_does_not_change_training(base: str) -> None:
     """After a forward pass in eval mode without gradients, logits and gradients equal those of a model without such a
     pass.
     """
@@ -157,7 +157,7 @@ def test_sampling_does_not_change_what_training_computes(base: str) -> None:
         torch.testing.assert_close(other, one, atol=0, rtol=0)
 
 
-def test_eight_bits_train_too(base: str, tmp_path: Path) -> None:
+def test_eight_bit_backbones_train(base: str, tmp_path: Path) -> None:
     settings = NF4 | {"quantization": "int8"}
     sft = Trained(
         SFTModule(init_from=base, learning_rate=2e-2, warmup=0, **settings), [demonstration_step(ROWS)] * 4,
@@ -173,7 +173,7 @@ def test_eight_bits_train_too(base: str, tmp_path: Path) -> None:
     assert ppo.log.rows[0]["train/ratio"] == pytest.approx(1.0, abs=0.05)
 
 
-def test_a_checkpoint_resumes_on_four_bits(base: str, tmp_path: Path) -> None:
+def test_a_four_bit_run_resumes(base: str, tmp_path: Path) -> None:
     from training.test_module_checkpoints import Snapshot, run
 
     steps, path = [demonstration_step(ROWS[:3]), demonstration_step(ROWS[3:])] * 2, tmp_path / "middle.ckpt"
@@ -192,9 +192,7 @@ def test_a_checkpoint_resumes_on_four_bits(base: str, tmp_path: Path) -> None:
 # -- what cannot be mixed ---------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_stays_on_the_quantisation_it_was_trained_on(
-    stages: dict[str, Trained], base: str, tmp_path: Path
-) -> None:
+def test_an_adapter_keeps_its_training_quantization(stages: dict[str, Trained], base: str, tmp_path: Path) -> None:
     folder = stages["sft"].folder
     for kind in (DPOModule, RewardModule):
         for other, told in ((None, "full precision"), ("int8", "int8")):
@@ -219,7 +217,7 @@ def test_an_adapter_stays_on_the_quantisation_it_was_trained_on(
     )
 
 
-def test_what_cannot_be_trained_in_four_bits_is_refused_before_anything_is_read(base: str) -> None:
+def test_invalid_four_bit_settings_are_refused_before_weights_are_read(base: str) -> None:
     with pytest.raises(ValueError, match="quantization=nf4 keeps the weights frozen.*set lora"):
         fit(SFTModule(init_from=base, quantization="nf4"), [demonstration_step(ROWS)])
     with pytest.raises(ValueError, match="quantization is 'nf4' and from_scratch true"):

@@ -68,7 +68,7 @@ WORKED = [([1.2, 0.4], PAIR), ([0.3, 0.5], PAIR)]
 
 
 @pytest.mark.parametrize("micro", [None, 1])
-def test_worked_pairs(micro: int | None) -> None:
+def test_pair_losses_by_hand(micro: int | None) -> None:
     metrics = validated(WORKED, micro)
     assert metrics["val/loss"] == pytest.approx(0.58461977, abs=1e-6)
     assert metrics["val/accuracy"] == 0.5
@@ -78,20 +78,20 @@ def test_worked_pairs(micro: int | None) -> None:
     assert metrics["val/score_std"] == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 4), rel=1e-5)
 
 
-def test_equal_scores_give_log_2_and_count_as_half_right() -> None:
+def test_equal_scores_give_log_2_and_accuracy_one_half() -> None:
     metrics = validated([([0.7, 0.7], PAIR)])
     assert metrics["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["val/accuracy"] == 0.5
     assert metrics["val/ece"] == pytest.approx(0.5)  # half sure, never right
 
 
-def test_margins_soft_targets_and_centering() -> None:
+def test_margins_soft_labels_and_centering_by_hand() -> None:
     assert validated(WORKED, margin=[0.5, 0.0])["val/loss"] == pytest.approx(0.67624706, abs=1e-6)
     assert validated([([0.8, 0.0], PAIR)], target=[0.7])["val/loss"] == pytest.approx(0.61110067, abs=1e-6)
     assert validated(WORKED, centering=0.01)["val/loss"] == pytest.approx(0.60061977, abs=1e-6)
 
 
-def test_a_ranked_list_averages_its_untied_pairs_and_weighs_one() -> None:
+def test_a_ranked_list_averages_its_untied_pairs() -> None:
     ranked = ([2.0, 1.0, 0.5], [0, 1, 2])
     assert validated([ranked])["val/loss"] == pytest.approx(0.32958398, abs=1e-6)
     together = validated([ranked, WORKED[0]])["val/loss"]
@@ -101,13 +101,13 @@ def test_a_ranked_list_averages_its_untied_pairs_and_weighs_one() -> None:
     assert validated([ranked, WORKED[0]])["val/accuracy"] == 1.0
 
 
-def test_a_group_of_ties_costs_nothing() -> None:
+def test_a_fully_tied_group_has_loss_zero() -> None:
     metrics = validated([([2.0, 1.0], [0, 0]), WORKED[0]])
     assert metrics["val/loss"] == pytest.approx(0.37110067 / 2, abs=1e-6)
     assert metrics["val/accuracy"] == 1.0
 
 
-def test_calibration_bins_the_confidence_of_the_side_that_is_taken() -> None:
+def test_calibration_bins_the_confidence_of_the_preferred_side() -> None:
     margins = [0.8, -0.2, 2.0, 0.1, -1.5]
     metrics = validated([([delta, 0.0], PAIR) for delta in margins], micro=2)
     # 20 bins of [0, 1]: confidences 0.5250 and 0.5498 share one (accuracy 1/2); 0.6900, 0.8808 and 0.8176 stand alone.
@@ -120,7 +120,7 @@ def test_calibration_bins_the_confidence_of_the_side_that_is_taken() -> None:
     assert metrics["val/loss"] == pytest.approx(0.72839550, abs=1e-6)
 
 
-def test_the_gradient_is_that_of_the_weighted_mean_over_groups() -> None:
+def test_the_gradient_equals_that_of_the_weighted_mean_over_groups() -> None:
     module, rows = with_scores(WORKED, lr_schedule="constant", max_grad_norm=None, adam_eps=1.0, learning_rate=1.0)
     before = module.reward_model.table.detach().clone()
     fit(module, [ranked_step(rows, 1, weights=[3.0, 1.0])])
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_groups() -> None:
     torch.testing.assert_close(module.reward_model.table.detach(), before - step, atol=1e-5, rtol=1e-5)
 
 
-def test_soft_target_and_margin_reach_the_gradient() -> None:
+def test_soft_labels_and_margins_affect_the_gradient() -> None:
     module, rows = with_scores([([0.8, 0.0], PAIR)], lr_schedule="constant", max_grad_norm=None, adam_eps=1.0)
     module.learning_rate = 1.0
     fit(module, [ranked_step(rows, target=[0.5])])  # a toss-up pulls the scores together
@@ -146,7 +146,7 @@ class BestOnlyModule(RewardModule):
         return Loss(-best, {"best": best})
 
 
-def test_an_objective_of_ones_own_is_trained_and_its_metrics_are_logged() -> None:
+def test_a_custom_reward_objective_trains_and_logs_its_metrics() -> None:
     module, rows = with_scores(WORKED, kind=BestOnlyModule, learning_rate=0.1)
     logged = MetricsLog()
     fit(module, [ranked_step(rows)] * 2, callbacks=[logged])
@@ -175,7 +175,7 @@ GROUPS = ranked_pairs(random_pairs(6, seed=17)) + [
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_scores_are_reported_relative_to_the_best_of_the_last_epoch(
+def test_the_score_bias_is_the_mean_best_score_of_the_last_epoch(
     policy_folder: str, tmp_path: Path, lora: LoraSettings | None
 ) -> None:
     module = RecordedModule(init_from=policy_folder, learning_rate=1e-3, lora=lora)
@@ -205,7 +205,7 @@ def test_scores_are_reported_relative_to_the_best_of_the_last_epoch(
     ]
 
 
-def test_without_normalisation_scores_stay_as_the_head_gives_them(policy_folder: str) -> None:
+def test_without_normalisation_the_score_bias_is_zero(policy_folder: str) -> None:
     module = RewardModule(init_from=policy_folder, normalise=False)
     fit(module, [ranked_step(GROUPS[:3])])
     assert module.reward_model.bias == 0.0
@@ -224,7 +224,7 @@ def test_the_head_starts_small_so_the_first_loss_is_near_log_2(policy_folder: st
     assert 0.2 < logged.column("train/loss")[0] < 2.0
 
 
-def test_it_learns_to_rank(policy_folder: str) -> None:
+def test_training_reaches_full_accuracy(policy_folder: str) -> None:
     module = RewardModule(init_from=policy_folder, learning_rate=5e-3)
     before = evaluate(module, [ranked_step(GROUPS)])
     fit(module, [ranked_step(GROUPS, 3)] * 12)
@@ -232,16 +232,14 @@ def test_it_learns_to_rank(policy_folder: str) -> None:
     assert after["val/accuracy"] == 1.0 and after["val/loss"] < 0.1 < before["val/loss"]
 
 
-def test_a_reward_model_does_not_write(policy_folder: str) -> None:
+def test_a_reward_model_refuses_to_generate(policy_folder: str) -> None:
     module = RewardModule(init_from=policy_folder)
     module.configure_model()
     with pytest.raises(TypeError, match="RewardModule scores completions; it does not write them"):
         module.complete([torch.tensor([7])], torch.arange(1), SamplingSettings(), 0)
 
 
-def test_a_reward_model_trains_the_policys_adapter_on_and_hands_over_an_adapter(
-    policy_folder: str, tmp_path: Path
-) -> None:
+def test_a_reward_model_continues_the_policy_adapter_and_exports_an_adapter(policy_folder: str, tmp_path: Path) -> None:
     """SFT with an adapter, then the reward model from it: an adapter on the same backbone, scoring as trained."""
     sft = SFTModule(init_from=policy_folder, lora=LoraSettings(r=4), learning_rate=5e-2)
     fit(sft, [demonstration_step(random_rows(6, seed=1))] * 5)

@@ -68,7 +68,7 @@ def test_five_attributes_are_regressed_and_scored(reward_folder: str, tmp_path: 
     assert [one.score for one in judged] == [one.parts["helpfulness"] for one in judged]
 
 
-def test_mean_and_variance_are_learned_from_pairs_and_scored_with_caution(reward_folder: str, tmp_path: Path) -> None:
+def test_mean_and_variance_are_learned_and_scored_by_lower_bound(reward_folder: str, tmp_path: Path) -> None:
     kind, pairs = MeanVarianceRewardModule, random_pairs(4, seed=21)
     target = [1.0, 0.75, 1.0, 0.625]  # exact in single precision
     module = doubled(kind(init_from=reward_folder, from_scratch=True, max_grad_norm=None))
@@ -99,7 +99,7 @@ def test_mean_and_variance_are_learned_from_pairs_and_scored_with_caution(reward
         LearnedScorer(reward_folder, caution=1.0)
 
 
-def test_attributes_have_names_of_their_own(reward_folder: str) -> None:
+def test_attribute_names_can_be_set(reward_folder: str) -> None:
     module = AttributesRewardModule(["polite", "brief"], init_from=reward_folder)
     assert module.data_needs.columns == ("polite", "brief") == module.output_names
     with refused("too-few-attributes", "two or more"):
@@ -121,7 +121,7 @@ def cost_step(micro: int | None = None) -> Step[Any]:
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-def test_costs_have_the_gradient_of_safe_rlhf(reward_folder: str, micro: int | None) -> None:
+def test_cost_gradients_equal_safe_rlhf(reward_folder: str, micro: int | None) -> None:
     settings = {"init_from": reward_folder, "from_scratch": True, "sign_coef": 0.5, "max_grad_norm": None}
     found = gradients_of_step(doubled(CostModule(**settings)), cost_step(micro))
     plain = doubled(CostModule(**settings))
@@ -140,7 +140,7 @@ def test_costs_have_the_gradient_of_safe_rlhf(reward_folder: str, micro: int | N
     assert_gradients(found, model, "reward_model.model.")
 
 
-def test_a_trained_cost_model_tells_safe_from_harmful_by_its_sign(reward_folder: str, tmp_path: Path) -> None:
+def test_the_sign_of_a_trained_cost_separates_safe_from_harmful(reward_folder: str, tmp_path: Path) -> None:
     signs = [(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)]
     step = cost_step()
     extras = {name: torch.tensor([row[n] for row in signs]) for n, name in enumerate(CostModule.data_columns)}
@@ -156,7 +156,7 @@ def test_a_trained_cost_model_tells_safe_from_harmful_by_its_sign(reward_folder:
         assert row[0] < row[1]
 
 
-def test_lists_count_the_best_and_the_mean_of_the_others(reward_folder: str) -> None:
+def test_lists_use_the_best_and_the_mean_of_the_others(reward_folder: str) -> None:
     module = CostModule(init_from=reward_folder)
     scores = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
     group, one = torch.zeros(3, dtype=torch.long), torch.ones(1, dtype=torch.float64)
@@ -169,6 +169,6 @@ def test_lists_count_the_best_and_the_mean_of_the_others(reward_folder: str) -> 
 
 
 @pytest.mark.parametrize("kind", [PlackettLuceModule, MeanVarianceRewardModule, AttributesRewardModule])
-def test_a_setting_without_effect_is_not_taken(kind: Any, reward_folder: str) -> None:
+def test_settings_without_effect_are_refused(kind: Any, reward_folder: str) -> None:
     with pytest.raises(TypeError, match="centering"):
         kind(init_from=reward_folder, centering=0.1)

@@ -46,16 +46,14 @@ def first_loss(folder: str, *args: Any, kind: type[SFTModule] = SFTModule, **opt
 
 
 @pytest.mark.parametrize("micro", [None, 4])
-def test_the_first_loss_is_the_mean_over_all_tokens_of_the_step(
-    policy_folder: str, nll: list[Tensor], micro: int | None
-) -> None:
+def test_the_first_loss_is_the_token_mean_of_the_step(policy_folder: str, nll: list[Tensor], micro: int | None) -> None:
     expected = float(torch.cat(nll).mean())
     assert first_loss(policy_folder, ROWS, micro)["train/loss"] == pytest.approx(expected, rel=1e-5)
     rows_apart = sum(float(row.mean()) for row in nll) / len(nll)
     assert rows_apart != pytest.approx(expected, rel=1e-3)
 
 
-def test_row_weights_multiply_token_losses_and_not_their_count(policy_folder: str, nll: list[Tensor]) -> None:
+def test_row_weights_scale_token_losses_but_not_the_token_count(policy_folder: str, nll: list[Tensor]) -> None:
     weights = [2.0, 0.0, 1.0, 0.5, 1.0, 3.0]
     weighted = sum(w * float(row.sum()) for w, row in zip(weights, nll, strict=True))
     expected = weighted / sum(len(row) for row in nll)
@@ -64,7 +62,7 @@ def test_row_weights_multiply_token_losses_and_not_their_count(policy_folder: st
     assert metrics["train/negative_logprob"] == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
 
 
-def test_only_supervised_tokens_count(policy_folder: str, nll: list[Tensor]) -> None:
+def test_only_supervised_tokens_enter_the_loss(policy_folder: str, nll: list[Tensor]) -> None:
     flags = [[index % 2 == 0 for index in range(len(row))] for row in nll]
     kept = torch.cat([row[torch.tensor(flag)] for row, flag in zip(nll, flags, strict=True)])
     metrics = first_loss(policy_folder, ROWS, 3, supervised=flags)
@@ -81,7 +79,7 @@ class CountedModule(SFTModule):
         return Loss(losses + 0 * logprobs.logprobs, {"doubled": 2 * losses, "length": logprobs.lengths.float()})
 
 
-def test_micro_batches_are_weighted_by_their_tokens(policy_folder: str) -> None:
+def test_micro_batches_are_weighted_by_token_count(policy_folder: str) -> None:
     rows = [([10, 11], [12, EOS]), ([10, 11], [12, 13, 14, 15, 16, EOS])]
     metrics = first_loss(policy_folder, rows, 1, kind=CountedModule)
     assert metrics["train/loss"] == pytest.approx(7 / 8)  # the mean of the two means would be 1.25
@@ -89,7 +87,7 @@ def test_micro_batches_are_weighted_by_their_tokens(policy_folder: str) -> None:
     assert metrics["train/length"] == pytest.approx(4.0)  # one value a row: rows are averaged
 
 
-def test_held_out_metrics_are_taken_over_all_tokens(policy_folder: str, plain: Any, nll: list[Tensor]) -> None:
+def test_validation_metrics_are_token_means(policy_folder: str, plain: Any, nll: list[Tensor]) -> None:
     steps = [demonstration_step(ROWS[:2]), demonstration_step(ROWS[2:], 3)]
     metrics = evaluate(SFTModule(init_from=policy_folder), steps)
     every = torch.cat(nll)
@@ -105,7 +103,7 @@ def test_held_out_metrics_are_taken_over_all_tokens(policy_folder: str, plain: A
     assert metrics["val/entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
 
 
-def test_validation_and_test_measure_alike_and_change_nothing(policy_folder: str) -> None:
+def test_validation_and_test_agree_and_change_no_state(policy_folder: str) -> None:
     module = SFTModule(init_from=policy_folder)
     steps = [demonstration_step(ROWS)]
     trainer = quiet_trainer()
@@ -116,7 +114,7 @@ def test_validation_and_test_measure_alike_and_change_nothing(policy_folder: str
     assert metrics and module.updates == 0
 
 
-def test_imitation_learns_a_fixed_answer_and_writes_it(policy_folder: str) -> None:
+def test_sft_learns_to_generate_a_fixed_answer(policy_folder: str) -> None:
     rows = [([20, 21, 22], [30, 31, 32, EOS]), ([20, 23, 22], [40, 41, EOS])]
     module = SFTModule(init_from=policy_folder, learning_rate=1e-2)
     fit(module, [demonstration_step(rows)] * 25)
@@ -155,7 +153,7 @@ def test_predict_writes_a_row_for_each_prompt(policy_folder: str) -> None:
     ]
 
 
-def test_a_datamodule_of_another_kind_is_refused_before_any_weight_is_read(policy_folder: str) -> None:
+def test_a_datamodule_of_the_wrong_kind_is_refused_before_loading_weights(policy_folder: str) -> None:
     module = SFTModule(init_from=policy_folder)
     with pytest.raises(TypeError, match="SFTModule takes DemonstrationBatch.*but StepData yields PreferenceBatch"):
         fit(module, [preference_step(random_pairs(2))])

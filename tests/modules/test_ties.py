@@ -34,7 +34,7 @@ def batches(module, data, trainer):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(RewardModule, RankedBatch), (DPOModule, PreferenceBatch)])
-def test_votes_become_preferences(kind, expected, policy_folder, write_rows, cache):
+def test_votes_become_soft_labels(kind, expected, policy_folder, write_rows, cache):
     (batch,) = batches(*data_for(kind, policy_folder, write_rows(VOTED), shuffle=False))
     assert isinstance(batch, expected)
     by_prompt = {}
@@ -46,7 +46,7 @@ def test_votes_become_preferences(kind, expected, policy_folder, write_rows, cac
 
 @pytest.mark.real
 @pytest.mark.parametrize("kind", [RewardModule, DavidsonModule, DPOModule])
-def test_real_ties_are_read_and_learned_from(kind, policy_folder, shared_data, cache):
+def test_pandalm_ties_are_read_and_trained_on(kind, policy_folder, shared_data, cache):
     source = str(shared_data("pandalm_ties.jsonl"))
     module, data, trainer = data_for(kind, policy_folder, source, batch_size=16, max_length=64)
     found = torch.cat([batch.target for batch in batches(module, data, trainer)])
@@ -59,7 +59,7 @@ def test_real_ties_are_read_and_learned_from(kind, policy_folder, shared_data, c
     assert module.updates == math.ceil(len(found) / 16)
 
 
-def test_toss_ups_are_not_counted_as_right_or_wrong():
+def test_ties_do_not_enter_the_accuracy():
     module, rows = with_scores(WORKED)
     found = evaluate(module, [ranked_step(rows, target=[1.0, 0.5])])
     assert found["val/accuracy"] == 1.0 and found["val/score_margin"] == pytest.approx(0.8)
@@ -68,7 +68,7 @@ def test_toss_ups_are_not_counted_as_right_or_wrong():
     assert found["val/loss"] == pytest.approx((0.37110067 + toss_up) / 2, abs=1e-6)
 
 
-def test_davidson_s_worked_loss_through_the_module():
+def test_davidson_loss_by_hand():
     groups = [([0.8, 0.0], PAIR), ([0.8, 0.0], PAIR), ([1.0, 0.2, 0.0], [0, 0, 1])]
     module, rows = with_scores(groups, kind=DavidsonModule, tie_share=1 / 3)
     found = evaluate(module, [ranked_step(rows, 2, target=[1.0, 0.5, 1.0])])
@@ -76,7 +76,7 @@ def test_davidson_s_worked_loss_through_the_module():
     assert found["val/loss"] == pytest.approx((0.75125051 + 1.15125051 + listed) / 3, abs=1e-6)
 
 
-def test_davidson_finds_the_scores_that_the_verdicts_were_drawn_by():
+def test_davidson_recovers_the_generating_scores():
     """The population: every pair of four completions, won, lost and tied as often as the model says."""
     scores, share = torch.tensor([0.9, 0.1, -0.4, -0.6], dtype=torch.float64), 0.4
     nu = 2 * share / (1 - share)
@@ -104,7 +104,7 @@ def test_davidson_finds_the_scores_that_the_verdicts_were_drawn_by():
     torch.testing.assert_close(found, scores - scores.mean(), atol=1e-6, rtol=0)
 
 
-def test_lists_that_are_ties_throughout_are_kept_where_ties_teach(policy_folder, write_rows, cache):
+def test_fully_tied_lists_are_kept_only_for_tie_models(policy_folder, write_rows, cache):
     rows = [
         {"prompt": "w7", "completions": ["w8", "w9", "w10"], "ranks": [1, 1, 1]},
         {"prompt": "w11", "completions": ["w12", "w13"], "ranks": [0, 1]},
@@ -118,7 +118,7 @@ def test_lists_that_are_ties_throughout_are_kept_where_ties_teach(policy_folder,
     assert plain.report.dropped == {"all_tied": 1}
 
 
-def test_ties_draw_scores_together(policy_folder, write_rows, cache):
+def test_ties_reduce_the_score_difference(policy_folder, write_rows, cache):
     tied = [([7, 6], [[8, 9, 3], [10, 11, 3]], PAIR)]
     module = DavidsonModule(init_from=policy_folder, learning_rate=5e-3)
     before = evaluate(module, [ranked_step(tied, target=[0.5])])["val/loss"]
@@ -128,6 +128,6 @@ def test_ties_draw_scores_together(policy_folder, write_rows, cache):
 
 
 @pytest.mark.parametrize("share", [0, 1])
-def test_a_share_of_ties_must_leave_room(share):
+def test_a_tie_share_outside_0_to_1_is_refused(share):
     with refused("setting-out-of-range", f"tie_share of DavidsonModule is {share}: it must lie in (0, 1)"):
         DavidsonModule(init_from="unread", tie_share=share)

@@ -49,7 +49,7 @@ def logprobs(ratios: list[float], desirable: list[bool], point: float) -> Unpair
 CHOSEN, REJECTED = [0.5, -0.2, 0.4], [-0.2, 0.4, -0.5]
 
 
-def test_kto_worked_numbers() -> None:
+def test_kto_losses_by_hand() -> None:
     module = KTOModule(init_from="nowhere")
     point = module.reference_point(torch.zeros(3), torch.tensor([0.3, -0.1, 0.4]))
     assert float(point) == pytest.approx(0.2)
@@ -65,7 +65,7 @@ def test_kto_worked_numbers() -> None:
     assert float(module.reference_point(torch.zeros(2), torch.tensor([-0.3, 0.1]))) == 0.0
 
 
-def test_bco_is_the_pair_loss_s_two_halves() -> None:
+def test_bco_equals_the_two_halves_of_the_pair_loss() -> None:
     module = BCOModule(init_from="nowhere", beta=0.1)
     delta = module.reference_point(torch.tensor(CHOSEN + REJECTED), torch.zeros(0))
     assert float(delta) == pytest.approx(0.00666667, abs=1e-8)
@@ -76,7 +76,9 @@ def test_bco_is_the_pair_loss_s_two_halves() -> None:
 
 @pytest.mark.parametrize(("kind", "value"), [(KTOModule, 0.5), (BCOModule, math.log(2))])
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_value_at_the_reference(policy_folder: str, kind: type[UnpairedModule], value: float, lora: Any) -> None:
+def test_loss_at_the_reference_has_its_declared_value(
+    policy_folder: str, kind: type[UnpairedModule], value: float, lora: Any
+) -> None:
     logged = MetricsLog()
     fit(kind(init_from=policy_folder, lora=lora), [step_of(2)], callbacks=[logged])
     assert logged.rows[0]["train/loss"] == pytest.approx(value, abs=1e-6)
@@ -89,7 +91,7 @@ def moved(kind: type[UnpairedModule], folder: str) -> UnpairedModule:
 
 
 @pytest.mark.parametrize("kind", [KTOModule, BCOModule])
-def test_gradients_do_not_depend_on_the_cut(policy_folder: str, kind: type[UnpairedModule]) -> None:
+def test_gradients_do_not_depend_on_micro_batches(policy_folder: str, kind: type[UnpairedModule]) -> None:
     def gradients(micro: int | None) -> dict[str, Tensor]:
         module = moved(kind, policy_folder)
         fit(module, [step_of()] * 3)
@@ -102,7 +104,7 @@ def test_gradients_do_not_depend_on_the_cut(policy_folder: str, kind: type[Unpai
 
 
 @pytest.mark.parametrize("kind", [KTOModule, BCOModule])
-def test_a_step_s_loss_is_that_of_plain_transformers(
+def test_the_loss_of_a_step_equals_plain_transformers(
     policy_folder: str, kind: type[UnpairedModule], tmp_path: Any
 ) -> None:
     module, logged = moved(kind, policy_folder), MetricsLog()

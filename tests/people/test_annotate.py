@@ -30,7 +30,7 @@ def drawn(policies, at_once=2, count=2, skip=lambda prompt: False, settings=SETT
     return [item for batch in batches for item in batch]
 
 
-def test_completions_know_where_they_come_from(policy_folder):
+def test_sampled_items_record_prompt_model_and_columns(policy_folder):
     policies = load_policies([policy_folder], SamplingArguments())
     items = drawn(policies)
     assert [item.prompt for item in items] == [prompt for prompt, _ in PROMPTS] and items[0].columns == {
@@ -44,14 +44,14 @@ def test_completions_know_where_they_come_from(policy_folder):
     assert [item.prompt for item in drawn(policies, skip=lambda prompt: prompt == "ab")] == ["cde", PROMPTS[2][0]]
 
 
-def test_two_models_take_turns_and_equal_answers_are_left_out(policy_folder, plain_folder):
+def test_two_models_alternate_and_duplicate_answers_are_dropped(policy_folder, plain_folder):
     two = load_policies([policy_folder, plain_folder], SamplingArguments())[:1] * 2
     (item, *_) = drawn([two[0], two[1]._replace(name="other")], count=4)
     assert [one.model for one in item.candidates] == [policy_folder, "other"] * 2
     assert not drawn(two[:1], settings=SamplingSettings(6, temperature=0.0)), "the likeliest answer is one"
 
 
-def test_given_pairs_keep_no_label(tmp_path):
+def test_given_pairs_are_imported_without_labels(tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "completions": ["x", "y", "z"]},
             {"prompt": "", "chosen": "a", "rejected": "b"}]  # fmt: skip
@@ -64,7 +64,7 @@ def test_given_pairs_keep_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--model", "a", "--port", "1", "--model=b"], ["--model", "a", "b", "--port", "1"]])
-def test_models_are_named_one_after_the_other(flags, monkeypatch):
+def test_several_models_can_be_named(flags, monkeypatch):
     named = []
 
     @functools.wraps(annotate)
@@ -75,7 +75,7 @@ def test_models_are_named_one_after_the_other(flags, monkeypatch):
     assert rlhf(["annotate", "--store", "feedback.db", *flags]) == 0 and named == ["a", "b"]
 
 
-def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys):
+def test_annotate_labels_and_exports_end_to_end(policy_folder, monkeypatch, capsys):
     """The server itself is replaced by a client that labels everything and goes."""
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("ab", "cd", "ef")))
 
@@ -102,7 +102,7 @@ def test_from_the_command_line_to_the_export(policy_folder, monkeypatch, capsys)
     assert all((row["preference"], row["margin"], row["models"]) == (1.0, 1.0, [policy_folder] * 2) for row in rows)
 
 
-def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
+def test_items_are_ordered_by_reward_model_uncertainty(reward_folder, monkeypatch, capsys):
     """The order in which items are given out is that of the reward model's doubt."""
     rows = [{"prompt": f"q {n}", "chosen": "yes" * (n + 1), "rejected": "no" * (5 - n)} for n in range(5)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,7 +127,7 @@ def test_an_ensemble_chooses_what_is_shown(reward_folder, monkeypatch, capsys):
     assert seen == sorted(doubts, key=lambda prompt: -doubts[prompt])
 
 
-def test_what_is_left_counts_the_prompts_to_be_sampled(policy_folder, monkeypatch, capsys):
+def test_the_remaining_count_includes_unsampled_prompts(policy_folder, monkeypatch, capsys):
     """And the columns that training will not take from the file are named."""
     rows = [{"prompt": f"p {n}", "chosen": "a", "margin": 1, "topic": "t"} for n in range(5)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,14 +162,14 @@ def test_what_is_left_counts_the_prompts_to_be_sampled(policy_folder, monkeypatc
         (["--store", "text.db", "--port", "0"], "text.db is not a feedback store: file is not a database"),
     ],
 )
-def test_what_cannot_be_is_said(flags, sentence, capsys):
+def test_invalid_settings_are_refused(flags, sentence, capsys):
     Path("folder.db").mkdir()
     Path("text.db").write_text("no labels, but a text that is long enough to have a header of its own" * 4)
     assert rlhf(["annotate", *flags]) == 1
     assert sentence in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_said(capsys):
+def test_a_port_in_use_is_refused(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -185,19 +185,19 @@ def test_links_are_printed_for_each_annotator(monkeypatch, capsys):
     assert all(f"/enter?token={tokens[name]}" in told for name in ("ann", "bob", "owner"))
 
 
-def test_pairs_that_are_not_there_leave_no_store_behind(tmp_path, capsys):
+def test_a_missing_pairs_file_leaves_no_store(tmp_path, capsys):
     store = tmp_path / "feedback.db"
     assert rlhf(["annotate", "--store", str(store), "--pairs", str(tmp_path / "absent.jsonl"), "--port", "0"]) == 1
     assert "absent.jsonl" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_store_that_may_not_be_written_is_one_sentence():
+def test_a_read_only_store_is_reported_in_one_sentence():
     sentence = failure_sentence(sqlite3.OperationalError("attempt to write a readonly database"))
     assert sentence is not None and sentence.startswith("the feedback store cannot be read or written (attempt to")
 
 
 @pytest.mark.parametrize(("content", "code"), [(None, "no-file"), (b"\xff\xfe\x00", "not-text")])
-def test_instructions_that_cannot_be_read_leave_no_store(content: bytes | None, code: str, tmp_path: Path) -> None:
+def test_unreadable_instructions_leave_no_store(content: bytes | None, code: str, tmp_path: Path) -> None:
     if content is not None:
         Path("guide.md").write_bytes(content)
     with refused(code, "guide.md", "Markdown file"):

@@ -87,7 +87,7 @@ def test_label_studio_tasks_are_read():
         ({"fields": {"1" * 200_000 + "x": "y"}}, "no-such-field"),
     ],
 )  # fmt: skip
-def test_other_records_are_refused(record, code):
+def test_invalid_records_are_refused(record, code):
     with refused(code):
         read_record(record, "argilla")
 
@@ -98,7 +98,7 @@ def test_other_records_are_refused(record, code):
      [{"value": "b_1", "rank": float("nan")}, {"value": "b_2", "rank": 2}], [{"value": "b_1"}, {"value": "b_2"}],
      [{"value": "b_1", "rank": "1"}, {"value": "b_2", "rank": 2}], {"a": 1}, 7, True, [None], [[]], "<script>"],
 )  # fmt: skip
-def test_odd_answers_are_no_opinion(value):
+def test_malformed_answers_are_skipped(value):
     fields = {"prompt": "x", "b_1": "y", "b_2": "z"}
     assert (
         read_record({"fields": fields, "responses": {"q": [{"value": value, "user_id": {}}]}}, "argilla").answers == []
@@ -107,7 +107,7 @@ def test_odd_answers_are_no_opinion(value):
     assert read_record({"data": fields, "annotations": [{"result": result}]}, "label-studio").answers == []
 
 
-def test_ranks_of_any_size_are_ordered():
+def test_arbitrarily_large_ranks_are_ordered():
     fields, ranks = {"prompt": "x", "b_1": "y", "b_2": "z"}, {"b_1": 10**400, "b_2": -(10**400)}
     value = [{"value": name, "rank": rank} for name, rank in ranks.items()]
     read = read_record({"fields": fields, "responses": {"q": [{"value": value, "user_id": "ann"}]}}, "argilla")
@@ -115,7 +115,7 @@ def test_ranks_of_any_size_are_ordered():
 
 
 @pytest.mark.parametrize("tool", ["argilla", "label-studio"])
-def test_a_store_comes_back_as_it_was(make_store, tool, tmp_path):
+def test_a_store_survives_export_and_import(make_store, tool, tmp_path):
     chat = Item([{"role": "user", "content": "hello"}], (Candidate("a"), Candidate("b")))
     store = make_store([pair(0), pair(1), ranked_item(2), chat], annotators=2)
     for name, place in (("ann", 0), ("bob", 1)):
@@ -143,7 +143,7 @@ def test_a_store_comes_back_as_it_was(make_store, tool, tmp_path):
         assert [one["fields"] for one in again] == [one["fields"] for one in records]
 
 
-def test_the_commands_take_records_over_and_write_them(tmp_path, capsys, monkeypatch):
+def test_import_and_export_commands_convert_records(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("records.json").write_text(json.dumps([ARGILLA, {"fields": {}}, ARGILLA]))
     command = ["annotate", "import", "--store", "f.db", "--records", "records.json", "--tool", "argilla"]

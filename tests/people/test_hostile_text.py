@@ -45,7 +45,7 @@ IGNORABLE = [
 """Code points that Unicode lets a program draw as nothing, the braille blank, and the controls of direction."""
 
 
-def test_every_hidden_character_is_written_out():
+def test_every_invisible_character_is_escaped():
     formats = [
         code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Cf", "Cc", "Zl", "Zp")
     ]
@@ -57,7 +57,7 @@ def test_every_hidden_character_is_written_out():
             assert f"[U+{code:04X}]" in to_html(text)
 
 
-def test_joiners_stay_where_a_script_or_an_emoji_needs_them():
+def test_joiners_are_kept_in_scripts_and_emoji_that_need_them():
     for text in ("👩\u200d💻", "👩\u200d❤️\u200d👨", "می\u200cخواهم", "क\u094d\u200dष", "❤\ufe0f", "1\ufe0f\u20e3"):
         assert shown_text(text) == text
     for text in (
@@ -72,7 +72,7 @@ def test_joiners_stay_where_a_script_or_an_emoji_needs_them():
 
 
 @pytest.mark.parametrize("name", ["#x202E", "#8238", "rlm", "lrm", "shy", "zwj", "#xE0041", "#x3164", "NoBreak", "ic"])
-def test_entities_stay_what_they_are(name):
+def test_html_entities_are_escaped(name):
     for text in (f"a &{name}; b", f"[a](http://b/&{name};)", f"```&{name};\nx\n```", f"| &{name}; |\n|---|\n| x |"):
         html = to_html(text)
         assert f"&amp;{name};" in html and all(one.isascii() for one in html)
@@ -100,7 +100,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("text", LOSSES.values(), ids=LOSSES)
-def test_nothing_of_a_text_is_lost(text):
+def test_rendered_html_contains_the_whole_text(text):
     assert core(seen(to_html(text))) == core(shown_text(text))
 
 
@@ -111,7 +111,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-def test_nothing_of_random_markdown_is_lost():
+def test_rendered_random_markdown_contains_the_whole_text():
     draw = random.Random(0)
     for _ in range(1500):
         text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 40)))
@@ -134,14 +134,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("text", SIZES.values(), ids=SIZES)
-def test_html_is_not_much_longer_than_its_text(text):
+def test_html_size_is_linear_in_the_text(text):
     start = time.monotonic()
     html = to_html(text)
     assert len(html) < 15 * len(text) + 2_000 and time.monotonic() - start < 20
     assert core(seen(html)) == core(shown_text(text))
 
 
-def test_turns_of_a_completion_are_told_apart():
+def test_turns_of_a_completion_are_shown_with_roles():
     turns = [{"role": "assistant", "content": "first"}, {"role": "user", "content": "more"},
              {"role": "assistant", "content": "second"}]  # fmt: skip
     shown = completion_shown(turns)

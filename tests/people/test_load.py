@@ -27,7 +27,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         pytest.param(5000, 5, marks=pytest.mark.slow),
     ],
 )
-def test_nothing_that_was_confirmed_is_lost_or_doubled(load: Any, tmp_path: Path, labels: int, kills: int) -> None:
+def test_confirmed_labels_are_stored_exactly_once(load: Any, tmp_path: Path, labels: int, kills: int) -> None:
     found = load.run(tmp_path, load.Work(labels=labels), kills)
     assert found["labels"] == labels and found["kills"] == kills
     assert (found["lost"], found["doubled"]) == (0, 0)

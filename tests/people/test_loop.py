@@ -98,7 +98,7 @@ def labels_of(folder):
         return [(one.annotator, one.item, one.shown, one.ranks, one.repeat) for one in judgements_of(connection)]
 
 
-def test_a_packaged_recipe_counts_by_its_content(flags):
+def test_recipes_are_fingerprinted_by_content(flags):
     named = {"prompts": "prompts.jsonl", "eval_prompts": "held_out.jsonl", "policy_config": "dpo.yaml"}
     Path("copy.yaml").write_text((FOLDER / "labels" / "reward.yaml").read_text())
     packaged = loop.fingerprints({**named, "reward_config": "recipe:labels/reward"})
@@ -153,14 +153,14 @@ KILLS = [
         (ModelExport, "on_train_batch_end", signal.SIGTERM),
     ],
 )
-def test_a_loop_ends_with_the_signals_status(flags, holder, name, number):
+def test_a_loop_exits_with_the_signal_status(flags, holder, name, number):
     status, said = cut(flags, number, holder, name, 1)
     training = holder is ModelExport and number == signal.SIGTERM
     assert status == (75 if training else 128 + number) and "Traceback" not in said, said
 
 
 @pytest.mark.drill
-def test_a_loop_that_is_killed_anywhere_ends_in_the_same_bits(flags):
+def test_a_loop_killed_at_any_call_resumes_bit_identically(flags):
     flags = [*flags, "--repeats", "0.2", "--select", "uncertainty"]
     assert forked(lambda: rlhf([*flags, "--runs-folder", "whole"]), Path("said.txt"))[0] == 0
     argv = [*flags, "--runs-folder", "cut"]
@@ -183,7 +183,7 @@ def test_a_loop_that_is_killed_anywhere_ends_in_the_same_bits(flags):
     assert scalars_of(ended, "loop/gold_reward") == scalars_of(whole, "loop/gold_reward")
 
 
-def test_rounds_learn_from_all_labels_so_far(flags, capsys):
+def test_each_round_trains_on_all_labels_so_far(flags, capsys):
     assert rlhf([*flags, "--rounds", "1"]) == 0
     assert rlhf(flags) == 0, "more rounds go on with it"
     folder = Path("runs/loop/tiny")
@@ -220,7 +220,7 @@ class HastyLabeller(Labeller):
             store.judge("hasty", asked.id, f"hasty-{asked.id:010}", answer)
 
 
-def test_more_is_sampled_where_much_is_skipped(flags, capsys):
+def test_skipped_items_are_replaced_by_new_samples(flags, capsys):
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
     assert rlhf([*flags, "--name", "more"]) == 0
@@ -234,7 +234,7 @@ def test_more_is_sampled_where_much_is_skipped(flags, capsys):
     assert "further pairs, since 3 of 8 labels are there" in capsys.readouterr().out
 
 
-def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flags, monkeypatch, capsys):
+def test_a_round_without_further_pairs_continues_with_fewer_labels(flags, monkeypatch, capsys):
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", f"{__name__}.HastyLabeller", *flags[at + 4 :], "--rounds", "1"]
     monkeypatch.setattr(loop.Loop, "_more", lambda *_: False)
@@ -246,13 +246,13 @@ def test_a_round_goes_on_with_fewer_labels_where_there_are_no_further_pairs(flag
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "5", "{}", '{"steps": []}', '{"steps": {"a": 1}, "settings": {}, "files": {}}']
 )
-def test_a_damaged_state_is_one_sentence(tmp_path, text):
+def test_a_damaged_state_file_is_refused(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with refused("damaged-state", "give another --name"):
         loop.LoopState(tmp_path, {}, {})
 
 
-def test_edited_files_are_refused(tmp_path):
+def test_resuming_with_edited_files_is_refused(tmp_path):
     """By what they hold: a comment changes nothing."""
     settings = {}
     for name in loop_steps.FILES:
@@ -271,7 +271,7 @@ def test_edited_files_are_refused(tmp_path):
         Path(settings[name]).write_text(before)
 
 
-def test_on_policy_against_an_ensemble_where_no_gold_reward_is_known(flags, policy_folder):
+def test_a_loop_with_ppo_and_an_ensemble_needs_no_gold_reward(flags, policy_folder):
     """A labeller of one's own, PPO, two reward models that say what to ask next, each round from the one before."""
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", f"{__name__}.LaterLabeller", *flags[at + 4 : -4], *flags[-2:]]
@@ -302,12 +302,12 @@ def test_on_policy_against_an_ensemble_where_no_gold_reward_is_known(flags, poli
         (["--name", "../out"], "run_name is '../out'"),
     ],
 )
-def test_what_cannot_be_is_said(flags, more, sentence, capsys):
+def test_invalid_settings_are_refused(flags, more, sentence, capsys):
     assert rlhf([*flags, *more]) == 1
     assert sentence in capsys.readouterr().err
 
 
-def test_a_config_file_and_flags_over_it(flags, capsys, monkeypatch):
+def test_flags_override_the_config_file(flags, capsys, monkeypatch):
     monkeypatch.setattr(flag_index, "is_stale", lambda: False)
     Path("loop.yaml").write_text("name: other\npool: 4\nlabels: 20\n")
     assert rlhf(["loop", "--config", "loop.yaml", *flags[1:]]) == 1
@@ -316,7 +316,7 @@ def test_a_config_file_and_flags_over_it(flags, capsys, monkeypatch):
     assert "the nearest is --labels" in capsys.readouterr().err
 
 
-def test_people_are_waited_for(tmp_path, capsys):
+def test_the_loop_waits_for_human_labels(tmp_path, capsys):
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     store = FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0))
@@ -370,7 +370,7 @@ def skipper(port, skips, count):
     return made
 
 
-def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
+def test_annotators_who_skip_everything_get_more_items(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_lightning.people.labeller.PAUSE", 0.05)
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
@@ -393,7 +393,7 @@ def test_people_who_skip_all_there_is_are_given_more(tmp_path, monkeypatch):
         assert store.labels() < 20 and len(asked) == 3, "nothing is left to label, and the loop does not wait"
 
 
-def test_a_taken_port_is_said_before_anything_is_sampled(flags, capsys):
+def test_a_port_in_use_is_refused_before_sampling(flags, capsys):
     at = flags.index("--labeller")
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
@@ -403,7 +403,7 @@ def test_a_taken_port_is_said_before_anything_is_sampled(flags, capsys):
     assert not list(Path("runs").rglob("*.db")) and not list(Path("runs").rglob("completions.jsonl"))
 
 
-def test_a_page_says_what_its_round_has_left(tmp_path):
+def test_the_page_shows_the_labels_left_in_the_round(tmp_path):
     """Labels that the round wants, however many pairs are sampled; then that another round may come."""
     with FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0)) as store:
         store.add(Item(f"q {n}", PAIR) for n in range(9))
@@ -415,7 +415,7 @@ def test_a_page_says_what_its_round_has_left(tmp_path):
         assert supply.left(7) == 0 and "has its labels" in supply.state()
 
 
-def test_where_other_machines_could_come_in_is_said_before_anything_is_sampled(flags, capsys):
+def test_a_public_host_without_annotators_is_refused_before_sampling(flags, capsys):
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", "PeopleLabeller", "--labeller.host", "0.0.0.0", *flags[at + 4 :]]
     assert rlhf(flags) != 0

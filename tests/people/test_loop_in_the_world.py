@@ -25,7 +25,7 @@ def world(cache):
 
 
 @pytest.mark.slow
-def test_300_labels_raise_the_gold_reward_by_dpo_and_by_ppo(world):
+def test_with_300_labels_dpo_and_ppo_raise_the_gold_reward(world):
     for method in ("dpo", "ppo"):
         flags = {
             "name": method, "rounds": 1, "labels": 300, "init_from": world, "prompts": "world/prompts_train.jsonl",

@@ -89,7 +89,7 @@ def press(page, *keys):
         page.wait_for_selector("body:not(.busy)")
 
 
-def test_a_session_by_keyboard(browser, serve):
+def test_a_session_works_by_keyboard(browser, serve):
     store, address = serve([pair(0), pair(1), pair(2), pair(3), ranked_item(4)])
     page = enter(browser, address, "ann")
     assert "question 0" in page.inner_text("#prompt") and "models/" not in page.content()
@@ -120,7 +120,7 @@ def test_a_session_by_keyboard(browser, serve):
     assert not page.problems
 
 
-def test_writing_how_it_should_have_been(browser, serve):
+def test_an_edited_completion_is_stored(browser, serve):
     store, address = serve([pair(0)])
     page = enter(browser, address, "ann")
     press(page, "ArrowLeft", "e")
@@ -133,7 +133,7 @@ def test_writing_how_it_should_have_been(browser, serve):
     assert left.startswith(["good", "poor"][one.edited_place])
 
 
-def test_hostile_texts_do_nothing(browser, serve):
+def test_scripts_in_texts_do_not_run(browser, serve):
     store, address = serve([HOSTILE])
     page = enter(browser, address, "ann")
     shown = page.inner_text("#work")
@@ -152,7 +152,7 @@ def test_hostile_texts_do_nothing(browser, serve):
     judged(store, 1)
 
 
-def test_two_people_at_once(browser, serve):
+def test_two_annotators_get_different_items(browser, serve):
     store, address = serve([pair(0), pair(1)])
     ann, bob = enter(browser, address, "ann"), enter(browser, address, "bob")
     assert "question 0" in ann.inner_text("#prompt") and "question 1" in bob.inner_text("#prompt")
@@ -171,7 +171,7 @@ def box(page, selector):
     return page.locator(selector).first.bounding_box()
 
 
-def test_a_telephone_shows_the_first_words_of_all_and_needs_no_keyboard(browser, serve):
+def test_a_phone_shows_every_completion_and_works_by_touch(browser, serve):
     store, address = serve([LONG, pair(1), ranked_item(2)])
     page = enter(browser, address, "ann", width=400, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
@@ -206,7 +206,7 @@ def test_a_telephone_shows_the_first_words_of_all_and_needs_no_keyboard(browser,
     assert not page.problems
 
 
-def test_a_wide_screen_has_equal_columns_with_the_verdict_below_them(browser, serve):
+def test_a_wide_screen_has_equal_columns_above_the_verdict(browser, serve):
     _, address = serve([pair(0)])
     page = enter(browser, address, "ann", width=1400)
     left, right = box(page, "[data-place='0']"), box(page, "[data-place='1']")
@@ -215,7 +215,7 @@ def test_a_wide_screen_has_equal_columns_with_the_verdict_below_them(browser, se
     assert page.locator(".candidate .end:visible").count() == 2
 
 
-def test_the_list_of_keys_closes_by_escape_and_by_a_button(browser, serve):
+def test_the_list_of_keys_closes_with_escape_or_button(browser, serve):
     _, address = serve([pair(0)])
     page = enter(browser, address, "ann")
     for close in (lambda: page.keyboard.press("Escape"), lambda: page.click("#help-close")):
@@ -227,7 +227,7 @@ def test_the_list_of_keys_closes_by_escape_and_by_a_button(browser, serve):
     assert page.locator(".chosen").count() == 1, "keys work after it"
 
 
-def test_instructions_come_first_once_and_on_demand(browser, serve):
+def test_instructions_are_shown_first_and_on_demand(browser, serve):
     store, address = serve([pair(0)], instructions="# Look for\n\n**help** <script>window.owned = 1</script>")
     page = enter(browser, address, "ann")
     assert "Look for" in page.inner_text("dialog") and page.locator("dialog strong").inner_text() == "help"
@@ -242,7 +242,7 @@ def test_instructions_come_first_once_and_on_demand(browser, serve):
     assert len(judged(store, 1)) == 1, "no key judges behind the instructions"
 
 
-def test_any_own_label_can_be_undone_and_counters_add_up(browser, serve):
+def test_an_annotator_can_undo_any_own_label(browser, serve):
     store, address = serve([pair(number) for number in range(4)])
     page = enter(browser, address, "ann")
     press(page, "ArrowLeft", "4", "t", "s")

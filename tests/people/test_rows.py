@@ -29,7 +29,7 @@ def rows(store, kind="preference", **how):
         return list(rows_of(connection, kind, **how))
 
 
-def test_one_judgement_of_a_pair(make_store):
+def test_one_judgement_becomes_one_preference_row(make_store):
     store = make_store([pair(0), pair(1)])
     label(store, "ann", prefer(1, strength=3, flags=("harmful",)))
     (row,) = rows(store)
@@ -47,7 +47,7 @@ FORM_COLUMNS = [
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "demonstration", "prompt"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_no_column_of_the_prompt_passes_for_a_judgement(make_store, ready, kind, count):
+def test_prompt_columns_cannot_overwrite_label_columns(make_store, ready, kind, count):
     """Columns of the prompt file never change what people said or how a row trains."""
     plain, filled = ({"topic": "t"}, {"topic": "t", **{name: "from the file" for name in FORM_COLUMNS}})
     filled |= {"weight": 9.0, "margin": 3.0, "preference": 0.1, "label": False, "ranks": [1, 0, 0], "labels": [0]}
@@ -63,7 +63,7 @@ def test_no_column_of_the_prompt_passes_for_a_judgement(make_store, ready, kind,
     assert repr(seen[0][1]) == repr(seen[1][1])
 
 
-def test_several_judgements_of_a_pair_are_their_mean(make_store):
+def test_several_judgements_of_a_pair_are_averaged(make_store):
     store = make_store([pair(0)], annotators=4)
     for name, answer in (("a", prefer(0, strength=4)), ("b", prefer(0, strength=2)), ("c", prefer(1, strength=4)),
                          ("d", NEITHER)):  # fmt: skip
@@ -80,7 +80,7 @@ def test_ties_are_half_a_preference(make_store, answer):
     assert [(row["preference"], row["margin"]) for row in rows(store)] == [(0.5, 0.0)]
 
 
-def test_skips_repeats_and_what_was_undone_are_no_labels(make_store):
+def test_skips_repeats_and_undone_judgements_are_left_out(make_store):
     store = make_store(30, repeats=0.5, distance=1)
     asked = []
     while store.next("ann") is not None and len(asked) < 40:
@@ -100,7 +100,7 @@ def test_rankings_share_the_weight_of_their_item(make_store):
     assert first["completions"] == ["answer 0", "answer 1", "answer 2", "answer 3"]
 
 
-def test_completions_judged_alone(make_store):
+def test_single_completions_become_unpaired_rows(make_store):
     store = make_store([pair(0), pair(1), pair(2), ranked_item(3, 3)], annotators=2)
     for answers in ((prefer(0), Answer("both_bad"), NEITHER), (prefer(0), NEITHER, NEITHER)):
         name = f"annotator-{len(answers)}-{id(answers)}"
@@ -115,7 +115,7 @@ def test_completions_judged_alone(make_store):
     ]  # fmt: skip
 
 
-def test_what_was_rewritten_is_a_demonstration(make_store):
+def test_edited_completions_become_demonstrations(make_store):
     store = make_store([pair(0), ranked_item(1)])
     label(store, "ann", Answer("skip", edited="much better", edited_place=0))
     label(store, "ann", Answer("tie", edited="best", edited_place=3))
@@ -124,7 +124,7 @@ def test_what_was_rewritten_is_a_demonstration(make_store):
     assert second["completion"] == [{"role": "assistant", "content": "best"}]
 
 
-def test_reliability_discounts_who_answers_at_random(make_store):
+def test_reliability_downweights_random_annotators(make_store):
     """Four agree on every item; the fifth says the opposite of them half of the time, and takes nothing away."""
     store = make_store(24, annotators=5)
     for n in range(24):
@@ -139,7 +139,7 @@ def test_reliability_discounts_who_answers_at_random(make_store):
     assert min(row["preference"] for row in aware) > 0.99
 
 
-def test_the_labels_of_some_annotators_alone(make_store, ready, tmp_path):
+def test_labels_can_be_filtered_by_annotator(make_store, ready, tmp_path):
     """Trained on some and evaluated on others: a split by annotators."""
     store = make_store(2, annotators=3)
     for _ in range(2):
@@ -192,7 +192,7 @@ def batches(data):
     return [batch for step in data.train_dataloader() for batch in step.micro_batches]
 
 
-def test_the_datamodules_take_a_store(labelled, ready):
+def test_datamodules_read_a_store(labelled, ready):
     store = str(labelled.path)
     (pairs,) = batches(ready(PreferenceDataModule(store), batch_type=PreferenceBatch))
     assert len(pairs.target) == 6 + 2 * 6, "two rankings of four are six pairs each"
@@ -206,7 +206,7 @@ def test_the_datamodules_take_a_store(labelled, ready):
     assert len(ready(PromptDataModule(store)).store) == 7
 
 
-def test_a_run_is_not_changed_by_labels_that_come_in(labelled, ready):
+def test_new_labels_do_not_change_a_started_run(labelled, ready):
     source = at_snapshot(str(labelled.path))
     assert source.endswith(f"feedback.db@{labelled.snapshot().upto}") and at_snapshot(source) == source
     (by_itself,) = parse_sources(str(labelled.path))
@@ -221,7 +221,7 @@ def test_a_run_is_not_changed_by_labels_that_come_in(labelled, ready):
     assert other.fingerprint != before.fingerprint and other.snapshots == before.snapshots
 
 
-def test_wrong_stores_are_said(tmp_path, labelled):
+def test_invalid_stores_are_refused(tmp_path, labelled):
     with pytest.raises(FileNotFoundError, match="there is no feedback store"):
         PreferenceDataModule(str(tmp_path / "absent.db"))
     with pytest.raises(ValueError, match="read whole"):
@@ -230,7 +230,7 @@ def test_wrong_stores_are_said(tmp_path, labelled):
         PreferenceDataModule([{"path": str(labelled.path), "labels": "median"}])
 
 
-def test_exported_files_train_as_the_store_does(labelled, ready, tmp_path):
+def test_exported_files_give_the_same_batches_as_the_store(labelled, ready, tmp_path):
     for kind, module in (("preference", PreferenceDataModule), ("unpaired", UnpairedDataModule)):
         out = str(tmp_path / f"{kind}.jsonl")
         assert export(str(labelled.path), out, kind) == 0
@@ -241,7 +241,7 @@ def test_exported_files_train_as_the_store_does(labelled, ready, tmp_path):
         ]
 
 
-def test_a_store_of_plain_pairs_is_a_table(make_store, tmp_path):
+def test_plain_pairs_are_exported_to_parquet(make_store, tmp_path):
     store = make_store(3)
     label(store, "ann", prefer(0))
     out = tmp_path / "pairs.parquet"

@@ -52,23 +52,23 @@ def order_of(store, annotator="ann", count=4):
     return [int(label(store, annotator, LEFT)[0].item.prompt.split()[1]) for _ in range(count)]
 
 
-def test_without_a_selector_items_come_as_they_came(make_store):
+def test_without_a_selector_items_keep_their_order(make_store):
     assert order_of(make_store(4)) == [0, 1, 2, 3]
 
 
-def test_the_least_certain_comes_first(make_store):
+def test_uncertainty_selector_puts_the_least_certain_first(make_store):
     store = make_store(4)
     store.rank(UncertaintySelector(Given([3.0, -1.0, 0.1, -2.0])))
     assert order_of(store) == [2, 1, 3, 0]
 
 
-def test_what_members_contradict_each_other_about_comes_first(make_store):
+def test_disagreement_selector_puts_the_most_disputed_first(make_store):
     store = make_store(4)
     store.rank(DisagreementSelector(Given([1.0, 0.0, 2.0, 5.0], [1.0, 0.1, -2.0, 3.0])))
     assert order_of(store)[0] == 2
 
 
-def test_random_is_another_order_for_another_seed(make_store):
+def test_random_selector_order_depends_on_the_seed(make_store):
     orders = set()
     for seed in (0, 0, 1):
         store = make_store(6, name=f"{len(orders)}{seed}.db")
@@ -78,7 +78,7 @@ def test_random_is_another_order_for_another_seed(make_store):
     assert len(orders) == 2
 
 
-def test_the_unlike_comes_first():
+def test_diversity_selector_puts_the_most_different_first():
     items = [pair(n) for n in (0, 1)] + [ranked_item(2)] + [pair(3)]
     values = DiversitySelector().values(items, [pair(7)])
     assert max(range(4), key=values.__getitem__) == 2, "all others ask almost what was asked"
@@ -88,7 +88,7 @@ def test_the_unlike_comes_first():
     assert features[0] @ features[1] > 2 * features[0] @ features[2]
 
 
-def test_what_somebody_has_been_given_is_finished_first(make_store):
+def test_items_already_assigned_are_completed_first(make_store):
     """Each item needs two annotators: the second annotator gets the first one's items, also after a restart."""
     store = make_store(4, annotators=2)
     store.rank(UncertaintySelector(Given([3.0, -1.0, 0.1, -2.0])))
@@ -100,7 +100,7 @@ def test_what_somebody_has_been_given_is_finished_first(make_store):
     assert order_of(again, "ann", 2) == [3, 0]
 
 
-def test_new_items_are_ranked_as_they_come(make_store):
+def test_new_items_are_ranked_on_arrival(make_store):
     store = make_store(2)
     ahead = SamplingAhead(store, iter([[pair(2)], [pair(3, "the longest of all good")]]), 10, LongestSelector())
     with ahead:
@@ -117,7 +117,7 @@ def test_new_items_are_ranked_as_they_come(make_store):
         (ZeroDivisionError("a bug"), False),
     ],
 )
-def test_sampling_that_fails_is_one_sentence_and_only_a_bug_has_a_traceback(make_store, capsys, error, plain):
+def test_sampling_errors_are_one_sentence_and_bugs_have_a_traceback(make_store, capsys, error, plain):
     def failing():
         yield [pair(2)]
         raise error
@@ -130,7 +130,7 @@ def test_sampling_that_fails_is_one_sentence_and_only_a_bug_has_a_traceback(make
     assert ("Traceback" not in said) == plain and ahead.left(3) == 3
 
 
-def test_one_more_selector_is_a_class_in_a_file(make_store, tmp_path, monkeypatch):
+def test_a_custom_selector_is_loaded_from_a_file(make_store, tmp_path, monkeypatch):
     (tmp_path / "my_selection.py").write_text(
         "from rlhf_lightning.people.selectors import Selector\n\n\nclass LatestSelector(Selector):\n"
         "    def values(self, items, given):\n        return [item.id for item in items]\n"
@@ -145,7 +145,7 @@ def brevity(prompts, completions, **columns):
     return [-float(len(text)) for text in completions]
 
 
-def test_any_scorers_make_an_ensemble_and_score_an_item_once(monkeypatch):
+def test_scorers_form_an_ensemble_and_score_each_item_once(monkeypatch):
     asked = []
     monkeypatch.setattr(f"{__name__}.brevity", lambda p, c, **columns: asked.extend(c) or brevity_of(c))
     models = RewardModels([f"{__name__}.brevity"])
@@ -170,11 +170,11 @@ def brevity_of(completions):
         (["--ensemble", "a", "b"], "--ensemble serves --select uncertainty or disagreement"),
     ],
 )
-def test_what_is_missing_is_said(flags, sentence, capsys, tmp_path):
+def test_missing_flags_are_named(flags, sentence, capsys, tmp_path):
     assert rlhf(["annotate", "--store", str(tmp_path / "f.db"), "--port", "0", *flags]) == 1
     assert sentence in capsys.readouterr().err
 
 
-def test_values_that_are_none_are_refused(make_store):
+def test_non_finite_selector_values_are_refused(make_store):
     with refused("not-finite", "BrokenSelector returned a value that is NaN or infinite"):
         make_store(2).rank(BrokenSelector())

@@ -47,7 +47,7 @@ def item_of(client):
     return client.get("/api/item").json()["item"]
 
 
-def test_labelling_from_the_door_to_the_end(make_client):
+def test_an_annotator_enters_and_labels_every_item(make_client):
     client = make_client(2, name=None)
     assert client.get("/").headers["location"] == "/enter"
     assert client.get("/api/item").status_code == 401
@@ -68,14 +68,14 @@ def test_labelling_from_the_door_to_the_end(make_client):
     assert last["item"] is None and last["state"] == ""
 
 
-def test_an_item_tells_nothing_of_models_places_or_repeats(make_client):
+def test_items_reveal_neither_model_nor_order_nor_repeats(make_client):
     client = make_client(1)
     told = client.get("/api/item").text
     assert set(json.loads(told)["item"]) == {"store", "assignment", "prompt", "candidates"}
     assert "models/" not in told and "temperature" not in told and "repeat" not in told and "t0" not in told
 
 
-def test_a_page_waits_where_completions_are_being_written(make_client):
+def test_the_page_waits_while_completions_are_sampled(make_client):
     client = make_client(0, settings=PageSettings(state=lambda: "being written"))
     assert client.get("/api/item").json()["state"] == "being written"
 
@@ -99,7 +99,7 @@ def test_a_page_waits_where_completions_are_being_written(make_client):
         ({"edited": 5, "edited_place": 0}, 400),
     ],
 )
-def test_wrong_judgements_are_refused_in_a_sentence(make_client, change, status):
+def test_invalid_judgements_are_refused(make_client, change, status):
     client = make_client(1)
     body = {"key": "a key of 16 or more", **place_of(item_of(client)), "verdict": "ranking", "ranks": [0, 1], **change}
     answer = client.post("/api/judgements", json=body)
@@ -107,7 +107,7 @@ def test_wrong_judgements_are_refused_in_a_sentence(make_client, change, status)
     assert client.get("/api/item").json()["progress"]["judged"] == 0
 
 
-def test_requests_of_other_sites_are_refused(make_client):
+def test_cross_site_requests_are_refused(make_client):
     client = make_client(1)
     body = {"key": "a key of 16 or more", **place_of(item_of(client)), "verdict": "tie"}
 
@@ -133,7 +133,7 @@ def test_requests_of_other_sites_are_refused(make_client):
     "origin", ["http://[", "http://", "//", "\x7f", "https://localhost:8765", "http://localhost", "http://LOCALHOST:8765x",
                "http://localhost:8765/", "http://a@localhost:8765", "null", "", "http://localhost:99999999"],
 )  # fmt: skip
-def test_any_other_origin_is_refused(make_client, origin):
+def test_requests_with_another_origin_are_refused(make_client, origin):
     """By scheme, host and port; an invalid address counts as another site."""
     client = make_client(1)
     answer = client.post("/api/undo", json={"key": "k" * 16}, headers={"origin": origin})
@@ -144,7 +144,7 @@ def test_any_other_origin_is_refused(make_client, origin):
 @pytest.mark.parametrize(
     "host", ["[", "a b", "localhost:", "localhost:port", "[::1", "a/b", "", "localhost@evil", "\xff"]
 )
-def test_a_host_that_is_none_is_refused(make_client, make_store, host):
+def test_invalid_host_headers_are_refused(make_client, make_store, host):
     for access in (None, AccessPolicy({"ann": "token"})):
         app = make_app(make_store(0, name=f"{access is None}.db"), access)
         answer = TestClient(app, base_url=SITE, follow_redirects=False).get(
@@ -156,7 +156,7 @@ def test_a_host_that_is_none_is_refused(make_client, make_store, host):
 @pytest.mark.parametrize(
     "seconds", ["1e400", "-1e400", "1" + "0" * 400, "-1", "NaN", "Infinity", "true", '"5"', "[1]", "1e7"]
 )
-def test_seconds_that_are_none_are_refused(make_client, seconds):
+def test_invalid_seconds_are_refused(make_client, seconds):
     client = make_client(1)
     body = json.dumps({"key": "k" * 16, **place_of(item_of(client)), "verdict": "tie", "seconds": 0})
     kind = {"content-type": "application/json"}
@@ -165,7 +165,7 @@ def test_seconds_that_are_none_are_refused(make_client, seconds):
     assert client.get("/api/item").json()["progress"]["judged"] == 0
 
 
-def test_names_that_stand_for_nothing_are_refused(make_client):
+def test_invalid_annotator_names_are_refused(make_client):
     client = make_client(1, name=None)
     for name in (None, True, False, 5, 1.5, ["ann"], {"ann": 1}, "null", "None", "TRUE", "false", "", " ", "a" * 65):
         assert client.post("/api/enter", json={"name": name}).status_code == 400, name
@@ -175,7 +175,7 @@ def test_names_that_stand_for_nothing_are_refused(make_client):
             checked_names("127.0.0.1", name)
 
 
-def test_cookies_behind_tls_are_secure(make_store):
+def test_cookies_are_secure_over_https(make_store):
     for scheme, secure in (("http", False), ("https", True)):
         app = make_app(make_store(0, name=f"{scheme}.db"))
         with_token = make_app(make_store(0, name=f"{scheme}-token.db"), AccessPolicy({"ann": "token"}))
@@ -186,7 +186,7 @@ def test_cookies_behind_tls_are_secure(make_store):
         assert all(("Secure" in one.headers["set-cookie"]) is secure for one in (named, entered))
 
 
-def test_a_page_that_was_left_open_judges_nothing_of_another_store(make_client, make_store):
+def test_a_stale_page_cannot_judge_items_of_another_store(make_client, make_store):
     """As over two rounds of a loop, whose assignments have the same numbers."""
     client, other = make_client(2), TestClient(make_app(make_store(2, name="round_1.db")), base_url=SITE)
     other.post("/api/enter", json={"name": "ann"})
@@ -199,12 +199,12 @@ def test_a_page_that_was_left_open_judges_nothing_of_another_store(make_client, 
     assert judge(other, theirs, verdict="tie").status_code == 200
 
 
-def test_what_is_left_counts_what_is_still_to_come(make_client):
+def test_the_remaining_count_includes_items_still_to_be_sampled(make_client):
     client = make_client(2, settings=PageSettings(left=lambda count: count + 40))
     assert client.get("/api/item").json()["progress"]["left"] == 42
 
 
-def test_a_store_that_fails_is_said_with_all_headers(make_client, make_store, capsys):
+def test_a_failing_store_is_reported_with_security_headers(make_client, make_store, capsys):
     store = make_store(2, name="gone.db")
     client = TestClient(make_app(store), base_url=SITE)
     client.post("/api/enter", json={"name": "ann"})
@@ -245,7 +245,7 @@ def test_every_refusal_has_the_security_headers(make_client):
         assert answer.status_code < 500
 
 
-def test_large_and_broken_bodies_are_refused(make_client):
+def test_oversized_and_malformed_bodies_are_refused(make_client):
     client = make_client(1)
     large = json.dumps({"key": "k" * 16, "edited": "x" * LARGEST_BODY})
     kind = {"content-type": "application/json"}
@@ -259,7 +259,7 @@ def test_large_and_broken_bodies_are_refused(make_client):
         assert client.post("/api/judgements", content=content, headers=kind).status_code == 400
 
 
-def test_every_answer_lets_no_script_but_its_own_run(make_client):
+def test_the_content_security_policy_allows_only_own_scripts(make_client):
     client = make_client(1)
     for path in ("/", "/api/item", "/enter", "/results", "/assets/annotate.js", "/absent"):
         policy = client.get(path).headers["content-security-policy"]
@@ -281,7 +281,7 @@ LONG = "x" * 24
         {"ann": "short"}, {"ann": "ü" * 24}, {"ann": " " * 24}, {"ann": LONG, "bob": LONG}, {"owner": 1e400},
     ],
 )  # fmt: skip
-def test_a_tokens_file_of_something_else_is_refused(content, tmp_path):
+def test_a_tokens_file_with_other_content_is_refused(content, tmp_path):
     file = tmp_path / "feedback.db.tokens"
     file.write_text(json.dumps(content))
     with refused("bad-tokens-file", str(file), "restore it, or delete it"):
@@ -290,13 +290,13 @@ def test_a_tokens_file_of_something_else_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"SQLite format 3"])
-def test_a_tokens_file_that_is_no_json_is_refused(content, tmp_path):
+def test_a_tokens_file_that_is_not_json_is_refused(content, tmp_path):
     (tmp_path / "feedback.db.tokens").write_bytes(content)
     with refused("bad-tokens-file", "it is not JSON"):
         stored_tokens(tmp_path / "feedback.db", ["ann"])
 
 
-def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
+def test_remote_access_needs_a_token(make_client, tmp_path):
     tokens = stored_tokens(tmp_path / "feedback.db", ["ann", "bob"])
     assert stored_tokens(tmp_path / "feedback.db", ["ann", "bob"]) == tokens, "links stay good"
     assert (tmp_path / "feedback.db.tokens").stat().st_mode & 0o077 == 0
@@ -319,7 +319,7 @@ def test_elsewhere_only_tokens_open_the_door(make_client, tmp_path):
         checked_names("0.0.0.0", "owner")
 
 
-def test_names_and_hosts():
+def test_annotator_names_and_loopback_hosts_are_validated():
     assert is_name("ann.b-2@lab") and not any(map(is_name, ("", "a b", "-a", "a" * 65, "<a>", "a\n")))
     assert is_loopback("127.0.0.1") and is_loopback("localhost") and is_loopback("::1")
     assert not is_loopback("0.0.0.0") and not is_loopback("192.168.1.4")
@@ -340,7 +340,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_texts_become_harmless(text):
+def test_html_of_hostile_texts_has_only_allowed_tags(text):
     html = to_html(text)
     allowed = {"p", "pre", "code", "span", "table", "thead", "tbody", "tr", "th", "td", "br", "em", "strong"}
     tags = re.findall(r"<\s*/?\s*([^\s>/]*)([^>]*)>", html)
@@ -348,13 +348,13 @@ def test_hostile_texts_become_harmless(text):
     assert {rest for _, rest in tags} <= {"", " /", " class='info'", " class='plain'"}, html
 
 
-def test_what_is_hidden_is_shown():
+def test_invisible_characters_and_control_tokens_are_shown():
     assert shown_text("a\u202eb\u200bc\x00d\r\ne") == "a[U+202E]b[U+200B]c[U+0000]d\ne"
     assert "&lt;|im_end|&gt;" in to_html("stop<|im_end|>"), "control tokens are characters"
     assert shown_text("👩\u200d💻") == "👩\u200d💻"
 
 
-def test_markdown_is_laid_out():
+def test_markdown_is_rendered():
     html = to_html("# Title\n\n- **one**\n- `two`\n\n[words](http://a.example/b)\n\n| a | b |\n|---|---|\n| 1 | 2 |")
     for part in ("<h1>Title</h1>", "<strong>one</strong>", "<code>two</code>", "<td>1</td>"):
         assert part in html
@@ -363,14 +363,14 @@ def test_markdown_is_laid_out():
     assert len(to_html("[" * 20_000)) >= 20_000 and to_html(">" * 5_000)
 
 
-def test_a_hostile_item_comes_to_the_page_as_text(make_client):
+def test_html_in_items_is_escaped(make_client):
     client = make_client([Item(HOSTILE[0], (Candidate(HOSTILE[1]), Candidate(HOSTILE[4])))])
     item = item_of(client)
     assert "<script" not in item["prompt"][0]["html"]
     assert all("<img" not in one["html"] and "<svg" not in one["html"] for one in item["candidates"])
 
 
-def test_results_of_two_who_agree(make_client, make_store):
+def test_results_show_agreement_of_two_annotators(make_client, make_store):
     items = [pair(n) if n % 3 else pair(n, "poor", "good") for n in range(6)]
     store = make_store(items, annotators=2, name="two.db")
     for name in ("ann", "bob"):
@@ -399,7 +399,7 @@ def labelled(make_client, *answers):
 CHOICE = {"verdict": "ranking", "ranks": [0, 1]}
 
 
-def test_labels_are_paged_through_downloaded_and_counted(make_client):
+def test_results_count_and_export_labels(make_client):
     client = labelled(make_client, {**CHOICE, "strength": 4}, CHOICE, {"verdict": "tie"}, {"verdict": "skip"})
     page = client.get("/results").text
     for words in ("much better", "chosen", "equally good", "skipped"):
@@ -413,14 +413,14 @@ def test_labels_are_paged_through_downloaded_and_counted(make_client):
     assert len(rows) == 4 and rows[0]["annotator"] == "ann"
 
 
-def test_pages_of_labels_join(make_client):
+def test_labels_are_paginated(make_client):
     client = labelled(make_client, *({"verdict": "tie"} for _ in range(30)))
     first = client.get("/labels").text
     assert first.count("data-undo") == 25 and "?before=6" in first
     assert client.get("/labels?before=6").text.count("data-undo") == 5
 
 
-def test_only_own_labels_are_undone(make_client, make_store):
+def test_annotators_can_undo_only_their_own_labels(make_client, make_store):
     client = labelled(make_client, CHOICE, {"verdict": "tie"})
     undo = {"key": "undo with a key 1", "judgement": 1}
     assert client.post("/api/undo", json={**undo, "judgement": 99}).status_code == 400
@@ -434,7 +434,7 @@ def test_only_own_labels_are_undone(make_client, make_store):
     assert client.post("/api/undo", json={**undo, "key": "another key, 16+"}).status_code == 400
 
 
-def test_labels_of_all_are_for_the_owner(make_client, tmp_path):
+def test_only_the_owner_sees_all_labels(make_client, tmp_path):
     tokens = stored_tokens(tmp_path / "feedback.db", ["ann"])
     client = make_client(1, name=None, access=AccessPolicy(tokens))
     client.cookies.set("annotator", tokens["ann"])
@@ -444,7 +444,7 @@ def test_labels_of_all_are_for_the_owner(make_client, tmp_path):
     assert client.get("/labels").headers["location"] == "/enter"
 
 
-def test_the_training_command_trains_as_it_is_printed(make_store, policy_folder):
+def test_the_printed_training_command_runs(make_store, policy_folder):
     """A pasted command: it names the store and the policy that wrote most of the completions."""
     from rlhf_lightning.commands.train import run
 
@@ -465,7 +465,7 @@ def test_the_training_command_trains_as_it_is_printed(make_store, policy_folder)
 
 
 @pytest.mark.parametrize("labels", [200, pytest.param(5000, marks=pytest.mark.slow)])
-def test_eight_at_once_lose_and_double_nothing(make_store, labels):
+def test_eight_concurrent_annotators_store_each_label_once(make_store, labels):
     """Every request is sent twice, as a page does whose answer got lost; two of the pairs are ranked lists."""
     store = make_store([*(pair(n) for n in range(labels // 4 - 2)), *(ranked_item(n) for n in range(2))], annotators=4)
     app, confirmed, failures = make_app(store), [], []

@@ -60,7 +60,7 @@ def page(port):
         (b"GET /enter HTTP/1.1\r\nhost: localhost\r\n\r\nGET", b" 200 "),
     ],
 )
-def test_requests_that_stop_half_way_are_closed(port, sent, status):
+def test_stalled_requests_are_closed(port, sent, status):
     with connect(port) as connection:
         connection.sendall(sent)
         start = time.monotonic()
@@ -69,7 +69,7 @@ def test_requests_that_stop_half_way_are_closed(port, sent, status):
     assert page(port) == 200
 
 
-def test_trickled_headers_and_bodies_are_closed(port):
+def test_slow_headers_and_bodies_are_closed(port):
     for start in (b"GET / HTTP/1.1\r\nx: ", START + b"content-length: 5000\r\n\r\n"):
         with connect(port) as connection:
             connection.sendall(start)
@@ -81,7 +81,7 @@ def test_trickled_headers_and_bodies_are_closed(port):
             assert time.monotonic() - begun < 15
 
 
-def test_further_connections_are_closed_and_the_page_recovers(port, monkeypatch):
+def test_excess_connections_are_closed_and_the_page_recovers(port, monkeypatch):
     monkeypatch.setattr(web_server, "REQUEST_SECONDS", 60.0)
     held = [connect(port) for _ in range(8)]
     for one in held:
@@ -101,7 +101,7 @@ def test_further_connections_are_closed_and_the_page_recovers(port, monkeypatch)
         pytest.fail("the page does not recover")
 
 
-def test_an_answer_that_nobody_reads_is_closed(port):
+def test_an_unread_response_is_closed(port):
     with connect(port) as connection:
         request = b"GET /assets/annotate.js HTTP/1.1\r\nhost: localhost\r\n\r\n"
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -114,7 +114,7 @@ def test_an_answer_that_nobody_reads_is_closed(port):
 
 
 @pytest.mark.parametrize("sent", [b"\x00\x01\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000])
-def test_answers_to_garbage_have_the_security_headers(port, sent):
+def test_responses_to_malformed_requests_have_security_headers(port, sent):
     with connect(port) as connection:
         connection.sendall(sent)
         said = everything(connection).decode()
@@ -160,7 +160,7 @@ globalThis.fetch = async (path) => {
     ("answers", "calls"),
     [([500], 1), ([503], 1), ([400], 1), ([403], 1), ([0, 0, 500], 3), ([0], 6), ([401], 2)],
 )
-def test_the_script_asks_again_without_an_answer_and_stops_after_an_error(tmp_path, answers, calls):
+def test_the_page_retries_without_a_response_and_stops_after_an_error(tmp_path, answers, calls):
     """401 goes to the door; the clock of this browser stops after five waits."""
     script = tmp_path / "page.js"
     ending = "\nsetImmediate(() => console.log(JSON.stringify({ calls, said: at('status').textContent })));"

@@ -37,7 +37,7 @@ def share_left(count=4000, left="good", right="poor", **settings):
     return mean(annotator.answer(item(n, left, right))["ranks"][0] == 0 for n in range(count))
 
 
-def test_choices_follow_bradley_and_terry():
+def test_choices_follow_bradley_terry():
     """Four standard errors of 4,000 choices are 0.03."""
     assert share_left(temperature=0.1) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
     assert share_left(temperature=0.1, left="poor", right="good") == pytest.approx(1 / (1 + math.exp(1)), abs=0.03)
@@ -47,7 +47,7 @@ def test_choices_follow_bradley_and_terry():
     assert share_left(400, temperature=0.1, seed=1) != share_left(400, temperature=0.1, seed=2)
 
 
-def test_strengths_are_graded():
+def test_strengths_depend_on_the_reward_difference():
     assert [strength_of(x) for x in (0.5, 1.5, 3.0, 9.0)] == [1, 2, 3, 4]
 
 
@@ -57,7 +57,7 @@ def kept(store):
                 for one in judgements_of(connection)]  # fmt: skip
 
 
-def test_they_label_through_the_page(make_store):
+def test_simulated_annotators_label_through_the_page(make_store):
     store = make_store([*(pair(n) for n in range(30)), ranked_item(30)], repeats=0.2, distance=2)
     SimulatedAnnotators(GOLD, annotators=3, temperature=1e-3).label(store, 31, no_more)
     made = kept(store)
@@ -68,7 +68,7 @@ def test_they_label_through_the_page(make_store):
     assert store.labels() == 36, "further items were judged, and when there were none it was the end"
 
 
-def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
+def test_a_killed_simulation_resumes_with_the_same_labels(make_store, tmp_path):
     """Killed after each of several judgements, at any moment, and continued in another process."""
     items = [pair(n) for n in range(24)]
     settings = {"repeats": 0.2, "distance": 2, "annotators": 2, "lease": math.inf, "salt": ""}
@@ -98,13 +98,13 @@ def test_a_kill_changes_nothing_they_say(make_store, tmp_path):
     assert kept(cut) == kept(whole)
 
 
-def test_a_missing_web_server_is_said_at_once(monkeypatch):
+def test_a_missing_web_server_is_refused_at_start(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
     with refused("missing-package", "the page needs uvicorn: pip install 'rlhf-lightning[annotate]'"):
         SimulatedAnnotators(GOLD)
 
 
-def test_what_cannot_be_is_said():
+def test_invalid_settings_are_refused():
     with refused("setting-out-of-range", "temperature is 0"):
         SimulatedAnnotators(GOLD, temperature=0)
     with refused("setting-out-of-range", "careless 2"):
@@ -116,12 +116,12 @@ def test_what_cannot_be_is_said():
     assert caught.value.code == "request-refused"
 
 
-def test_the_careless_are_a_share():
+def test_a_fraction_of_annotators_is_careless():
     people = SimulatedAnnotators(GOLD, annotators=4, careless=0.5).annotators
     assert [one.careless for one in people] == [True, True, False, False]
 
 
-def test_conversations_and_plain_prompts_reach_the_gold_reward(make_store):
+def test_gold_reward_gets_conversations_and_plain_prompts(make_store):
     asked = []
     annotator = SimulatedAnnotator("ann", lambda prompt, completion: asked.append(prompt) or 0.0)
     for prompt in ("plain", [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]):

@@ -26,14 +26,14 @@ def standing(store):
         return judgements_of(connection)
 
 
-def test_an_item_is_there_once(make_store):
+def test_an_item_is_stored_once(make_store):
     store = make_store(3)
     assert store.add([pair(1), pair(7)]) == 1
     assert store.waiting() == 4
     assert store.has_prompt("question 1") and not store.has_prompt("question 9")
 
 
-def test_what_is_given_stays_the_same_until_it_is_judged(make_store, tmp_path):
+def test_an_assignment_is_repeated_until_it_is_judged(make_store, tmp_path):
     store = make_store(3)
     first = store.next("ann")
     assert store.next("ann") == first
@@ -43,21 +43,21 @@ def test_what_is_given_stays_the_same_until_it_is_judged(make_store, tmp_path):
     again.close()
 
 
-def test_ranks_are_kept_in_the_items_order(make_store):
+def test_ranks_are_stored_in_item_order(make_store):
     store = make_store([ranked_item(0)])
     asked, _ = label(store, "ann", Answer("ranking", (2, 0, 1, 1)))
     (one,) = standing(store)
     assert [one.ranks[place] for place in asked.shown] == [2, 0, 1, 1]
 
 
-def test_sides_are_even_and_differ_between_annotators(make_store):
+def test_display_order_is_balanced_and_differs_between_annotators(make_store):
     store = make_store(400, annotators=2)
     sides = {name: [label(store, name, LEFT)[0].shown for _ in range(400)] for name in ("ann", "bob")}
     assert 0.4 < Counter(sides["ann"])[0, 1] / 400 < 0.6
     assert 0.3 < sum(a == b for a, b in zip(*sides.values(), strict=True)) / 400 < 0.7
 
 
-def test_each_item_goes_to_as_many_as_asked(make_store):
+def test_each_item_goes_to_the_requested_number_of_annotators(make_store):
     store = make_store(4, annotators=2)
     for name in ("ann", "bob", "cleo"):
         while store.next(name) is not None:
@@ -67,7 +67,7 @@ def test_each_item_goes_to_as_many_as_asked(make_store):
     assert store.progress("dan").left == 0
 
 
-def test_what_somebody_is_judging_is_given_to_nobody_else_for_a_while(make_store):
+def test_an_item_being_judged_is_reserved_for_a_while(make_store):
     now = [1000.0]
     store = make_store(1, clock=lambda: now[0], lease=60)
     asked = store.next("ann")
@@ -76,14 +76,14 @@ def test_what_somebody_is_judging_is_given_to_nobody_else_for_a_while(make_store
     assert store.next("bob").item == asked.item, "ann has gone to lunch"
 
 
-def test_a_skipped_item_goes_to_somebody_else(make_store):
+def test_a_skipped_item_goes_to_another_annotator(make_store):
     store = make_store(1)
     label(store, "ann", Answer("skip"))
     assert store.next("ann") is None and store.next("bob") is not None
     assert store.progress("ann").judged == 0
 
 
-def test_a_request_that_comes_twice_counts_once(make_store):
+def test_a_repeated_request_counts_once(make_store):
     store = make_store(2)
     asked, number = label(store, "ann", LEFT, key="k" * 16)
     assert store.judge("ann", asked.id, "k" * 16, LEFT) == number
@@ -96,7 +96,7 @@ def test_a_request_that_comes_twice_counts_once(make_store):
         store.judge("bob", asked.id, "k" * 16, LEFT)
 
 
-def test_undo_asks_again_and_deletes_nothing(make_store):
+def test_undo_reassigns_the_item_and_keeps_the_row(make_store):
     store = make_store(3)
     first, _ = label(store, "ann", LEFT)
     second, number = label(store, "ann", LEFT)
@@ -145,19 +145,19 @@ def test_rows_cannot_be_changed_or_deleted(make_store):
         (Answer("tie", seconds=float("nan")), "the seconds spent are nan"),
     ],
 )
-def test_answers_that_mean_nothing_are_refused(make_store, answer, reason):
+def test_invalid_answers_are_refused(make_store, answer, reason):
     store = make_store(1)
     with pytest.raises(JudgementRefused, match=reason):
         label(store, "ann", answer)
     assert not standing(store)
 
 
-def test_an_item_has_two_to_nine_completions():
+def test_items_need_two_to_nine_completions():
     with pytest.raises(ValueError, match="an item has 1 completions"):
         Item("question", pair(0).candidates[:1])
 
 
-def test_hidden_repeats_come_later_with_sides_swapped(make_store):
+def test_hidden_repeats_come_later_with_swapped_order(make_store):
     store = make_store(200, repeats=0.3, distance=5)
     given = []
     while (asked := store.next("ann")) is not None and len(given) < 150:
@@ -193,7 +193,7 @@ def log_unlinked(path):
 
 
 @pytest.mark.parametrize("harm", [unlinked, replaced, emptied, folder_moved, log_unlinked])
-def test_no_label_is_confirmed_once_the_file_is_gone(tmp_path, harm):
+def test_labels_are_not_confirmed_if_the_file_was_deleted(tmp_path, harm):
     (tmp_path / "labels").mkdir()
     store = FeedbackStore(tmp_path / "labels" / "feedback.db", Policy(repeats=0.0))
     store.add([pair(0), pair(1)])
@@ -206,7 +206,7 @@ def test_no_label_is_confirmed_once_the_file_is_gone(tmp_path, harm):
         store.next("bob")
 
 
-def test_two_names_of_a_file_share_one_lock(tmp_path):
+def test_two_paths_of_one_file_share_a_lock(tmp_path):
     folder = tmp_path / "labels"
     folder.mkdir()
     store = FeedbackStore(folder / "feedback.db")
@@ -225,7 +225,7 @@ def test_two_names_of_a_file_share_one_lock(tmp_path):
             FeedbackStore(path)
 
 
-def test_sides_and_repeats_cannot_be_foretold(make_store, tmp_path):
+def test_display_order_and_repeats_are_unpredictable(make_store, tmp_path):
     """From the seed, the name and the numbers of the items, that is; a store keeps its salt."""
 
     def shown(name, **policy):
@@ -278,7 +278,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("statement", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_store_is_one_sentence(make_store, statement):
+def test_a_damaged_store_is_refused(make_store, statement):
     store = make_store(1)
     label(store, "ann", prefer(0))
     store.close()
@@ -302,7 +302,7 @@ def test_a_damaged_store_is_one_sentence(make_store, statement):
 
 
 @pytest.mark.parametrize("statement", ["DELETE FROM store", "INSERT INTO store VALUES ('a', 'b')"])
-def test_a_store_without_its_own_id_is_refused(make_store, statement):
+def test_a_store_without_its_id_is_refused(make_store, statement):
     store = make_store(1)
     store.close()
     connection = sqlite3.connect(store.path)
@@ -322,7 +322,7 @@ def test_a_second_process_is_refused(make_store, tmp_path):
         FeedbackStore(tmp_path / "feedback.db")
 
 
-def test_other_files_are_refused(tmp_path):
+def test_files_that_are_not_stores_are_refused(tmp_path):
     (tmp_path / "text.db").write_text("no database at all, but long enough to have a header" * 20)
     sqlite3.connect(tmp_path / "other.db").executescript("CREATE TABLE t (x); PRAGMA user_version = 1;")
     for name, reason in (("text.db", "is not a feedback store"), ("other.db", "a database, but not a feedback store")):
@@ -335,7 +335,7 @@ def test_other_files_are_refused(tmp_path):
     assert not (tmp_path / "absent.db").exists()
 
 
-def test_a_snapshot_stays_what_it_was(make_store):
+def test_a_snapshot_is_not_changed_by_later_labels(make_store):
     store = make_store(4)
     label(store, "ann", LEFT)
     _, second = label(store, "ann", RIGHT)
@@ -361,13 +361,13 @@ def test_the_same_labels_have_the_same_fingerprint(make_store):
     assert len(prints) == 2
 
 
-def test_names_of_stores():
+def test_store_names_and_revisions_are_parsed():
     assert is_store("runs/feedback.db") and is_store("feedback.db@12") and not is_store("pairs.jsonl")
     assert split_name("a/feedback.db@12")[1] == 12 and str(split_name("a/feedback.db@12")[0]) == "a/feedback.db"
     assert split_name("me@home.db")[1] is None
 
 
-def test_what_was_confirmed_outlives_a_kill(make_store, tmp_path):
+def test_confirmed_labels_survive_a_kill(make_store, tmp_path):
     """A process labels and says so through a pipe, until it is killed in the middle of it."""
     make_store(2000).close()
     reader, writer = os.pipe()
@@ -398,7 +398,7 @@ def test_what_was_confirmed_outlives_a_kill(make_store, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [FeedbackStore.next, FeedbackStore.progress, FeedbackStore.labels])
-def test_what_each_request_costs_grows_no_faster_than_the_labels(asked, make_store):
+def test_request_cost_grows_at_most_linearly_with_labels(asked, make_store):
     """In steps of SQLite's machine, which no other process disturbs."""
 
     def steps(labels: int) -> int:
@@ -436,7 +436,7 @@ SELECT (SELECT count(*) FROM live WHERE annotator = :who AND verdict IN ('rankin
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_kept_up_to_date_is_what_would_be_counted_anew(tmp_path, seed):
+def test_incremental_counts_equal_recounted_ones(tmp_path, seed):
     drawn, names, made = random.Random(seed), ("ann", "bob", "eve"), 0
     policy = Policy(annotators=2, repeats=0.3, distance=2)
     store = FeedbackStore(tmp_path / "s.db", policy)
@@ -466,7 +466,7 @@ def test_what_is_kept_up_to_date_is_what_would_be_counted_anew(tmp_path, seed):
     store.close()
 
 
-def test_the_work_of_a_judgement_does_not_grow_with_the_store(tmp_path):
+def test_the_cost_of_a_judgement_does_not_grow_with_the_store(tmp_path):
     steps = 0
 
     def count() -> None:

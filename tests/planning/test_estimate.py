@@ -53,7 +53,7 @@ def roles(setup: Setup) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("bounds", [{}, {"micro_batch_size": 3}, {"max_tokens": 95}, {"max_tokens": 10}])
-def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
+def test_fixed_data_has_the_micro_batches_of_its_batch_plan(bounds, ranks):
     rows = Rows(groups=11, completions=1, prompt=20, completion=10, **bounds)
     batch = micro_batch(rows, ranks, packs_rows=True)
     real = BatchPlan([30] * 11, [10] * 11, batch_size=11, ranks=ranks, shuffle=False, limits=MicroBatchLimits(**bounds))
@@ -64,13 +64,13 @@ def test_fixed_data_is_cut_as_the_datas_plan_cuts_it(bounds, ranks):
 
 
 @pytest.mark.parametrize("bounds", [{}, {"micro_batch_size": 3}, {"max_tokens": 95}, {"max_tokens": 10}])
-def test_rollouts_are_cut_as_the_modules_cut_them(bounds):
+def test_rollouts_have_the_micro_batches_of_the_module(bounds):
     batch = micro_batch(replace(EPISODES, groups=11, **bounds), 1, packs_rows=True)
     cuts = cut_micro_batches([30] * 11, MicroBatchLimits(**bounds))
     assert (batch.passes, batch.rows) == (len(cuts), max(map(len, cuts)))
 
 
-def test_a_prompt_is_computed_once_for_its_completions():
+def test_packed_prompts_are_counted_once():
     assert micro_batch(PAIRS, 1, True) == (8, 40, 160, True, 1)
     assert micro_batch(PAIRS, 1, False) == (16, 30, 160, False, 1)
     group = Rows(groups=2, completions=8, prompt=1000, completion=500, parts_groups=True)
@@ -105,11 +105,11 @@ def test_a_prompt_is_computed_once_for_its_completions():
         ),
     ],
 )
-def test_roles_have_the_weights_worked_by_hand(setup, expected):
+def test_weights_of_each_role_by_hand(setup, expected):
     assert roles(setup) == expected
 
 
-def test_each_moment_holds_what_it_must():
+def test_memory_at_each_phase_by_hand():
     found = plan(replace(PPO, machine=Machine(process_bytes=7)))
     trained = 2 * POLICY + 32
     weights = 4 * (4 * POLICY + 64)
@@ -130,7 +130,7 @@ def test_each_moment_holds_what_it_must():
     assert found.tokens == 80 and plan(DPO).tokens == 16 * 30
 
 
-def test_gradients_stand_beside_the_activations_of_a_second_micro_batch():
+def test_with_accumulation_gradients_and_activations_coexist():
     one, two = plan(SFT), plan(replace(SFT, rows=replace(SFT.rows, max_tokens=120)))
     assert (one.micro_batch.passes, two.micro_batch.passes) == (1, 2)
     assert "gradients" not in one.moments["backward begins"]
@@ -140,12 +140,12 @@ def test_gradients_stand_beside_the_activations_of_a_second_micro_batch():
     )
 
 
-def test_fewer_slots_hold_less_cache():
+def test_fewer_sampling_slots_need_less_kv_cache():
     few = replace(PPO, rollout=RolloutPlan(prompts=8, slots=2, updates=4))
     assert 4 * plan(few).moments["sampling"]["KV cache"] == plan(PPO).moments["sampling"]["KV cache"]
 
 
-def test_ddp_keeps_buckets_and_fsdp_cuts_what_ddp_repeats():
+def test_ddp_adds_buckets_and_fsdp_shards_replicated_state():
     eight = replace(LLAMA, machine=Machine(gpu=True, data_ranks=8, strategy="ddp", precision="bf16-mixed"))
     cut = replace(eight, machine=replace(eight.machine, strategy="sharded"))
     whole, parts = plan(eight).moments["update"], plan(cut).moments["update"]
@@ -159,7 +159,7 @@ def test_ddp_keeps_buckets_and_fsdp_cuts_what_ddp_repeats():
     assert plan(cut).moments["backward ends"]["gathered weights"] == outside * (2 + 2) + 2 * block * 2 + block * (2 + 4)
 
 
-def test_a_cut_is_that_of_the_real_strategy():
+def test_sharded_sizes_equal_those_of_the_real_strategy():
     """torch's own FSDP2 cuts the real model over three ranks, where a fake process group stands for the others."""
     import torch.distributed as dist
     from tiny_models import tiny_config
@@ -182,7 +182,7 @@ def test_a_cut_is_that_of_the_real_strategy():
     assert trained_share(skeleton(tiny_config()).parameters, 3) == held
 
 
-def test_work_of_a_step_is_six_operations_a_weight_and_token():
+def test_a_step_takes_six_flops_per_weight_and_token():
     """Two forward and four backward, attention and head separately (Kaplan et al. 2020)."""
     rows = Rows(groups=4, completions=1, prompt=1, completion=1023)
     found = sum(plan(replace(LLAMA, rows=rows)).flops.values())
@@ -192,7 +192,7 @@ def test_work_of_a_step_is_six_operations_a_weight_and_token():
     assert found == pytest.approx(4 * 1024 * (6 * matrices + attention + again), rel=0.002)
 
 
-def test_an_adapter_saves_the_weights_gradients_and_recomputation_costs_a_forward():
+def test_lora_saves_weight_gradients_and_checkpointing_adds_a_forward():
     full, lora, again = (
         plan(setup).flops["learning"]
         for setup in (LLAMA, replace(LLAMA, lora=LoraSettings()), replace(LLAMA, checkpointing=True))
@@ -203,7 +203,7 @@ def test_an_adapter_saves_the_weights_gradients_and_recomputation_costs_a_forwar
 # -- what would help --------------------------------------------------------------------------------------------------
 
 
-def test_every_single_change_that_helps_is_named_and_really_fits():
+def test_every_suggested_single_change_fits():
     limit = 30 * 10**9
     setup = replace(LLAMA, lora=LoraSettings(), bytes=BF16, machine=Machine(gpu=True, precision="bf16-mixed"))
     assert plan(setup).peak > limit
@@ -214,13 +214,13 @@ def test_every_single_change_that_helps_is_named_and_really_fits():
     assert len({one.flags[0].split()[0] for one in found}) == len(found)
 
 
-def test_where_no_single_change_does_several_are_put_together():
+def test_if_no_single_change_fits_several_are_combined():
     setup = replace(LLAMA, machine=Machine(gpu=True))
     (found,) = remedies(setup, 24 * 10**9)
     assert len(found.flags) > 1 and found.peak <= 24 * 10**9
 
 
-def test_more_ranks_are_named_with_hosts_devices_and_mesh():
+def test_suggested_ranks_have_hosts_devices_and_mesh():
     setup = replace(LLAMA, machine=Machine(gpu=True, data_ranks=8, strategy="sharded", precision="bf16-mixed"))
     flags = [one.flags[0] for one in remedies(setup, plan(setup).peak - 1)]
     assert "--trainer.devices 8 --trainer.num_nodes 2 --trainer.strategy.data_parallel_size 16" in flags
@@ -229,7 +229,7 @@ def test_more_ranks_are_named_with_hosts_devices_and_mesh():
     assert "--trainer.devices 4 --trainer.strategy.data_parallel_size 4" in flags
 
 
-def test_what_can_never_fit_is_said_with_what_remains():
+def test_a_plan_that_cannot_fit_reports_the_shortfall():
     (found,) = remedies(replace(LLAMA, machine=Machine(gpu=True)), 10**9)
     assert found.peak > 10**9
 
@@ -254,11 +254,11 @@ def test_published_architectures_have_their_published_numbers_of_weights(name, c
     assert roles(replace(SFT, config=config_text(name)))["policy"] == (count, count)
 
 
-def test_names_that_nobody_published_are_no_architecture():
+def test_unknown_architecture_names_are_refused():
     assert published("somebody/else") is None and len(PUBLISHED) == 8
 
 
-def test_a_config_is_read_from_text_file_and_folder(tmp_path):
+def test_a_model_config_is_read_from_text_file_or_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": 64}))
     assert json.loads(config_text(str(tmp_path)))["model_type"] == "qwen2"
     assert config_text(str(tmp_path)) == config_text(str(tmp_path / "config.json"))
@@ -272,13 +272,13 @@ def test_a_config_is_read_from_text_file_and_folder(tmp_path):
     assert config_text(str(adapter)) == config_text(str(tmp_path))
 
 
-def test_a_model_that_nothing_is_known_of_is_named_with_the_way_out(monkeypatch):
+def test_an_unknown_model_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refused("no-model", "missing/model are unknown", "--plan.config"):
         config_text("missing/model")
 
 
-def test_four_bit_backbones_weigh_half_a_byte():
+def test_four_bit_backbones_take_half_a_byte_per_weight():
     setup = replace(LLAMA, lora=LoraSettings(), bytes=BF16, quantization="nf4")
     (role,) = plan(setup).roles
     quantised = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)

@@ -93,7 +93,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("rank", [None, RANK], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_activations_are_what_autograd_keeps(precision, rank, checkpointing, masked):
+def test_activation_estimates_equal_what_autograd_saves(precision, rank, checkpointing, masked):
     how = Pass(rank=rank, checkpointing=checkpointing, masked=masked, **PRECISIONS[precision])
     block = DecoderSizes.of(LlamaConfig(num_hidden_layers=3, **SIZES))
     assert kept_bytes(block, how, ROWS, WIDTH) == kept_by_autograd(how, "all-linear")
@@ -101,7 +101,7 @@ def test_activations_are_what_autograd_keeps(precision, rank, checkpointing, mas
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16 weights, mixed"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["up_proj"]], ids="+".join)
-def test_an_adapter_on_some_projections_keeps_their_inputs_alone(targets, precision):
+def test_lora_saves_only_inputs_of_adapted_projections(targets, precision):
     """Block for block; the first one, behind a frozen embedding, keeps less."""
     how = Pass(rank=RANK, targets=frozenset(targets), **PRECISIONS[precision])
     block = DecoderSizes.of(LlamaConfig(**SIZES))
@@ -110,14 +110,14 @@ def test_an_adapter_on_some_projections_keeps_their_inputs_alone(targets, precis
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_attention_written_out_keeps_its_probabilities(precision):
+def test_eager_attention_saves_its_probabilities(precision):
     how = Pass(eager=True, **PRECISIONS[precision])
     block = DecoderSizes.of(LlamaConfig(**SIZES))
     one_more = kept_by_autograd(how, "", layers=4) - kept_by_autograd(how, "", layers=3)
     assert ROWS * WIDTH * block_bytes(block, how, WIDTH) + cast_bytes(block, how) == one_more
 
 
-def test_a_cache_holds_keys_and_values_of_every_layer():
+def test_kv_cache_size_by_hand():
     from transformers import DynamicCache
 
     config = LlamaConfig(num_hidden_layers=3, **SIZES)

@@ -49,7 +49,7 @@ def test_a_small_run_is_planned_from_its_folder(policy_folder, capsys):
     assert f"peak: {found['peak_bytes'] / 1e9:.2f} GB a rank, {found['peak_moment']}" in shown
 
 
-def test_the_speed_is_bounded_by_what_this_machine_does_in_a_few_seconds(policy_folder, capsys, monkeypatch):
+def test_the_speed_estimate_uses_measured_machine_rates(policy_folder, capsys, monkeypatch):
     slow = Rates(1e9, 1e12)
     monkeypatch.setattr("rlhf_lightning.planning.plan.measured_rates", lambda setup, batch: slow)
     base = [*DPO, "--model.init_from", policy_folder, "--data.batch_size", "4", "--speed", "true"]
@@ -61,7 +61,7 @@ def test_the_speed_is_bounded_by_what_this_machine_does_in_a_few_seconds(policy_
     assert 0 < planned(*base)["most_tokens_per_second"] < 1e9
 
 
-def test_rates_are_measured_in_the_time_they_are_given(policy_folder):
+def test_rate_measurement_respects_its_time_limit(policy_folder):
     from rlhf_lightning.planning.estimate import measured_rates
     from rlhf_lightning.planning.setup import Machine, MicroBatch, Rows, Setup
 
@@ -72,7 +72,7 @@ def test_rates_are_measured_in_the_time_they_are_given(policy_folder):
     assert torch.cuda.is_available() or measured_rates(gpu, MicroBatch(4, 16, 64, False, 1)) is None
 
 
-def test_the_flags_of_fit_change_the_plan(policy_folder):
+def test_flags_of_fit_change_the_plan(policy_folder):
     base = [*DPO, "--model.init_from", policy_folder, "--data.batch_size", "8"]
     full = planned(*base)
     lora = planned(*base, "--model.lora.r", "4", "--data.max-tokens", "2100")
@@ -82,7 +82,7 @@ def test_the_flags_of_fit_change_the_plan(policy_folder):
     assert two["machine"]["data_ranks"] == 2 and "gradient buckets" in two["bytes"]["update"]
 
 
-def test_experiments_and_hardware_overlays_are_planned_without_model_or_data():
+def test_recipes_and_hardware_overlays_are_planned_without_model_or_data():
     found = planned("--config", str(RECIPES / "ppo.yaml"), "--config", str(HARDWARE / "fsdp.yaml"))
     assert found["machine"]["strategy"] == "sharded" and found["machine"]["data_ranks"] == 8
     assert [role["name"] for role in found["roles"]] == ["policy", "reward model"]
@@ -102,7 +102,7 @@ def test_experiments_and_hardware_overlays_are_planned_without_model_or_data():
         ("dapo", ["policy", "reward model"]),
     ],
 )
-def test_every_family_has_the_models_that_it_loads(experiment, roles):
+def test_each_family_counts_the_models_that_it_loads(experiment, roles):
     found = planned("--config", str(RECIPES / f"{experiment}.yaml"))
     assert [role["name"] for role in found["roles"]] == roles
 
@@ -120,18 +120,18 @@ def test_every_family_has_the_models_that_it_loads(experiment, roles):
         (None, []),
     ],
 )
-def test_reward_models_are_found_in_what_a_scorer_is_made_of(scorer, expected):
+def test_reward_models_inside_composed_scorers_are_counted(scorer, expected):
     assert reward_models(scorer) == expected
 
 
-def test_eight_billion_weights_are_planned_on_one_gpu_in_four_bits():
+def test_an_8b_qlora_run_is_planned_on_one_gpu():
     base = ["--config", str(RECIPES / "sft.yaml"), "--plan.config", "Llama-3.1-8B"]
     found = planned(*base, "--config", str(HARDWARE / "qlora_single_gpu.yaml"), "--memory", "80")
     assert found["fits"] and found["roles"][0]["parameters"] == 8_030_261_248 + found["roles"][0]["trained"]
     assert found["roles"][0]["bytes"] < 6.1e9
 
 
-def test_what_does_not_fit_exits_with_one_and_names_what_would_help(capsys):
+def test_a_plan_that_does_not_fit_exits_1_with_suggestions(capsys):
     flags = ["--config", str(RECIPES / "sft.yaml"), "--plan.config", "Llama-3.1-8B"]
     found = planned(*flags, "--config", str(HARDWARE / "single_gpu.yaml"), "--memory", "80", status=1)
     assert not found["fits"] and all(one["peak_bytes"] <= 80e9 for one in found["remedies"])
@@ -179,14 +179,14 @@ def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys, monkeypatch)
         (["--plan.config", "missing/model"], "the sizes of missing/model are unknown"),
     ],
 )
-def test_what_fit_would_refuse_before_it_loads_weights_is_refused(flags, sentence, capsys, monkeypatch):
+def test_configs_that_fit_refuses_are_refused(flags, sentence, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cpu = ["--trainer.accelerator", "cpu"]
     assert cli.main(["plan", *DPO, "--plan.config", "SmolLM2-135M", *cpu, *flags]) == 1
     assert sentence in capsys.readouterr().err
 
 
-def test_only_what_is_missing_is_made_up(tmp_path):
+def test_defaults_fill_only_missing_settings(tmp_path):
     assert placeholders(DPO) == ["--model.init_from", "model", "--data.source", "rows.jsonl"]
     assert placeholders(["--model", "PPOModule", "--data.source=x"]) == [
         "--model.init_from", "model", "--model.scorer", "model",
@@ -198,7 +198,7 @@ def test_only_what_is_missing_is_made_up(tmp_path):
     assert placeholders(["--help"]) == []
 
 
-def test_help_speaks_of_the_plan(capsys):
+def test_help_describes_the_plan(capsys):
     assert cli.main(["plan", "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: rlhf plan [flags of rlhf fit ...]")
@@ -248,7 +248,7 @@ print(json.dumps(found))
 """
 
 
-def test_runs_take_what_was_planned_within_a_fifth(tmp_path):
+def test_measured_memory_is_within_20_percent_of_the_plan(tmp_path):
     """All four stages on twelve million weights; most of what is compared is activations and moments."""
     AutoModelForCausalLM.from_config(tiny_config(**SMALL)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

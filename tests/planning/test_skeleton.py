@@ -20,7 +20,7 @@ def real(scalar: bool, lora: LoraSettings | None, **changes) -> torch.nn.Module:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=3), LoraSettings(r=2, targets=["q_proj", "v_proj"])])
 @pytest.mark.parametrize("scalar", [False, True], ids=["policy", "reward model"])
-def test_a_skeleton_has_the_real_models_weights(scalar, lora, tied):
+def test_a_skeleton_has_the_weight_shapes_of_the_model(scalar, lora, tied):
     found = skeleton(tiny_config(tie_word_embeddings=tied), lora, scalar)
     model = real(scalar, lora, tie_word_embeddings=tied)
     assert sum(part.size for part in found.parameters) == sum(p.numel() for p in model.parameters())
@@ -28,7 +28,7 @@ def test_a_skeleton_has_the_real_models_weights(scalar, lora, tied):
     assert sorted(part.shape for part in found.parameters) == sorted(tuple(p.shape) for p in model.parameters())
 
 
-def test_a_shared_critic_adds_a_head_with_its_bias_and_a_kept_start_another_adapter():
+def test_a_shared_critic_adds_a_head_and_a_continued_adapter_adds_a_frozen_copy():
     plain, valued = skeleton(tiny_config()), skeleton(tiny_config(), value_head=True)
     policy = CausalLM(real(False, None), value_head=True)
     assert trained_share(valued.parameters) == sum(p.numel() for p in policy.parameters())
@@ -38,13 +38,13 @@ def test_a_shared_critic_adds_a_head_with_its_bias_and_a_kept_start_another_adap
     assert sum(p.size for p in two.parameters) - sum(p.size for p in one.parameters) == trained_share(one.parameters)
 
 
-def test_an_adapters_size_is_that_of_the_real_one():
+def test_adapter_sizes_equal_those_of_the_real_adapter():
     block = DecoderSizes.of(tiny_config(num_hidden_layers=3, num_key_value_heads=1))
     found = skeleton(tiny_config(num_hidden_layers=3, num_key_value_heads=1), LoraSettings(r=5))
     assert trained_share(found.parameters) == 3 * adapter_size(block, Pass(rank=5))
 
 
-def test_nothing_is_allocated_for_a_skeleton_and_quantisation_takes_the_blocks_matrices():
+def test_a_skeleton_allocates_nothing_and_quantises_block_matrices():
     found = skeleton(tiny_config(), LoraSettings(r=3))
     block = DecoderSizes.of(tiny_config())
     assert sum(part.size for part in found.parameters if part.matrix) == block.layers * block.matrices
@@ -53,12 +53,12 @@ def test_nothing_is_allocated_for_a_skeleton_and_quantisation_takes_the_blocks_m
 
 
 @pytest.mark.parametrize(("ranks", "share"), [(1, 10 * 7), (2, 5 * 7), (3, 4 * 7), (8, 2 * 7), (16, 7)])
-def test_the_first_dimension_is_dealt_to_ranks_and_rounded_up(ranks, share):
+def test_the_first_dimension_is_sharded_and_rounded_up(ranks, share):
     assert Parameter((10, 7), True, False).share(ranks) == share
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (96, 160), (33, 65)])
-def test_quantised_bytes_are_those_that_bitsandbytes_keeps(rows, columns):
+def test_quantised_bytes_equal_those_of_bitsandbytes(rows, columns):
     from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
     weight = torch.randn(rows, columns)
@@ -69,12 +69,12 @@ def test_quantised_bytes_are_those_that_bitsandbytes_keeps(rows, columns):
     assert quantized_bytes(rows * columns, "int8", rows) == sum(t.numel() * t.element_size() for t in (codes, scales))
 
 
-def test_weights_of_eight_billion_in_four_bits_take_half_a_byte_each():
+def test_eight_billion_four_bit_weights_take_half_a_byte_each():
     count = 4096 * 14336
     assert quantized_bytes(count, "nf4", 4096) / count == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=1e-4)
 
 
-def test_bytes_of_weights_by_precision():
+def test_weight_bytes_by_dtype():
     parts = (Parameter((8, 4), True, False), Parameter((6, 64), False, True), Parameter((5,), False, False))
     assert weight_bytes(parts, FP32) == 4 * (32 + 384 + 5)
     assert weight_bytes(parts, BF16) == 4 * 32 + 2 * (384 + 5)
