@@ -91,7 +91,7 @@ def recurrent_groups(folder: Path) -> None:
     "exports have a row for it; SFT, DPO, reward model and PPO follow each other",
 )
 def no_spare_token(folder: Path) -> None:
-    vocabularies.test_stages_follow_each_other_without_any_spare_token(folder)
+    vocabularies.test_all_stages_work_without_a_spare_pad_token(folder)
 
 
 @report(
@@ -104,7 +104,7 @@ def adapted_heads(folder: Path) -> None:
         for target in ("lm_head", "embed_tokens"):
             here = folder / f"{target}_{tied}"
             here.mkdir()
-            vocabularies.test_an_adapter_on_head_or_embeddings_is_trained_seen_and_merged(here, tied, target)
+            vocabularies.test_an_adapter_on_head_or_embeddings_trains_and_merges(here, tied, target)
 
 
 @report(
@@ -154,7 +154,7 @@ def folders(_: Path) -> None:
 )
 def dropout(_: Path) -> None:
     for name in ("opt", "gpt_bigcode", "biogpt", "bloom", "falcon", "persimmon"):
-        self_checks.test_dropout_is_off_in_every_form(name)
+        self_checks.test_every_kind_of_dropout_is_disabled(name)
 
 
 @report(
@@ -163,8 +163,8 @@ def dropout(_: Path) -> None:
     "refused before training, with the id or the row; padded vocabularies of other sizes are read",
 )
 def indices(folder: Path) -> None:
-    vocabularies.test_rows_beyond_embeddings_or_positions_are_refused_by_name(folder / "a", save_policy(folder / "b"))
-    new_tokens.test_vocabularies_padded_to_different_sizes(folder / "c", "separate")
+    vocabularies.test_rows_beyond_embeddings_or_positions_are_refused(folder / "a", save_policy(folder / "b"))
+    new_tokens.test_roles_may_have_vocabularies_padded_to_different_sizes(folder / "c", "separate")
 
 
 @report(

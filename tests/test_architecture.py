@@ -105,7 +105,7 @@ def imports_at_module_level(tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_point_one_way(path):
+def test_rooms_import_only_allowed_rooms(path):
     room = room_of(path)
     if path == PACKAGE / "__init__.py":
         pytest.skip("the public names come from every room")
@@ -126,7 +126,7 @@ def test_imports_point_one_way(path):
     assert not wrong, "\n".join(wrong)
 
 
-def test_data_and_modules_meet_in_types_alone():
+def test_data_and_modules_share_only_types():
     above = {"models", "sampling", "scoring", "training", "modules", "runs"}
     assert not [room for room in above if "data" in MAY_IMPORT[room]]
     assert not above & MAY_IMPORT["data"]
@@ -136,14 +136,14 @@ def test_the_core_imports_no_satellite():
     assert not [room for room, allowed in MAY_IMPORT.items() if allowed & SATELLITES and room not in SATELLITES]
 
 
-def test_the_rooms_form_no_circle():
+def test_rooms_have_no_import_cycle():
     order = list(MAY_IMPORT)
     for room, allowed in MAY_IMPORT.items():
         assert all(order.index(other) < order.index(room) for other in allowed), f"{room} imports a room above it"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=relative)
-def test_functions_are_pure(path):
+def test_functional_is_pure(path):
     """Tensors in, tensors out: no framework, nothing printed, nothing moved between devices or waited for."""
     tree = ast.parse(path.read_text())
     outside = {
@@ -176,20 +176,20 @@ def casts(call: ast.Call) -> bool:
     return bool(call.args) and all(kind.search(ast.unparse(argument)) for argument in call.args) and not call.keywords
 
 
-def test_types_compute_nothing_past_a_subtraction():
+def test_types_do_no_tensor_computation():
     tree = ast.parse((PACKAGE / "types.py").read_text())
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not [name for name in calls if name.startswith(("torch.", "F."))]
 
 
-def test_nothing_lies_about():
+def test_the_repository_root_has_only_known_files():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout: the project's files are not known")
     assert {path.split("/")[0] for path in tracked} <= TOP_LEVEL
 
 
-def test_the_front_door_starts_fast():
+def test_cli_entry_points_do_not_import_the_training_stack():
     """``rlhf --help`` and shell completion must not wait for the training stack."""
     heavy = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib"}
     for name in ("cli.py", "__main__.py", "__init__.py"):
@@ -226,7 +226,7 @@ def is_described(node: ast.stmt) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_everything_public_is_described(path, inherited_docstrings):
+def test_everything_public_has_a_docstring(path, inherited_docstrings):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the file does not say what it is for"
     missing = undescribed(tree.body, inherited_docstrings)
@@ -246,7 +246,7 @@ def undescribed(body: list[ast.stmt], inherited: dict[str, set[str]], owner: str
     return missing
 
 
-def test_a_missing_docstring_would_be_seen():
+def test_the_docstring_check_detects_a_missing_docstring():
     text = (
         "class A:\n    'A.'\n    def f(self):\n        'F.'\n    def g(self): ...\n"
         "class B(A):\n    'B.'\n    def f(self): ...\n    def h(self): ...\n"
@@ -264,13 +264,13 @@ def needs_none(node: ast.stmt) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_nothing_is_left_for_later(path):
+def test_there_are_no_todo_notes(path):
     notes = re.findall(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX|HA" + r"CK)\b.*", path.read_text())
     assert not notes, notes
     assert path.stem != "utils", "a helper stands in the file of its noun"
 
 
-def test_inheritance_stays_shallow():
+def test_inheritance_is_at_most_five_deep():
     """Own classes inherit at most five deep, so that a reader finds a method in four files or fewer.
 
     The deepest chain is module, rollout, on-policy, critic-free. The fifth is a preset, which sets defaults and has no
@@ -336,7 +336,7 @@ def test_no_private_name_is_overridden_across_files():
     assert not found, "\n".join(found)
 
 
-def test_a_private_override_would_be_seen():
+def test_the_private_override_check_detects_an_override():
     sources = {
         "a.py": "class A:\n    _x = 1\n    def _y(self): ...",
         "b.py": "class B(A): ...\nclass C(B):\n    def _y(self): ...",
@@ -358,7 +358,7 @@ def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
     return found
 
 
-def test_private_names_of_other_packages_stand_in_compat_alone():
+def test_private_names_of_other_packages_are_used_only_in_compat():
     trees = {path: ast.parse(path.read_text()) for path in FILES}
     own = set()
     for node in (node for tree in trees.values() for node in ast.walk(tree)):
@@ -443,7 +443,7 @@ def coded():
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in CONVERTED], ids=relative)
-def test_refusals_carry_a_code(path, coded):
+def test_raised_errors_have_a_code(path, coded):
     inside = path.relative_to(PACKAGE).as_posix()
     wrong = [
         found for found in uncoded_raises(ast.parse(path.read_text()), coded) if (inside, found[1]) not in CONTROL_FLOW
@@ -451,7 +451,7 @@ def test_refusals_carry_a_code(path, coded):
     assert not wrong, f"raise a class of errors.py with a code, or one derived from it: {wrong}"
 
 
-def test_a_refusal_without_a_code_would_be_seen():
+def test_the_error_code_check_detects_a_missing_code():
     tree = ast.parse(
         "class Own(DataError): ...\n"
         "def made() -> Own: ...\n"
@@ -466,7 +466,7 @@ def test_a_refusal_without_a_code_would_be_seen():
     assert uncoded_raises(tree, coded) == [(8, "KeyError"), (9, "ValueError"), (10, "NotImplementedError")]
 
 
-def test_a_wrong_import_would_be_seen():
+def test_the_import_check_detects_every_form_of_import():
     """The reading above finds imports in functions, under conditions and in every spelling."""
     tree = ast.parse(
         "def f():\n    from rlhf_lightning import modules\nif True:\n    import rlhf_lightning.data.prompts as d\n"
@@ -497,7 +497,7 @@ BUILDING_BLOCKS = {
 """Public functions of functional/ that are kept although nothing uses them yet, and what for."""
 
 
-def test_every_function_has_a_user():
+def test_every_function_is_used():
     """Tests do not count: a formula that only its test calls is code without a user."""
     used: set[str] = set()
     for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
@@ -524,13 +524,13 @@ def repeated(names: list[str]) -> set[str]:
     return {name for name in names if names.count(name) > 1}
 
 
-def test_no_class_name_stands_twice():
+def test_class_names_are_unique():
     trees = [ast.parse(path.read_text()) for path in FILES]
     names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert not repeated(names)
 
 
-def test_file_names_stand_once_except_nouns_of_several_layers():
+def test_file_names_are_unique_except_listed_nouns():
     assert repeated([path.stem for path in FILES]) - {"__init__"} == NOUNS
 
 
@@ -551,13 +551,13 @@ def imports_by_name(tree: ast.AST) -> bool:
     )
 
 
-def test_loading_alone_imports_what_a_user_names():
+def test_only_loading_imports_user_modules():
     found = {str(path.relative_to(ROOT)) for path in FILES if imports_by_name(ast.parse(path.read_text()))}
     assert found == IMPORTS_BY_OWN_NAME | {"rlhf_lightning/loading.py"}
     assert imports_by_name(ast.parse("from importlib import import_module\ndef f(x):\n    return import_module(x)"))
 
 
-def test_experiments_import_names_that_exist():
+def test_experiments_import_existing_names():
     missing = []
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

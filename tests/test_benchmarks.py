@@ -52,7 +52,7 @@ RUNS = {
 }
 
 
-def test_speeds_are_those_of_the_steps_that_a_goal_reads():
+def test_speeds_are_computed_over_the_steps_of_a_goal():
     first, later = (results.findings(CASE, goal, RUNS) for goal in CASE.goals)
     assert first["ours"].value == pytest.approx(60 / 2)  # 20 and 40 tokens in two seconds
     assert first["peer"].value == pytest.approx(60 / 8)
@@ -64,7 +64,7 @@ def test_speeds_are_those_of_the_steps_that_a_goal_reads():
     assert first["memory"].value == pytest.approx(0.25)
 
 
-def test_a_figure_meets_what_is_asked_or_says_that_it_does_not():
+def test_results_say_whether_a_goal_is_met():
     assert "(>= 2: met)" in results.Finding(2.0, 2.0).written()
     assert "(>= 2: NOT met)" in results.Finding(1.99, 2.0).written()
     assert "(<= 0.5: met)" in results.Finding(0.5, 0.5, at_most=True).written()
@@ -73,7 +73,7 @@ def test_a_figure_meets_what_is_asked_or_says_that_it_does_not():
     assert results.Finding(None).written() == ""
 
 
-def test_a_median_is_not_moved_by_one_slow_run():
+def test_one_slow_run_does_not_change_the_median():
     slow = record([9, 100, 100, 100, 100], [10, 30, 70, 90, 130])
     runs = {**RUNS, "ours": [RUNS["ours"][0], slow, RUNS["ours"][0]]}
     assert results.findings(CASE, CASE.goals[0], runs) == results.findings(CASE, CASE.goals[0], RUNS)
@@ -96,17 +96,17 @@ def test_rollouts_are_counted_in_episodes():
         ([0.5, float("nan"), 0.5, 0.5, 0.5], False),
     ],
 )
-def test_losses_agree_over_every_update_or_not(peers, agree):
+def test_losses_must_agree_in_every_update(peers, agree):
     runs = {**RUNS, PEER: [record([9, 4, 4, 4, 4], loss=peers)]}
     assert results.losses_agree(CASE, runs) is agree
 
 
-def test_losses_of_sides_that_sample_for_themselves_are_not_compared():
+def test_losses_of_sampling_stages_are_not_compared():
     assert results.losses_agree(CASE._replace(same_losses=None), RUNS) is None
     assert results.losses_agree(CASE, {"ours": RUNS["ours"]}) is None
 
 
-def test_the_page_says_what_is_missing():
+def test_the_page_lists_missing_runs():
     suite = SUITES["cpu"]._replace(cases={"one": CASE, "other": CASE})
     written = results.page(suite, {"one": {k: v for k, v in RUNS.items() if k != PEER}}, 1, ["- here"], {})
     assert "- one: peer (0 of 1)" in written
@@ -115,7 +115,7 @@ def test_the_page_says_what_is_missing():
 
 
 @pytest.mark.parametrize(("device", "name"), [(device, name) for device in SUITES for name in SUITES[device].cases])
-def test_goals_read_sides_and_steps_that_their_case_has(device, name):
+def test_goals_use_sides_and_steps_of_their_case(device, name):
     case = SUITES[device].cases[name]
     steps = int(dict(zip(case.flags, case.flags[1:], strict=False))["--steps"])
     for goal in case.goals:
@@ -155,7 +155,7 @@ def sides_run(bench):
     return [json.loads(line)["side"] for line in (bench.folder / "one.jsonl").read_text().splitlines()]
 
 
-def test_sides_take_turns_and_are_not_run_again(bench):
+def test_sides_alternate_and_finished_ones_are_not_rerun(bench):
     bench.run("one")
     assert sides_run(bench) == [PEER, LIMIT, PEER, LIMIT]
     bench.run("one")
@@ -166,7 +166,7 @@ def test_sides_take_turns_and_are_not_run_again(bench):
     assert [len(records) for records in bench.kept("one").values()] == [3, 3]
 
 
-def test_a_side_whose_code_has_changed_runs_again(bench):
+def test_a_side_with_changed_code_is_rerun(bench):
     bench.run("one")
     bench.args.limit_script.write_text(STAGE.format(repr(record([5, 5]))))
     assert list(bench.kept("one")) == [PEER]
@@ -174,7 +174,7 @@ def test_a_side_whose_code_has_changed_runs_again(bench):
     assert sides_run(bench)[4:] == [LIMIT, LIMIT]
 
 
-def test_a_failure_is_told_and_tried_again(bench, capsys):
+def test_a_failed_side_is_reported_and_retried(bench, capsys):
     script = bench.args.limit_script
     good = script.read_text()
     script.write_text("raise SystemExit('no memory')")
@@ -187,7 +187,7 @@ def test_a_failure_is_told_and_tried_again(bench, capsys):
     assert [len(records) for records in bench.kept("one").values()] == [2, 2]
 
 
-def test_a_run_that_takes_too_long_is_ended(bench):
+def test_a_run_over_the_time_limit_is_stopped(bench):
     bench.args.time_limit = 1
     bench.args.limit_script.write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
     output, failure = bench.output_of(bench.command("one", LIMIT))
@@ -195,14 +195,14 @@ def test_a_run_that_takes_too_long_is_ended(bench):
     assert "begun" in output
 
 
-def test_the_process_that_starts_the_others_stays_small():
+def test_the_launcher_process_does_not_import_torch():
     """A child process inherits the peak resident memory of its parent, which would be counted as its own."""
     program = "import sys, compare; print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=compare.HERE, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_scripts_get_the_flags_they_know(bench, tmp_path, monkeypatch):
+def test_each_script_gets_only_its_own_flags(bench, tmp_path, monkeypatch):
     bench.cases = CASES
     monkeypatch.setattr(compare, "written", lambda kind, place, *_: place)
     limit = " ".join(bench.command("dpo_lora", LIMIT))
@@ -233,7 +233,7 @@ def test_a_fresh_reward_adapter_shares_the_policys_backbone(tmp_path):
     torch.testing.assert_close(adapter, whole)
 
 
-def test_a_stage_prints_figures_of_each_rollout(tmp_path):
+def test_a_stage_prints_metrics_of_each_rollout(tmp_path):
     """PPO with all roles on one backbone, through the users' command."""
     small = folders.written("small", tmp_path / "small")
     weights = safetensors.torch.load_file(small / "model.safetensors")
@@ -255,7 +255,7 @@ def test_a_stage_prints_figures_of_each_rollout(tmp_path):
 # -- how cost grows ---------------------------------------------------------------------------------------------------
 
 
-def test_points_have_the_tokens_that_their_axis_says():
+def test_scaling_points_have_the_tokens_of_their_axis():
     points = scaling.SWEEPS["length"].points
     assert [point.tokens for point in points.values()] == [4 * length for length in points]
     spreads = [point.tokens for point in scaling.SWEEPS["spread"].points.values()]
@@ -263,7 +263,7 @@ def test_points_have_the_tokens_that_their_axis_says():
     assert scaling.spread(0.5, 3, 100) == (50, 100, 150)
 
 
-def test_a_group_is_cut_and_laid_out_as_one_tree():
+def test_a_group_is_packed_as_one_tree():
     step = scaling.update(scaling.Point(8, (3, 4, 5, 6), group=2))
     sequences = step.micro_batches[0].sequences
     assert len(step.micro_batches) == 1 and step.tokens == 18
@@ -272,12 +272,12 @@ def test_a_group_is_cut_and_laid_out_as_one_tree():
     assert [len(part.sequences.completions) for part in rows.micro_batches] == [2, 2, 2, 2]
 
 
-def test_a_point_is_measured():
+def test_a_scaling_point_measures_seconds_and_memory():
     found = scaling.measured(scaling.Point(4, (3, 4), vocabulary=300))
     assert found["seconds"] > 0 and found["resident"] > 50
 
 
-def test_growth_is_the_exponent_of_the_curve():
+def test_growth_is_the_exponent_of_the_last_points():
     assert scaling.growth([1, 2, 4, 8, 16], [9, 9, 1, 2, 4]) == "1.00"
     assert scaling.growth([1, 2, 4], [5, 5, 5]) == "0.00"
     assert scaling.growth([1, 2, 4], [5, 0, 5]) == ""
@@ -294,7 +294,7 @@ def two_and_three_layers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", operations.CASES)
-def test_no_change_adds_operations(case, two_and_three_layers):
+def test_operation_counts_do_not_increase(case, two_and_three_layers):
     """Allow at most 2 % more than in operations.json, relative to transformers and peft."""
     if case.startswith("qlora"):
         pytest.importorskip("bitsandbytes")
@@ -307,7 +307,7 @@ def test_no_change_adds_operations(case, two_and_three_layers):
 # -- our own speed over time ------------------------------------------------------------------------------------------
 
 
-def test_an_interval_holds_the_ratio_of_means_and_widens_with_the_spread():
+def test_intervals_contain_the_ratio_and_widen_with_variance():
     ratio, low, high = own_bench.interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
     assert ratio == low == high == pytest.approx(2)
     ratio, low, high = own_bench.interval([1.0, 1.1, 0.9], [2.0, 2.2, 1.8])
@@ -317,7 +317,7 @@ def test_an_interval_holds_the_ratio_of_means_and_widens_with_the_spread():
     assert own_bench.student(3) == pytest.approx(3.182, rel=0.01)
 
 
-def test_what_changed_is_told_from_what_did_not():
+def test_changed_timings_are_marked():
     def records(seconds):
         return [{"case": "help", "runs": [{"seconds": one, "load": 1.0} for one in seconds]}]
 
@@ -327,7 +327,7 @@ def test_what_changed_is_told_from_what_did_not():
     assert "changed" not in same
 
 
-def test_every_cell_of_the_gpu_report_is_a_case_for_both_devices():
+def test_every_gpu_report_cell_is_a_case_on_both_devices():
     for device, smoke in (("gpu", False), ("cpu", True)):
         found = gpu_report.cells(device, smoke)
         assert len(found) == len(gpu_report.CELLS)
@@ -355,13 +355,13 @@ HEAVY = ("torch", "transformers", "lightning", "peft", "numpy", "datasets", "jso
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["fit", "--help"], ["fit", "--model", "SFTModule", "--model.lerning_rate", "1"]]
 )
-def test_help_and_a_misspelt_flag_import_nothing_heavy(arguments):
+def test_help_and_flag_errors_import_no_heavy_packages(arguments):
     fresh = "from rlhf_lightning.commands import flag_index; flag_index.is_stale = lambda: False; "
     program = f"{fresh}from rlhf_lightning.cli import main; main({arguments})"
     assert not modules_of(program, *HEAVY)
 
 
-def test_training_does_not_import_what_it_does_not_use():
+def test_training_imports_no_unused_packages():
     unused = ("bitsandbytes.nn", "torch._inductor.compile_fx", "datasets", "pandas", "pyarrow", "sklearn", "vllm")
     unused += ("rlhf_lightning.people.server", "rlhf_lightning.verification.verify")
     assert not modules_of("import rlhf_lightning.commands.train", *unused)

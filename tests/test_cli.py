@@ -46,7 +46,7 @@ def test_help_lists_each_command_on_a_line(capsys):
     assert max(map(len, lines)) <= 100
 
 
-def test_nothing_at_all_is_a_usage_error_that_shows_the_help(capsys):
+def test_no_arguments_print_help_and_exit_2(capsys):
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: rlhf COMMAND")
 
@@ -60,12 +60,12 @@ def test_each_command_has_a_module(name):
     ("given", "hint"),
     [("fti", "did you mean fit?"), ("generat", "did you mean generate?"), ("zzz", "the commands are fit")],
 )
-def test_an_unknown_command_names_the_nearest(given, hint, capsys):
+def test_an_unknown_command_suggests_the_nearest(given, hint, capsys):
     assert main([given]) == 2
     assert capsys.readouterr().err.startswith(f"rlhf: there is no command {given!r}: {hint}")
 
 
-def test_a_command_gets_what_follows_its_name_and_its_status_is_returned(command):
+def test_a_command_gets_its_arguments_and_returns_its_status(command):
     assert command(lambda argv: 0 if argv == ["--flag"] else 9) == 0
     assert command(lambda argv: 3) == 3
     assert command(lambda argv: None) == 0
@@ -79,7 +79,7 @@ def test_a_command_gets_what_follows_its_name_and_its_status_is_returned(command
         type("MisconfigurationException", (Exception,), {})("no"),
     ],
 )
-def test_what_was_foreseen_is_said_in_one_sentence(command, error, capsys):
+def test_expected_errors_print_one_sentence(command, error, capsys):
     def fail(argv):
         raise error
 
@@ -87,7 +87,7 @@ def test_what_was_foreseen_is_said_in_one_sentence(command, error, capsys):
     assert capsys.readouterr().err == f"rlhf: {error}\n"
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(command):
+def test_unexpected_errors_keep_their_traceback(command):
     def fail(argv):
         raise RuntimeError("shapes differ")
 
@@ -95,7 +95,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(command):
         command(fail)
 
 
-def test_debugging_shows_every_traceback(command, monkeypatch):
+def test_rlhf_debug_shows_every_traceback(command, monkeypatch):
     def fail(argv):
         raise ValueError("beta is -1")
 
@@ -104,7 +104,7 @@ def test_debugging_shows_every_traceback(command, monkeypatch):
         command(fail)
 
 
-def test_interrupts_and_closed_pipes_end_quietly(command, capfd):
+def test_interrupts_and_closed_pipes_print_no_traceback(command, capfd):
     def interrupted(argv):
         raise KeyboardInterrupt
 
@@ -113,7 +113,7 @@ def test_interrupts_and_closed_pipes_end_quietly(command, capfd):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
-def test_characters_that_the_terminal_lacks_end_no_command(encoding, command, monkeypatch):
+def test_unencodable_characters_do_not_end_a_command(encoding, command, monkeypatch):
     screens = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
     for name, screen in screens.items():
         monkeypatch.setattr(sys, name, screen)
@@ -130,7 +130,7 @@ def test_characters_that_the_terminal_lacks_end_no_command(encoding, command, mo
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
-def test_a_closed_stream_ends_no_command(name, command, monkeypatch):
+def test_closed_standard_streams_do_not_end_a_command(name, command, monkeypatch):
     monkeypatch.setattr(sys, name, None)
 
     def uses(argv):
@@ -142,14 +142,14 @@ def test_a_closed_stream_ends_no_command(name, command, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_NTASKS"])
-def test_a_rank_that_is_not_a_number_is_named(name, command, monkeypatch, capsys):
+def test_a_non_numeric_rank_variable_is_named(name, command, monkeypatch, capsys):
     monkeypatch.setenv(name, "two")
     assert command(print) == 1
     assert f"the environment variable {name} is 'two'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "long", "NUL", "link to a pipe"])
-def test_no_file_is_renamed_over_what_is_not_a_file(kind, tmp_path):
+def test_atomic_writes_refuse_pipes_and_folders(kind, tmp_path):
     place = tmp_path / "out"
     make = {"pipe": os.mkfifo, "folder": os.mkdir}
     if kind in make:
@@ -164,7 +164,7 @@ def test_no_file_is_renamed_over_what_is_not_a_file(kind, tmp_path):
     assert before is None or place.lstat() == before
 
 
-def test_out_of_memory_names_what_to_lower():
+def test_out_of_memory_names_the_settings_to_lower():
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.\nmore")
     sentence = failure_sentence(error)
     assert "lower data.micro_batch_size, data.max_tokens or data.max_length" in sentence and "more" not in sentence
@@ -173,7 +173,7 @@ def test_out_of_memory_names_what_to_lower():
     assert "out of memory" in failure_sentence(OSError(12, "Cannot allocate memory"))
 
 
-def test_help_imports_neither_torch_nor_lightning_and_the_package_runs_as_a_module(tmp_path):
+def test_help_imports_neither_torch_nor_lightning(tmp_path):
     """In a process of its own: what this one has imported would hide it."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = (
@@ -202,7 +202,7 @@ def test_help_imports_neither_torch_nor_lightning_and_the_package_runs_as_a_modu
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_failure_of_any_kind_is_printable(monkeypatch, capsys):
+def test_error_output_is_printable(monkeypatch, capsys):
     """What a sentence quotes may come from a model's folder, a file or a server, and by way of another package."""
 
     def fails(argv):

@@ -82,12 +82,12 @@ def test_lightning_gives_a_trainer_no_datamodule_until_it_has_one(fitted: Line) 
     assert compat.attached_datamodule(fitted.trainer) is given, "Trainer.datamodule is no longer the DataModule"
 
 
-def test_lightning_tells_when_a_validation_follows_and_an_epoch_ends(fitted: Line) -> None:
+def test_lightning_exposes_validation_and_epoch_end_conditions(fitted: Line) -> None:
     found = [seen[:2] for seen in fitted.seen]
     assert found == [(False, False), (True, True)], "_should_check_val_fx or _is_training_done mean something else now"
 
 
-def test_lightning_dumps_a_checkpoint_with_the_parts_that_are_changed(fitted: Line) -> None:
+def test_lightning_checkpoints_have_the_keys_that_are_patched(fitted: Line) -> None:
     assert {"loops", "state_dict", "optimizer_states", "callbacks", "lr_schedulers"} <= set(fitted.seen[0][2]), (
         "dump_checkpoint leaves out a part"
     )
@@ -99,7 +99,7 @@ def test_lightning_logs_at_the_step_that_was_set(fitted: Line) -> None:
     )
 
 
-def test_lightning_keeps_the_state_of_loaders_that_were_made_early(fitted: Line) -> None:
+def test_lightning_keeps_the_loader_state_attributes(fitted: Line) -> None:
     loop = fitted.trainer.fit_loop
     names = ("_combined_loader_states_to_load", "_data_fetcher", "_load_combined_loader_states")
     gone = [name for name in names if not hasattr(loop, name)]
@@ -112,31 +112,31 @@ def test_lightning_names_the_cluster_environment(fitted: Line) -> None:
     assert found.endswith("Environment"), f"_accelerator_connector.cluster_environment is {found}"
 
 
-def test_lightning_keeps_where_a_trainer_takes_its_data_from(fitted: Line) -> None:
+def test_lightning_keeps_the_data_source_attributes(fitted: Line) -> None:
     assert isinstance(compat.given_data(fitted.trainer), DataLoader), "fit_loop._data_source is no longer the loader"
     assert isinstance(compat.held_out_data(fitted.trainer), DataLoader), "val_loop._data_source is no longer the loader"
     assert compat.given_data(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)) is None
 
 
 @pytest.mark.parametrize("deals", [False, True])
-def test_lightning_keeps_whether_it_deals_out_loaders(deals: bool) -> None:
+def test_lightning_keeps_the_distributed_sampler_attribute(deals: bool) -> None:
     trainer = Trainer(use_distributed_sampler=deals, logger=False, enable_checkpointing=False, accelerator="cpu")
     assert compat.deals_out_loaders(trainer) is deals, "the trainer keeps use_distributed_sampler elsewhere"
 
 
-def test_lightning_keeps_the_periods_of_a_model_checkpoint() -> None:
+def test_lightning_keeps_the_period_attributes_of_model_checkpoint() -> None:
     assert compat.checkpoint_period(ModelCheckpoint(every_n_train_steps=3)) == (3, None), (
         "ModelCheckpoint keeps its periods elsewhere"
     )
     assert compat.checkpoint_period(ModelCheckpoint())[0] == 0, "ModelCheckpoint has another default period"
 
 
-def test_lightning_keeps_the_sizes_of_a_mesh() -> None:
+def test_lightning_keeps_the_mesh_size_attributes() -> None:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     assert compat.mesh_sizes(strategy) == (2, 1), "ModelParallelStrategy keeps its sizes elsewhere"
 
 
-def test_lightning_cli_has_the_methods_that_are_called_and_overridden() -> None:
+def test_lightning_cli_has_the_used_methods() -> None:
     assert "_subcommand_parsers" in inspect.getsource(LightningCLI), "LightningCLI._subcommand_parsers is gone"
     assert list(inspect.signature(LightningCLI._get).parameters)[1:3] == ["config", "key"], "LightningCLI._get changed"
     parsers = compat.subcommand_parsers(SimpleNamespace(_subcommand_parsers={"fit": 1}))
@@ -165,7 +165,7 @@ def test_jsonargparse_lists_its_options_and_their_types() -> None:
     assert found["count"] == int | None, "ActionTypeHint._typehint changed"
 
 
-def test_transformers_says_which_attention_a_model_runs() -> None:
+def test_transformers_names_the_attention_kernel_of_a_model() -> None:
     from tiny_models import tiny_config
     from transformers import LlamaForCausalLM
 
@@ -176,7 +176,7 @@ def test_transformers_says_which_attention_a_model_runs() -> None:
     assert not compat.is_stateful(model), "_is_stateful changed"
 
 
-def test_peft_keeps_the_switch_of_a_layer() -> None:
+def test_peft_keeps_the_adapter_switch_of_a_layer() -> None:
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
     layer = next(part for part in model.modules() if isinstance(part, BaseTunerLayer))
     assert compat.adapter_switch(layer) == (["default"], False), "BaseTunerLayer keeps its switch elsewhere"
@@ -184,7 +184,7 @@ def test_peft_keeps_the_switch_of_a_layer() -> None:
     assert layer.disable_adapters, "BaseTunerLayer._disable_adapters no longer disables"
 
 
-def test_torch_and_datasets_keep_their_names() -> None:
+def test_torch_and_datasets_keep_the_used_private_names() -> None:
     compat.allow_graphs(1)
     assert torch._dynamo.config.recompile_limit >= 1, "torch._dynamo.config.recompile_limit is gone"
     assert "TORCH_CONTIGUOUS_FORMAT" in compat.memory_format_encoding().__members__, "_MEM_FORMAT_ENCODING changed"
@@ -205,14 +205,14 @@ def test_lightning_installs_signal_handlers_with_one_method() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_model_is_built_with_a_kernel_and_names_it() -> None:
+def test_a_model_reports_the_kernel_it_was_built_with() -> None:
     kind = AutoModelForCausalLM.from_config(tiny_config()).__class__
     model = compat.new_model(kind, tiny_config(), "eager")
     assert compat.attention_kernel(model.config) == "eager", "transformers: configs name their kernel otherwise"
     assert model.dtype == torch.float32
 
 
-def test_peft_says_which_layers_a_fused_kernel_reads() -> None:
+def test_peft_exposes_the_layers_used_by_fused_kernels() -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type="mamba"))
     assert compat.bypasses_adapters(model, "layers.0.mixer.out_proj"), "peft: the check of Mamba's layers has moved"
     assert not compat.bypasses_adapters(model, "layers.0.mixer.in_proj")

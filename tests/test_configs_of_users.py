@@ -69,7 +69,7 @@ def own_lines(file: str) -> int:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_readme_says_what_is_so(path: Path) -> None:
+def test_the_readme_table_matches_the_files(path: Path) -> None:
     rows = re.findall(rf"^\| .*\[{path.stem}\.py\].*$", (USERS / "README.md").read_text(), re.M)
     assert len(rows) == 1, f"{path.stem}.py has one row in the table"
     _, lines, test, said = (cell.strip() for cell in rows[0].strip("| ").split(" | "))
@@ -156,7 +156,7 @@ def overlay(config: dict[str, Any], folders: dict[str, str], folder: Path) -> di
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_trains(
+def test_every_user_config_trains(
     path: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return found
 
 
-def test_all_stages_in_small(recipe: Any, tmp_path: Path) -> None:
+def test_all_stages_run_at_small_size(recipe: Any, tmp_path: Path) -> None:
     run = recipe["run"]
     small = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--samples.prompts", "2"]
     brief = ["--data.rows", "16", "--data.batch_size", "8"]
@@ -55,7 +55,9 @@ def test_all_stages_in_small(recipe: Any, tmp_path: Path) -> None:
     assert "| helpful SFT |" in text and "| RL-CAI " in text and "SmolLM2 has not been run." in text
 
 
-def test_a_real_model_s_part_in_small(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_model_stage_runs_with_a_small_model(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Use a small model instead of the real model; check the requests and the page's text."""
     from conftest import make_tiny_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM

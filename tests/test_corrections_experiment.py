@@ -20,14 +20,14 @@ def of(scene, name):
     return scene.moments(corrections.CORRECTIONS[name](scene.drawn))
 
 
-def test_only_the_weight_of_whole_completions_has_no_bias(scenes):
+def test_only_sequence_level_weights_are_unbiased(scenes):
     for name, scene in scenes.items():
         assert (of(scene, "sequence, no bound").bias < 1e-9) == (name != "top_p 0.9")
     assert of(scenes["lag 4"], "token, no bound").bias > 0.05
     assert of(scenes["lag 4"], "none").bias > of(scenes["lag 4"], "token, no bound").bias
 
 
-def test_the_mean_and_the_variance_are_those_of_samples(scenes):
+def test_exact_mean_and_variance_equal_sampled_ones(scenes):
     """Compare with a million draws of one prompt's completions."""
     scene = scenes["4 bits (noise 0.3)"]
     weights = corrections.CORRECTIONS["`token_truncate`, 2"](scene.drawn)
@@ -42,5 +42,5 @@ def test_the_mean_and_the_variance_are_those_of_samples(scenes):
     torch.testing.assert_close(total / len(rows), mean, atol=5e-3, rtol=0)
 
 
-def test_truncation_leaves_a_bias_that_no_correction_removes(scenes):
+def test_no_correction_removes_the_bias_of_truncated_sampling(scenes):
     assert min(of(scenes["top_p 0.9"], name).bias for name in corrections.CORRECTIONS) > 0.05

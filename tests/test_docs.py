@@ -88,7 +88,7 @@ def reader(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIALS)
-def test_a_tutorial_does_what_it_shows(page, reader):
+def test_tutorial_commands_give_the_shown_output(page, reader):
     folder, run = reader
     printed = ""
     for kind, text in blocks_of(page):
@@ -143,7 +143,7 @@ def functions_called(argv: list[str]) -> list[tuple[str, str]]:
     ],
     ids=["dpo", "ppo"],
 )
-def test_the_architecture_page_follows_the_data(heading, flags, tmp_path, monkeypatch):
+def test_the_architecture_page_traces_the_real_calls(heading, flags, tmp_path, monkeypatch):
     section = (ROOT / "docs" / "architecture.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     shown = re.findall(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", section, re.MULTILINE)
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ def arguments(tmp_path):
     return Namespace(start=tmp_path / "start", out=tmp_path / "out", rollouts=3, seeds=2)
 
 
-def test_every_arm_is_a_module_that_is_accepted(run, arguments):
+def test_every_arm_is_a_valid_module(run, arguments):
     for effect in run.EFFECTS.values():
         shared = effect.config(arguments)["model"]
         for changes in effect.arms.values():
@@ -46,7 +46,7 @@ def test_every_arm_is_a_module_that_is_accepted(run, arguments):
         assert len(effect.arms) >= 3
 
 
-def test_a_share_of_the_labels_is_flipped(run, arguments):
+def test_the_flipped_fraction_of_labels_is_as_configured(run, arguments):
     run.flipped_pairs(arguments)
     rows = [json.loads(line) for line in (arguments.out / "flipped.jsonl").read_text().splitlines()]
     flipped = sum(row["chosen"].startswith("r") for row in rows)

@@ -36,13 +36,13 @@ def public_methods() -> dict[str, list[Any]]:
 METHODS = public_methods()
 
 
-def test_the_page_names_every_public_method():
+def test_the_extending_page_names_every_public_method():
     named = set(re.findall(r"`(\w+)[`(]", PROSE))
     assert sorted(set(METHODS) - named) == []
 
 
 @pytest.mark.parametrize(("name", "arguments"), re.findall(r"`(\w+)\(([\w, ]*)\)`", PROSE))
-def test_signatures_are_those_of_the_code(name: str, arguments: str):
+def test_documented_signatures_match_the_code(name: str, arguments: str):
     if name == "Judgement":
         assert arguments.split(", ") == list(types.Judgement._fields)
         return
@@ -57,7 +57,7 @@ def test_signatures_are_those_of_the_code(name: str, arguments: str):
     pytest.fail(f"{name} takes {[str(inspect.signature(one)) for one in definitions if inspect.isfunction(one)]}")
 
 
-def test_every_name_exists():
+def test_every_documented_name_exists():
     """Names in code font must be methods, attributes or classes of the package, or fields of its tuples."""
     known = {*METHODS, *dir(AlignmentModule), *vars(types), *vars(data), *(kind.__name__ for kind in CLASSES)}
     known |= {name for kind in CLASSES for name in dir(kind)}
@@ -72,7 +72,7 @@ def test_every_name_exists():
 
 
 @pytest.mark.parametrize(("file", "text"), EXAMPLES, ids=[file for file, _ in EXAMPLES])
-def test_examples_are_lines_of_the_users_files_or_of_the_package(file: str, text: str):
+def test_examples_are_copied_from_existing_files(file: str, text: str):
     path = ROOT / file if "/" in file else ROOT / "experiments" / "objectives_of_users" / file
     lines = [line.strip() for line in path.read_text().splitlines()]
     wanted = [line.strip() for line in textwrap.dedent(text).splitlines()]

@@ -55,7 +55,7 @@ SHIPPED = {"Child": Child}
         (Namespace(class_path="Child", init_args=Namespace(size=4)), 4),
     ],
 )
-def test_every_way_to_name_an_object(spec: object, size: int) -> None:
+def test_every_kind_of_object_spec_loads(spec: object, size: int) -> None:
     made = load(spec, Base, SHIPPED, "child")
     assert type(made) is Child and made.size == size
 
@@ -79,25 +79,25 @@ def test_every_way_to_name_an_object(spec: object, size: int) -> None:
         ({"name": "Child"}, "wrong-arguments", ["{class_path: NAME"]),
     ],
 )
-def test_refusals_come_before_anything_is_called(spec: object, code: str, words: list[str]) -> None:
+def test_invalid_specs_are_refused_before_any_call(spec: object, code: str, words: list[str]) -> None:
     MADE.clear()
     with refused(code, *words):
         load(spec, Base, SHIPPED, "child")
     assert not MADE
 
 
-def test_an_abstract_class_is_refused_by_what_it_lacks() -> None:
+def test_an_abstract_class_is_refused_with_its_missing_methods() -> None:
     with refused("wrong-kind", "it must define __getitem__, __len__"):
         load(f"{__name__}.Sequence", Sequence, {}, "sequence")
 
 
-def test_functions_and_classes_of_callable_objects_can_be_called() -> None:
+def test_only_callables_are_accepted_as_functions() -> None:
     assert load("math.sqrt", Callable, {}, "function")(4.0) == 2.0
     with refused("wrong-kind", "a function, or a class whose objects can be called"):
         load("pathlib.Path", Callable, {}, "function")
 
 
-def test_a_class_is_returned_and_not_made() -> None:
+def test_load_class_returns_a_class_without_instantiating_it() -> None:
     MADE.clear()
     assert load_class("Child", Base, SHIPPED, "child") is Child and not MADE
     with refused("wrong-kind", "a subclass of"):
@@ -112,7 +112,7 @@ def test_import_path_finds_any_object() -> None:
         import_path("Path")
 
 
-def test_shipped_classes_are_those_of_the_package_s_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_classes_are_found_in_the_packages_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "my_room"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -140,7 +140,7 @@ def test_a_users_module_is_imported_by_name_or_file(tmp_path: Path, monkeypatch:
         import_path("half_of_mine.f")
 
 
-def test_records_keep_the_ends_of_lines_in_their_texts_and_hold_objects_alone(tmp_path: Path) -> None:
+def test_json_records_keep_line_ends_and_must_be_objects(tmp_path: Path) -> None:
     rows = [{"a": f"x{end}y"} for end in ("\u2028", "\x85", "\x0b", "\x1c", "\r", "")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n")
@@ -155,23 +155,23 @@ def test_records_keep_the_ends_of_lines_in_their_texts_and_hold_objects_alone(tm
         read_records(path)
 
 
-def test_depth_counts_lists_and_objects() -> None:
+def test_json_depth_counts_lists_and_objects() -> None:
     assert not any(map(is_too_deep, (5, "x", None, [], {"a": [{"b": (1,)}]}, json.loads("[" * 64 + "]" * 64))))
     assert is_too_deep(json.loads("[" * 65 + "]" * 65)) and is_too_deep([{"a": json.loads("[" * 900 + "]" * 900)}])
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "b: [{a: 1, a: 1}]", "b: &x {a: 1, 'a': 2}\nc: *x"])
-def test_a_key_that_stands_twice_is_refused(text: str) -> None:
+def test_a_duplicate_key_is_refused(text: str) -> None:
     with refused("repeated-key", "'a'", "twice"):
         refuse_repeated_keys(text)
 
 
-def test_a_key_may_stand_in_several_mappings() -> None:
+def test_a_key_may_occur_in_several_mappings() -> None:
     refuse_repeated_keys("a: {a: 1}\nb: &x {a: 1}\nc: [*x, *x, a, a]\nd: {<<: *x, a: 2}")
 
 
 @pytest.mark.parametrize("text", ["1 / 0", "sys.exit()", "int('x')"])
-def test_a_users_module_that_fails_is_named_with_the_line(text, tmp_path):
+def test_a_failing_user_module_is_named_with_its_line(text, tmp_path):
     (tmp_path / "failing_of_mine.py").write_text(f"x = 1\n{text}\n")
     with refused("not-importable", "failing_of_mine.py, line 2"):
         import_user_module(str(tmp_path / "failing_of_mine.py"))

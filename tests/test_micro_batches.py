@@ -13,7 +13,9 @@ LIMITS = st.builds(MicroBatchLimits, st.none() | st.integers(1, 8), st.none() | 
 
 @given(COSTS, LIMITS, st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_cuts_take_every_row_once_within_both_limits(costs: list[int], limits: MicroBatchLimits, packed: bool) -> None:
+def test_micro_batches_contain_every_row_once_within_both_limits(
+    costs: list[int], limits: MicroBatchLimits, packed: bool
+) -> None:
     cuts = cut_micro_batches(costs, limits, packed=packed)
     assert sorted(row for cut in cuts for row in cut) == list(range(len(costs)))
     for cut in cuts:
@@ -28,7 +30,9 @@ def test_cuts_take_every_row_once_within_both_limits(costs: list[int], limits: M
 
 @given(COSTS, st.integers(1, 120), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_cuts_are_no_more_than_filling_each_micro_batch_makes(costs: list[int], most: int, packed: bool) -> None:
+def test_the_number_of_micro_batches_is_at_most_that_of_greedy_filling(
+    costs: list[int], most: int, packed: bool
+) -> None:
     filled: list[list[int]] = []
     for cost in sorted(costs, reverse=True):
         if not filled or cells_of([*filled[-1], cost], packed) > most:
@@ -49,11 +53,11 @@ def test_cuts_are_no_more_than_filling_each_micro_batch_makes(costs: list[int], 
         (MicroBatchLimits(micro_batch_size=2), [[1], [4, 2], [3, 0]]),
     ],
 )
-def test_cuts_of_a_worked_example(limits: MicroBatchLimits, expected: list[list[int]]) -> None:
+def test_micro_batches_by_hand(limits: MicroBatchLimits, expected: list[list[int]]) -> None:
     assert cut_micro_batches([3, 9, 4, 4, 8], limits) == expected
 
 
-def test_units_of_several_rows_count_them() -> None:
+def test_units_of_several_rows_count_every_row() -> None:
     limits = MicroBatchLimits(micro_batch_size=3)
     assert cut_micro_batches([9, 8, 7], limits, packed=True, rows=[2, 2, 1]) == [[0], [1, 2]]
 

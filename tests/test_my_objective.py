@@ -18,7 +18,7 @@ def world(tmp_path: Path) -> Path:
     return tmp_path / "world"
 
 
-def test_the_readme_s_objective_trains_from_the_command_line(
+def test_the_readme_objective_trains_from_the_command_line(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(EXPERIMENTS)
@@ -38,7 +38,7 @@ def test_the_readme_s_objective_trains_from_the_command_line(
     assert (Path(done.folder) / "model" / "model.safetensors").is_file()
 
 
-def test_the_critic_free_example_trains_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_critic_free_example_trains(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scorer is a function in the working directory."""
     (tmp_path / "short_answers.py").write_text(
         "def brevity(prompts, completions, **columns):\n    return [-len(text.split()) / 10 for text in completions]\n"

@@ -58,7 +58,7 @@ sys.exit(cli.main(["fit", "--config", "recipe:margin_dpo", "--print_config"]))
 """
 
 
-def test_a_new_objective_is_seen_everywhere(tmp_path: Path) -> None:
+def test_a_new_objective_appears_in_every_listing(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "rlhf_lightning", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(PACKAGE.parent / "experiments" / "objectives", tmp_path / "experiments" / "objectives")
     (tmp_path / "rlhf_lightning" / "modules" / "margin.py").write_text(OBJECTIVE)
@@ -76,7 +76,7 @@ def test_a_new_objective_is_seen_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", ["modules", "scoring"])
-def test_type_checkers_read_every_file_that_exports(room: str) -> None:
+def test_exporting_files_are_type_checked(room: str) -> None:
     tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
     read = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     base = __import__(f"rlhf_lightning.{room}", fromlist=["x"])

@@ -109,7 +109,7 @@ def test_dft_weights_tokens_by_their_probability(policy_folder: str, micro: int 
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-def test_tdpo2_holds_the_sequential_kl_together(policy_folder: str, micro: int | None) -> None:
+def test_tdpo2_adds_the_sequential_kl_term(policy_folder: str, micro: int | None) -> None:
     kind, pairs, target = class_of("tdpo2", "TDPO2Module"), random_pairs(4, seed=5), [1.0, 0.75, 0.5, 0.875]
     step = preference_step(pairs, micro, target)
     found = gradients(kind, policy_folder, step, beta=0.7, alpha=0.4)
@@ -169,7 +169,7 @@ PAIRED: dict[str, tuple[Any, str, dict[str, float]]] = {
 
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("file", PAIRED)
-def test_losses_of_pairs_have_the_gradient_of_their_papers(policy_folder: str, file: str, micro: int | None) -> None:
+def test_pair_losses_have_the_gradient_of_their_papers(policy_folder: str, file: str, micro: int | None) -> None:
     transcribed, name, settings = PAIRED[file]
     kind, pairs, target = class_of(file, name), random_pairs(5, seed=5), [1.0, 0.75, 0.5, 0.0, 0.875]
     found = gradients(kind, policy_folder, preference_step(pairs, micro, target), **settings)
@@ -201,7 +201,7 @@ def test_chi_po_clips_some_pairs_and_declares_its_optimum() -> None:
 
 
 @pytest.mark.parametrize("file", PAIRED)
-def test_users_write_little_and_use_public_names_alone(file: str) -> None:
+def test_user_files_are_short_and_use_only_public_names(file: str) -> None:
     tree = ast.parse((USERS / f"{file}.py").read_text())
     names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]

@@ -7,7 +7,7 @@ from outside_reports import PAGE, Tried, everything, page
 
 
 @pytest.mark.parametrize("one", everything(), ids=lambda one: one.check.__name__)
-def test_a_report_does_not_hold_here(one: Tried, tmp_path: Path) -> None:
+def test_a_reported_bug_does_not_occur(one: Tried, tmp_path: Path) -> None:
     one.check(tmp_path)
 
 

@@ -39,7 +39,7 @@ def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
         assert isinstance(load(scorer, Scorer, {}, "scorer"), Monitor) and scorer.action == setting["action"]
 
 
-def test_onset_is_the_first_of_two_rollouts_in_a_row(script):
+def test_onset_is_the_first_of_two_consecutive_rollouts(script):
     assert script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0, 0.02, 0.5, 0.9]})) == 4
     assert np.isnan(script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0]})))
     rates = {"rollout/hack_rate": [0.0, 0.5, 1.0], "rollout/monitor_flagged": [0.1, 0.0, 0.9]}

@@ -18,7 +18,7 @@ import peer_batches
 ROWS = [{"ids": [5, 6, 2], "supervised": [False, True, True]}, {"ids": [7, 2], "supervised": [False, True]}]
 
 
-def test_the_order_within_a_step_is_free_and_that_of_steps_is_not():
+def test_rows_may_be_reordered_within_but_not_across_steps():
     assert parity.same_tokens([ROWS[::-1]], [ROWS])
     assert parity.same_tokens([ROWS[:1], ROWS[1:]], [ROWS[:1], ROWS[1:]])
     assert not parity.same_tokens([ROWS[1:], ROWS[:1]], [ROWS[:1], ROWS[1:]])
@@ -26,17 +26,17 @@ def test_the_order_within_a_step_is_free_and_that_of_steps_is_not():
 
 
 @pytest.mark.parametrize("changed", [{"ids": [7, 3]}, {"ids": [7, 2, 2]}, {"supervised": [True, True]}])
-def test_another_token_or_mask_is_seen(changed):
+def test_a_different_token_or_mask_is_detected(changed):
     assert not parity.same_tokens([[ROWS[0], {**ROWS[1], **changed}]], [ROWS])
 
 
-def test_where_the_peer_names_no_mask_ids_alone_count():
+def test_without_a_peer_mask_only_ids_are_compared():
     unmasked = [{**row, "supervised": None} for row in ROWS]
     assert parity.same_tokens([ROWS], [unmasked])
     assert not parity.same_tokens([[ROWS[0], {**ROWS[1], "ids": [7, 3]}]], [unmasked])
 
 
-def test_a_padded_batch_gives_its_rows_back():
+def test_rows_are_recovered_from_a_padded_batch():
     batch = {
         "input_ids": torch.tensor([[5, 6, 2], [7, 2, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
@@ -48,7 +48,7 @@ def test_a_padded_batch_gives_its_rows_back():
     assert [row["supervised"] for row in peer_batches.rows_of(batch)] == [None, None]
 
 
-def test_the_recorder_writes_a_step_as_the_peer_would(tmp_path):
+def test_the_recorder_writes_steps_in_the_peers_format(tmp_path):
     ids = torch.tensor
     sequences = Sequences(
         (ids([5]), ids([7])), (ids([6, 2]), ids([2])), (0, 1), (ids([True, True]), ids([True]))
@@ -67,7 +67,7 @@ def verdict(ours: list[float], peers: list[float], steps: int = 2) -> bool:
     return parity.report({"sft": sides}, argparse.Namespace(steps=steps))[1]
 
 
-def test_losses_agree_to_a_thousandth_or_not_at_all():
+def test_losses_agree_within_a_relative_tolerance_of_1e_3():
     assert verdict([3.0, 2.0], [3.0009, 2.0])
     assert not verdict([3.0, 2.0], [3.0, 2.0011])
     assert not verdict([3.0, 2.0], [3.0])

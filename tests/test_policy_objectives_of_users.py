@@ -160,7 +160,7 @@ def second_gradients(file: str, folder: str, **limits: Any) -> tuple[dict[str, T
 
 
 @files
-def test_the_gradient_is_that_of_the_paper_s_formula(policy_folder: str, file: str) -> None:
+def test_the_gradient_equals_that_of_the_papers_formula(policy_folder: str, file: str) -> None:
     found, rollout, weights = second_gradients(file, policy_folder)
     plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float64)
     plain.load_state_dict({**plain.state_dict(), **weights})
@@ -182,7 +182,7 @@ def test_the_gradient_is_that_of_the_paper_s_formula(policy_folder: str, file: s
 
 
 @files
-def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None:
+def test_micro_batches_do_not_change_the_gradient(policy_folder: str, file: str) -> None:
     whole = second_gradients(file, policy_folder)[0]
     for limits in ({"micro_batch_size": 1}, {"max_tokens": 30}):
         cut = second_gradients(file, policy_folder, **limits)[0]
@@ -191,7 +191,7 @@ def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None
 
 
 @files
-def test_scores_rise(policy_folder: str, file: str) -> None:
+def test_training_raises_scores(policy_folder: str, file: str) -> None:
     logged = MetricsLog()
     settings = {"learning_rate": 6e-3, "kl_coef": 0.0, "max_new_tokens": 4, "max_grad_norm": 1.0}
     share = {"high_entropy_tokens": {"share": 0.5}}.get(file, {})

@@ -39,7 +39,7 @@ def pair(question, chosen, rejected, category="Science"):
 # -- the baseline -----------------------------------------------------------------------------------------------------
 
 
-def test_one_pair_of_words_gives_the_weights_solved_by_hand():
+def test_word_weights_of_one_pair_by_hand():
     """One pair with words a and b: by symmetry the weights are (w, -w), and w solves w = sigmoid(-2 w)."""
     weights = bag_of_words.fit_word_weights([("A", "b")])
     assert weights["a"] == pytest.approx(-weights["b"])
@@ -47,19 +47,19 @@ def test_one_pair_of_words_gives_the_weights_solved_by_hand():
     assert bag_of_words.score_words(weights, "A a, c!") == pytest.approx(2 * weights["a"])
 
 
-def test_a_word_on_both_sides_weighs_nothing():
+def test_a_word_on_both_sides_has_weight_zero():
     weights = bag_of_words.fit_word_weights([("no such thing", "yes thing"), ("no thing", "yes, every thing")])
     assert weights["thing"] == pytest.approx(0.0, abs=1e-9)
     assert weights["no"] > 0 > weights["yes"]
 
 
-def test_unseen_pairs_are_judged_by_their_words_and_ties_are_wrong():
+def test_unseen_pairs_are_classified_by_words_and_ties_count_as_wrong():
     weights = bag_of_words.fit_word_weights([("no cats", "yes cats"), ("no dogs", "yes dogs")])
     unseen = [("no birds", "yes birds"), ("yes birds", "no birds"), ("birds", "fish")]
     assert bag_of_words.is_right(weights, unseen).tolist() == [True, False, False]
 
 
-def test_the_weights_are_those_of_another_library():
+def test_word_weights_equal_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     pairs = [("no cats fly", "yes cats fly high"), ("it is no one", "it is a king"), ("yes it is", "no it is not")]
     ours = bag_of_words.fit_word_weights(pairs, strength=0.7)
@@ -78,7 +78,7 @@ def test_the_weights_are_those_of_another_library():
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_is_paired():
+def test_changes_are_computed_from_paired_rows():
     """A shift by 1 of very different rows has an interval of width zero; an unpaired interval would be wide."""
     before = [-100.0, 0.0, 3.0, 50.0]
     part = real_figures.change(before, [value + 1 for value in before])
@@ -86,7 +86,7 @@ def test_a_change_is_paired():
     assert part["change"] == pytest.approx(1.0) and part["change_ci"] == pytest.approx([1.0, 1.0])
 
 
-def test_the_interval_of_a_change_has_the_width_of_the_normal_one():
+def test_the_interval_of_a_change_has_normal_width():
     """Differences -1 and 1 in equal parts, 400 rows: the standard error is 1/20, so the 95 % interval is about 0 +-
     0.098.
     """
@@ -95,18 +95,18 @@ def test_the_interval_of_a_change_has_the_width_of_the_normal_one():
     assert part["change_ci"] == pytest.approx([-0.098, 0.098], abs=0.008)
 
 
-def test_a_change_needs_the_same_rows():
+def test_a_change_over_different_rows_is_refused():
     with pytest.raises(ValueError, match="3 rows before and 2 after"):
         real_figures.change([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
-def test_a_mean_over_tokens_weighs_long_rows_more():
+def test_token_means_weight_rows_by_length():
     part = real_figures.token_mean(torch.tensor([2.0, 12.0]), torch.tensor([1, 3]))
     assert part["mean"] == pytest.approx(14 / 4)
     assert part["ci"] == pytest.approx([2.0, 4.0]), "whole rows are drawn: only the first, both, or only the second"
 
 
-def test_dpo_figures_from_rewards():
+def test_dpo_metrics_by_hand():
     rows = {"chosen_reward": [0.5, -0.25, 0.0], "rejected_reward": [0.25, -0.5, 0.25], "loss": [0.5, 0.6, 0.7]}
     figures = real_figures.dpo(rows, seed=0)
     assert figures["reward_margin"] == pytest.approx(0.25 / 3)
@@ -114,13 +114,13 @@ def test_dpo_figures_from_rewards():
     assert figures["loss_before"] == pytest.approx(0.6931471805599453) and figures["loss_after"] == pytest.approx(0.6)
 
 
-def test_ppo_figures_refuse_answers_to_other_prompts():
+def test_ppo_metrics_refuse_answers_to_other_prompts():
     one = {"prompt": [(1, 2), (3,)]}
     with pytest.raises(ValueError, match="another order"):
         real_figures.ppo([one, {"prompt": [(3,), (1, 2)]}], seed=0)
 
 
-def test_ppo_figures_are_of_the_scorers_own_score():
+def test_ppo_metrics_use_the_scorers_own_score():
     """The penalty for unfinished answers must not be reported as a better score."""
 
     def rows(score, ruled, finished, length, kl):
@@ -141,7 +141,7 @@ def test_ppo_figures_are_of_the_scorers_own_score():
     assert figures["completion_length_after"] == 10.0 and figures["kl"] == 4.0
 
 
-def test_checks_read_the_lower_ends():
+def test_checks_use_the_lower_interval_bounds():
     report = {
         "reward_model": {"lead": 0.01},
         "dpo": {"reward_margin": 0.2, "reward_margin_ci": [-0.01, 0.4]},
@@ -153,7 +153,7 @@ def test_checks_read_the_lower_ends():
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_split_keeps_prompts_apart():
+def test_train_and_held_out_prompts_do_not_overlap():
     rows = [pair(f"q{number}", "no", "yes") for number in range(5)]
     train, held_out = real_stages.split_pairs(rows, 2, 2)
     assert [row["prompt"][0]["content"] for row in train + held_out] == ["q0", "q1", "q3", "q4"]
@@ -163,13 +163,13 @@ def test_the_split_keeps_prompts_apart():
         real_stages.split_pairs([rows[0], rows[1], rows[0]], 2, 1)
 
 
-def test_rows_are_the_first_short_ones():
+def test_the_first_rows_under_the_length_limit_are_taken():
     rows = [{"messages": [{"role": "user", "content": "x" * size}]} for size in (5, 11, 10, 1, 2)]
     assert real_stages.first_short(rows, 3, 10) == [rows[0], rows[2], rows[3]]
     assert real_stages.first_short(iter(rows), 9, 1) == [rows[3]]
 
 
-def test_a_pair_is_as_long_as_its_prompt_and_its_longer_answer():
+def test_pair_length_is_prompt_plus_longer_answer():
     assert real_stages.characters_of(pair("four", "no", "never")) == 4 + 5
     two_turns = {
         "messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}],
@@ -178,7 +178,7 @@ def test_a_pair_is_as_long_as_its_prompt_and_its_longer_answer():
     assert real_stages.characters_of(two_turns) == 5
 
 
-def test_questions_are_taken_from_the_categories_in_turn():
+def test_questions_alternate_between_categories():
     rows = [pair("a", "", "", "Law"), pair("b", "", "", "Food"), pair("c", "", "", "Food"), pair("d", "", "", "Art")]
     assert real_figures.shown_questions(rows, ("Food", "Art"), 3) == ["b", "d", "c"]
 
@@ -192,7 +192,7 @@ def test_the_report_shows_no_row_of_the_harmless_files(human_data):
 
 
 @pytest.mark.parametrize("budget", [real_stages.FULL, real_stages.SMOKE], ids=["full", "smoke"])
-def test_budgets_fit_the_files(budget, human_data, tmp_path):
+def test_budgets_fit_the_data_files(budget, human_data, tmp_path):
     paths = real_stages.write_data(tmp_path / "data", tmp_path / "private", human_data, budget)
     counts = {name: len(real_stages.read_rows(Path(path))) for name, path in paths.items()}
     assert (counts["sft"], counts["sft_test"]) == (budget.sft_rows, budget.sft_eval_rows)
@@ -221,7 +221,7 @@ def test_without_the_data_the_run_is_skipped(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_arguments_have_defaults_that_need_nothing(monkeypatch):
+def test_every_argument_has_a_default(monkeypatch):
     monkeypatch.setenv("RLHF_DATA", "elsewhere")
     arguments = real.parser().parse_args(["--seed", "3"])
     assert arguments.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -248,7 +248,7 @@ def holds(found, written):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
-def test_every_yaml_is_short_and_parses_with_data_of_ones_own(path, capsys):
+def test_every_yaml_is_short_and_parses_with_user_data(path, capsys):
     assert len(path.read_text().splitlines()) < 40
     config = parsed(["fit", "--config", str(path), "--data.source", "my_pairs.jsonl"], capsys)
     written = yaml.safe_load(path.read_text())
@@ -259,7 +259,7 @@ def test_every_yaml_is_short_and_parses_with_data_of_ones_own(path, capsys):
                 assert holds(config[part]["init_args"][name], value), name
 
 
-def test_the_classic_files_hold_the_usual_settings_of_the_recipe(capsys):
+def test_the_classic_recipes_have_the_usual_settings(capsys):
     ppo = parsed(["fit", "--config", "recipe:ppo_classic"], capsys)
     dpo = parsed(["fit", "--config", "recipe:dpo_classic"], capsys)
     for config in (ppo, dpo):

@@ -30,7 +30,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_short_questions_of_one_source_are_split_by_their_place_and_asked_with_every_instruction(tmp_path):
+def test_short_questions_are_split_by_position_and_combined_with_every_instruction(tmp_path):
     prompts_file(tmp_path)
     paths = grpo.write_prompts(tmp_path / "data", tmp_path)
     train, held_out = (lines(paths[name]) for name in ("train", "held_out"))
@@ -46,19 +46,19 @@ def test_too_few_questions_are_refused(tmp_path):
         grpo.write_prompts(tmp_path / "data", tmp_path)
 
 
-def test_without_the_data_nothing_is_run(tmp_path, capsys):
+def test_without_the_data_the_run_is_skipped(tmp_path, capsys):
     assert grpo.main(["--data", str(tmp_path)]) == 0
     assert "skipped: this needs prompts.jsonl" in capsys.readouterr().out
 
 
-def test_the_slope_of_a_line_is_known_exactly_and_of_noise_is_not():
+def test_slope_intervals_of_a_line_and_of_noise():
     line = grpo.slope([0.1 + 0.02 * n for n in range(30)])
     assert line["mean"] == pytest.approx(0.02) and line["ci"] == pytest.approx([0.02, 0.02])
     noise = grpo.slope([0.5 + 0.2 * (-1.0) ** n for n in range(30)])
     assert noise["ci"][0] < 0 < noise["ci"][1]
 
 
-def test_held_out_figures_are_paired_and_resample_questions(tmp_path, monkeypatch):
+def test_held_out_metrics_are_paired_and_resample_questions(tmp_path, monkeypatch):
     prompts_file(tmp_path)
     rows = lines(grpo.write_prompts(tmp_path / "data", tmp_path)["held_out"])
     monkeypatch.setattr(
@@ -93,7 +93,7 @@ def test_held_out_figures_are_paired_and_resample_questions(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-def test_the_command_line_is_understood(smoke, capsys, tmp_path):
+def test_the_training_command_parses(smoke, capsys, tmp_path):
     from rlhf_lightning.commands import train
 
     paths = {"train": Path("train.jsonl"), "held_out": Path("held_out.jsonl")}

@@ -113,7 +113,7 @@ def undescribed(tags: Iterable[str]) -> set[str]:
 
 @pytest.mark.real
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_trains_on_real_rows(
+def test_the_recipe_trains_on_real_rows(
     path: Path, folders: dict[str, str], shared_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -105,23 +105,23 @@ def completed_by_the_user(path: Path) -> list[str]:
     return flags
 
 
-def test_there_are_experiments():
+def test_recipe_folders_are_found():
     assert {path.parent.name for path in CONFIGS} >= {"recipes", "assistant"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
-def test_config_fits_the_signatures(path, accepted):
+def test_config_matches_the_signatures(path, accepted):
     accepted(["fit", "--config", str(path), *completed_by_the_user(path)])
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=relative)
-def test_hardware_overlay_fits_on_a_config(path, accepted):
+def test_hardware_overlay_parses_on_top_of_a_config(path, accepted):
     base = RECIPES / "dpo.yaml"
     accepted(["fit", "--config", str(base), "--config", str(path), *completed_by_the_user(base)])
 
 
 @pytest.mark.parametrize("path", LOOPS, ids=relative)
-def test_loop_fits_the_signature_and_names_files_that_are_there(path, accepted):
+def test_loop_config_matches_the_signature_and_names_existing_files(path, accepted):
     accepted(["loop", "--config", str(path)])
     settings = yaml.safe_load(path.read_text())
     assert all(Path(resolve_recipe(settings[f"{stage}_config"])).is_file() for stage in ("reward", "policy"))
@@ -132,7 +132,7 @@ def test_config_is_short(path):
     assert len(path.read_text().splitlines()) < 40
 
 
-def test_a_misspelt_setting_in_a_config_is_seen(tmp_path, accepted):
+def test_the_config_check_detects_a_misspelt_setting(tmp_path, accepted):
     """The parsing check can fail."""
     text = (RECIPES / "dpo.yaml").read_text()
     path = tmp_path / "dpo.yaml"
@@ -194,7 +194,7 @@ PAGES = sorted({*GUIDES, *ROOT.glob("*.md"), *(page for room in ROOMS for page i
 
 
 @pytest.mark.parametrize("guide", PAGES, ids=relative)
-def test_links_lead_somewhere(guide):
+def test_links_resolve(guide):
     missing = [path for path in re.findall(r"\]\(([^)#:]+)\)", guide.read_text()) if not (guide.parent / path).exists()]
     assert not missing
 
@@ -229,7 +229,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("kind", "text"), BLOCKS)
-def test_code_of_a_guide_reads(kind, text):
+def test_code_blocks_of_a_guide_parse(kind, text):
     if kind == "json":
         assert all(json.loads(line) for line in text.splitlines())
     elif kind == "yaml":
@@ -254,7 +254,7 @@ def settings_of(room) -> set[str]:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=relative)
-def test_settings_classes_and_recipes_that_a_guide_names_exist(guide):
+def test_names_in_a_guide_exist(guide):
     text = guide.read_text()
     for group, room in (("model", modules), ("data", data)):
         named = set(re.findall(rf"`(?:--)?{group}\.([a-z_]+)", text))

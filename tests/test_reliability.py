@@ -39,17 +39,17 @@ def drilled(drill: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_ends_in_the_same_bits(drilled: Any, name: str) -> None:
+def test_a_killed_run_resumes_bit_identically(drilled: Any, name: str) -> None:
     drilled(name, "single", lora=name in ("dpo", "grpo"), kills=2, further=name == "sft")
 
 
 @pytest.mark.parametrize(("name", "strategy", "lora"), [("sft", "ddp", True), ("ppo", "fsdp2", False)])
-def test_a_run_on_two_ranks_does_too(drilled: Any, name: str, strategy: str, lora: bool) -> None:
+def test_a_killed_run_on_two_ranks_resumes_bit_identically(drilled: Any, name: str, strategy: str, lora: bool) -> None:
     drilled(name, strategy, lora, kills=2, further=False)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_give_the_same_bits_twice(drill: Any, tmp_path: Path, strategy: str) -> None:
+def test_runs_on_two_ranks_are_deterministic(drill: Any, tmp_path: Path, strategy: str) -> None:
     subject = drill.Drill("dpo", strategy, True, tmp_path, drill.WORLD)
     assert drill.differences(subject.whole("one"), subject.whole("two")) == []
 
@@ -58,12 +58,12 @@ def test_two_ranks_give_the_same_bits_twice(drill: Any, tmp_path: Path, strategy
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 @pytest.mark.parametrize("name", STAGES)
-def test_the_whole_drill(drilled: Any, name: str, strategy: str, lora: bool) -> None:
+def test_the_full_kill_drill(drilled: Any, name: str, strategy: str, lora: bool) -> None:
     record = drilled(name, strategy, lora, kills=20)
     assert {"torn", "terminated", "disk full"} <= set(record["counts"])
 
 
-def test_a_difference_is_seen(drill: Any, tmp_path: Path) -> None:
+def test_the_comparison_detects_a_different_seed(drill: Any, tmp_path: Path) -> None:
     """The comparison can fail: a different sampling seed gives a different run."""
     subject = drill.Drill("sft", "single", False, tmp_path, drill.WORLD)
     whole = subject.whole("one")
@@ -81,14 +81,14 @@ def test_the_page_has_a_row_for_each_drill(drill: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("front", ["page", "files", "processes", "servers", "numbers"])
-def test_probes_of_every_front_have_names_of_their_own_and_a_sample(front: str, drill: Any) -> None:
+def test_probe_names_are_unique_and_ci_runs_a_sample(front: str, drill: Any) -> None:
     import probes
 
     names = [probe.name for probe in probes.FRONTS[front]()]
     assert len(set(names)) == len(names) > probes.IN_CI[front] == len(probes.spread(names, probes.IN_CI[front]))
 
 
-def test_a_probe_judges_what_a_command_says(tmp_path: Path, drill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_classifies_command_output(tmp_path: Path, drill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It detects planted code, tracebacks, hangs and false success, and accepts a one-sentence error."""
     import probing
 
@@ -115,7 +115,7 @@ def test_a_probe_judges_what_a_command_says(tmp_path: Path, drill: Any, monkeypa
         assert found.broke == (expected and expected.partition(",")[0]), found
 
 
-def test_the_page_names_what_broke_in_the_probes(tmp_path: Path, drill: Any) -> None:
+def test_the_page_lists_failed_probes(tmp_path: Path, drill: Any) -> None:
     import page
 
     record = {"total": 9, "note": "A note.", "fronts": {"page": {"held": 3, "broke": 1}}, "broken": []}

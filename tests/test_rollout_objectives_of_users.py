@@ -170,7 +170,7 @@ def plain_values(critic: Any, prompt: Tensor, ids: Tensor) -> Tensor:
 
 
 @files
-def test_the_gradient_is_that_of_the_paper_s_formula(policy_folder: str, file: str) -> None:
+def test_the_gradient_equals_that_of_the_papers_formula(policy_folder: str, file: str) -> None:
     found, rollout, weights = second_gradients(file, policy_folder)
     policy = loaded(AutoModelForCausalLM, policy_folder, weights, "policy.model.")
     rows = list(zip(rollout.sequences.prompts, rollout.sequences.completions, strict=True))
@@ -198,7 +198,7 @@ def test_the_gradient_is_that_of_the_paper_s_formula(policy_folder: str, file: s
 
 
 @files
-def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None:
+def test_micro_batches_do_not_change_the_gradient(policy_folder: str, file: str) -> None:
     whole = second_gradients(file, policy_folder)[0]
     for limits in ({"micro_batch_size": 2}, {"max_tokens": 30}):
         cut = second_gradients(file, policy_folder, **limits)[0]
@@ -207,7 +207,7 @@ def test_micro_batches_change_no_gradient(policy_folder: str, file: str) -> None
 
 
 @files
-def test_scores_rise(policy_folder: str, file: str) -> None:
+def test_training_raises_scores(policy_folder: str, file: str) -> None:
     logged = MetricsLog()
     settings = {"learning_rate": 6e-3, "max_new_tokens": 4, "max_grad_norm": 1.0, "ppo_epochs": 2}
     if file == "rebel":
@@ -217,7 +217,7 @@ def test_scores_rise(policy_folder: str, file: str) -> None:
     assert sum(scores[-8:]) / 8 > sum(scores[:8]) / 8 + 0.1, scores
 
 
-def test_rebel_refuses_other_than_two_samples(policy_folder: str) -> None:
+def test_rebel_needs_exactly_two_samples(policy_folder: str) -> None:
     made = step()
     batch = made.micro_batches[0]._replace(group=torch.arange(len(PROMPTS)) // 4)
     with refused("rebel-pairs", "two samples"):

@@ -75,7 +75,7 @@ def curriculum(
     return kept.kept, weights_of(module), data
 
 
-def test_prompts_that_are_sometimes_solved_are_sampled_more(policy_folder: str, tmp_path: Path) -> None:
+def test_partly_solved_prompts_are_sampled_more_often(policy_folder: str, tmp_path: Path) -> None:
     rollouts, _, data = curriculum(policy_folder, tmp_path, 40)
     rates = [0.5] * len(KINDS)
     for rollout in rollouts:
@@ -90,7 +90,7 @@ def test_prompts_that_are_sometimes_solved_are_sampled_more(policy_folder: str, 
     assert all(kind in taken for kind in KINDS), "no prompt is given up"
 
 
-def test_the_choice_is_proportional_to_learnability(policy_folder: str, tmp_path: Path) -> None:
+def test_prompts_are_sampled_proportionally_to_learnability(policy_folder: str, tmp_path: Path) -> None:
     _, _, data = curriculum(policy_folder, tmp_path, 1)
     data.rates = {row: row / 15 for row in range(16)}
     weights = [row / 15 * (1 - row / 15) + 0.02 for row in range(16)]
@@ -100,7 +100,7 @@ def test_the_choice_is_proportional_to_learnability(policy_folder: str, tmp_path
         assert drawn.count(row) / 4000 == pytest.approx(expected, abs=4 * math.sqrt(expected / 4000)), row
 
 
-def test_a_resumed_curriculum_goes_on_bit_for_bit(policy_folder: str, tmp_path: Path) -> None:
+def test_a_resumed_curriculum_is_bit_identical(policy_folder: str, tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     whole, weights, data = curriculum(policy_folder, tmp_path, 8, callbacks=[saves], enable_checkpointing=True)
     rest, resumed, again = curriculum(policy_folder, tmp_path, 8, resume=str(tmp_path / "step=5.ckpt"))
@@ -114,7 +114,7 @@ def test_a_resumed_curriculum_goes_on_bit_for_bit(policy_folder: str, tmp_path: 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_users_write_little_and_use_public_names_alone(file: str) -> None:
+def test_user_files_are_short_and_use_only_public_names(file: str) -> None:
     tree = ast.parse((USERS / f"{file}.py").read_text())
     names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]

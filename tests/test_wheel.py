@@ -65,13 +65,13 @@ def test_every_recipe_is_in_the_wheel(site):
         (("fit", "--help"), "recipe:dpo"),
     ],
 )
-def test_commands_answer(rlhf, arguments, told):
+def test_commands_run_from_the_wheel(rlhf, arguments, told):
     done = rlhf(*arguments)
     assert done.returncode == 0, done.stderr
     assert told in done.stdout
 
 
-def test_a_recipe_is_found_and_a_wrong_one_is_one_sentence(rlhf):
+def test_recipes_are_found_and_unknown_ones_refused_in_one_sentence(rlhf):
     printed = rlhf("fit", "--config", "recipe:dpo", "--print_config")
     assert printed.returncode == 0, printed.stderr
     assert yaml.safe_load(printed.stdout)["model"]["class_path"].endswith("DPOModule")

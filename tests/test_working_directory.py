@@ -60,11 +60,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("argv", [["chat", ".", "--max_new_tokens", "2"], ["audit", "brotli.jsonl"]])
-def test_a_command_without_a_typed_name_looks_for_nothing(argv: list[str], folder: Path) -> None:
+def test_without_a_user_module_name_nothing_is_searched(argv: list[str], folder: Path) -> None:
     assert looked_for(argv, folder) == "LOOKED FOR [] STATUS 0 ON PATH False"
 
 
-def test_a_typed_module_and_its_own_imports_are_found(folder: Path) -> None:
+def test_a_named_user_module_and_its_imports_are_found(folder: Path) -> None:
     (folder / "my_objective.py").write_text(
         "import my_helpers\nfrom rlhf_lightning.modules import SFTModule\nclass Mine(SFTModule): ...\n"
     )
@@ -92,5 +92,5 @@ def test_python_m_does_not_search_the_working_directory(folder: Path) -> None:
         ("runs/x.y/model", []), ("./a.b", []), ("0.5", []), ("http://a.b/c", []), ("plain", []),
     ],
 )  # fmt: skip
-def test_import_paths_in_texts(text: str, names: list[str]) -> None:
+def test_import_paths_are_found_in_texts(text: str, names: list[str]) -> None:
     assert [found[1] for found in DOTTED.finditer(text)] == names

@@ -45,7 +45,7 @@ def test_a_csv_logger_writes_into_the_run_folder_by_default(form):
     assert {path.name for path in Path().iterdir()} == {"kept", "logger.yaml"}
 
 
-def test_the_config_of_a_run_with_a_logger_starts_a_run_in_a_folder_of_its_own():
+def test_a_logger_config_starts_a_new_run_in_its_own_folder():
     first = run(["fit", *BASIC, "--trainer.logger", "CSVLogger", "--trainer.logger.flush_logs_every_n_steps", "1"])
     config = yaml.safe_load((first.folder / "config.yaml").read_text())
     assert config["trainer"]["logger"]["init_args"]["save_dir"] is None
@@ -70,7 +70,7 @@ def test_two_loggers_write_into_one_folder():
     assert memory.hyperparams["model.learning_rate"] == 0.1
 
 
-def test_a_logger_with_a_place_of_its_own_leaves_everything_else_in_the_run_folder():
+def test_a_logger_with_its_own_save_dir_leaves_the_run_folder_unchanged():
     chosen = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "board"]
     first, second = (run(["fit", *BASIC, *chosen]) for _ in range(2))
     assert [str(cli.folder) for cli in (first, second)] == ["runs/slope/version_0", "runs/slope/version_1"]
@@ -80,7 +80,7 @@ def test_a_logger_with_a_place_of_its_own_leaves_everything_else_in_the_run_fold
     assert len(scalars_of(logs[0], "train/loss")) == UPDATES
 
 
-def test_a_users_logger_alone_decides_nothing_about_the_folder():
+def test_a_user_logger_does_not_change_the_run_folder():
     first, second = (run(["fit", *BASIC, "--trainer.logger", "tiny_loggers.MemoryLogger"]) for _ in range(2))
     assert names_in(first.folder) == names_in(second.folder) == OWN_FILES
     assert first.folder != second.folder and [path.name for path in Path().iterdir()] == ["runs"]
@@ -90,7 +90,7 @@ def test_a_users_logger_alone_decides_nothing_about_the_folder():
 @pytest.mark.parametrize("chosen", [["--trainer.logger", "CSVLogger"], ["--trainer.logger", "false"],
                                     ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "board",
                                      "--trainer.logger.version", "0"]])  # fmt: skip
-def test_records_of_a_resumed_run_join_without_gap_or_overlap(chosen, monkeypatch):
+def test_logs_of_a_resumed_run_join_without_gap_or_overlap(chosen, monkeypatch):
     settings = ["--trainer.max_epochs", "2", "--checkpoint.every_n_updates", "3", "--samples.every_n_updates", "2"]
     whole = run(["fit", *BASIC, *settings, *chosen, "--run_name", "whole"])
     theirs = column(whole.folder / "metrics.csv", "train/loss") if "CSVLogger" in chosen else None
@@ -111,7 +111,7 @@ def test_records_of_a_resumed_run_join_without_gap_or_overlap(chosen, monkeypatc
         assert scalars_of(Path("board/lightning_logs/version_0"), "train/loss") == theirs
 
 
-def test_the_step_of_every_logger_counts_updates_and_the_other_axes_are_columns():
+def test_loggers_step_by_updates_and_log_other_axes_as_columns():
     Path("two.yaml").write_text(
         "trainer: {logger: [{class_path: TensorBoardLogger}, {class_path: CSVLogger},"
         " {class_path: tiny_loggers.MemoryLogger}]}\n"
@@ -132,7 +132,7 @@ def test_the_step_of_every_logger_counts_updates_and_the_other_axes_are_columns(
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def test_samples_reach_loggers_that_take_tables_or_text():
+def test_samples_are_logged_as_table_or_text():
     Path("two.yaml").write_text(
         "trainer: {logger: [{class_path: tiny_loggers.TableLogger}, {class_path: tiny_loggers.TextLogger},"
         " {class_path: tiny_loggers.MemoryLogger}, {class_path: TensorBoardLogger}]}\n"
@@ -157,14 +157,14 @@ class Client:
         self.calls.append((run_id, data, artifact_file))
 
 
-def test_mlflow_gets_a_table_a_step():
+def test_mlflow_gets_one_table_per_step():
     logger = MemoryLogger("x")
     logger.experiment, logger.run_id = Client(), "run"
     assert log_table(logger, "samples", [{"update": 3, "score": None}], "| text |", 3)
     assert logger.experiment.calls == [("run", {"update": [3], "score": [None]}, "samples/update_000003.json")]
 
 
-def test_a_logger_that_takes_neither_is_left_alone():
+def test_a_logger_without_tables_or_text_gets_no_samples():
     assert not log_table(MemoryLogger("x"), "samples", [{"update": 3}], "| text |", 3)
 
 
@@ -189,7 +189,7 @@ def test_a_logger_that_takes_neither_is_left_alone():
          {"save_dir": "x", "run_name": "dpo/version_2"}),
     ],
 )  # fmt: skip
-def test_what_the_user_left_open_is_filled_in_from_the_folder(kind, given, expected):
+def test_missing_logger_arguments_come_from_the_run_folder(kind, given, expected):
     assert logger_arguments(kind, given, Path("r/dpo/version_2"), Path("r")) == expected
 
 
@@ -207,20 +207,20 @@ def fitted(**settings: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("logger", [False, MemoryLogger("elsewhere")])
-def test_a_plain_trainer_gets_a_folder_of_its_own_for_each_run(logger):
+def test_each_run_of_a_plain_trainer_gets_its_own_folder(logger):
     folders = [run_folder(fitted(logger=logger)) for _ in range(2)]
     assert [folder.path for folder in folders] == [Path.cwd() / f"runs/slope/version_{n}" for n in range(2)]
     assert all(names_in(folder.path) == OWN_FILES - {"config.yaml"} for folder in folders)
     assert [path.name for path in Path().iterdir()] == ["runs"]
 
 
-def test_a_plain_trainers_tensorboard_logger_is_the_folder():
+def test_a_plain_trainer_uses_its_tensorboard_folder_as_run_folder():
     trainer = fitted(logger=TensorBoardLogger("board"))
     assert run_folder(trainer).path == Path("board/lightning_logs/version_0")
     assert OWN_FILES - {"config.yaml"} <= names_in(run_folder(trainer).path)
 
 
-def test_a_folder_that_is_attached_wins_over_any_logger():
+def test_an_attached_run_folder_overrides_the_logger():
     trainer = Trainer(
         max_epochs=1, callbacks=[ModelExport()], logger=CSVLogger("logs"), enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu", enable_checkpointing=False,
@@ -230,17 +230,17 @@ def test_a_folder_that_is_attached_wins_over_any_logger():
     assert run_folder(trainer) is folder and folder.model.is_dir() and not Path("runs").exists()
 
 
-def test_a_rehearsal_of_a_plain_trainer_leaves_nothing():
+def test_fast_dev_run_of_a_plain_trainer_writes_no_file():
     fitted(logger=False, fast_dev_run=True)
     assert list(Path().iterdir()) == []
 
 
-def test_settings_of_the_table_are_checked():
+def test_sample_table_settings_are_checked():
     with refused("setting-out-of-range", "samples.prompts", "-1"):
         SampleTable(prompts=-1)
 
 
-def test_trackio_gets_metrics_settings_and_tables_and_continues(tmp_path, monkeypatch):
+def test_trackio_gets_metrics_settings_and_tables_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when trackio is imported
     sqlite = pytest.importorskip("trackio.sqlite_storage")
     for first in (0, 2):  # the second begins where a resumed run would
@@ -255,7 +255,7 @@ def test_trackio_gets_metrics_settings_and_tables_and_continues(tmp_path, monkey
     assert sqlite.SQLiteStorage.get_run_config("rlhf", "dpo/version_0")["model.beta"] == 0.1
 
 
-def test_trackio_without_its_package_is_refused_in_a_sentence(monkeypatch):
+def test_trackio_without_its_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with refused("not-installed", "rlhf-lightning[trackio]"):
         TrackioLogger()

@@ -39,13 +39,13 @@ def updates_in(name: str) -> int:
     return torch.load(Path("checkpoints") / name, weights_only=True)["progress"]["updates"]
 
 
-def test_saved_every_so_many_updates_and_after_validation():
+def test_checkpoints_every_n_updates_and_after_validation():
     names = fit(RunCheckpoint(every_n_updates=3, keep_last=None))
     assert names == ["update_000003.ckpt", "update_000006.ckpt", "update_000008.ckpt"]
     assert [updates_in(name) for name in names] == [3, 6, 8]
 
 
-def test_a_rollout_of_several_updates_is_never_cut():
+def test_checkpoints_are_saved_only_at_the_end_of_a_rollout():
     """Three updates a step: the periods fall inside rollouts, the saves on their ends."""
     names = fit(
         RunCheckpoint(every_n_updates=4, keep_last=None, after_validation=False), RolloutModule(learning_rate=0.1)
@@ -54,21 +54,21 @@ def test_a_rollout_of_several_updates_is_never_cut():
     assert all(updates_in(name) % 3 == 0 for name in names)
 
 
-def test_saved_every_so_many_rollouts():
+def test_checkpoints_every_n_rollouts():
     names = fit(RunCheckpoint(every_n_rollouts=3, keep_last=None), RolloutModule(learning_rate=0.1))
     states = [torch.load(Path("checkpoints") / name, weights_only=True)["progress"] for name in names]
     assert [state["rollouts"] for state in states] == [3, 6, 8]
     assert [state["updates"] for state in states] == [9, 18, 24]
 
 
-def test_lightnings_warning_on_manual_optimization_is_not_raised():
+def test_no_warning_on_manual_optimization():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(RunCheckpoint(every_n_updates=2))
     assert not [str(w.message) for w in caught if "manual optimization" in str(w.message)]
 
 
-def test_the_newest_are_kept_and_linked():
+def test_the_newest_checkpoints_are_kept_and_last_is_linked():
     assert fit(RunCheckpoint(every_n_updates=2, keep_last=2, keep_best=0)) == [
         "update_000006.ckpt",
         "update_000008.ckpt",
@@ -77,7 +77,7 @@ def test_the_newest_are_kept_and_linked():
     assert not list(Path("checkpoints").glob(".*"))
 
 
-def test_the_best_is_kept_beside_the_newest():
+def test_the_best_checkpoint_is_kept_besides_the_newest():
     """The second epoch is the best and would be forgotten by age."""
     losses = [0.9, 0.2, 0.7, 0.8]
     callback = RunCheckpoint(keep_last=1, keep_best=1)
@@ -96,7 +96,7 @@ def test_the_best_is_kept_beside_the_newest():
 @pytest.mark.parametrize(
     ("monitor", "mode", "best"), [("val/score", None, 8), ("val/score", "max", 16), (None, None, 16)]
 )
-def test_what_is_monitored_and_which_way(monitor, mode, best):
+def test_default_and_given_monitor_and_mode(monitor, mode, best):
     """Without val/loss the score ranks, and more of it is better; of a metric that is named less is, by default."""
     scores = [0.1, 0.9, 0.5]
 
@@ -124,7 +124,7 @@ def test_a_metric_that_validation_does_not_log_is_an_error():
         fit(RunCheckpoint(monitor="val/los"))
 
 
-def test_the_bookkeeping_survives_a_resume():
+def test_the_list_of_kept_checkpoints_survives_a_resume():
     first = run(["fit", *BASIC, "--checkpoint.keep_last", "2"])
     kept = first.trainer.checkpoint_callback
     again = run(["fit", "--resume", str(first.folder), "--trainer.max_epochs", "4"]).trainer.checkpoint_callback
@@ -134,7 +134,7 @@ def test_the_bookkeeping_survives_a_resume():
     assert again.kept.monitor == "val/loss"
 
 
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_file():
+def test_a_failed_save_keeps_the_earlier_checkpoint_and_leaves_no_partial_file():
     """No file may grow beyond the first checkpoint's size while the second is written."""
     callback = RunCheckpoint(every_n_updates=3)
 
@@ -174,12 +174,12 @@ def test_weights_load_without_unpickling():
         ({"every_n_rollouts": -1}, "is -1"),
     ],
 )
-def test_senseless_periods_are_refused(arguments, sentence):
+def test_invalid_periods_are_refused(arguments, sentence):
     with refused("setting-out-of-range", sentence):
         RunCheckpoint(**arguments)
 
 
-def test_a_file_is_replaced_in_one_step(monkeypatch):
+def test_files_are_replaced_atomically(monkeypatch):
     """Whoever reads while it is written sees the old text; a writer that dies leaves it."""
     path = Path("manifest.json")
     write_text(path, "old")
@@ -189,7 +189,7 @@ def test_a_file_is_replaced_in_one_step(monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_a_sharded_checkpoint_replaces_the_folder_before():
+def test_a_sharded_checkpoint_replaces_the_previous_folder():
     for number in (1, 2):
         partial = Path(f"part{number}")
         partial.mkdir()

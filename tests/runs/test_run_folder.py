@@ -17,14 +17,14 @@ from rlhf_lightning.runs.manifest import describe_data, git_state
 from rlhf_lightning.runs.run import checked_run_name, find_run, reserve_version
 
 
-def test_versions_count_up_past_gaps():
+def test_version_numbers_increase_past_gaps():
     assert reserve_version(Path("runs"), "a").name == "version_0"
     (Path("runs") / "a" / "version_7").mkdir()
     (Path("runs") / "a" / "version_x").mkdir()
     assert reserve_version(Path("runs"), "a").name == "version_8"
 
 
-def test_runs_that_start_together_get_folders_of_their_own():
+def test_concurrent_runs_get_different_folders():
     found = []
     threads = [Thread(target=lambda: found.append(reserve_version(Path("runs"), "a"))) for _ in range(16)]
     for thread in threads:
@@ -35,23 +35,23 @@ def test_runs_that_start_together_get_folders_of_their_own():
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/x", "a//b", "a/", "a\\b", "a b", "", ".", "-rf", "a\n"])
-def test_names_that_leave_the_folder_or_trouble_it_are_refused(name):
+def test_invalid_run_names_are_refused(name):
     with refused("invalid-run-name", "run_name is"):
         checked_run_name(name)
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo/beta=0.1", "2026-01-31_a+b", "größe"])
-def test_names_that_are_fine(name):
+def test_valid_run_names_are_accepted(name):
     assert checked_run_name(name) == name
 
 
-def test_a_run_that_is_not_there_names_those_that_are():
+def test_a_missing_run_is_refused_with_the_existing_names():
     reserve_version(Path("runs"), "dpo")
     with refused("unknown-run", "no run found at dop; the runs are runs/dpo"):
         find_run("dop")
 
 
-def test_the_manifest_says_what_was_run():
+def test_the_manifest_records_command_versions_and_data():
     cli = run(["fit", *BASIC, "--seed_everything", "7"])
     manifest = json.loads((cli.folder / "manifest.json").read_text())
     assert manifest["subcommand"] == "fit" and manifest["model"] == "tiny_run.SlopeModule" and manifest["seed"] == 7
@@ -65,7 +65,7 @@ def test_the_manifest_says_what_was_run():
     assert session["status"] == "finished" and session["started"] <= session["ended"]
 
 
-def test_the_manifest_says_why_a_run_ended(monkeypatch):
+def test_the_manifest_records_why_a_run_ended(monkeypatch):
     monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", 5)
     with pytest.raises(RuntimeError):
         run(["fit", *BASIC])
@@ -73,7 +73,7 @@ def test_the_manifest_says_why_a_run_ended(monkeypatch):
     assert (session["status"], session["updates"]) == ("RuntimeError: the machine is gone", 5)
 
 
-def test_secrets_in_the_environment_reach_no_file(monkeypatch):
+def test_environment_secrets_are_not_written(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     folder = run(["fit", *BASIC]).folder
     for path in folder.rglob("*"):
@@ -81,7 +81,7 @@ def test_secrets_in_the_environment_reach_no_file(monkeypatch):
             assert b"hf_verysecret" not in path.read_bytes()
 
 
-def test_the_git_state_is_commit_branch_and_changes(tmp_path):
+def test_the_git_state_has_commit_branch_and_changes(tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
@@ -97,7 +97,7 @@ def test_the_git_state_is_commit_branch_and_changes(tmp_path):
     assert git_state(tmp_path)["changed_files"] == 1
 
 
-def test_a_report_is_written_as_counts():
+def test_the_data_report_is_written_as_counts():
     class Data:
         report, fingerprint = Report(read=3, kept=2, dropped={"empty_prompt": 1}), "abc"
 
@@ -106,7 +106,7 @@ def test_a_report_is_written_as_counts():
     assert json.dumps(described)
 
 
-def test_the_model_is_exported_at_the_end_and_on_the_way():
+def test_the_model_is_exported_during_and_after_training():
     folder = run(["fit", *BASIC, "--export.every_n_updates", "3"]).folder
     weights = [json.loads(path.read_text()) for path in sorted(folder.glob("exports/*/weight.json"))]
     assert [path.name for path in sorted((folder / "exports").iterdir())] == ["update_000003", "update_000006"]
@@ -119,7 +119,7 @@ def test_export_can_be_switched_off():
     assert not (folder / "model").exists() and not (folder / "exports").exists()
 
 
-def test_a_senseless_period_is_refused():
+def test_an_invalid_export_period_is_refused():
     with refused("setting-out-of-range", "export.every_n_updates is 0"):
         ModelExport(every_n_updates=0)
 

@@ -38,7 +38,7 @@ def status_in(folder):
     return None if content is None else plugin_data_pb2.HParamsPluginData.FromString(content).session_end_info.status
 
 
-def test_settings_that_differ_and_headline_metrics_are_in_the_tab_with_final_values():
+def test_hparams_has_changed_settings_and_final_headline_metrics():
     cli = run(["fit", *BASIC, "--model.offset", "0.25", "--trainer.max_epochs", "2"])
     settings, metrics = hparams_in(cli.folder)
     assert metrics[:2] == ["val/loss", "val/slope"] and "val/reward_accuracy" in metrics
@@ -55,7 +55,7 @@ def test_settings_that_differ_and_headline_metrics_are_in_the_tab_with_final_val
         assert min(step for step, _ in points) > 0, "no made-up value at the start"
 
 
-def test_a_run_that_failed_is_marked_until_it_is_resumed(monkeypatch):
+def test_a_failed_run_is_marked_in_hparams_until_it_is_resumed(monkeypatch):
     settings = ["--run_name", "cut", "--checkpoint.every_n_updates", "2"]
     monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", 3)
     with pytest.raises(RuntimeError, match="machine"):
@@ -66,17 +66,17 @@ def test_a_run_that_failed_is_marked_until_it_is_resumed(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_a_run_that_only_evaluates_is_marked(command):
+def test_an_evaluation_run_is_marked_in_hparams(command):
     settings, _ = hparams_in(run([command, *BASIC]).folder)
     assert (settings["stage"], settings["objective"]) == (command, "SlopeModule")
 
 
-def test_there_is_no_meaningless_metric():
+def test_hp_metric_is_not_logged():
     tags = events_of(run(["fit", *BASIC]).folder).Tags()["scalars"]
     assert "hp_metric" not in tags and "_hparams_/session_start_info" not in tags
 
 
-def test_the_axis_counts_updates_and_the_last_value_is_written_without_validation():
+def test_steps_count_updates_and_the_last_value_is_written():
     cli = run(["fit", *BASIC, "--model", "tiny_run.RolloutModule", "--trainer.limit_val_batches", "0"])
     assert [step for step, _ in scalars_of(cli.folder, "train/loss")] == [3 * n for n in range(1, UPDATES + 1)]
     assert isinstance(cli.model, RolloutModule)
@@ -98,7 +98,7 @@ def test_nested_settings_get_dotted_names():
     assert (flat["trainer.max_epochs"], flat["trainer.precision"], flat["trainer.ranks"]) == (1, "32-true", 2)
 
 
-def test_metrics_that_compare_stand_in_one_group_of_custom_scalars():
+def test_comparable_metrics_share_a_custom_scalars_group():
     folder = run(["fit", *BASIC]).folder
     events = events_of(folder)
     (config,) = events.Tensors("custom_scalars__config__")

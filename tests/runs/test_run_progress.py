@@ -40,7 +40,7 @@ def fit(module, seconds, **settings):
     trainer.fit(module, datamodule=NumbersDataModule())
 
 
-def test_a_line_every_so_many_seconds_with_the_figures_of_the_moment(capsys):
+def test_a_progress_line_is_printed_every_n_seconds(capsys):
     """Two tokens a step and a second a step: 2 tokens/s, and as many seconds left as steps."""
     fit(SlopeModule(learning_rate=0.1), seconds=3, max_epochs=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
@@ -49,12 +49,12 @@ def test_a_line_every_so_many_seconds_with_the_figures_of_the_moment(capsys):
     assert lines[-1].endswith("left 0:00")
 
 
-def test_few_lines_in_a_long_run(capsys):
+def test_a_long_run_prints_few_lines(capsys):
     fit(SlopeModule(learning_rate=0.1), seconds=60, max_epochs=20)
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]) == 3
 
 
-def test_a_limit_in_updates_bounds_rollouts(capsys):
+def test_max_steps_bounds_the_number_of_rollouts(capsys):
     """Three updates a rollout and at most 12 updates: four steps."""
 
     class Counted(RolloutModule):
@@ -66,7 +66,7 @@ def test_a_limit_in_updates_bounds_rollouts(capsys):
     assert "update 6 " in lines[1]
 
 
-def test_a_terminal_gets_one_live_line_with_the_same_figures(capsys, monkeypatch):
+def test_a_terminal_gets_one_line_updated_in_place(capsys, monkeypatch):
     """Other lines are printed above it; it is drawn again in place, and stays when the run ends."""
     monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
@@ -80,7 +80,7 @@ def test_a_terminal_gets_one_live_line_with_the_same_figures(capsys, monkeypatch
     assert shown.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in shown, "the cursor is shown again"
 
 
-def test_a_run_that_fails_gives_the_terminal_back(capsys, monkeypatch):
+def test_a_failed_run_restores_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(SlopeModule, "crash_at", 3)
     with pytest.raises(RuntimeError, match="machine"):
@@ -89,7 +89,7 @@ def test_a_run_that_fails_gives_the_terminal_back(capsys, monkeypatch):
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
 
 
-def test_a_loss_that_is_near_zero_by_construction_is_marked(capsys):
+def test_a_centred_loss_is_marked_as_near_zero_by_construction(capsys):
     class Centred(SlopeModule):
         has_centred_loss = True
 
@@ -97,19 +97,19 @@ def test_a_loss_that_is_near_zero_by_construction_is_marked(capsys):
     assert re.search(r"loss [\d.e-]+ \(near 0 by construction\)", capsys.readouterr().out)
 
 
-def test_losses_of_centred_advantages_are_marked():
+def test_objectives_with_centred_advantages_have_a_centred_loss():
     common = {"init_from": "unread", "scorer": len}
     assert GRPOModule(**common).has_centred_loss and RLOOModule(**common).has_centred_loss
     assert not CriticFreeModule(**common, baseline="greedy").has_centred_loss
     assert not PPOModule(**common).has_centred_loss and not DPOModule(init_from="unread").has_centred_loss
 
 
-def test_the_bar_is_off_where_it_is_switched_off(capsys):
+def test_enable_progress_bar_false_prints_no_progress(capsys):
     run(["fit", *BASIC, "--trainer.enable_progress_bar", "false"])
     assert "training" not in capsys.readouterr().out
 
 
-def test_a_resumed_run_counts_from_where_it_is(capsys):
+def test_progress_of_a_resumed_run_continues(capsys):
     first = run(["fit", *BASIC])
     capsys.readouterr()
     run(["fit", "--resume", str(first.folder), "--trainer.max_epochs", "2"])
@@ -119,5 +119,5 @@ def test_a_resumed_run_counts_from_where_it_is(capsys):
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3661, "1:01:01")]
 )
-def test_clock_time(seconds, shown):
+def test_seconds_are_shown_as_clock_time(seconds, shown):
     assert clock_time(seconds) == shown

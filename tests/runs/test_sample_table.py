@@ -18,7 +18,7 @@ def texts_of(folder):
     ]
 
 
-def test_rows_before_during_and_after_training():
+def test_samples_are_written_before_during_and_after_training():
     folder = run(["fit", *BASIC, "--samples.prompts", "2", "--samples.every_n_updates", "3"]).folder
     rows = rows_of(folder / "samples.jsonl")
     assert [row["update"] for row in rows] == [0, 0, 3, 3, 6, 6, 8, 8]
@@ -28,7 +28,7 @@ def test_rows_before_during_and_after_training():
     assert (rows[0]["score"], rows[0]["finished"], rows[0]["length"]) == (None, True, 3)
 
 
-def test_the_text_tab_has_a_table_at_the_same_updates_and_escapes_it():
+def test_tensorboard_text_has_an_escaped_table_at_the_same_updates():
     folder = run(["fit", *BASIC, "--samples.prompts", "1"]).folder
     texts = texts_of(folder)
     assert [step for step, _ in texts] == [0, UPDATES]
@@ -39,7 +39,7 @@ def test_the_text_tab_has_a_table_at_the_same_updates_and_escapes_it():
     )
 
 
-def test_scores_are_the_scorers_and_what_cannot_be_scored_is_left_open(monkeypatch):
+def test_scores_come_from_the_scorer_and_are_null_if_missing(monkeypatch):
     def scorer(prompts, completions, **columns):
         return [0.25, None, None][: len(prompts)]
 
@@ -59,7 +59,7 @@ def needs_answer(prompts, completions, answer):
 
 
 @pytest.mark.parametrize("scorer", [needs_answer, InstructionScorer()])
-def test_a_scorer_that_needs_a_column_leaves_the_scores_open(monkeypatch, scorer):
+def test_without_a_needed_column_scores_are_null(monkeypatch, scorer):
     monkeypatch.setattr(
         tiny_run.SlopeModule, "load_models", lambda self: (_load(self), setattr(self, "scorer", scorer))
     )
@@ -67,16 +67,16 @@ def test_a_scorer_that_needs_a_column_leaves_the_scores_open(monkeypatch, scorer
     assert {row["score"] for row in rows} == {None}
 
 
-def test_a_stage_without_a_policy_samples_nothing():
+def test_a_module_without_a_policy_writes_no_samples():
     folder = run(["fit", *BASIC, "--model", "tiny_run.ScoredSlopeModule"]).folder
     assert not (folder / "samples.jsonl").exists()
 
 
-def test_no_prompts_no_samples():
+def test_zero_prompts_write_no_samples():
     assert not (run(["fit", *BASIC, "--samples.prompts", "0"]).folder / "samples.jsonl").exists()
 
 
-def test_what_was_asked_for_wins_over_the_modules_own_sampling():
+def test_sample_settings_override_the_modules_sampling():
     from rlhf_lightning.sampling.engines import SamplingSettings
 
     own = SamplingSettings(max_new_tokens=48, temperature=0.7)
@@ -98,11 +98,11 @@ def test_what_was_asked_for_wins_over_the_modules_own_sampling():
         ("", "(empty)"),
     ],
 )
-def test_cells_show_the_text_itself(text, shown):
+def test_cells_escape_text_for_markdown_tables(text, shown):
     assert cell(text) == shown
 
 
-def test_long_cells_are_capped_before_they_are_escaped():
+def test_long_cells_are_truncated_before_escaping():
     assert cell("a" * (LONGEST_CELL + 1)) == "a" * (LONGEST_CELL - 1) + "…"
     assert cell("a" * LONGEST_CELL) == "a" * LONGEST_CELL
 
@@ -116,6 +116,6 @@ def test_a_conversation_is_shown_turn_by_turn():
 @pytest.mark.parametrize(
     "arguments", [{"prompts": -1}, {"every_n_updates": 0}, {"max_new_tokens": 10**21}, {"temperature": -0.1}]
 )
-def test_senseless_settings_are_refused(arguments):
+def test_invalid_settings_are_refused(arguments):
     with refused("setting-out-of-range", f"samples.{next(iter(arguments))} is"):
         SampleTable(**arguments)

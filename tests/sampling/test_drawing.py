@@ -19,7 +19,7 @@ def test_philox_gives_the_published_known_answers(counter: str, key: str, expect
     assert [f"{int(word):08x}" for word in philox(words, (first, second))] == expected.split()
 
 
-def test_the_number_of_an_address_does_not_depend_on_its_neighbours() -> None:
+def test_a_random_number_depends_only_on_its_own_address() -> None:
     episodes, positions = torch.arange(40), torch.arange(40) % 7
     together = uniform(3, episodes, positions)
     separate = torch.cat([uniform(3, episodes[i : i + 1], positions[i : i + 1]) for i in range(40)])
@@ -28,7 +28,7 @@ def test_the_number_of_an_address_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(uniform(3, episodes[order], positions[order]), together[order])
 
 
-def test_every_part_of_the_address_counts() -> None:
+def test_a_random_number_depends_on_every_part_of_its_address() -> None:
     base, one = torch.tensor([5]), torch.tensor([1])
     numbers = [
         uniform(0, base, base),
@@ -42,7 +42,7 @@ def test_every_part_of_the_address_counts() -> None:
     assert len({float(number) for number in numbers}) == len(numbers)
 
 
-def test_numbers_are_uniform_and_those_of_neighbours_uncorrelated() -> None:
+def test_numbers_are_uniform_and_uncorrelated() -> None:
     episodes = torch.arange(400).repeat_interleave(50)
     positions = torch.arange(50).repeat(400)
     grid = uniform(11, episodes, positions).view(400, 50)
@@ -55,6 +55,6 @@ def test_numbers_are_uniform_and_those_of_neighbours_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
-def test_the_extreme_words_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
+def test_extreme_words_map_into_the_open_unit_interval(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
     monkeypatch.setattr(drawing, "philox", lambda *_: (torch.tensor([word]),) * 4)
     assert 0.0 < float(uniform(0, torch.tensor([0]), torch.tensor([0]))) < 1.0

@@ -85,13 +85,13 @@ def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"batch_size": 4}, {"temperature": 0.0}, {"top_p": 0.6, "top_k": 20}, {"max_new_tokens": 1}]
 )
-def test_generate_draws_the_same_episodes(policy: CausalLM, settings: dict[str, Any]) -> None:
+def test_generate_engine_equals_slot_engine(policy: CausalLM, settings: dict[str, Any]) -> None:
     ours, theirs = draw(SlotEngine(), policy, **settings), draw(GenerateEngine(), policy, **settings)
     assert as_lists(theirs) == as_lists(ours) and torch.equal(theirs.finished, ours.finished)
     close(theirs.logprobs, ours.logprobs)
 
 
-def test_generate_reads_the_adapter_and_not_the_models_generation_config(policy_folder: str) -> None:
+def test_generate_engine_uses_the_adapter_and_ignores_the_generation_config(policy_folder: str) -> None:
     model = adapted(policy_folder)
     own = model.model.get_base_model().generation_config
     own.repetition_penalty, own.min_new_tokens = 5.0, 10
@@ -100,7 +100,7 @@ def test_generate_reads_the_adapter_and_not_the_models_generation_config(policy_
 
 
 @pytest.mark.parametrize("engine", [GenerateEngine(), RemoteEngine("http://127.0.0.1:1", BASE)])
-def test_engines_with_one_model_refuse_a_mixture(policy: CausalLM, engine: SamplingEngine) -> None:
+def test_engines_without_mixtures_refuse_them(policy: CausalLM, engine: SamplingEngine) -> None:
     mixture = Mixture(lambda: nullcontext(policy), lambda own, theirs: own)
     with refused("mixture-needs-slots", "one model, and a mixture", "use the SlotEngine"):
         engine.sample(policy, PROMPTS, EPISODES, SamplingSettings(2), 0, ENDS, mixture=mixture)
@@ -113,7 +113,7 @@ def test_every_engine_refuses_an_empty_prompt(policy: CausalLM, engine: Sampling
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"max_new_tokens": 1}])
-def test_continuous_batching_draws_from_the_policy(policy_folder: str, settings: dict[str, Any]) -> None:
+def test_continuous_batching_samples_have_the_policys_logprobs(policy_folder: str, settings: dict[str, Any]) -> None:
     model = adapted(policy_folder)
     kernel = model.model.config._attn_implementation
     drawn = draw(ContinuousBatchingEngine(), model, **settings)
@@ -129,7 +129,7 @@ def test_continuous_batching_draws_from_the_policy(policy_folder: str, settings:
 # -- a server ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_draws_from_the_policy(policy: CausalLM, server: SmallServer) -> None:
+def test_samples_of_a_server_have_the_policys_logprobs(policy: CausalLM, server: SmallServer) -> None:
     engine = RemoteEngine(server.url + "/v1/", BASE)
     drawn = draw(engine, policy)
     close(drawn.logprobs, scored(policy, PROMPTS, drawn.ids, 0.9))
@@ -139,7 +139,7 @@ def test_a_server_draws_from_the_policy(policy: CausalLM, server: SmallServer) -
     assert as_lists(greedy) == as_lists(draw(SlotEngine(), policy, temperature=0.0))
 
 
-def test_each_episode_is_a_request_with_a_seed_of_its_own(policy: CausalLM, server: SmallServer) -> None:
+def test_each_episode_is_one_request_with_its_own_seed(policy: CausalLM, server: SmallServer) -> None:
     engine = RemoteEngine(server.url, BASE, requests=3)
     first = draw(engine, policy, top_p=0.8, top_k=30)
     bodies = server.bodies()
@@ -153,7 +153,7 @@ def test_each_episode_is_a_request_with_a_seed_of_its_own(policy: CausalLM, serv
     assert sum(seen) == 9 and len({body["seed"] for body in server.bodies()}) == 18
 
 
-def test_a_busy_server_is_asked_again(policy: CausalLM, server: SmallServer) -> None:
+def test_requests_to_a_busy_server_are_retried(policy: CausalLM, server: SmallServer) -> None:
     server.busy = 3
     drawn = draw(RemoteEngine(server.url, BASE, requests=1, wait=0.01), policy)
     assert len(server.bodies()) == 12 and len(drawn.ids) == 9
@@ -162,14 +162,14 @@ def test_a_busy_server_is_asked_again(policy: CausalLM, server: SmallServer) -> 
         draw(RemoteEngine(server.url, BASE, requests=1, retries=1, wait=0.01), policy)
 
 
-def test_a_server_that_is_not_there_or_knows_no_such_model_is_said(policy: CausalLM, server: SmallServer) -> None:
+def test_a_missing_server_or_model_is_refused(policy: CausalLM, server: SmallServer) -> None:
     with refused("server-silent", "127.0.0.1:1/v1/completions gave no answer in 1 attempts"):
         draw(RemoteEngine("http://127.0.0.1:1", BASE, retries=0), policy)
     with refused("server-refused", "refused with status 404: ", "does not exist"):
         draw(RemoteEngine(server.url, "another"), policy)
 
 
-def test_a_key_comes_from_the_environment(
+def test_the_api_key_is_read_from_the_environment(
     policy: CausalLM, server: SmallServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SMALL_SERVER_KEY", "abc")
@@ -180,7 +180,7 @@ def test_a_key_comes_from_the_environment(
         RemoteEngine(server.url, BASE, api_key="SMALL_SERVER_KEY")
 
 
-def test_a_server_that_goes_and_comes_back_costs_time_alone(policy: CausalLM, policy_folder: str) -> None:
+def test_sampling_survives_a_server_restart(policy: CausalLM, policy_folder: str) -> None:
     def again() -> None:
         time.sleep(0.5)
         with serving(policy_folder, port=port):
@@ -199,7 +199,7 @@ def test_a_server_that_goes_and_comes_back_costs_time_alone(policy: CausalLM, po
     assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
 
 
-def test_a_server_that_is_gone_is_given_up_in_bounded_time(policy: CausalLM, policy_folder: str) -> None:
+def test_a_dead_server_fails_within_the_retry_limit(policy: CausalLM, policy_folder: str) -> None:
     with serving(policy_folder) as small:
         url = small.url
     started = time.monotonic()
@@ -231,7 +231,7 @@ def spoilt(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         ),
     ],
 )
-def test_an_answer_that_is_no_completion_is_refused(
+def test_malformed_completions_are_refused(
     policy: CausalLM, server: SmallServer, spoil: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     server.spoil = spoil
@@ -243,7 +243,7 @@ def test_an_answer_that_is_no_completion_is_refused(
     "ids", [[-1], [10**9], [2**70], [VOCABULARY], [7.9], [True], ["7"], [None], [[7]], "7", {"0": 7}, 7]
 )
 @pytest.mark.parametrize("named", [False, True])
-def test_an_id_that_is_none_of_the_policys_is_refused(
+def test_token_ids_outside_the_vocabulary_are_refused(
     policy: CausalLM, server: SmallServer, ids: Any, named: bool
 ) -> None:
     """Given as ids, or in the places of the tokens' texts."""
@@ -258,13 +258,13 @@ def test_an_id_that_is_none_of_the_policys_is_refused(
 
 
 @pytest.mark.parametrize("value", [1e400, float("nan"), -1e400, 10**400, True, "-1", None, [-1.0], 0.5])
-def test_a_log_probability_that_is_none_is_refused(policy: CausalLM, server: SmallServer, value: Any) -> None:
+def test_invalid_logprobs_are_refused(policy: CausalLM, server: SmallServer, value: Any) -> None:
     server.spoil = spoilt(logprobs={"token_logprobs": [value]}, token_ids=[40])
     with refused("server-answer-unusable", server.url):
         draw(RemoteEngine(server.url, BASE), policy, max_new_tokens=6)
 
 
-def test_ids_are_also_read_from_the_tokens_names(policy: CausalLM, server: SmallServer) -> None:
+def test_token_ids_are_also_read_from_token_names(policy: CausalLM, server: SmallServer) -> None:
     expected = as_lists(draw(RemoteEngine(server.url, BASE), policy))
     server.spoil = spoilt(token_ids=None)
     assert as_lists(draw(RemoteEngine(server.url, BASE), policy)) == expected
@@ -273,9 +273,7 @@ def test_ids_are_also_read_from_the_tokens_names(policy: CausalLM, server: Small
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_handed_over_whenever_it_has_changed(
-    policy_folder: str, server: SmallServer, tmp_path: Path
-) -> None:
+def test_a_changed_adapter_is_sent_to_the_server(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
     first = draw(engine, model)
     close(first.logprobs, scored(model, PROMPTS, first.ids, 0.9))
@@ -294,9 +292,7 @@ def test_an_adapter_is_handed_over_whenever_it_has_changed(
     assert server.bodies()[-1]["model"] == BASE
 
 
-def test_a_server_that_was_started_again_is_told_of_its_adapters(
-    policy_folder: str, server: SmallServer, tmp_path: Path
-) -> None:
+def test_a_restarted_server_gets_its_adapters_again(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
     first = draw(engine, model)
     server.models = {BASE: server.models[BASE]}
@@ -310,7 +306,7 @@ def test_a_server_that_was_started_again_is_told_of_its_adapters(
         draw(RemoteEngine(server.url, "another", retries=0), load_policy(policy_folder).requires_grad_(False))
 
 
-def test_serve_vllm_starts_a_server_again_that_died(tmp_path: Path, policy_folder: str) -> None:
+def test_serve_vllm_restarts_a_dead_server(tmp_path: Path, policy_folder: str) -> None:
     python, log = tmp_path / "python", tmp_path / "starts"
     python.write_text(f"#!/bin/sh\necho start >> {log}\n[ $(wc -l < {log}) -lt 3 ] && kill -9 $$\nexit 0\n")
     python.chmod(0o755)
@@ -319,9 +315,7 @@ def test_serve_vllm_starts_a_server_again_that_died(tmp_path: Path, policy_folde
     assert serve_vllm(policy_folder, python=str(python), restarts=0) == -9 and log.read_text() == "start\n"
 
 
-def test_weights_that_the_server_cannot_have_are_refused(
-    policy_folder: str, server: SmallServer, tmp_path: Path
-) -> None:
+def test_weights_that_cannot_be_synced_are_refused(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     with refused("no-shared-folder", "train an adapter (lora)"):
         draw(RemoteEngine(server.url, BASE), load_policy(policy_folder))
     with refused("no-shared-folder", "shared_folder", "that the server reads too"):
@@ -330,9 +324,7 @@ def test_weights_that_the_server_cannot_have_are_refused(
         draw(RemoteEngine(server.url, BASE, str(tmp_path)), load_policy(policy_folder))
 
 
-def test_versions_of_an_adapter_stay_registered_while_episodes_need_them(
-    policy_folder: str, server: SmallServer, tmp_path: Path
-) -> None:
+def test_adapter_versions_stay_registered_while_needed(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
     engine.prepare(policy_folder, LoadSettings(), LoraSettings(r=4), versions=3)
     for seed in range(4):
@@ -367,7 +359,7 @@ def nudge(model: CausalLM, size: float = 0.05) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def test_all_weights_are_handed_over_in_a_folder_with_a_head_of_its_own(tied: tuple[CausalLM, Path]) -> None:
+def test_full_weights_are_synced_with_an_untied_head(tied: tuple[CausalLM, Path]) -> None:
     model, folder = tied
     with serving(str(folder)) as server:
         engine = RemoteEngine(server.url, BASE, str(folder))
@@ -386,7 +378,7 @@ def test_all_weights_are_handed_over_in_a_folder_with_a_head_of_its_own(tied: tu
 
 
 @pytest.mark.parametrize("size", [1e-4, 0.05])
-def test_a_server_that_kept_the_old_weights_is_caught(tied: tuple[CausalLM, Path], size: float) -> None:
+def test_a_server_with_stale_weights_is_detected(tied: tuple[CausalLM, Path], size: float) -> None:
     """The probe detects an update of any size, even if the log-probabilities differ by far less than its bound."""
     model, folder = tied
     with serving(str(folder)) as server:
@@ -398,7 +390,7 @@ def test_a_server_that_kept_the_old_weights_is_caught(tied: tuple[CausalLM, Path
             draw(engine, model)
 
 
-def test_a_stale_adapter_and_another_model_are_caught(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
+def test_a_stale_adapter_or_another_model_is_detected(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
     draw(engine, model)
     server.deaf = True
@@ -419,14 +411,14 @@ def test_a_stale_adapter_and_another_model_are_caught(policy_folder: str, server
         [(0, "token_id:7"), (1e400, "token_id:7")],
     ],
 )  # fmt: skip
-def test_a_probe_that_is_not_answered_whole_is_refused(choices: list[tuple[Any, str]]) -> None:
+def test_an_incomplete_probe_response_is_refused(choices: list[tuple[Any, str]]) -> None:
     answer = {"choices": [{"index": at, "logprobs": {"top_logprobs": [{name: -1.0}]}} for at, name in choices]}
     server: Any = SimpleNamespace(url="http://host", post=lambda route, body: answer, shown=str)
     with refused("server-answer-unusable", "http://host answered the probe"):
         Probe(0.1, sequences=2).ask(server, BASE, torch.zeros(2, 3), 90)
 
 
-def test_a_server_that_dies_is_left_out_and_said(policy: CausalLM, policy_folder: str) -> None:
+def test_a_dead_server_is_dropped_with_a_warning(policy: CausalLM, policy_folder: str) -> None:
     expected = None
     with serving(policy_folder) as one, serving(policy_folder) as two:
         urls = [one.url, two.url]
@@ -456,12 +448,12 @@ def check_text_server(url: str, name: str, policy: CausalLM, folder: str) -> Non
     assert as_lists(drawn) != as_lists(greedy) and not engine.reports_logprobs
 
 
-def test_a_server_of_texts(policy: CausalLM, policy_folder: str) -> None:
+def test_a_server_that_takes_text_prompts_works(policy: CausalLM, policy_folder: str) -> None:
     with serving(policy_folder, text=True) as server:
         check_text_server(server.url, BASE, policy, policy_folder)
 
 
-def test_a_prompt_that_is_not_the_tokens_of_its_text_is_refused(policy: CausalLM, policy_folder: str) -> None:
+def test_a_prompt_whose_text_tokenizes_differently_is_refused(policy: CausalLM, policy_folder: str) -> None:
     with serving(policy_folder, text=True) as server:
         engine = RemoteEngine(server.url, BASE, tokenizer=policy_folder)
         engine.tokenizer.add_tokens(["w40 w41"])  # type: ignore[union-attr]
@@ -470,7 +462,7 @@ def test_a_prompt_that_is_not_the_tokens_of_its_text_is_refused(policy: CausalLM
 
 
 @pytest.mark.drill
-def test_a_server_of_transformers(policy: CausalLM, policy_folder: str) -> None:
+def test_a_transformers_server_works(policy: CausalLM, policy_folder: str) -> None:
     """``transformers serve`` where its further packages are installed, here or at RLHF_SERVE_PYTHON; a small server
     that takes and returns the same where they are not."""
     python = os.environ.get("RLHF_SERVE_PYTHON") or (sys.executable if is_serve_available() else None)
@@ -501,7 +493,7 @@ def test_a_server_of_transformers(policy: CausalLM, policy_folder: str) -> None:
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_is_written_as_class_path_and_init_args() -> None:
+def test_engines_load_from_class_path_and_init_args() -> None:
     path = "rlhf_lightning.sampling.remote_engine.RemoteEngine"
     made = load_engine({"class_path": path, "init_args": {"url": "http://host:8000/v1", "model": "m"}})
     assert isinstance(made, RemoteEngine) and made.servers[0].url == "http://host:8000"

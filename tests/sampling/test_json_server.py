@@ -91,7 +91,7 @@ TRICKLES = {
 
 
 @pytest.mark.parametrize("part", TRICKLES)
-def test_the_time_limit_holds_whatever_trickles(part: str) -> None:
+def test_the_timeout_holds_for_slow_responses(part: str) -> None:
     started = time.monotonic()
     with answering(TRICKLES[part]) as url, pytest.raises(ServerError):
         JSONServer(url, timeout=0.4, retries=1, wait=0.0).post("", {})
@@ -99,7 +99,7 @@ def test_the_time_limit_holds_whatever_trickles(part: str) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_endless_answer_is_cut_off(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_response_is_aborted(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_server, "LARGEST_ANSWER", 2**20)
     sent = [0]
 
@@ -115,7 +115,7 @@ def test_an_endless_answer_is_cut_off(chunked: bool, monkeypatch: pytest.MonkeyP
     assert sent[0] < 2**25
 
 
-def test_an_answer_cut_off_in_the_middle_is_asked_for_again() -> None:
+def test_a_truncated_response_is_retried() -> None:
     answers = iter([HEAD + b'Content-Length: 50\r\n\r\n{"a', HEAD + b'Content-Length: 8\r\n\r\n{"a": 1}'])
     with answering(lambda connection: connection.sendall(next(answers))) as url:
         assert JSONServer(url, wait=0.0).post("", {}) == {"a": 1}
@@ -164,7 +164,7 @@ def fragments(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("way", REPETITIONS)
-def test_no_part_of_a_key_is_repeated(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_messages_contain_no_part_of_the_key(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", KEY)
     said = json.dumps({"error": f"the model is unknown; you sent {REPETITIONS[way]} to us"}, ensure_ascii=False)
     for status in ("401 No", "400 No", "503 Busy"):
@@ -177,12 +177,12 @@ def test_no_part_of_a_key_is_repeated(way: str, monkeypatch: pytest.MonkeyPatch)
         assert "the model is unknown; you sent" in text
 
 
-def test_a_short_key_is_hidden_and_other_words_are_not() -> None:
+def test_a_short_key_is_redacted_and_other_words_are_kept() -> None:
     assert redacted("no such key: Bearer ab1", "ab1") == "no such key: Bearer ***"
     assert redacted("the model m7 does not exist", KEY) == "the model m7 does not exist"
 
 
-def test_an_answer_that_breaks_the_reading_says_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_malformed_responses_contain_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", KEY)
     answers: list[Any] = [
         [KEY], [{KEY: 1}], [{"score": KEY}], [{"score": 1.0, KEY: 2}], [{"score": 1.0, "parts": {"a": KEY}}],
@@ -200,7 +200,7 @@ def test_an_answer_that_breaks_the_reading_says_no_key(monkeypatch: pytest.Monke
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202eevil\u2066\u200b\x9b31m\r\x00\ud800\U000e0041"
 
 
-def test_a_servers_words_cannot_act_on_a_terminal() -> None:
+def test_server_messages_are_escaped_for_the_terminal() -> None:
     with answering(body(json.dumps({"error": HOSTILE}, ensure_ascii=True), "400 No")) as url:
         with pytest.raises(ServerError) as error:
             JSONServer(url, retries=0).post("", {})
@@ -211,7 +211,7 @@ def test_a_servers_words_cannot_act_on_a_terminal() -> None:
         assert all(character.isprintable() for character in str(error.value))
 
 
-def test_every_refusal_is_printable() -> None:
+def test_every_error_message_is_printable() -> None:
     """Whoever wrote the text that a message quotes: a file, a model's folder, a row, a person."""
     error = ModelError("some-code", f"the file {HOSTILE} is\nunreadable: Überraschung, 数学 and a\ttab")
     assert all(character.isprintable() or character in "\n\t" for character in str(error))
@@ -219,7 +219,7 @@ def test_every_refusal_is_printable() -> None:
     assert error.args[1] == error.sentence == str(error)
 
 
-def test_printable_text_stays_as_it_is() -> None:
+def test_printable_text_is_unchanged() -> None:
     for text in ("plain\n\ttext", "naïve café", "数学 ", "emoji 🎉", "a\u00a0b"):
         assert printable(text) == text
 
@@ -228,7 +228,7 @@ def test_printable_text_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("value", [True, "1", None, [1], {}, float("nan"), float("inf"), 10**400])
-def test_what_is_no_finite_number(value: Any) -> None:
+def test_non_finite_numbers_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="number"):
         finite(value)
 
@@ -263,12 +263,12 @@ def test_what_is_no_finite_number(value: Any) -> None:
         ("null", "server-answer-unusable"),
     ],
 )  # fmt: skip
-def test_an_answer_that_holds_no_scores_is_refused_in_a_sentence(answer: str, code: str) -> None:
+def test_a_response_without_scores_is_refused(answer: str, code: str) -> None:
     with answering(body(answer)) as url, refused(code, url):
         RemoteScorer(url, retries=0)(["p", "q"], ["a", "b"])
 
 
-def test_a_faulty_score_costs_its_completion_alone() -> None:
+def test_an_invalid_score_drops_only_its_completion() -> None:
     def reply(connection: socket.socket) -> None:
         body('{"scores": [1e400]}')(connection)
 

@@ -86,7 +86,7 @@ def test_completions_equal_those_of_the_slot_engine(policy, running, decoding, m
         assert all(len(token.top) == one.top for token in one.tokens)
 
 
-def test_a_greedy_token_is_the_most_probable_one(running):
+def test_greedy_tokens_have_the_highest_probability(running):
     one = Kept(prompt(10, 11), SamplingSettings(5, temperature=0), 0, 0, [], top=3)
     running().submit([one])
     one.result.result(timeout=60)
@@ -95,7 +95,7 @@ def test_a_greedy_token_is_the_most_probable_one(running):
         assert [logprob for _, logprob in token.top] == sorted((lp for _, lp in token.top), reverse=True)
 
 
-def test_completions_stop_by_themselves_and_cancelled_ones_leave(running):
+def test_stopped_and_cancelled_completions_leave_the_batch(running):
     stopped = Kept(prompt(10), SamplingSettings(50), 0, 0, [], stop_after=3)
     dropped = Kept(prompt(11), SamplingSettings(2000), 0, 0, [])
     batch = running(1)
@@ -107,7 +107,7 @@ def test_completions_stop_by_themselves_and_cancelled_ones_leave(running):
     assert after.result.result(timeout=60) == "length" and not dropped.result.done()
 
 
-def test_a_failure_ends_the_batch_and_the_next_one_works(policy, running, monkeypatch):
+def test_a_failed_batch_does_not_affect_the_next(policy, running, monkeypatch):
     batch = running(2)
     first = Kept(prompt(10), SamplingSettings(3), 0, 0, [])
     monkeypatch.setattr(batch, "_record", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
@@ -120,7 +120,7 @@ def test_a_failure_ends_the_batch_and_the_next_one_works(policy, running, monkey
     assert second.result.result(timeout=60) == "length"
 
 
-def test_prompts_are_scored_like_the_model_itself(policy, running):
+def test_prompt_logprobs_equal_those_of_the_model(policy, running):
     prompts = [prompt(10, 20, 30), prompt(7), prompt(*range(40, 70))]
     found = score_prompts(policy, prompts, [2, 1, 0])
     batch, scores = running(), [Future() for _ in prompts]
@@ -138,7 +138,7 @@ def test_prompts_are_scored_like_the_model_itself(policy, running):
         assert [index for index, _ in found[0].tokens[0].top] == logits[0].topk(2).indices.tolist()
 
 
-def test_closing_fails_what_is_not_complete(policy):
+def test_closing_fails_incomplete_requests(policy):
     batch = LiveBatch(policy, 1)
     waiting, score = Kept(prompt(10), SamplingSettings(3), 0, 0, []), Future()
     batch.submit([waiting], [UnscoredPrompt(prompt(10, 11), 0, score)])

@@ -45,7 +45,7 @@ def as_lists(drawn: Completions) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_the_same_episodes_come_out_of_any_batch_size(policy: CausalLM, batch_size: int) -> None:
+def test_episodes_do_not_depend_on_the_batch_size(policy: CausalLM, batch_size: int) -> None:
     whole, cut = draw(policy), draw(policy, batch_size=batch_size)
     assert as_lists(cut) == as_lists(whole)
     assert torch.equal(cut.finished, whole.finished)
@@ -54,13 +54,15 @@ def test_the_same_episodes_come_out_of_any_batch_size(policy: CausalLM, batch_si
     assert len({len(ids) for ids in whole.ids}) > 3
 
 
-def test_the_order_of_prompts_and_which_others_are_there_change_no_episode(policy: CausalLM) -> None:
+def test_episodes_do_not_depend_on_other_prompts(policy: CausalLM) -> None:
     whole = as_lists(draw(policy))
     order = [7, 3, 11, 0, 5]
     assert as_lists(draw(policy, order)) == [whole[row] for row in order]
 
 
-def test_finished_rows_leave_the_batch_without_a_trace(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removing_finished_rows_does_not_change_other_episodes(
+    policy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alone = [as_lists(draw(policy, [row]))[0] for row in range(12)]
     kept: list[int] = []
     keep = Decoder.keep
@@ -74,7 +76,7 @@ def test_finished_rows_leave_the_batch_without_a_trace(policy: CausalLM, monkeyp
     assert len(kept) >= 3 and kept == sorted(kept, reverse=True)
 
 
-def test_seed_and_episode_number_both_address_the_numbers(policy: CausalLM) -> None:
+def test_seed_and_episode_number_determine_the_samples(policy: CausalLM) -> None:
     base = as_lists(draw(policy))
     assert as_lists(draw(policy, seed=8)) != base
     settings = SamplingSettings(16, 0.9)
@@ -85,7 +87,7 @@ def test_seed_and_episode_number_both_address_the_numbers(policy: CausalLM) -> N
     assert as_lists(same_prompt)[0] == base[0]
 
 
-def test_the_global_random_state_is_neither_read_nor_moved(policy: CausalLM) -> None:
+def test_the_global_random_state_is_neither_read_nor_changed(policy: CausalLM) -> None:
     torch.manual_seed(1)
     first = as_lists(draw(policy))
     state = torch.get_rng_state()
@@ -110,7 +112,7 @@ def test_greedy_decoding_equals_transformers_token_for_token(policy: CausalLM, p
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_of_sampled_tokens_are_those_of_the_trainers_forward(policy: CausalLM, temperature: float) -> None:
+def test_sampled_logprobs_equal_those_of_the_training_forward(policy: CausalLM, temperature: float) -> None:
     drawn = draw(policy, temperature=temperature)
     layout = padded_layout(sequences(list(zip([p.tolist() for p in PROMPTS], as_lists(drawn), strict=True))))
     with torch.no_grad():
@@ -139,13 +141,13 @@ def first_distribution(policy: CausalLM, temperature: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_first_tokens_follow_the_softmax(policy: CausalLM, temperature: float) -> None:
+def test_first_tokens_follow_the_softmax_distribution(policy: CausalLM, temperature: float) -> None:
     counts, _ = first_tokens(policy, temperature=temperature)
     assert chi_square_p(counts, first_distribution(policy, temperature), 4000) > 0.01
     assert chi_square_p(counts, first_distribution(policy, temperature * 1.3), 4000) < 1e-6  # the test can tell
 
 
-def test_later_tokens_follow_the_softmax_after_what_was_sampled(policy: CausalLM) -> None:
+def test_later_tokens_follow_the_conditional_softmax_distribution(policy: CausalLM) -> None:
     """The probability integral transform of each sampled token is uniform after every prefix."""
     drawn = sample(policy, [PROMPTS[0]] * 300, torch.arange(300), SamplingSettings(6), 5, [3])
     start, quantiles, generator = len(PROMPTS[0]), [], torch.Generator().manual_seed(0)
@@ -159,7 +161,7 @@ def test_later_tokens_follow_the_softmax_after_what_was_sampled(policy: CausalLM
     assert stats.kstest(quantiles, "uniform").pvalue > 0.01
 
 
-def test_top_k_keeps_the_likeliest_and_renormalises_them(policy: CausalLM) -> None:
+def test_top_k_keeps_the_most_probable_and_renormalises(policy: CausalLM) -> None:
     probabilities = first_distribution(policy, 1.0)
     counts, _ = first_tokens(policy, draws=2000, top_k=5)
     best = probabilities.topk(5).indices.tolist()
@@ -169,7 +171,7 @@ def test_top_k_keeps_the_likeliest_and_renormalises_them(policy: CausalLM) -> No
     assert stats.chisquare([counts[t] for t in best], [float(kept[t]) * 2000 for t in best]).pvalue > 0.01
 
 
-def test_top_p_keeps_the_smallest_set_with_that_probability(policy: CausalLM) -> None:
+def test_top_p_keeps_the_smallest_set_of_that_probability(policy: CausalLM) -> None:
     probabilities = first_distribution(policy, 1.0)
     ordered = probabilities.sort(descending=True)
     size = int((ordered.values.cumsum(0) < 0.3).sum()) + 1
@@ -202,7 +204,7 @@ def test_a_longer_limit_continues_the_same_episodes(policy: CausalLM) -> None:
     assert as_lists(short) == [ids[:4] for ids in as_lists(long)]
 
 
-def test_progress_counts_every_completion(policy: CausalLM) -> None:
+def test_on_progress_counts_every_completion(policy: CausalLM) -> None:
     seen: list[int] = []
     sample(policy, PROMPTS, EPISODES, SamplingSettings(2, batch_size=5), 0, ENDS, on_progress=seen.append)
     assert sum(seen) == 12 and 0 in seen  # also after a pass in which none ended: a caller may stop there
@@ -212,7 +214,7 @@ def test_progress_counts_every_completion(policy: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4, dropout=0.5)])
-def test_train_mode_and_activation_checkpointing_do_not_reach_the_samples(
+def test_train_mode_and_activation_checkpointing_do_not_change_samples(
     policy: CausalLM, policy_folder: str, lora: LoraSettings | None
 ) -> None:
     training = load_policy(policy_folder, LoadSettings(activation_checkpointing=True), lora)
@@ -227,9 +229,7 @@ def test_train_mode_and_activation_checkpointing_do_not_reach_the_samples(
     assert outputs.logprobs.requires_grad
 
 
-def test_sampled_logprobs_hold_against_the_plain_model_after_an_adapter_was_trained(
-    policy: CausalLM, policy_folder: str
-) -> None:
+def test_sampled_logprobs_of_a_trained_adapter_equal_the_plain_models(policy: CausalLM, policy_folder: str) -> None:
     adapted = load_policy(policy_folder, lora=LoraSettings(r=4))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -247,7 +247,7 @@ def test_sampled_logprobs_hold_against_the_plain_model_after_an_adapter_was_trai
 
 
 @pytest.mark.parametrize("vocabulary", [7, 1000, 8192, 9000])
-def test_blocks_of_the_inverse_cdf_leave_out_no_token_and_draw_none_of_probability_0(vocabulary: int) -> None:
+def test_blockwise_inverse_cdf_equals_the_full_one(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(64, vocabulary, generator=generator).pow(4)
     probabilities[:, torch.rand(vocabulary, generator=generator) < 0.5] = 0.0
@@ -283,7 +283,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         SamplingSettings(**settings)
 
 
-def test_pure_sampling_is_untruncated_and_not_greedy() -> None:
+def test_is_pure_means_untruncated_and_not_greedy() -> None:
     assert SamplingSettings(temperature=0.7).is_pure
     assert not SamplingSettings(temperature=0).is_pure
     assert not SamplingSettings(top_p=0.9).is_pure
@@ -295,7 +295,7 @@ def test_pure_sampling_is_untruncated_and_not_greedy() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("batch_size", [None, 5])
-def test_a_mixture_is_sampled_token_by_token(
+def test_mixtures_are_sampled_per_token(
     policy: CausalLM, other_folder: str, share: float, batch_size: int | None
 ) -> None:
     other = load_policy(other_folder)

@@ -123,13 +123,13 @@ class Passes:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, None])
-def test_slots_draw_what_reading_the_whole_text_for_each_token_draws(model: CausalLM, slots: int | None) -> None:
+def test_slot_sampling_equals_decoding_without_a_cache(model: CausalLM, slots: int | None) -> None:
     assert as_lists(draw(model, slots)) == naive(model)
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 7])
 @pytest.mark.parametrize("slots", [4, None])
-def test_random_numbers_made_ahead_are_those_of_their_tokens(
+def test_precomputed_random_numbers_belong_to_their_tokens(
     policy: CausalLM, slots: int | None, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = as_lists(draw(policy, slots))
@@ -138,7 +138,7 @@ def test_random_numbers_made_ahead_are_those_of_their_tokens(
     assert max(len(ids) for ids in whole) > 2 * 7  # each row continues with numbers of its own further ahead
 
 
-def test_the_episodes_tell_something_and_their_logprobs_agree(model: CausalLM) -> None:
+def test_episodes_vary_and_logprobs_do_not_depend_on_slots(model: CausalLM) -> None:
     whole, cut = draw(model), draw(model, 4)
     assert len({len(ids) for ids in whole.ids}) > 5 and 0 < int(whole.finished.sum()) < len(GROUPS)
     assert torch.equal(whole.finished, cut.finished)
@@ -147,20 +147,20 @@ def test_the_episodes_tell_something_and_their_logprobs_agree(model: CausalLM) -
 
 
 @pytest.mark.parametrize("slots", [1, 4, None])
-def test_both_models_of_a_mixture_stay_in_step(policy: CausalLM, slots: int | None) -> None:
+def test_both_models_of_a_mixture_stay_synchronised(policy: CausalLM, slots: int | None) -> None:
     other = llama(1).eval()
     for share, alone in ((0.0, policy), (1.0, other)):
         mixture = Mixture(lambda: nullcontext(other), lambda own, theirs, s=share: (1 - s) * own + s * theirs)
         assert as_lists(draw(policy, slots, mixture=mixture)) == as_lists(draw(alone))
 
 
-def test_windows_of_one_model_hold_the_other_back(policy: CausalLM) -> None:
+def test_a_sliding_window_of_one_mixture_model_limits_both(policy: CausalLM) -> None:
     window = mistral().eval()
     mixture = Mixture(lambda: nullcontext(window), lambda own, theirs: theirs)
     assert as_lists(draw(policy, 4, mixture=mixture)) == as_lists(draw(window))
 
 
-def test_no_prompts_make_no_completions(policy: CausalLM) -> None:
+def test_no_prompts_give_no_completions(policy: CausalLM) -> None:
     drawn = draw(policy, prompts=[])
     assert drawn.ids == () and drawn.logprobs == () and drawn.finished.shape == (0,)
 
@@ -169,7 +169,7 @@ def test_no_prompts_make_no_completions(policy: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 8, None])
-def test_each_distinct_prompt_is_read_once(
+def test_each_distinct_prompt_is_prefilled_once(
     policy: CausalLM, slots: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = Passes(policy, monkeypatch)
@@ -177,7 +177,7 @@ def test_each_distinct_prompt_is_read_once(
     assert sum(rows for rows, _ in passes.prefills) == len(DISTINCT)
 
 
-def test_prompts_with_a_common_beginning_are_read_in_one_row_without_padding(
+def test_prompts_with_a_common_prefix_are_prefilled_in_one_packed_row(
     policy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the logits and the cached keys and values of padded rows."""
@@ -201,7 +201,7 @@ def test_prompts_with_a_common_beginning_are_read_in_one_row_without_padding(
                 )
 
 
-def test_a_long_common_beginning_is_worth_a_wide_tree() -> None:
+def test_a_long_common_prefix_allows_a_wide_tree() -> None:
     long = torch.arange(1000)
     prompts = [torch.cat([long, torch.tensor([row, row])]) for row in range(8)]
     assert prefix_trees(prompts) == [(1000, list(range(8)))]
@@ -210,7 +210,7 @@ def test_a_long_common_beginning_is_worth_a_wide_tree() -> None:
     assert prefix_trees([long[:3], long[:3]]) == [(2, [0, 1])]
 
 
-def test_a_group_draws_what_its_members_draw_alone(policy: CausalLM) -> None:
+def test_samples_of_a_group_equal_samples_drawn_alone(policy: CausalLM) -> None:
     alone = [
         SlotEngine().sample(policy, [prompt], episode[None], SamplingSettings(LIMIT, 0.9), 11, ENDS)
         for prompt, episode in zip(GROUPS, EPISODES, strict=True)
@@ -218,7 +218,7 @@ def test_a_group_draws_what_its_members_draw_alone(policy: CausalLM) -> None:
     assert as_lists(draw(policy)) == [one.ids[0].tolist() for one in alone]
 
 
-def test_nothing_is_read_after_the_last_end(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_forward_pass_after_the_last_completion_ends(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [len(ids) for ids in draw(policy).ids]
     passes = Passes(policy, monkeypatch)
     draw(policy)
@@ -229,16 +229,14 @@ def test_nothing_is_read_after_the_last_end(policy: CausalLM, monkeypatch: pytes
     assert len(passes.prefills) == len(DISTINCT)
 
 
-def test_a_completion_that_ends_with_its_first_token_is_never_read(
-    policy: CausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completions_of_one_token_need_no_decode_step(policy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(policy, monkeypatch)
     settings = SamplingSettings(LIMIT, batch_size=4)
     SlotEngine().sample(policy, GROUPS, EPISODES, settings, 0, tuple(range(120)))
     assert passes.steps == [] and sum(rows for rows, _ in passes.prefills) == len(DISTINCT)
 
 
-def test_slots_stay_busy_and_the_batch_no_wider_than_its_longest_row(
+def test_slots_stay_busy_and_the_cache_no_wider_than_its_longest_row(
     policy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +253,7 @@ def test_slots_stay_busy_and_the_batch_no_wider_than_its_longest_row(
     assert max(passes.widths) <= 5 + max(lengths)
 
 
-def test_finished_rows_of_a_window_leave_before_the_next_prompts_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_sliding_windows_finished_rows_leave_before_new_prompts_enter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mistral().eval()
     passes = Passes(model, monkeypatch)
     draw(model, 8)
@@ -263,7 +261,9 @@ def test_finished_rows_of_a_window_leave_before_the_next_prompts_enter(monkeypat
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "mamba2", "lfm2", "qwen3_next"])
-def test_windows_and_states_of_free_slots_are_refilled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_caches_and_recurrent_states_of_free_slots_are_refilled(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = CausalLM(build(name, AutoModelForCausalLM, vocab_size=120)).eval()
     model.decoding = "slots"
     prompts = GROUPS[:12]
@@ -284,7 +284,7 @@ def test_windows_and_states_of_free_slots_are_refilled(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("slots", [1, 5, None])
-def test_a_buffer_that_is_outgrown_doubles_without_a_trace(
+def test_growing_the_cache_does_not_change_samples(
     policy: CausalLM, slots: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = draw(policy, slots)
@@ -327,7 +327,7 @@ def test_rows_enter_at_the_last_column_and_leave_from_any_slot() -> None:
 
 
 @pytest.mark.parametrize("slots", [2, None])
-def test_a_stop_takes_effect_before_the_next_pass(
+def test_a_stop_takes_effect_before_the_next_forward_pass(
     slots: int | None, policy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = Passes(policy, monkeypatch)

@@ -77,7 +77,7 @@ class Unaware(SlotEngine):
 
 @pytest.mark.parametrize("settings", [{}, {"batch_size": 2}, {"temperature": 0.0}])
 @pytest.mark.parametrize("engine", [SlotEngine(), GenerateEngine(), Unaware()])
-def test_engines_end_completions_at_the_same_token(
+def test_every_engine_ends_completions_at_the_same_token(
     policy: CausalLM, ends: Ends, engine: SamplingEngine, settings: dict[str, Any]
 ) -> None:
     whole, drawn = draw(SlotEngine(), policy, (EOS,), **settings), draw(engine, policy, ends, **settings)
@@ -90,7 +90,9 @@ def test_engines_end_completions_at_the_same_token(
         torch.testing.assert_close(logprobs, expect[: len(ids)], atol=1e-4, rtol=0)
 
 
-def test_slots_are_free_for_others_at_once(policy: CausalLM, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_are_freed_immediately_at_a_stop_string(
+    policy: CausalLM, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passes: list[int] = []
     forward = CausalLM.next_token_logits
     monkeypatch.setattr(CausalLM, "next_token_logits", lambda model, step: passes.append(1) or forward(model, step))
@@ -109,7 +111,7 @@ def test_continuous_batching_ends_at_stop_strings(policy_folder: str, ends: Ends
 
 
 @pytest.mark.parametrize("knows", [True, False])
-def test_a_server_is_asked_to_stop_and_cut_where_it_does_not(
+def test_stop_strings_are_sent_to_a_server_and_enforced_locally(
     policy: CausalLM, ends: Ends, server: SmallServer, knows: bool
 ) -> None:
     server.knows_stops = knows
@@ -119,7 +121,7 @@ def test_a_server_is_asked_to_stop_and_cut_where_it_does_not(
     assert any(len(ids) < 16 and ids[-1] != EOS and done for ids, done in zip(drawn.ids, drawn.finished, strict=True))
 
 
-def test_a_stop_string_is_found_across_bytes_of_a_character() -> None:
+def test_stop_strings_are_found_across_partial_characters() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -131,7 +133,7 @@ def test_a_stop_string_is_found_across_bytes_of_a_character() -> None:
     assert [ends.completed(ids[:count]) for count in range(1, stop + 1)] == [False] * (stop - 1) + [True]
 
 
-def test_the_setting_is_saved_with_the_tokenizer_and_texts_end_before_it(policy_folder: str, tmp_path: Path) -> None:
+def test_stop_strings_are_saved_with_the_tokenizer_and_removed_from_texts(policy_folder: str, tmp_path: Path) -> None:
     module = SFTModule(init_from=policy_folder, stop_strings=["w9 w1"])
     module.configure_model()
     exported = module.export(tmp_path / "out")
@@ -144,7 +146,7 @@ def test_the_setting_is_saved_with_the_tokenizer_and_texts_end_before_it(policy_
         load_tokenizer(policy_folder, stop_strings=[""])
 
 
-def test_a_generation_config_may_hold_stop_strings(tmp_path: Path) -> None:
+def test_stop_strings_are_read_from_the_generation_config(tmp_path: Path) -> None:
     folder = Path(save_policy(tmp_path))
     (folder / "generation_config.json").write_text('{"eos_token_id": 3, "stop_strings": "w9 w1"}')
     assert end_token_ids(load_tokenizer(folder)).strings == ("w9 w1",)
@@ -156,7 +158,7 @@ def test_a_reward_model_scores_the_text_before_the_stop_string(policy_folder: st
     assert not scorer.shares_tokenizer(load_tokenizer(policy_folder, stop_strings=["w9"]))
 
 
-def test_chat_stops_and_shows_nothing_of_the_stop_string(policy_folder: str) -> None:
+def test_chat_hides_the_stop_string(policy_folder: str) -> None:
     def answer(stops: list[str]) -> tuple[str, list[int]]:
         policy, tokenizer = SamplingArguments(stop_strings=stops).load(policy_folder)
         talk = Conversation(policy, tokenizer, SamplingSettings(max_new_tokens=30, temperature=0.0))
@@ -184,7 +186,7 @@ class Again:
 
 @pytest.mark.parametrize("engine", [SlotEngine(), GenerateEngine(), Unaware()])
 @pytest.mark.parametrize("chat", [True, False])
-def test_turns_end_at_stop_strings_and_messages_get_the_end_of_the_turn(
+def test_turns_end_at_stop_strings_and_get_an_end_of_turn(
     policy: CausalLM, engine: SamplingEngine, chat: bool, policy_folder: str
 ) -> None:
     tokenizer = load_tokenizer(policy_folder, stop_strings=STOPS)

@@ -130,7 +130,7 @@ def policy() -> CausalLM:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5, None])
-def test_slots_draw_what_reading_the_whole_conversation_draws(model: CausalLM, slots: int | None) -> None:
+def test_multi_turn_slot_sampling_equals_decoding_without_a_cache(model: CausalLM, slots: int | None) -> None:
     expected, drawn = naive(model), converse(SlotEngine(), model, slots)
     assert as_lists(drawn) == [ids for ids, _, _ in expected]
     assert [mask.tolist() for mask in drawn.learned or ()] == [learned for _, learned, _ in expected]
@@ -138,7 +138,7 @@ def test_slots_draw_what_reading_the_whole_conversation_draws(model: CausalLM, s
     assert len({len(one.ends) for one in drawn.transcripts}) > 2 and 0 < int(drawn.finished.sum()) < len(PROMPTS)
 
 
-def test_log_probabilities_are_the_models_on_learned_tokens_and_0_elsewhere(policy: CausalLM) -> None:
+def test_logprobs_equal_the_models_on_policy_tokens_and_0_elsewhere(policy: CausalLM) -> None:
     drawn = converse(SlotEngine(), policy, 4)
     assert drawn.entropies is not None and drawn.learned is not None
     for mine, theirs, mask, entropies in zip(
@@ -149,7 +149,7 @@ def test_log_probabilities_are_the_models_on_learned_tokens_and_0_elsewhere(poli
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
-def test_random_numbers_are_those_of_positions_in_the_episode(
+def test_random_numbers_depend_on_the_position_in_the_episode(
     policy: CausalLM, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = as_lists(converse(SlotEngine(), policy))
@@ -158,7 +158,7 @@ def test_random_numbers_are_those_of_positions_in_the_episode(
 
 
 @pytest.mark.parametrize("slots", [4, None])
-def test_generate_draws_the_same_episodes(policy: CausalLM, slots: int | None) -> None:
+def test_generate_engine_equals_slot_engine(policy: CausalLM, slots: int | None) -> None:
     ours, theirs = converse(SlotEngine(), policy), converse(GenerateEngine(), policy, slots)
     assert as_lists(theirs) == as_lists(ours) and torch.equal(theirs.finished, ours.finished)
     assert [one.rewards for one in theirs.transcripts] == [one.rewards for one in ours.transcripts]
@@ -166,7 +166,7 @@ def test_generate_draws_the_same_episodes(policy: CausalLM, slots: int | None) -
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
-def test_a_server_serves_turns_with_seeds_of_their_own(policy_folder: str) -> None:
+def test_a_server_gets_one_seed_per_turn(policy_folder: str) -> None:
     model = load_policy(policy_folder).requires_grad_(False).eval()
     with serving(policy_folder) as server:
         drawn = converse(RemoteEngine(server.url, BASE), model)
@@ -177,7 +177,7 @@ def test_a_server_serves_turns_with_seeds_of_their_own(policy_folder: str) -> No
         torch.testing.assert_close(mine, torch.where(mask, theirs, 0.0), atol=1e-4, rtol=0)
 
 
-def test_an_episode_reads_only_its_replies_and_last_tokens_again(
+def test_only_replies_and_last_tokens_are_prefilled_between_turns(
     policy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -195,7 +195,7 @@ def test_an_episode_reads_only_its_replies_and_last_tokens_again(
 
 
 @pytest.mark.parametrize("slots", [3, None])
-def test_replies_are_asked_for_together(policy: CausalLM, slots: int | None) -> None:
+def test_replies_are_requested_in_batches(policy: CausalLM, slots: int | None) -> None:
     talks = Talks()
     drawn = converse(SlotEngine(), policy, slots, MultiTurn(talks, max_turns=4))
     assert sum(map(len, talks.batches)) == sum(len(one.ends) for one in drawn.transcripts)
@@ -204,20 +204,22 @@ def test_replies_are_asked_for_together(policy: CausalLM, slots: int | None) -> 
 
 @pytest.mark.parametrize("engine", [SlotEngine(), GenerateEngine()])
 @pytest.mark.parametrize("budget", [4, 9, 15])
-def test_the_token_budget_cuts_turns_and_ends_episodes(policy: CausalLM, engine: SamplingEngine, budget: int) -> None:
+def test_the_token_budget_truncates_turns_and_ends_episodes(
+    policy: CausalLM, engine: SamplingEngine, budget: int
+) -> None:
     drawn = converse(engine, policy, 4, MultiTurn(Talks(), 4, budget))
     assert as_lists(drawn) == [ids for ids, _, _ in naive(policy, budget=budget)]
     assert max(map(len, drawn.ids)) == budget
     assert drawn.finished.tolist() == [finished for _, _, finished in naive(policy, budget=budget)]
 
 
-def test_the_last_turn_is_rewarded_and_not_replied_to(policy: CausalLM) -> None:
+def test_the_last_turn_gets_a_reward_and_no_reply(policy: CausalLM) -> None:
     drawn = converse(SlotEngine(), policy, rules=MultiTurn(Talks(0.5), max_turns=1))
     assert all(one.rewards == (0.5,) and bool(one.learned.all()) for one in drawn.transcripts)
     assert [one.messages[0]["role"] for one in drawn.transcripts] == ["assistant"] * len(PROMPTS)
 
 
-def test_progress_counts_whole_episodes(policy: CausalLM) -> None:
+def test_on_progress_counts_whole_episodes(policy: CausalLM) -> None:
     for engine in (SlotEngine(), GenerateEngine()):
         seen: list[int] = []
         turns = Turns(MultiTurn(Talks(), 4), tiny_tokenizer(), ["w9"] * len(PROMPTS), {}, EPISODES.tolist())
@@ -255,7 +257,7 @@ class Wrong(Talks):
         (lambda episodes: [Reply(ids=[-1])] * len(episodes), "no token ids"),
     ],
 )
-def test_what_is_no_reply_is_refused(policy: CausalLM, given: Any, words: str) -> None:
+def test_invalid_replies_are_refused(policy: CausalLM, given: Any, words: str) -> None:
     with refused("bad-reply", "Wrong", words):
         converse(SlotEngine(), policy, rules=MultiTurn(Wrong(given)))
 

@@ -80,7 +80,7 @@ def move(model: CausalLM, size: float) -> None:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def test_adapters(tmp_path: Path) -> None:
+def test_vllm_samples_and_syncs_an_adapter(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "policy", hidden_size=64)
     model = load_policy(folder, lora=LoraSettings(r=4))
     with serving(folder, "--versions", "3", log=tmp_path / "server.log") as url:
@@ -107,7 +107,7 @@ def test_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_full_weights(tmp_path: Path, tied: bool) -> None:
+def test_vllm_samples_and_syncs_full_weights(tmp_path: Path, tied: bool) -> None:
     folder, shared = save_policy(tmp_path / "policy", hidden_size=64, tie_word_embeddings=tied), tmp_path / "shared"
     model = load_policy(folder)
     ties = model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
@@ -132,7 +132,7 @@ def test_full_weights(tmp_path: Path, tied: bool) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("untied", [True, False])
-def test_smollm2_with_and_without_a_head_of_its_own(tmp_path: Path, untied: bool) -> None:
+def test_vllm_serves_smollm2_with_tied_and_untied_head(tmp_path: Path, untied: bool) -> None:
     """A server started without ``--folder`` ties the head: it loads it again, or the run stops."""
     found = sorted((CACHE / "models").glob("SmolLM2-135M-Instruct*"))
     if not found:

@@ -41,7 +41,7 @@ def taken(scorer):
     return {name: values.tolist() for name, values in scorer.take_metrics().items()}
 
 
-def test_a_weighted_sum_and_each_parts_raw_score():
+def test_weighted_sum_reports_raw_scores_of_its_parts():
     total = WeightedSum({"length": length, "constant": constant}, weights={"length": -0.5})
     assert score(total) == [1.5, 1.0, 0.5]
     assert parts_of(total) == {"length": [1.0, 2.0, 3.0], "constant": [2.0, 2.0, 2.0]}
@@ -61,7 +61,7 @@ def test_token_rewards_and_feedback_of_members_are_joined():
     assert mean.score == 0.75 and mean.token_rewards == [0.5, 1.0, 2.0]
 
 
-def test_matches_of_a_text_are_paid_where_they_end():
+def test_span_scorer_rewards_matches_at_their_spans():
     scorer = SpanScorer({r"\bplease\b": 1.0, "^NO": -2.0, "x*": 5.0})
     assert judge(scorer, ["please, please", "so\nNO please", "none"]) == [
         Judgement(2.0, span_rewards=[(0, 6, 1.0), (8, 14, 1.0)]),
@@ -77,7 +77,7 @@ def test_matches_of_a_text_are_paid_where_they_end():
 
 
 @pytest.mark.parametrize("spans", [[(2, 1, 1.0)], [(0, 3, math.nan)], [(0, 3)], [("a", 3, 1.0)], [(-1, 3, 1.0)], [3]])
-def test_wrong_spans_are_refused(spans):
+def test_invalid_spans_are_refused(spans):
     def scorer(prompts, completions, **columns):
         return [Judgement(1.0, span_rewards=spans) for _ in completions]
 
@@ -85,7 +85,7 @@ def test_wrong_spans_are_refused(spans):
         judge(WeightedSum({"spans": scorer}))
 
 
-def test_members_are_told_the_means_of_their_own_parts():
+def test_members_get_the_means_of_their_own_parts():
     class Told(Scorer):
         def __call__(self, prompts, completions, **columns):
             return [Judgement(1.0, {"cost": 2.0}) for _ in completions]
@@ -100,7 +100,7 @@ def test_members_are_told_the_means_of_their_own_parts():
     assert inner.means["score"] == 1.5 and inner.means["score_cost"] == 2.0
 
 
-def test_a_part_without_a_score():
+def test_a_missing_part_drops_or_skips_the_score():
     parts = {"length": length, "odd": odd_lengths_only}
     dropping, skipping = WeightedSum(parts), WeightedSum(parts, missing="skip")
     assert score(dropping) == [2.0, None, 6.0]
@@ -110,14 +110,14 @@ def test_a_part_without_a_score():
     assert odd[::2] == [1.0, 3.0] and math.isnan(odd[1])
 
 
-def test_sums_of_sums_name_their_parts_by_path():
+def test_nested_sums_name_their_parts_by_path():
     inner = WeightedSum({"length": length, "odd": odd_lengths_only}, missing="skip")
     outer = WeightedSum({"inner": inner, "constant": constant}, weights={"inner": 10.0})
     assert score(outer) == [22.0, 22.0, 62.0]
     assert set(parts_of(outer)) == {"inner", "inner/length", "inner/odd", "constant"}
 
 
-def test_an_ensemble_is_its_mean_less_deviations():
+def test_ensemble_score_is_mean_minus_scaled_deviation():
     def members(*values):
         return [lambda p, c, value=value, **columns: [value] * len(c) for value in values]
 
@@ -130,7 +130,7 @@ def test_an_ensemble_is_its_mean_less_deviations():
     assert score(Ensemble({"a": length, "b": odd_lengths_only}), ["x", "x y"]) == [1.0, None]
 
 
-def test_as_yaml_writes_them():
+def test_scorers_load_from_yaml_specs():
     spec = {
         "class_path": "WeightedSum",
         "init_args": {
@@ -158,7 +158,7 @@ class Movable(Scorer):
         return self
 
 
-def test_members_move_together():
+def test_to_moves_all_members():
     inner = Movable()
     total = WeightedSum({"a": WeightedSum({"b": inner})})
     assert total.to(torch.device("meta")) is total and inner.device == torch.device("meta")
@@ -183,7 +183,7 @@ def test_members_move_together():
         ),
     ],
 )
-def test_what_is_wrong_is_named(make, code, message):
+def test_invalid_arguments_are_refused(make, code, message):
     with refused(code, message):
         make()
 
@@ -198,7 +198,7 @@ def test_what_is_wrong_is_named(make, code, message):
         ("WeightedSums", "unknown-name", ["did you mean WeightedSum?"]),
     ],
 )
-def test_a_spec_that_names_no_scorer_is_refused(spec, code, words):
+def test_invalid_scorer_specs_are_refused(spec, code, words):
     with refused(code, *words):
         load_scorer(spec)
 
@@ -211,7 +211,7 @@ def one(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
-def test_a_list_of_scorers_is_named_by_place():
+def test_a_list_of_scorers_is_named_by_index():
     total = WeightedSum([zero, one], weights=[5.0, 2.0])
     (judged,) = total(["p"], ["c"])
     assert judged.score == 2.0 and judged.parts == {"0": 0.0, "1": 1.0}
@@ -239,6 +239,6 @@ def test_a_list_of_scorers_is_named_by_place():
         ([7], None, "wrong-kind"),
     ],
 )
-def test_what_is_no_weighted_sum_is_refused(scorers, weights, code):
+def test_invalid_weighted_sums_are_refused(scorers, weights, code):
     with refused(code):
         WeightedSum(scorers, weights)

@@ -71,7 +71,7 @@ PAIRS = [("w1 w2", "w6"), ("w3", "w7 w8 w9"), ("w1 w2 w4 w5", "w10 w11")]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_an_encoder_scores_as_transformers_does(kind: str, tmp_path: Path) -> None:
+def test_encoder_scores_equal_transformers(kind: str, tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / kind, kind)
     scorer = load_scorer(folder)
     assert isinstance(scorer, EncoderScorer)
@@ -91,13 +91,13 @@ def test_a_pair_beyond_the_context_has_no_score_and_is_counted(tmp_path: Path) -
     assert scorer.take_metrics()["score_too_long"].tolist() == [1.0, 0.0]
 
 
-def test_a_completion_cannot_spell_the_encoders_control_tokens(tmp_path: Path) -> None:
+def test_control_tokens_in_a_completion_are_encoded_as_text(tmp_path: Path) -> None:
     scorer = EncoderScorer(save_encoder(tmp_path / "bert", "bert"))
     ids = scorer._encode("w1", "w2 [SEP] w3")["input_ids"]
     assert ids.count(3) == 2
 
 
-def test_labels_become_parts_and_one_of_them_the_score(tmp_path: Path) -> None:
+def test_labels_become_parts_and_one_is_the_score(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "five", "bert", labels=5)
     with pytest.warns(UserWarning, match="the score is the first, LABEL_0: set label"):
         first = load_scorer(folder)
@@ -112,7 +112,7 @@ def test_labels_become_parts_and_one_of_them_the_score(tmp_path: Path) -> None:
         EncoderScorer(folder, label="x")
 
 
-def test_a_foreign_decoder_of_several_labels_scores_with_parts(tmp_path: Path) -> None:
+def test_a_multi_label_decoder_scores_with_parts(tmp_path: Path) -> None:
     folder = save_reward_model(tmp_path / "five", num_labels=5)
     scorer = LearnedScorer(folder, label="LABEL_2")
     judged = ask_scorer(scorer, ["w20 w21"], ["w30"], {}, "x")
@@ -123,7 +123,7 @@ def test_a_foreign_decoder_of_several_labels_scores_with_parts(tmp_path: Path) -
     assert judged.scores.item() == pytest.approx(expected[2], abs=1e-5)
 
 
-def test_a_model_without_a_trained_head_is_no_scorer(tmp_path: Path) -> None:
+def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
     policy = save_policy(tmp_path / "policy")
     for build in (load_scorer, LearnedScorer):
         with refused("untrained-head", "has no trained reward head", "random scores"):
@@ -144,14 +144,14 @@ def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
         load_scorer(folder)(["w1"], ["w2"])
 
 
-def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=50, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, num_labels=1)
     T5ForSequenceClassification(config).save_pretrained(tmp_path)
     with refused("encoder-decoder", "t5"):
         load_scorer(str(tmp_path))
 
 
-def test_an_encoder_named_as_a_decoder_says_what_to_use(tmp_path: Path) -> None:
+def test_an_encoder_as_learned_scorer_is_refused_with_encoder_scorer(tmp_path: Path) -> None:
     with refused("encoder-as-decoder", "EncoderScorer"):
         LearnedScorer(save_encoder(tmp_path / "bert", "bert"))
 

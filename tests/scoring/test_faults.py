@@ -32,7 +32,7 @@ def taken(scorer):
     return {name: values.tolist() for name, values in scorer.take_metrics().items()}
 
 
-def test_what_goes_wrong_is_dropped_and_counted_by_kind(limited):
+def test_failed_scores_are_dropped_and_counted_by_kind(limited):
     assert score(limited, ["ok"]) == [2.0]  # the worker processes are running
     limited.take_metrics()
     started = time.monotonic()
@@ -51,11 +51,11 @@ def test_metrics_have_the_same_names_when_nothing_was_scored(limited):
     assert taken(limited) == {"score_failed": [], "score_timed_out": [], "score_retried": []}
 
 
-def test_columns_come_along_row_by_row(limited):
+def test_columns_are_passed_row_by_row(limited):
     assert score(limited, ["a", "bc", "def"], bonus=[10.0, 20.0, 30.0]) == [11.0, 22.0, 33.0]
 
 
-def test_what_the_scorer_started_dies_with_it(limited, tmp_path):
+def test_child_processes_of_a_killed_scorer_are_killed(limited, tmp_path):
     path = str(tmp_path / "written")
     assert score(limited, ["child"], path=[path]) == [None]
     time.sleep(2.5)
@@ -71,27 +71,27 @@ def test_what_the_scorer_started_dies_with_it(limited, tmp_path):
         ("hang", "it took longer than 1 s"),
     ],
 )
-def test_raise_stops_with_the_scorers_own_message(limited, monkeypatch, text, message):
+def test_on_fault_raise_reports_the_scorers_own_message(limited, monkeypatch, text, message):
     monkeypatch.setattr(limited, "on_fault", "raise")
     with refused("completion-not-scored", message):
         score(limited, [text])
 
 
-def test_zero_blames_the_completion_and_still_counts_it(limited, monkeypatch):
+def test_on_fault_zero_scores_0_and_counts_the_failure(limited, monkeypatch):
     monkeypatch.setattr(limited, "on_fault", "zero")
     limited.take_metrics()
     assert score(limited, ["hang", "ab"]) == [0.0, 2.0]
     assert taken(limited)["score_timed_out"] == [1.0, 0.0]
 
 
-def test_failures_of_a_part_are_failures_of_the_sum(limited):
+def test_failures_of_a_part_fail_the_sum(limited):
     limited.take_metrics()
     total = WeightedSum({"limited": limited, "length": lambda prompts, completions, **c: [1.0] * len(completions)})
     assert [one.score for one in score(total, ["raise", "ab"])] == [None, 3.0]
     assert taken(total)["score_failed"] == [1.0, 0.0]
 
 
-def test_what_no_process_can_be_given_is_refused():
+def test_a_scorer_that_cannot_be_pickled_is_refused():
     with refused("not-importable", "cannot be handed to another process"):
         score(FaultTolerant(lambda prompts, completions, **columns: [1.0], seconds=1.0), ["a"])
 
@@ -112,7 +112,7 @@ class Calls:
         return hanging_scores.by_text(prompts, completions, **columns)
 
 
-def test_a_bad_completion_does_not_cost_the_others():
+def test_a_failing_completion_does_not_affect_the_others():
     calls = Calls()
     scorer = FaultTolerant(calls, on_fault="drop")
     assert score(scorer, ["ab", "raise", "nan", "none", "c"]) == [2.0, None, None, None, 1.0]
@@ -120,7 +120,7 @@ def test_a_bad_completion_does_not_cost_the_others():
     assert taken(scorer)["score_failed"] == [0.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_a_scorer_that_fails_for_a_while_is_asked_again():
+def test_a_temporarily_failing_scorer_is_retried():
     calls = Calls(fails=4)  # the whole batch, each completion alone, and the whole batch again
     scorer = FaultTolerant(calls, retries=2, wait=0.01)
     assert score(scorer, ["ab", "c"]) == [2.0, 1.0]
@@ -128,7 +128,7 @@ def test_a_scorer_that_fails_for_a_while_is_asked_again():
     assert taken(scorer) == {"score_failed": [0.0] * 2, "score_timed_out": [0.0] * 2, "score_retried": [1.0] * 2}
 
 
-def test_retries_end():
+def test_retries_are_bounded():
     calls = Calls(fails=99)
     with refused("completion-not-scored", "completion 0 could not be scored: ConnectionError: not yet"):
         score(FaultTolerant(calls, retries=3, wait=0.001), ["a"])
@@ -145,7 +145,7 @@ def test_retries_end():
         (["good"], "it returned 'good', which is not a number"),
     ],
 )
-def test_what_is_no_score(returned, message):
+def test_invalid_scores_are_refused_or_dropped(returned, message):
     with refused("completion-not-scored", message):
         score(FaultTolerant(lambda prompts, completions, **columns: returned), ["a"])
     assert score(FaultTolerant(lambda prompts, completions, **columns: returned, on_fault="drop"), ["a"]) == [None]
@@ -153,7 +153,7 @@ def test_what_is_no_score(returned, message):
         checked_scores(returned, 1, "the scorer")
 
 
-def test_a_scorer_that_is_gone_for_good_ends_the_run():
+def test_a_permanently_failing_scorer_stops_the_run():
     scorer = FaultTolerant(Calls(fails=10**6), on_fault="drop", most_in_a_row=5)
     assert score(scorer, ["a"] * 4) == [None] * 4
     with refused("scorer-keeps-failing", "5 completions in a row could not be scored, the last because: Conn"):
@@ -162,13 +162,13 @@ def test_a_scorer_that_is_gone_for_good_ends_the_run():
     assert score(scorer, ["raise", "a", "raise", "a"]) == [None, 1.0, None, 1.0]
 
 
-def test_a_column_that_the_data_lacks_is_no_fault_of_a_completion():
+def test_a_missing_data_column_is_an_error_and_not_a_fault():
     scorer = FaultTolerant("MathAnswerScorer", on_fault="drop")
     with refused("missing-data-column", "needs the data column"):
         score(scorer, ["a"])
 
 
-def test_settings_that_are_wrong(reward_folder):
+def test_invalid_settings_are_refused(reward_folder):
     with refused("unknown-choice", "on_fault is 'ignore'"):
         FaultTolerant("hanging_scores.by_text", on_fault="ignore")
     with refused("setting-out-of-range", "seconds is 0"):

@@ -71,13 +71,13 @@ CASES = {
 }  # fmt: skip
 
 
-def test_every_kind_has_cases_and_one_cannot_be_checked():
+def test_every_kind_has_test_cases_and_response_language_is_unchecked():
     assert set(CASES) == set(INSTRUCTIONS) and len(CASES) == 24
     assert follows("bonjour", "language:response_language", {"language": "fr"}) is None
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_by_value(kind):
+def test_each_check_accepts_right_and_rejects_wrong_texts(kind):
     arguments, right, wrong = CASES[kind]
     assert [text for text in right if follows(text, kind, arguments) is not True] == []
     assert [text for text in wrong if follows(text, kind, arguments) is not False] == []
@@ -94,7 +94,7 @@ ROW = [("punctuation:no_comma", {"keywords": None}), ("keywords:existence", {"ke
 FRENCH = ("language:response_language", {"language": "fr"})
 
 
-def test_the_share_of_what_can_be_checked():
+def test_the_score_is_the_fraction_of_checkable_instructions():
     scorer, texts = IFEvalScorer(), ["tea", "coffee", "no, coffee", "tea", "tea"]
     rows = columns(ROW, ROW, ROW, [FRENCH], [FRENCH, *ROW])
     assert scorer(["p"] * 5, texts, **rows) == [1.0, 0.5, 0.0, None, 1.0]
@@ -103,7 +103,7 @@ def test_the_share_of_what_can_be_checked():
     assert IFEvalScorer(strict=True)(["p"] * 5, texts, **rows) == [1.0, 0.0, 0.0, None, 1.0]
 
 
-def test_columns_as_json():
+def test_columns_may_be_json_text():
     rows = {name: [json.dumps(value) for value in values] for name, values in columns(ROW).items()}
     assert IFEvalScorer()(["p"], ["tea, please"], **rows) == [0.5]
 
@@ -112,11 +112,11 @@ def test_a_row_without_instructions_has_no_score():
     assert IFEvalScorer()(["p"], ["tea"], instruction_id_list=[None], kwargs=[None]) == [None]
 
 
-def test_an_unknown_kind_is_never_guessed():
+def test_an_unknown_kind_gives_no_score():
     assert IFEvalScorer()(["p"], ["tea"], **columns([("startend:rhyme", {})])) == [None]
 
 
-def test_rows_that_are_wrong():
+def test_invalid_rows_are_refused():
     with refused("missing-data-column", "IFEvalScorer needs the data column kwargs"):
         IFEvalScorer()(["p"], ["tea"], instruction_id_list=[["punctuation:no_comma"]])
     with refused("wrong-arguments", "the arguments of punctuation:no_comma do not fit"):

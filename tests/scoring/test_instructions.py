@@ -42,19 +42,19 @@ CASES = {
 }
 
 
-def test_every_instruction_has_cases():
+def test_every_instruction_has_test_cases():
     assert set(CASES) == set(CHECKS)
     assert len(CHECKS) >= 15
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_by_value(name):
+def test_each_check_accepts_right_and_rejects_wrong_texts(name):
     arguments, right, wrong = CASES[name]
     assert [text for text in right if not kept(text, name, arguments)] == []
     assert [text for text in wrong if kept(text, name, arguments)] == []
 
 
-def test_rows_and_scores():
+def test_instructions_are_added_to_prompts_and_scored():
     row = with_instruction("Name a fruit. ", "at_most_words", count=2)
     assert row["prompt"][0]["content"] == "Name a fruit.\n\nAnswer in at most 2 words."
     assert json.loads(row["arguments"]) == {"count": 2}
@@ -62,7 +62,7 @@ def test_rows_and_scores():
     assert InstructionScorer()(["p"] * 3, ["an apple"] * 3, **columns) == [1.0, 0.0, None]
 
 
-def test_rows_that_are_wrong():
+def test_invalid_rows_are_refused():
     with refused("missing-data-column", "needs the data column arguments, which is missing"):
         InstructionScorer()(["p"], ["c"], instruction=["json"])
     with refused("unknown-instruction", "there is no instruction 'jsn'"):
@@ -72,7 +72,7 @@ def test_rows_that_are_wrong():
 
 
 @pytest.mark.parametrize("fenced", ["```json\n[1]\n```", "``` [1]", "  ```\n[1]", "[1]", " [1] "])
-def test_json_may_stand_in_a_fence(fenced):
+def test_json_is_accepted_inside_a_code_fence(fenced):
     assert follows(fenced, "detectable_format:json_format", {})
 
 
@@ -89,7 +89,7 @@ def an_argument(name):
 
 
 @pytest.mark.parametrize("filler", FILLERS)
-def test_long_runs_take_linear_time(filler):
+def test_long_repetitive_texts_are_checked_in_linear_time(filler):
     """A policy may write only spaces; each check reads them once."""
     began, run = time.monotonic(), filler * (200_000 // len(filler))
     for text in (run, f"```{run}x", f"<<{run}", f"x{run}x", f"- {run}", f'{{"name": {run}', f"[TOOL_CALLS]{run}"):

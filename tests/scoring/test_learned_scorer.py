@@ -28,9 +28,7 @@ def scorer(biased_folder: str) -> LearnedScorer:
     return LearnedScorer(biased_folder)
 
 
-def test_scores_of_text_are_transformers_scores_of_its_ids_less_the_bias(
-    scorer: LearnedScorer, biased_folder: str
-) -> None:
+def test_text_scores_equal_transformers_minus_the_bias(scorer: LearnedScorer, biased_folder: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(biased_folder, dtype=torch.float32)
     with torch.no_grad():
         expected = torch.tensor([plain(torch.tensor([p + c])).logits.item() - 0.5 for p, c in IDS])
@@ -39,12 +37,12 @@ def test_scores_of_text_are_transformers_scores_of_its_ids_less_the_bias(
     assert float(expected.std()) > 0.1
 
 
-def test_text_and_ids_score_alike(scorer: LearnedScorer) -> None:
+def test_text_and_ids_give_the_same_scores(scorer: LearnedScorer) -> None:
     by_ids = scorer.score_sequences(sequences(IDS))
     torch.testing.assert_close(scorer(PROMPTS, COMPLETIONS), by_ids, atol=1e-6, rtol=0)
 
 
-def test_how_rows_are_cut_changes_no_score(scorer: LearnedScorer, biased_folder: str) -> None:
+def test_scores_do_not_depend_on_micro_batches(scorer: LearnedScorer, biased_folder: str) -> None:
     batch = sequences(random_rows(9, seed=5))
     expected = scorer.score_sequences(batch)
     for limit in (1, 20, 45):
@@ -52,7 +50,7 @@ def test_how_rows_are_cut_changes_no_score(scorer: LearnedScorer, biased_folder:
         torch.testing.assert_close(cut, expected, atol=1e-5, rtol=0)
 
 
-def test_ids_are_shared_only_with_the_very_same_tokenizer(scorer: LearnedScorer) -> None:
+def test_ids_are_reused_only_with_an_identical_tokenizer(scorer: LearnedScorer) -> None:
     assert scorer.shares_tokenizer(tiny_tokenizer())
     other_template = tiny_tokenizer()
     other_template.chat_template = "{{ messages[0]['content'] }}"
@@ -68,7 +66,7 @@ def test_the_reward_model_is_frozen_and_in_eval_mode(scorer: LearnedScorer) -> N
     assert scorer.to(torch.device("cpu")) is scorer
 
 
-def test_an_adapters_folder_scores_as_the_model_it_was_written_from(policy_folder: str, tmp_path: Path) -> None:
+def test_an_exported_adapter_scores_as_the_trained_model(policy_folder: str, tmp_path: Path) -> None:
     hf = add_lora(load_reward_hf_model(policy_folder, LoadSettings(), pad_token_id=PAD), LoraSettings(r=4), "SEQ_CLS")
     with torch.no_grad():
         for parameter in hf.parameters():

@@ -39,11 +39,11 @@ DATA = Path(os.environ.get("RLHF_DATA") or Path(__file__).resolve().parents[3] /
         ("", None),
     ],
 )
-def test_where_the_answer_stands(text, answer):
+def test_the_final_answer_is_extracted(text, answer):
     assert final_answer(text) == answer
 
 
-def test_the_last_number_only_where_it_is_asked_for():
+def test_last_number_is_used_only_if_requested():
     assert final_answer("3 and 4 are 7.", last_number=True) == "7"
     assert final_answer("it is -$1,234.50 in all", last_number=True) == "-$1,234.50"
     assert final_answer("no number", last_number=True) is None
@@ -67,7 +67,7 @@ def test_the_last_number_only_where_it_is_asked_for():
         ("12:30", None), ("9" * 61, None), ("__import__('os')", None),
     ],
 )  # fmt: skip
-def test_what_an_answer_is_worth(text, value):
+def test_answers_are_parsed_as_exact_fractions(text, value):
     assert number(text) == (None if value is None else Fraction(value))
 
 
@@ -78,13 +78,13 @@ def test_numbers_are_compared_exactly():
     assert not same_answer("100000000000000000000.1", "100000000000000000000")
 
 
-def test_what_is_no_number_is_compared_as_text():
+def test_non_numeric_answers_are_compared_as_text():
     assert same_answer("\\dfrac{\\sqrt{3}}{2}", "\\frac{ \\sqrt{3} }{2}")
     assert same_answer("\\text{Paris}", "paris") and not same_answer("London", "Paris")
     assert not same_answer("nan", "5") and not same_answer("", "")
 
 
-def test_scores():
+def test_scores_are_1_for_equal_answers():
     scorer = MathAnswerScorer()
     texts = ["#### 5", "#### 6", "five", "#### 5 or 6", "#### 5"]
     assert scorer(["p"] * 5, texts, answer=["5", 5, "5", 5.0, None]) == [1.0, 0.0, 0.0, 0.0, None]
@@ -116,7 +116,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("last_number", [False, True])
-def test_hostile_text_neither_scores_nor_hangs(name, last_number):
+def test_hostile_text_scores_0_without_hanging(name, last_number):
     started = time.monotonic()
     assert MathAnswerScorer(last_number=last_number)(["p"], [HOSTILE[name]], answer=["5"]) == [0.0]
     assert time.monotonic() - started < 10
@@ -131,7 +131,7 @@ def rows_of(name):
 
 
 @pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test"])
-def test_every_reference_solution_is_right_and_one_more_is_wrong(name):
+def test_reference_solutions_score_1_and_off_by_one_answers_0(name):
     rows = rows_of(name)
     solutions = [row["solution"] for row in rows]
     answers = [row["answer"] for row in rows]
@@ -140,7 +140,7 @@ def test_every_reference_solution_is_right_and_one_more_is_wrong(name):
     assert MathAnswerScorer()(solutions, solutions, answer=more) == [0.0] * len(rows)
 
 
-def test_verified_solutions_are_told_apart():
+def test_right_and_wrong_solutions_are_distinguished():
     rows = rows_of("gsm8k_solution_pref")
     answers = [row["answer"] for row in rows]
     for side, score in (("chosen", 1.0), ("rejected", 0.0)):
@@ -163,7 +163,7 @@ def verifying():
         scorer._pool.close()
 
 
-def test_math_verify_compares_what_no_number_is(verifying):
+def test_math_verify_compares_symbolic_answers(verifying):
     verified = verifying(60.0)
     equal = [("2x+1", "1+2x"), ("\\frac{\\pi}{2}", "\\pi/2"), ("\\sqrt{8}", "2\\sqrt{2}"), ("(1,2)", "(1, 2)"),
              ("\\{1,2\\}", "\\{2,1\\}"), ("18", "18.0"), ("x^2-1", "(x-1)(x+1)")]  # fmt: skip
@@ -175,7 +175,7 @@ def test_math_verify_compares_what_no_number_is(verifying):
 
 
 @pytest.mark.slow
-def test_answers_that_hang_or_run_code_score_nothing(verifying, tmp_path):
+def test_answers_that_hang_or_run_code_score_0(verifying, tmp_path):
     verified, target = verifying(3.0), tmp_path / "made"
     hostile = ["9^{9^{9^{9}}}", f"__import__('pathlib').Path('{target}').touch()", "\\int_{0}^{1} x^{x^{x^{x}}} dx",
                "(" * 140, "\\sum_{n=1}^{10^{9}} \\frac{1}{n^{2}+n+1}"]  # fmt: skip
@@ -185,7 +185,7 @@ def test_answers_that_hang_or_run_code_score_nothing(verifying, tmp_path):
     assert verified(["\\boxed{1+x}"], ["x+1"]) == [1.0], "a new process takes the place of a killed one"
 
 
-def test_math_verify_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+def test_a_missing_math_verify_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with refused("missing-package", "rlhf-lightning[math]"):
         MathVerifyScorer()

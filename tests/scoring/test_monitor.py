@@ -40,7 +40,7 @@ def taken(scorer):
 
 @pytest.mark.parametrize(("action", "expected"), [("penalty", [4, 11, 5, 8, 1]), ("watch", [4, 13, 5, 10, 1]),
                                                   ("screen", [4, None, 5, None, 1])])  # fmt: skip
-def test_flagged_completions_are_penalised_screened_or_watched(action, expected):
+def test_flagged_completions_are_penalised_dropped_or_only_logged(action, expected):
     found = ask(Monitor(length, suspicion, action, threshold=0.5, penalty=2.0))
     assert [None if math.isnan(score) else score for score in found.scores.tolist()] == expected
     assert found.parts["proxy"].tolist() == [4, 13, 5, 10, 1]
@@ -58,7 +58,7 @@ def test_precision_recall_and_auroc_by_hand():
     assert set(taken(Monitor(length, suspicion))) == {"monitor_flagged"}
 
 
-def test_auroc_is_that_of_the_pooled_completions():
+def test_auroc_is_over_all_completions():
     texts = [f"{'h' * (n % 7)} {'hack' if n % 3 == 0 else ''}" for n in range(60)]
     scorer = Monitor(length, suspicion, truth=hacks)
     ask(scorer, texts)
@@ -67,7 +67,7 @@ def test_auroc_is_that_of_the_pooled_completions():
     assert sum(auroc) / len(auroc) == pytest.approx(roc_auc_score(hacks(None, texts), values))
 
 
-def test_a_noisy_truth_errs_at_its_rate_and_always_alike():
+def test_noisy_truth_errs_at_its_rate_deterministically():
     texts = [f"{'hack' if n % 2 else 'fair'} {n}" for n in range(4000)]
     truth = hacks(None, texts)
     for rate in (0.0, 0.1, 0.5):
@@ -80,7 +80,7 @@ def test_a_noisy_truth_errs_at_its_rate_and_always_alike():
     )
 
 
-def test_a_monitor_may_stop_the_run():
+def test_a_monitor_can_stop_the_run():
     scorer = Monitor(length, suspicion, "stop", stop_at=0.2)
     scorer.on_rollout_end(None, {"monitor_flagged": 0.19})
     with refused("monitor-stopped", "20.0%"):
@@ -89,7 +89,7 @@ def test_a_monitor_may_stop_the_run():
 
 
 @pytest.mark.parametrize("wrong", [{"action": "shout"}, {"threshold": 0.0}, {"penalty": -1.0}, {"stop_at": 2.0}])
-def test_wrong_settings_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with refused("unknown-choice" if "action" in wrong else "setting-out-of-range"):
         Monitor(length, suspicion, **wrong)
     with refused("setting-out-of-range"):
@@ -106,7 +106,7 @@ def labelled(tmp_path):
     return file
 
 
-def test_a_probe_tells_labels_apart_and_follows_the_policy(policy_folder, labelled):
+def test_a_probe_separates_labels_and_follows_the_policy(policy_folder, labelled):
     policy = load_policy(str(policy_folder), LoadSettings())
     probe = LinearProbe(str(labelled), every=2)
     probe.load_beside(policy, LoadSettings())

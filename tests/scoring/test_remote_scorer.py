@@ -29,7 +29,7 @@ def score(scorer: Any, texts: list[str], **columns: list[Any]) -> Any:
     return scorer(["p"] * len(texts), texts, **columns)
 
 
-def test_scores_come_in_order_batch_after_batch(server: ScoreServer) -> None:
+def test_scores_keep_the_order_of_completions(server: ScoreServer) -> None:
     texts = ["a " * (row % 7 + 1) for row in range(23)]
     scorer = RemoteScorer(server.url, batch_size=4, requests=3)
     assert score(scorer, texts) == [row % 7 + 1 for row in range(23)]
@@ -40,7 +40,7 @@ def test_scores_come_in_order_batch_after_batch(server: ScoreServer) -> None:
     assert scorer([messages], ["a b"]) == [2]
 
 
-def test_a_server_that_is_killed_and_started_again_costs_time_alone() -> None:
+def test_scoring_survives_a_server_restart() -> None:
     server = ScoreServer()
     server.start()
     scorer = RemoteScorer(server.url, retries=8, wait=0.1)
@@ -53,7 +53,7 @@ def test_a_server_that_is_killed_and_started_again_costs_time_alone() -> None:
     server.kill()
 
 
-def test_a_server_that_is_gone_is_given_up_in_bounded_time() -> None:
+def test_a_dead_server_fails_within_the_retry_limit() -> None:
     scorer = RemoteScorer(ScoreServer().url, batch_size=1, requests=2, retries=2, wait=0.05)
     started = time.monotonic()
     with refused("server-silent", "gave no answer in 3 attempts; the last: ", "refused"):
@@ -74,20 +74,20 @@ def test_a_server_that_is_gone_is_given_up_in_bounded_time() -> None:
         ("trickle", "not whole after 0.3 s"),
     ],
 )
-def test_what_a_server_may_say_instead(server: ScoreServer, word: str, message: str) -> None:
+def test_malformed_responses_are_refused(server: ScoreServer, word: str, message: str) -> None:
     with pytest.raises(ServerError) as error:
         score(RemoteScorer(server.url, retries=0, timeout=0.3), [word])
     assert message in str(error.value)
 
 
-def test_fewer_scores_than_completions_are_no_scores(server: ScoreServer) -> None:
+def test_too_few_scores_are_refused(server: ScoreServer) -> None:
     with refused("number-of-scores", "returned 1 scores for 2 completions"):
         checked_scores(score(RemoteScorer(server.url), ["a", "fewer"]), 2, "x")
     assert score(FaultTolerant(RemoteScorer(server.url), on_fault="drop"), ["a b", "fewer"]) == [2, None]
 
 
 @pytest.mark.parametrize("place", [0.9, "0", 1e400, None, [0]])
-def test_places_of_span_rewards_are_integers(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_span_positions_must_be_integers(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = {"score": 1.0, "span_rewards": [[place, 2, 0.5]]}
     monkeypatch.setattr(JSONServer, "post", lambda *_: {"scores": [judged]})
     with refused("not-numbers"):
@@ -96,7 +96,7 @@ def test_places_of_span_rewards_are_integers(place: Any, monkeypatch: pytest.Mon
         ask_scorer(lambda *_, **__: [Judgement(**judged)], ["p"], ["a b"], {}, "x")
 
 
-def test_the_key_is_sent_and_never_said(server: ScoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_is_sent_and_never_printed(server: ScoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", CANARY)
     scorer = RemoteScorer(server.url, retries=0, api_key="JUDGE_API_KEY")
     with pytest.raises(ServerError, match=r"no such key: Bearer \*\*\*") as error:
@@ -117,7 +117,7 @@ def test_the_key_is_sent_and_never_said(server: ScoreServer, monkeypatch: pytest
         ("http://user:canary@host/score", "put the key into an environment variable"),
     ],
 )
-def test_addresses_that_are_none(url: str, message: str) -> None:
+def test_invalid_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RemoteScorer(url)
     assert "canary" not in str(error.value)

@@ -71,7 +71,7 @@ def probability_met(model: Any, tokenizer: Any, prompt: str, completion: str, cr
     return float(logits[[6, 7]].softmax(-1)[0])
 
 
-def test_a_local_judge_scores_by_each_rows_rubric(policy_folder: str, judge_folder: str, tmp_path: Path) -> None:
+def test_a_local_judge_scores_with_each_rows_rubric(policy_folder: str, judge_folder: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"w{20 + n} w9", "rubric": rubric} for n, rubric in enumerate(RUBRICS)]
     spec = {"class_path": "RubricScorer", "init_args": {"judge": judge_folder}}
     rollouts, logged = train(policy_folder, tmp_path, rows, spec)
@@ -86,7 +86,7 @@ def test_a_local_judge_scores_by_each_rows_rubric(policy_folder: str, judge_fold
     assert all(math.isfinite(means["train/loss"]) for means in logged)
 
 
-def test_a_judge_behind_a_server_scores_by_each_rows_rubric(policy_folder: str, tmp_path: Path) -> None:
+def test_a_remote_judge_scores_with_each_rows_rubric(policy_folder: str, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> dict[str, Any]:
         """Answer as a judge: kind completions have an even number of words, short ones at most two."""
         text = body["messages"][-1]["content"]
@@ -113,7 +113,7 @@ def test_a_judge_behind_a_server_scores_by_each_rows_rubric(policy_folder: str, 
             assert (feedback or "").split() == [name for name in missed if name in asked]
 
 
-def test_a_completion_without_a_verdict_cannot_be_judged() -> None:
+def test_a_completion_without_a_verdict_has_no_score() -> None:
     with serving(lambda body: said("Well.")) as server:
         arguments = {"judge": server.url, "judge_args": {"model": "m", "read": "text"}}
         scorer = load_scorer({"class_path": "RubricScorer", "init_args": arguments})
@@ -133,7 +133,7 @@ class Fixed:
         return [JudgeAnswer(math.log(self.probability), math.log(1 - self.probability)) for _ in questions]
 
 
-def test_a_rubric_from_a_file_names_parts_and_faults(tmp_path: Path) -> None:
+def test_a_rubric_file_names_parts_and_negative_criteria(tmp_path: Path) -> None:
     file = tmp_path / "rubric.json"
     criteria = [{"criterion": "kind", "name": "kind"}, {"criterion": "rude", "weight": -3.0, "name": "rude"}, "short"]
     file.write_text(json.dumps(criteria))
@@ -157,7 +157,7 @@ class ByCriterion:
         return [JudgeAnswer(math.log(chance), math.log(1 - chance)) for chance in chances]
 
 
-def test_implicit_aggregation_asks_once_for_the_whole_rubric() -> None:
+def test_implicit_aggregation_asks_one_question_per_rubric() -> None:
     judge = ByCriterion()
     criteria = [{"criterion": "kind", "weight": 2.0, "name": "kind"}, {"criterion": "rude", "weight": -1}]
     scorer = RubricScorer(judge, criteria=criteria, aggregation="implicit")
@@ -169,7 +169,7 @@ def test_implicit_aggregation_asks_once_for_the_whole_rubric() -> None:
         RubricScorer(judge, aggregation="both")  # type: ignore[arg-type]
 
 
-def test_dropout_leaves_criteria_out_of_training_rollouts_alone() -> None:
+def test_criteria_dropout_applies_only_to_training_rollouts() -> None:
     judge, gold = ByCriterion(), Fixed(0.25, "gold")
     criteria = [{"criterion": letter * size, "name": letter} for size, letter in enumerate("abcdef", 10)]
     scorer = RubricScorer(judge, criteria=criteria, gold=gold, dropout=0.5, seed=3)
@@ -203,7 +203,7 @@ def test_dropout_leaves_criteria_out_of_training_rollouts_alone() -> None:
         RubricScorer(judge, dropout=1.0)
 
 
-def test_wrong_rubrics_are_refused(tmp_path: Path) -> None:
+def test_invalid_rubrics_are_refused(tmp_path: Path) -> None:
     for wrong in ([], [{"weight": 1.0}], [{"criterion": "kind", "weight": "high"}], [{"criterion": "a", "weight": 0}]):
         with refused("wrong-rubric"):
             RubricScorer(Fixed(0.5), criteria=wrong)

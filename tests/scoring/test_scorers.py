@@ -41,17 +41,17 @@ def own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def test_a_function_by_its_import_path() -> None:
+def test_a_function_loads_by_import_path() -> None:
     scorer = load_scorer("own_scores.brevity")
     assert scorer(["p", "p"], ["one two", "three"]) == [-2.0, -1.0]
     assert scorer(["p", "p"], ["one two", "three"], weight=[10.0, 2.0]) == [-20.0, -2.0]
 
 
-def test_a_class_by_its_import_path_is_made_without_arguments() -> None:
+def test_a_class_loads_by_import_path_without_arguments() -> None:
     assert load_scorer("own_scores.Constant")(["p"], ["c"]) == [0.5]
 
 
-def test_functions_and_scorers_serve_as_they_are() -> None:
+def test_functions_and_scorer_objects_are_accepted() -> None:
     class Longest(Scorer):
         def __call__(self, prompts: Any, completions: Any, **columns: Any) -> list[float]:
             return [float(len(text)) for text in completions]
@@ -74,7 +74,7 @@ def test_functions_and_scorers_serve_as_they_are() -> None:
         ("own_scores.Silent", "wrong-kind", "'own_scores.Silent' is a class; it must be a function, or a class whose"),
     ],
 )
-def test_a_path_that_names_no_scorer_is_refused(spec: str, code: str, words: str) -> None:
+def test_invalid_import_paths_are_refused(spec: str, code: str, words: str) -> None:
     with refused(code, words):
         load_scorer(spec)
 
@@ -84,11 +84,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_scorer(f"{tmp_path}/runs/reward/model")
 
 
-def test_a_folder_is_a_learned_scorer(reward_folder: str) -> None:
+def test_a_model_folder_becomes_a_learned_scorer(reward_folder: str) -> None:
     assert isinstance(load_scorer(reward_folder), LearnedScorer)
 
 
-def test_a_scorer_class_must_say_how_it_scores() -> None:
+def test_a_scorer_class_must_define_call() -> None:
     with refused("undefined-method", "Half must define '__call__'"):
         type("Half", (Scorer,), {})()(["p"], ["c"])
 
@@ -97,7 +97,7 @@ def test_a_scorer_class_must_say_how_it_scores() -> None:
     "scores",
     [[1, 2.5, -3], (1.0, 2.5, -3.0), torch.tensor([[1.0], [2.5], [-3.0]]), torch.tensor([1.0, 2.5, -3.0]).double()],
 )
-def test_scores_come_as_fp32_on_the_cpu(scores: Any) -> None:
+def test_scores_are_fp32_on_the_cpu(scores: Any) -> None:
     found = checked_scores(scores, 3, "scorer")
     assert found.dtype == torch.float32 and found.tolist() == [1.0, 2.5, -3.0]
 
@@ -118,18 +118,18 @@ def test_scores_carry_no_gradient() -> None:
         (["good", "bad", "good"], "not-numbers", "scorer 'x' must return one number for each completion"),
     ],
 )
-def test_scores_that_cannot_be_learned_from_are_refused(scores: Any, code: str, message: str) -> None:
+def test_invalid_scores_are_refused(scores: Any, code: str, message: str) -> None:
     with refused(code, message):
         checked_scores(scores, 3, "scorer 'x'")
 
 
 @pytest.mark.parametrize("part", ["", "a\x1b[2J", "\u202eb", "line\nbreak", "x" * 101, 7, None])
-def test_the_name_of_a_part_is_printable_and_short(part):
+def test_part_names_must_be_printable_and_short(part):
     with refused("part-name", "printable characters"):
         checked_judgements([Judgement(1.0, {part: 1.0, "good": 2.0})], 1, "x")
 
 
-def test_scores_out_of_all_proportion_are_warned_of():
+def test_extreme_scores_warn():
     for scores in ([1e30, 1.0], [-1e30, 1.0], torch.tensor([1e7, 0.0])):
         with pytest.warns(UserWarning, match="returned scores beyond 1e\\+06"):
             checked_scores(scores, 2, "x")
@@ -141,6 +141,6 @@ def test_scores_out_of_all_proportion_are_warned_of():
 @pytest.mark.parametrize(
     "scores", [{0: 1.0}, {1.0, 2.0}, "12", [[1.0, 2.0]], [10**400, 1.0], [1 + 2j, 1.0], [b"1", 1.0]]
 )
-def test_what_is_no_list_of_numbers_is_refused(scores):
+def test_scores_that_are_not_numbers_are_refused(scores):
     with pytest.raises(BadScoresError, match="x "):
         checked_scores(scores, 2, "x")

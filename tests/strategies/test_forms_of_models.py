@@ -42,7 +42,7 @@ def test_an_encoder_scores_the_same_on_two_ranks(
 
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_learns_the_same_on_two_ranks(
+def test_a_model_form_trains_identically_on_two_ranks(
     pool: RankPool, policy_folder: str, form: str, strategy: str, accumulation: int
 ) -> None:
     name, settings = FORMS[form]
@@ -55,7 +55,7 @@ def test_a_form_learns_the_same_on_two_ranks(
 @pytest.mark.parametrize("ranks", [3, 4])
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_learns_the_same_on_more_ranks(
+def test_a_model_form_trains_identically_on_more_ranks(
     pool: RankPool, policy_folder: str, form: str, strategy: str, ranks: int
 ) -> None:
     name, settings = FORMS[form]

@@ -52,26 +52,26 @@ def train(name: str, folder: str, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_takes_the_steps_of_a_cpu(policy_folder: str, name: str) -> None:
+def test_every_objective_trains_on_gpu_as_on_cpu(policy_folder: str, name: str) -> None:
     """In double precision: gradients, weights after five updates, drawn completions and what is logged."""
     assert_equal([train(name, policy_folder, accelerator=GPU)], train(name, policy_folder))
 
 
 @pytest.mark.parametrize("name", sorted(TAUGHT))
-def test_students_of_a_teacher_take_the_steps_of_a_cpu(policy_folder: str, other_folder: str, name: str) -> None:
+def test_distillation_trains_on_gpu_as_on_cpu(policy_folder: str, other_folder: str, name: str) -> None:
     found = train(name, policy_folder, accelerator=GPU, teacher=other_folder)
     assert_equal([found], train(name, policy_folder, teacher=other_folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_takes_the_steps_of_a_cpu(policy_folder: str, family: str) -> None:
+def test_every_objective_family_trains_on_gpu_as_on_cpu(policy_folder: str, family: str) -> None:
     name, settings = FAMILIES[family]
     found = train(name, policy_folder, accelerator=GPU, accumulation=4, **settings)
     assert_equal([found], train(name, policy_folder, **settings))
 
 
 @pytest.mark.parametrize("family", ["dpo", "ppo", "grpo", "ppo-lora"])
-def test_padded_and_packed_rows_give_one_gradient(policy_folder: str, family: str) -> None:
+def test_padded_and_packed_rows_give_the_same_gradient(policy_folder: str, family: str) -> None:
     name, settings = FAMILIES[family]
     padded = train(name, policy_folder, accelerator=GPU, pack_rows=False, **settings)
     packed = train(name, policy_folder, accelerator=GPU, pack_rows=True, **settings)
@@ -83,7 +83,7 @@ def test_padded_and_packed_rows_give_one_gradient(policy_folder: str, family: st
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as many keys", "grouped keys"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_call_by_lengths_attends_as_blocks_do(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+def test_variable_length_attention_equals_blockwise_attention(dtype: torch.dtype, heads: tuple[int, int]) -> None:
     trees = [[5, 9, 3, 40], [130, 70], [0, 12], [1, 1], [200, 30, 31], [0, 4, 5]]
     row, width = PackedRow(trees, "cuda"), sum(map(sum, trees))
     draws = torch.Generator("cuda").manual_seed(0)
@@ -107,14 +107,14 @@ def test_one_call_by_lengths_attends_as_blocks_do(dtype: torch.dtype, heads: tup
 
 
 @pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared", "grpo"])
-def test_cut_weights_on_one_gpu_give_the_same(policy_folder: str, family: str) -> None:
+def test_fsdp_on_one_gpu_trains_identically(policy_folder: str, family: str) -> None:
     """FSDP2 and its NCCL group, as far as one device can test them."""
     name, settings = FAMILIES[family]
     found = train(name, policy_folder, strategy="fsdp", accelerator=GPU, **settings)
     assert_equal([found], train(name, policy_folder, **settings))
 
 
-def test_a_random_number_is_the_same_by_its_address() -> None:
+def test_random_numbers_on_gpu_equal_those_on_cpu() -> None:
     episodes, positions = torch.arange(4096) * 2**33 + 7, torch.arange(4096) % 61
     on_gpu = uniform(11, episodes.cuda(), positions.cuda())
     assert torch.equal(on_gpu.cpu(), uniform(11, episodes, positions))
@@ -128,7 +128,7 @@ HALF += [(family, "bf16-true") for family in ("sft-lora", "reward-lora", "dpo-lo
 
 
 @pytest.mark.parametrize(("family", "precision"), HALF)
-def test_half_the_bits_train_close_to_single_precision(policy_folder: str, family: str, precision: str) -> None:
+def test_half_precision_training_is_close_to_fp32(policy_folder: str, family: str, precision: str) -> None:
     name, settings = FAMILIES[family]
     settings = settings | {"double": False, "updates": 1, "accelerator": GPU}
     half, single = (train(name, policy_folder, precision=p, **settings) for p in (precision, "32-true"))
@@ -176,7 +176,7 @@ def test_stages_train_on_a_quantised_backbone(blocks: str, quantization: Any, pr
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(policy_folder: str, tmp_path: Path) -> None:
     """Dropout draws from the GPU's own generator."""
     from training.test_module_checkpoints import Snapshot, run
 
@@ -192,7 +192,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: 
 
 
 @pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared"])
-def test_compiled_layers_take_the_same_steps(policy_folder: str, family: str) -> None:
+def test_compiled_layers_train_identically(policy_folder: str, family: str) -> None:
     if lacking := missing_compiler("cuda"):
         pytest.skip(lacking)
     name, settings = FAMILIES[family]
@@ -214,7 +214,9 @@ class GreedyModule(SlopeModule):
         return super().loss_sum(batch, meter)
 
 
-def test_one_line_says_what_to_lower_when_memory_runs_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_prints_one_line_with_the_settings_to_lower(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = ["--model", f"{__name__}.GreedyModule"]
     where = ["--trainer.accelerator", GPU, "--trainer.devices", "1", "--runs_folder", str(tmp_path)]
     assert rlhf(["fit", *model, *BASIC[2:], *where]) == 1

@@ -33,7 +33,7 @@ def launch(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_a_run_on_two_ranks_is_one_folder_that_resumes_and_exports(
+def test_a_run_on_two_ranks_writes_one_folder_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ("prompt", "chosen", "rejected")

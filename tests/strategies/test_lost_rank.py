@@ -19,7 +19,7 @@ def own_pool() -> Iterator[RankPool]:
 @pytest.mark.parametrize(
     ("name", "strategy", "rank"), [("DPOModule", "ddp", 1), ("DPOModule", "ddp", 0), ("PPOModule", "fsdp", 1)]
 )
-def test_the_others_end_and_name_it(
+def test_other_ranks_exit_and_name_the_lost_rank(
     own_pool: RankPool, policy_folder: str, name: str, strategy: str, rank: int
 ) -> None:
     own_pool.run(2, "here")  # started, so that what follows is the run alone

@@ -88,7 +88,7 @@ TURNS = {
 
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("family", TURNS)
-def test_episodes_of_several_turns_are_the_same_on_two_ranks(
+def test_multi_turn_training_is_identical_on_two_ranks(
     pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
 ) -> None:
     name, settings = TURNS[family]
@@ -97,7 +97,7 @@ def test_episodes_of_several_turns_are_the_same_on_two_ranks(
 
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_learns_the_same_on_two_ranks(
+def test_every_objective_trains_identically_on_two_ranks(
     pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int
 ) -> None:
     compare(pool, name, policy_folder, 2, strategy, accumulation)
@@ -105,7 +105,7 @@ def test_every_objective_learns_the_same_on_two_ranks(
 
 @pytest.mark.parametrize(("ranks", "strategy", "accumulation"), [(2, "fsdp", 4), (2, "ddp", 1), (4, "fsdp", 1)])
 @pytest.mark.parametrize("name", sorted(TAUGHT))
-def test_students_of_a_teacher_learn_the_same_on_all_ranks(
+def test_distillation_trains_identically_on_any_ranks(
     pool: RankPool, policy_folder: str, other_folder: str, name: str, ranks: int, strategy: str, accumulation: int
 ) -> None:
     compare(pool, name, policy_folder, ranks, strategy, accumulation, teacher=other_folder)
@@ -116,7 +116,7 @@ REST = [(2, "ddp", 4), (2, "fsdp", 1), (4, "ddp", 1), (4, "ddp", 4), (4, "fsdp",
 
 
 @pytest.mark.parametrize(("family", "strategy", "accumulation"), FOUR)
-def test_every_family_learns_the_same_on_four_ranks(
+def test_every_family_trains_identically_on_four_ranks(
     pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
 ) -> None:
     name, settings = FAMILIES[family]
@@ -126,7 +126,7 @@ def test_every_family_learns_the_same_on_four_ranks(
 @pytest.mark.drill
 @pytest.mark.parametrize(("ranks", "strategy", "accumulation"), REST)
 @pytest.mark.parametrize("family", [*FAMILIES, *OBJECTIVES])
-def test_the_rest_of_the_table(
+def test_remaining_combinations_train_identically(
     pool: RankPool, policy_folder: str, family: str, ranks: int, strategy: str, accumulation: int
 ) -> None:
     name, settings = FAMILIES.get(family, (family, {}))
@@ -135,7 +135,7 @@ def test_the_rest_of_the_table(
 
 @pytest.mark.parametrize("family", ["dpo", "coupled", "ppo-shared"])
 @pytest.mark.parametrize(("ranks", "shares"), [(2, 1), (4, 2)])
-def test_tensor_parallel_ranks_see_the_same_rows_once(
+def test_tensor_parallel_ranks_count_rows_once(
     pool: RankPool, policy_folder: str, family: str, ranks: int, shares: int
 ) -> None:
     name, settings = FAMILIES[family]
@@ -145,12 +145,12 @@ def test_tensor_parallel_ranks_see_the_same_rows_once(
     assert_equal(pool.run(ranks, "train", **run), expected)
 
 
-def test_a_sharded_reward_model_scores_the_same(pool: RankPool, policy_folder: str, reward_folder: str) -> None:
+def test_a_sharded_reward_model_gives_the_same_scores(pool: RankPool, policy_folder: str, reward_folder: str) -> None:
     settings = {"scorer": reward_folder, "max_tokens": 24, "missing_eos_score": None, "updates": 2}
     compare(pool, "PPOModule", policy_folder, 2, "fsdp", 1, **settings)
 
 
-def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_ranks(pool: RankPool, policy_folder: str) -> None:
+def test_an_undeclared_coupled_loss_depends_on_the_ranks(pool: RankPool, policy_folder: str) -> None:
     """The comparison above can fail."""
     with pytest.raises(AssertionError, match="gradients of"):
         compare(pool, "ForgetfulModule", policy_folder, 2, "ddp", 1)
@@ -159,7 +159,7 @@ def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_ranks(pool: Rank
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("name", ["LookingDPOModule", "LookingMeanModule", "LookingGRPOModule"])
-def test_slots_are_the_same_on_two_ranks(
+def test_data_columns_train_identically_on_two_ranks(
     pool: RankPool, policy_folder: str, name: str, strategy: str, accumulation: int, lora: Any
 ) -> None:
     compare(pool, name, policy_folder, 2, strategy, accumulation, lora=lora)
@@ -167,7 +167,7 @@ def test_slots_are_the_same_on_two_ranks(
 
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("teacher", ["policy", "ema", "other"])
-def test_a_policy_that_reads_feedback_learns_the_same_on_two_ranks(
+def test_self_distillation_trains_identically_on_two_ranks(
     pool: RankPool, policy_folder: str, other_folder: str, teacher: str, strategy: str, accumulation: int
 ) -> None:
     settings: dict[str, Any] = {
@@ -184,7 +184,7 @@ USERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", USERS)
-def test_objectives_of_users_are_the_same_on_two_ranks(pool: RankPool, policy_folder: str, name: str) -> None:
+def test_user_objectives_train_identically_on_two_ranks(pool: RankPool, policy_folder: str, name: str) -> None:
     compare(pool, name, policy_folder, 2, "ddp", 1, scorer="rank_cases.low_words_at_a_cost", **USERS[name])
 
 
@@ -199,7 +199,7 @@ CONSTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CONSTRAINED)
-def test_parts_and_multipliers_are_the_same_on_two_ranks(pool: RankPool, policy_folder: str, case: str) -> None:
+def test_score_parts_and_multipliers_are_identical_on_two_ranks(pool: RankPool, policy_folder: str, case: str) -> None:
     name, settings = CONSTRAINED[case]
     settings = {"scorer": "rank_cases.low_words_at_a_cost", "updates": 7, **settings}
     found = pool.run(2, "train", name=name, folder=policy_folder, strategy="ddp", **settings)
@@ -212,14 +212,14 @@ def test_parts_and_multipliers_are_the_same_on_two_ranks(pool: RankPool, policy_
     assert found[0]["log"]["rollout/score_cost_ci95"] == pytest.approx(expected["log"]["rollout/score_cost_ci95"])
 
 
-def test_completions_are_uneven_over_the_ranks(pool: RankPool, policy_folder: str) -> None:
+def test_completion_lengths_differ_between_ranks(pool: RankPool, policy_folder: str) -> None:
     found = pool.run(2, "train", name="GRPOModule", folder=policy_folder, strategy="fsdp", updates=1)
     lengths = [sorted(len(ids) for ids in rank["drawn"].values()) for rank in found]
     assert lengths[0][-1] > lengths[0][0] and lengths[0] != lengths[1]
 
 
 @pytest.mark.parametrize("counts", [(1, 5), (0, 3)])
-def test_cut_weights_sample_what_whole_ones_do_bit_for_bit(
+def test_sharded_weights_give_bit_identical_samples(
     pool: RankPool, policy_folder: str, counts: tuple[int, int]
 ) -> None:
     prompts = [[f"w{20 + n} w{30 + rank}" for n in range(count)] for rank, count in enumerate(counts)]
@@ -228,7 +228,7 @@ def test_cut_weights_sample_what_whole_ones_do_bit_for_bit(
         assert found[rank] == rank_cases.answer(policy_folder, "auto", [prompts[rank]])
 
 
-def test_the_reference_is_cut_too(pool: RankPool, policy_folder: str) -> None:
+def test_the_reference_is_sharded(pool: RankPool, policy_folder: str) -> None:
     found = pool.run(2, "reference_left", folder=policy_folder, strategy="fsdp")
     total = found[0][1]
     assert sum(local for local, _ in found) == total and all(local < 0.6 * total for local, _ in found)
@@ -236,7 +236,7 @@ def test_the_reference_is_cut_too(pool: RankPool, policy_folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["SFTModule", "RewardModule", "DPOModule", "AOTModule", "KTOModule", "PPOModule"])
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "ddp")])
-def test_held_out_metrics_are_over_all_ranks(
+def test_validation_metrics_cover_all_ranks(
     pool: RankPool, policy_folder: str, name: str, ranks: int, strategy: str
 ) -> None:
     expected = rank_cases.validate(name, policy_folder, "auto")
@@ -260,7 +260,7 @@ def test_bf16_products_stay_close_to_fp32(pool: RankPool, policy_folder: str, na
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["full", "distributed"])
 @pytest.mark.parametrize("family", ["sft-lora", "dpo", "moving-reference", "ppo-shared"])
-def test_a_resumed_run_ends_where_the_whole_one_does(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     pool: RankPool, policy_folder: str, tmp_path: Path, family: str, distributed: bool
 ) -> None:
     name, settings = FAMILIES[family]
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_strategy_or_adapter_is_refused(
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("family", ["dpo", "sft-lora", "reward-lora"])
-def test_what_a_run_on_several_ranks_exports_is_what_it_trained(
+def test_a_run_on_several_ranks_exports_its_trained_weights(
     pool: RankPool, policy_folder: str, tmp_path: Path, family: str, strategy: str
 ) -> None:
     name, settings = FAMILIES[family]

@@ -9,7 +9,7 @@ from rank_pool import RankPool
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_skip_and_stop_alike(pool: RankPool, policy_folder: str, strategy: str, masked: bool) -> None:
+def test_all_ranks_skip_and_stop_together(pool: RankPool, policy_folder: str, strategy: str, masked: bool) -> None:
     case = {"folder": policy_folder, "strategy": strategy, "masked": masked}
     answers: list[dict[str, Any]] = pool.run(2, "skip", **case, poison=[1, 3, 4])
     for answer in answers:

@@ -34,7 +34,7 @@ def plain(name: str, folder: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("pack_rows", [False, True], ids=["padded", "shared"])
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_all_of_it_together_is_the_plain_run(
+def test_combined_features_equal_the_plain_run(
     pool: RankPool, policy_folder: str, tmp_path: Path, name: str, strategy: str, pack_rows: bool, saving: str,
     interrupted: bool,
 ) -> None:  # fmt: skip
@@ -51,7 +51,7 @@ def test_all_of_it_together_is_the_plain_run(
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_plain_run_moves(policy_folder: str, name: str) -> None:
+def test_the_plain_run_changes_the_weights(policy_folder: str, name: str) -> None:
     """Comparing weights that do not move would prove nothing."""
     begun = rank_cases.together(name, policy_folder, "auto", None, steps=1, lora=LORA, **OBJECTIVES[name])
     for weight, value in plain(name, policy_folder).items():

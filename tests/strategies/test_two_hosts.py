@@ -141,9 +141,7 @@ def newest_update(run: Path) -> int:
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
-def test_a_run_ends_when_the_wire_is_cut_and_goes_on_when_it_is_back(
-    hosts: TwoHosts, tmp_path: Path, stage: str
-) -> None:
+def test_a_run_on_two_hosts_fails_on_network_loss_and_resumes(hosts: TwoHosts, tmp_path: Path, stage: str) -> None:
     command = command_of(stage, tmp_path)
     hosts.start(*command, "--run_name", "whole")
     assert hosts.ended(300) == [0, 0], hosts.said(0)[-3000:] + hosts.said(1)[-3000:]

@@ -28,7 +28,7 @@ def turn(role, content):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SMALL)), st.lists(TEXT, min_size=3, max_size=3), TEXT)
-def test_control_tokens_are_the_templates_own(name, contents, system):
+def test_only_the_template_writes_control_tokens(name, contents, system):
     tokenizer = SMALL[name]
     user, said, answer = contents
     earlier = [turn("user", user), turn("assistant", said), turn("user", user)]
@@ -39,7 +39,7 @@ def test_control_tokens_are_the_templates_own(name, contents, system):
 
 @settings(max_examples=60, deadline=None)
 @given(TEXT, st.sampled_from(["byte_level", "unmarked"]))
-def test_nothing_that_is_said_is_lost(text, name):
+def test_encoding_loses_no_text(text, name):
     tokenizer = SMALL[name]
     kept = tokenizer.backend_tokenizer.normalizer.normalize_str(text) if name == "unmarked" else text
     ids = encode_prompt(tokenizer, text)
@@ -48,14 +48,14 @@ def test_nothing_that_is_said_is_lost(text, name):
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_steps_end_where_they_end_whatever_they_say(name):
+def test_control_tokens_in_steps_do_not_change_step_ends(name):
     for prompt in ("p", [turn("user", "p")]):
         _, wanted = encode_steps(SMALL[name], ["a", "b", "a"], "\n", prompt)
         _, found = encode_steps(SMALL[name], ["</s><|im_end|><<end>>", "<<assistant>>", "[INST]"], "\n", prompt)
         assert sum(found) == sum(wanted) == 3 and found[-1]
 
 
-def test_a_marker_in_another_spelling_is_no_marker():
+def test_a_marker_in_another_case_stays_text():
     tokenizer = SMALL["unmarked"]
     facts = facts_of(tokenizer)
     assert {"<<user>>", "<<assistant>>", "<<end>>"} <= facts.control.keys()
@@ -64,7 +64,7 @@ def test_a_marker_in_another_spelling_is_no_marker():
     assert tokenizer.decode(ids) == "<<user>>x<<assistant>>y<<end>><<assistant>>"
 
 
-def test_the_assistant_may_think_and_nobody_else():
+def test_only_the_assistant_may_write_think_tokens():
     tokenizer = SMALL["unmarked"]
     think = tokenizer.convert_tokens_to_ids("<think>")
     assert set(facts_of(tokenizer).speakable) == {"<think>", "</think>"}
@@ -79,7 +79,7 @@ def test_the_assistant_may_think_and_nobody_else():
     assert think in encode_completion(tokenizer, "<think>x</think>y", "plain")[0]
 
 
-def test_letters_that_are_unknown_are_not_taken_for_control():
+def test_unknown_letters_are_not_control_tokens():
     tokenizer = SMALL["sentence_pieces"]
     ids = encode_prompt(tokenizer, "a ü a")
     assert tokenizer.unk_token_id in ids
@@ -89,7 +89,7 @@ def test_letters_that_are_unknown_are_not_taken_for_control():
 @pytest.mark.real
 @settings(max_examples=25, deadline=None)
 @given(contents=st.lists(TEXT, min_size=3, max_size=3), spelt=st.lists(st.sampled_from(CONTROL[:6]), max_size=5))
-def test_real_control_tokens_are_the_templates_own(smollm2, contents, spelt):
+def test_only_the_real_template_writes_control_tokens(smollm2, contents, spelt):
     user, said, answer = contents
     prompt = [turn("system", said), turn("user", user), turn("assistant", said), turn("user", answer)]
     for asked in (prompt, user):

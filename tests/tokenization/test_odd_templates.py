@@ -80,7 +80,7 @@ def tokenizer_with(template: str) -> Any:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(TEMPLATES, conversations())
-def test_only_the_assistants_words_are_learned_and_all_of_them(template: str, turns: list[dict[str, Any]]) -> None:
+def test_exactly_the_assistants_words_are_supervised(template: str, turns: list[dict[str, Any]]) -> None:
     tokenizer, counts = tokenizer_with(template), Report()
     (outcome,) = encoder_for("sft").counted(tokenizer, [{"messages": turns}], counts)
     if outcome.reason is not None:
@@ -101,7 +101,7 @@ def test_only_the_assistants_words_are_learned_and_all_of_them(template: str, tu
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(TEMPLATES, conversations())
-def test_prompt_and_completion_are_the_templates_own_text(template: str, turns: list[dict[str, Any]]) -> None:
+def test_prompt_plus_completion_equals_the_rendered_text(template: str, turns: list[dict[str, Any]]) -> None:
     tokenizer = tokenizer_with(template)
     try:
         rendered = render_turns(tokenizer, turns)
@@ -121,7 +121,7 @@ def test_prompt_and_completion_are_the_templates_own_text(template: str, turns: 
             assert asked == expected and plain
 
 
-def test_the_odd_templates_are_not_all_refused() -> None:
+def test_most_odd_templates_are_accepted() -> None:
     kept = 0
     turns = [{"role": "user", "content": "u0q"}, {"role": "assistant", "content": "a1q"}]
     for header in HEADERS:
@@ -133,14 +133,14 @@ def test_the_odd_templates_are_not_all_refused() -> None:
 
 
 @pytest.mark.parametrize("order", ["messages | reverse", "messages[1:] + messages[:1]"])
-def test_a_template_that_changes_the_order_of_turns_is_refused(order: str) -> None:
+def test_a_template_that_reorders_turns_is_refused(order: str) -> None:
     tokenizer = tokenizer_with(template_of(HEADERS[0], CONTENTS[0], ENDS[0], order, ASKS[0], ""))
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
     (outcome,) = encoder_for("sft").counted(tokenizer, [{"messages": turns}], Report())
     assert outcome.reason == "turn_after_answer"
 
 
-def test_a_template_that_merges_turns_of_the_assistant_is_refused() -> None:
+def test_a_template_that_merges_assistant_turns_is_refused() -> None:
     tokenizer = tokenizer_with(
         "{% set last = namespace(role='') %}{% for m in messages %}{% if m.role != last.role %}"
         "{{ ('<|end|>\n' if last.role else '') + '<|' + m.role + '|>\n' }}{% set last.role = m.role %}"

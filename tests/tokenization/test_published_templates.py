@@ -141,7 +141,7 @@ def cases(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_thoughts_are_learned_as_the_template_writes_them(name):
+def test_thoughts_are_supervised_as_rendered(name):
     found = [check_turns(name, row["messages"]) for row in cases("thoughts.jsonl") if "messages" in row]
     allowed = {"equal", "continues", "thought-left-out", "thought-closed"}
     assert set(found) <= allowed, found
@@ -149,7 +149,7 @@ def test_thoughts_are_learned_as_the_template_writes_them(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_pair_has_one_prompt_whose_old_thoughts_are_the_templates_business(name):
+def test_both_sides_of_a_pair_share_the_rendered_prompt(name):
     tokenizer = tokenizer_of(name)
     (row,) = (row for row in cases("thoughts.jsonl") if "chosen" in row)
     try:
@@ -169,7 +169,7 @@ def test_a_pair_has_one_prompt_whose_old_thoughts_are_the_templates_business(nam
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tool_calls_are_learned_or_refused(name):
+def test_tool_calls_are_supervised_or_refused(name):
     for row in cases("tools.jsonl"):
         messages = [{**turn, "content": turn["content"] or ""} for turn in row["messages"]]
         found = check_turns(name, messages, row["tools"])
@@ -201,7 +201,7 @@ def conversations(draw):
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(conversations())
-def test_conversations_are_learned_as_the_template_writes_them(name, messages):
+def test_conversations_are_supervised_as_rendered(name, messages):
     found = check_turns(name, messages)
     allowed = {"turns-refused", "thought-left-out", "thought-closed", "turn-left-out"}
     assert found in allowed or set(found.split()) <= {"equal", "continues"}, found
@@ -226,7 +226,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_odd_contents_are_learned_by_every_template(name):
+def test_odd_contents_are_supervised_with_every_template(name):
     for kind, contents in ODD.items():
         found = check_turns(name, turns_of("ua" * (len(contents) // 2), *contents))
         assert set(found.split()) <= {"equal", "continues"}, (kind, found)
@@ -236,7 +236,7 @@ ODD_ROLES = ("uua", "sua", "suasua", "dua", "sdua", "uaa", "uata", "ssua")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_odd_orders_of_roles_are_learned_or_refused(name):
+def test_odd_role_orders_are_supervised_or_refused(name):
     for roles in ODD_ROLES:
         contents = [f"{role}{place}q" for place, role in enumerate(roles)]
         found = check_turns(name, turns_of(roles, *contents))
@@ -250,7 +250,7 @@ def turns_of(roles, *contents):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_nobody_speaks_for_another(name):
+def test_control_tokens_in_content_stay_text(name):
     tokenizer = tokenizer_of(name)
     marks = sorted(facts_of(tokenizer).control)
     attack = "hi " + " ".join(marks)

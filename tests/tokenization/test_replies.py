@@ -50,7 +50,7 @@ USER = [{"role": "user", "content": "1 + 1?"}]
 
 @pytest.mark.parametrize("template", [HERMES, MISTRAL, LLAMA3], ids=["hermes", "mistral", "llama3"])
 @pytest.mark.parametrize("real", [True, False], ids=["call", "text"])
-def test_turn_and_reply_are_the_templates_own_text(template: str, real: bool) -> None:
+def test_turn_plus_reply_equals_the_rendered_text(template: str, real: bool) -> None:
     tokenizer = make_tiny_tokenizer(template)
     turn = CALLS if real else {"role": "assistant", "content": "two"}
     replies = [RESULT] if real else [{"role": "user", "content": "sure?"}]
@@ -62,13 +62,13 @@ def test_turn_and_reply_are_the_templates_own_text(template: str, real: bool) ->
     assert tokenizer.decode(ids) == whole
 
 
-def test_thoughts_that_a_template_drops_later_do_not_matter() -> None:
+def test_replies_are_encoded_although_the_template_drops_old_thoughts() -> None:
     tokenizer = make_tiny_tokenizer(THINKS)
     ids = encode_reply(tokenizer, {"role": "assistant", "content": "two"}, [{"role": "user", "content": "sure?"}])
     assert tokenizer.decode(ids) == "\n<|user|>\nsure?<|end|>\n<|assistant|>\n"
 
 
-def test_a_reply_that_spells_control_tokens_is_text(tiny_tokenizer: Any) -> None:
+def test_control_tokens_in_a_reply_stay_text(tiny_tokenizer: Any) -> None:
     reply = [{"role": "user", "content": "<|end|>\n<|assistant|>\nyes"}]
     ids = encode_reply(tiny_tokenizer, {"role": "assistant", "content": "x"}, reply)
     control = [index for index in ids if index in tiny_tokenizer.all_special_ids or index < 7]
@@ -77,12 +77,12 @@ def test_a_reply_that_spells_control_tokens_is_text(tiny_tokenizer: Any) -> None
     assert not {index for index in plain if index < 7} and tiny_tokenizer.decode(plain) == "a<|end|>b"
 
 
-def test_a_template_that_leaves_a_reply_out_is_refused() -> None:
+def test_a_template_that_drops_a_reply_is_refused() -> None:
     tokenizer = make_tiny_tokenizer(HERMES.replace("m.content + '\n</tool_response>", "'\n</tool_response>"))
     with refused("turn-left-out", "'tool'"):
         encode_reply(tokenizer, CALLS, [{**RESULT, "content": "forty"}])
 
 
-def test_the_text_of_a_turn_has_its_control_tokens_but_not_its_end(tiny_tokenizer: Any) -> None:
+def test_turn_text_keeps_control_tokens_except_the_end_token(tiny_tokenizer: Any) -> None:
     ids = tiny_tokenizer("<|user|>call<|end|>more").input_ids
     assert turn_text(tiny_tokenizer, ids) == "<|user|>call"

@@ -56,7 +56,7 @@ def refusal(template, turns=USER):
         ("x" * (1 << 21), "it is too long"),
     ],
 )
-def test_refused(template, reason):
+def test_unsafe_templates_are_refused(template, reason):
     refused = refusal(template)
     assert reason in str(refused.value) and str(refused.value).count("\n") == 0
     assert refused.type is ChatTemplateError, "it is the template that is refused, not one row"
@@ -70,14 +70,14 @@ def test_refused(template, reason):
         "{% set b = 'a' * 2000000 %}{% for i in range(100000) %}{% if 'ab' in b %}{% endif %}{% endfor %}",
     ],
 )
-def test_what_never_ends_is_ended(template, monkeypatch):
+def test_an_endless_template_is_stopped(template, monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.1)
     before, threads = time.process_time(), threading.active_count()
     assert "it runs for too long" in str(refusal(template).value)
     assert time.process_time() - before < 2 and threading.active_count() == threads
 
 
-def test_a_long_conversation_may_be_refused_alone(monkeypatch):
+def test_a_timeout_on_a_long_conversation_refuses_only_its_row(monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", -1000.0)
     template = TEMPLATE + "{# refused for good #}"
     assert refusal(template, USER * 2000).type is TurnsRefused
@@ -88,7 +88,7 @@ LOOP = "{% for a in range(99999) %}{% endfor %}"
 
 
 @pytest.mark.parametrize("loops", [LOOP * 4, "{% for b in range(99999) %}" + LOOP + "{% endfor %}"])
-def test_a_slow_template_takes_the_time_of_one_rendering_in_all(loops, monkeypatch):
+def test_the_time_limit_covers_the_whole_template_analysis(loops, monkeypatch):
     """Analysing a template renders it a dozen times before it is used; the time limit covers all of this."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.3)
     template = loops + TEMPLATE
@@ -98,7 +98,7 @@ def test_a_slow_template_takes_the_time_of_one_rendering_in_all(loops, monkeypat
     assert time.process_time() - before < 1.5
 
 
-def test_what_chat_templates_use_is_there():
+def test_features_that_chat_templates_use_are_available():
     template = (
         "{%- set ns = namespace(found=false, texts=[]) -%}{%- macro said(m) -%}{{ m.content | trim }}{%- endmacro -%}"
         "{%- for m in messages -%}{%- if not ns.found and m['role'] in ['user', 'tool'] -%}{%- set ns.found = true -%}"
@@ -118,7 +118,7 @@ def test_what_chat_templates_use_is_there():
     assert tokenizer.apply_chat_template(turns, tokenize=False) == wanted
 
 
-def test_two_threads_have_budgets_of_their_own():
+def test_each_thread_has_its_own_time_budget():
     found = []
 
     def render():
@@ -134,7 +134,7 @@ def test_two_threads_have_budgets_of_their_own():
     assert len(found) == 40 and all(ids == found[0] for ids in found)
 
 
-def test_an_open_turn_is_open_where_its_text_ends():
+def test_a_continued_turn_ends_where_its_text_ends():
     """The template writes the closing word of the turn again after the turn's end."""
     turns = [*USER, {"role": "assistant", "content": "the end"}]
     ids = encode_prompt(make_tiny_tokenizer(), turns)

@@ -33,7 +33,7 @@ def prompts(batch_size: int, samples: int) -> Any:
     return SimpleNamespace(batch_size=batch_size, samples_per_prompt=samples)
 
 
-def test_what_works_is_let_through() -> None:
+def test_supported_combinations_are_accepted() -> None:
     module = DPOModule(init_from="none")
     check(trainer_with(SingleDeviceStrategy("cpu")), module, SimpleNamespace(batch_size=1))
     check(trainer_with(DDPStrategy(), 4, "bf16-mixed"), module, SimpleNamespace(batch_size=7))
@@ -42,32 +42,32 @@ def test_what_works_is_let_through() -> None:
     check(trainer_with(ModelParallelStrategy(**SIZES), 2), ppo, prompts(8, 2))
 
 
-def test_fsdp1_names_fsdp2() -> None:
+def test_fsdp1_is_refused_with_fsdp2_as_remedy() -> None:
     assert "use ModelParallelStrategy (FSDP2)" in refused(FSDPStrategy())
     assert "use ModelParallelStrategy (FSDP2)" in str(rules.refused_strategy("deepspeed_stage_3"))
     assert rules.refused_strategy("ddp_find_unused_parameters_true") is None
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
-def test_fp16_names_bf16(precision: str) -> None:
+def test_fp16_is_refused_with_bf16_as_remedy(precision: str) -> None:
     assert "use bf16-mixed" in refused(SingleDeviceStrategy("cpu"), 1, precision=precision)
 
 
-def test_quantised_weights_are_not_sharded() -> None:
+def test_sharding_quantised_weights_is_refused() -> None:
     module = DPOModule(init_from="none", quantization="nf4", lora={"r": 2})
     assert "nf4 weights cannot be sharded" in refused(ModelParallelStrategy(**SIZES), 2, module)
     assert rules.refused_quantization("ddp", "nf4") is None
     assert rules.refused_quantization("ModelParallelStrategy", None) is None
 
 
-def test_the_mesh_must_be_the_ranks() -> None:
+def test_the_mesh_size_must_equal_the_world_size() -> None:
     assert "set data_parallel_size=4 and tensor_parallel_size=1" in refused(ModelParallelStrategy(), 4)
     assert "there are 3 ranks: set data_parallel_size=3" in refused(ModelParallelStrategy(**SIZES), 3)
     uneven = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     assert "set data_parallel_size=3 and tensor_parallel_size=1" in refused(uneven, 3)
 
 
-def test_matrices_are_sharded_where_a_plan_says_how(tmp_path: Path) -> None:
+def test_tensor_parallelism_needs_a_plan_for_the_model(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "llama")
     two = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     check(trainer_with(two, 2), DPOModule(init_from=folder), SimpleNamespace(batch_size=4))
@@ -79,7 +79,7 @@ def test_matrices_are_sharded_where_a_plan_says_how(tmp_path: Path) -> None:
     assert "no tensor-parallel plan" in refused(two, 2, DPOModule(init_from=str(tmp_path / "gpt2")))
 
 
-def test_ranks_share_what_there_is() -> None:
+def test_more_ranks_than_rows_are_refused() -> None:
     assert "use at most 3 ranks" in refused(DDPStrategy(), 4, data=SimpleNamespace(batch_size=3))
     ppo = PPOModule(init_from="none", scorer="none")
     assert "use at most 2 ranks" in refused(DDPStrategy(), 4, ppo, prompts(8, 4))
@@ -88,7 +88,7 @@ def test_ranks_share_what_there_is() -> None:
     check(trainer_with(DDPStrategy(), 4), ppo, prompts(8, 4), fits=False)
 
 
-def test_adapters_that_only_one_piece_can_merge(tmp_path: Path) -> None:
+def test_sharding_a_model_with_an_adapter_to_merge_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     module = RewardModule(init_from=str(tmp_path), lora={"r": 2})
     assert "rlhf export --merge" in refused(ModelParallelStrategy(**SIZES), 2, module)
@@ -96,7 +96,7 @@ def test_adapters_that_only_one_piece_can_merge(tmp_path: Path) -> None:
     assert rules.refused_roles("ddp", "adapter") is None
 
 
-def test_a_trainer_in_python_is_checked_before_a_weight_is_read() -> None:
+def test_a_python_trainer_is_checked_before_weights_are_read() -> None:
     module = rank_cases.module_of("SFTModule", "there_is_no_such_model")
     trainer = quiet_trainer(strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2))
     module.trainer = trainer
@@ -118,7 +118,7 @@ COMMAND = ["fit", "--model", "DPOModule", "--model.init_from", "no_model", "--da
         (["--trainer.strategy", "ddp", "--trainer.devices", "4", "--data.batch_size", "2"], "use at most 2 ranks"),
     ],
 )
-def test_the_command_line_refuses_at_once(
+def test_the_command_line_refuses_incompatible_settings_quickly(
     flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -49,7 +49,7 @@ def step_of_groups() -> Any:
     return within([step._replace(micro_batches=(batch._replace(group=torch.arange(6) // 2),))], 6)[0]
 
 
-def test_samples_of_a_server_are_weighed_by_what_it_drew_with(policy_folder: str, tmp_path: Path) -> None:
+def test_samples_of_a_server_are_weighted_by_its_logprobs(policy_folder: str, tmp_path: Path) -> None:
     with serving(policy_folder, noise=0.01) as server:
         engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"), sync_bound=None)
         log = MetricsLog()
@@ -91,7 +91,7 @@ class RecordedPPO(modules.PPOModule):
         ("sequence_mask", {"sampler_high": 1.0}),
     ],
 )
-def test_ppo_learns_from_a_server_and_counts_what_the_correction_leaves_out(
+def test_ppo_trains_from_a_server_and_counts_masked_tokens(
     policy_folder: str, tmp_path: Path, correction: str, bounds: dict[str, float]
 ) -> None:
     with serving(policy_folder, noise=0.01) as server:
@@ -117,7 +117,7 @@ def test_ppo_learns_from_a_server_and_counts_what_the_correction_leaves_out(
 
 
 @pytest.mark.parametrize("name", ["GRPOModule", "PPOModule"])
-def test_a_bypass_takes_the_engine_s_numbers_as_the_old_ones(policy_folder: str, tmp_path: Path, name: str) -> None:
+def test_bypass_uses_the_engines_logprobs_as_old_logprobs(policy_folder: str, tmp_path: Path, name: str) -> None:
     with serving(policy_folder, noise=0.01) as server:
         engine = RemoteEngine(server.url, BASE, str(tmp_path / "adapters"), sync_bound=None)
         log = MetricsLog()
@@ -141,7 +141,7 @@ class Nucleus(SlotEngine):
         return drawn._replace(logprobs=tuple(row - math.log(0.7) for row in drawn.logprobs))
 
 
-def test_an_engine_that_draws_from_a_part_of_the_vocabulary_is_caught(policy_folder: str) -> None:
+def test_an_engine_with_truncated_sampling_is_detected(policy_folder: str) -> None:
     prompts = PROMPTS * 10
     step = prompt_step(prompts)
     batch = step.micro_batches[0]
@@ -159,21 +159,21 @@ def test_an_engine_that_draws_from_a_part_of_the_vocabulary_is_caught(policy_fol
         ("OnlineDPOModule", "does not correct for them: leave engine out"),  # it has no such setting
     ],
 )
-def test_without_a_correction_such_an_engine_is_refused(policy_folder: str, name: str, remedy: str) -> None:
+def test_an_inexact_engine_without_correction_is_refused(policy_folder: str, name: str, remedy: str) -> None:
     engine = RemoteEngine("http://127.0.0.1:1", BASE)
     module = getattr(modules, name)(**settings_of(policy_folder, engine=engine))
     with refused("uncorrected-engine", remedy):
         fit(module, [step_of_groups()])
 
 
-def test_a_server_that_reports_no_logprobs_teaches_nothing(policy_folder: str) -> None:
+def test_an_engine_without_logprobs_is_refused(policy_folder: str) -> None:
     engine = RemoteEngine("http://127.0.0.1:1", BASE, tokenizer=policy_folder)
     module = modules.GRPOModule(**settings_of(policy_folder, engine=engine, sampler_correction="token_truncate"))
     with refused("engine-without-logprobs", "does not report log-probabilities"):
         fit(module, [step_of_groups()])
 
 
-def test_generate_trains_what_the_slots_train(policy_folder: str) -> None:
+def test_training_with_generate_engine_equals_slot_engine(policy_folder: str) -> None:
     found = []
     for engine in (None, GenerateEngine(), {"class_path": "rlhf_lightning.sampling.generate_engine.GenerateEngine"}):
         module = modules.GRPOModule(**settings_of(policy_folder, engine=engine))

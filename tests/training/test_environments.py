@@ -55,7 +55,7 @@ def run(kind: Any, folder: str, environment: Any = None, micro: int | None = Non
 
 
 @pytest.mark.parametrize("kind", [PPOModule, GRPOModule])
-def test_an_episode_is_one_row_with_holes_and_rewards_at_its_turns(policy_folder: str, kind: Any) -> None:
+def test_an_episode_is_one_row_with_masked_replies_and_turn_rewards(policy_folder: str, kind: Any) -> None:
     module = run(kind, policy_folder, **({"missing_eos_score": None} if kind is PPOModule else {}))
     ((rollout, means),) = module.ended
     mask, expected = rollout.completion_mask, torch.zeros(rollout.completion_mask.shape)
@@ -78,7 +78,7 @@ def test_an_episode_is_one_row_with_holes_and_rewards_at_its_turns(policy_folder
         assert rollout.values is not None and bool((rollout.values[~mask] == 0).all())
 
 
-def test_micro_batches_change_nothing(policy_folder: str) -> None:
+def test_micro_batches_do_not_change_the_update(policy_folder: str) -> None:
     whole, parted = (run(GRPOModule, policy_folder, micro=micro) for micro in (None, 2))
     assert whole.row["train/grad_norm"] == pytest.approx(parted.row["train/grad_norm"], rel=1e-4)
     assert whole.row["rollout/score"] == parted.row["rollout/score"]
@@ -89,7 +89,7 @@ def test_micro_batches_change_nothing(policy_folder: str) -> None:
 MASK = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 1, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
-def test_turn_discounts_stand_at_the_ends_of_turns() -> None:
+def test_turn_discounts_apply_at_the_ends_of_turns() -> None:
     found = turn_discounts(MASK, 0.5, 0.9)
     assert found[0].tolist() == pytest.approx([0.9, 0.45, 0.9, 0.9, 0.45, 0.9, 0.9, 0.45])
 
@@ -111,7 +111,7 @@ def test_turn_returns_are_rewards_to_go_of_whole_turns() -> None:
     assert turn[0, MASK[0]].tolist() == [0, 0, 1, 2, 2] and turn[1, MASK[1]].tolist() == [0, 1]
 
 
-def test_turn_credit_compares_the_same_turns_of_a_group(policy_folder: str) -> None:
+def test_turn_credit_compares_equal_turn_numbers_within_a_group(policy_folder: str) -> None:
     module = run(CriticFreeModule, policy_folder, credit="turn", gamma=0.5)
     ((rollout, _),) = module.ended
     returns, turn = turn_returns(module.shaped.detach(), rollout.completion_mask, 0.5)
@@ -124,7 +124,7 @@ def test_turn_credit_compares_the_same_turns_of_a_group(policy_folder: str) -> N
     assert bool((found[~rollout.completion_mask] == 0).all()) and bool(found.any())
 
 
-def test_a_greedy_baseline_has_no_turns(policy_folder: str) -> None:
+def test_turn_credit_with_a_greedy_baseline_is_refused(policy_folder: str) -> None:
     with refused("greedy-turns", "credit is turn"):
         CriticFreeModule(init_from=policy_folder, scorer="ZeroScorer", credit="turn", baseline="greedy")
 
@@ -153,7 +153,7 @@ class Even:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rewards_of_turns_learn_faster_than_a_final_one(tmp_path: Any, seed: int) -> None:
+def test_turn_rewards_learn_faster_than_a_final_reward(tmp_path: Any, seed: int) -> None:
     folder, earned = save_policy(tmp_path / "policy", seed=seed), {}
     for when, credit, gamma in (("turn", "turn", 0.0), ("final", "completion", 1.0)):
         scores: list[float] = []
@@ -178,12 +178,12 @@ def test_rewards_of_turns_learn_faster_than_a_final_one(tmp_path: Any, seed: int
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_environment_that_raises_ends_the_run_with_its_own_error(policy_folder: str) -> None:
+def test_an_environment_exception_stops_the_run_unchanged(policy_folder: str) -> None:
     with pytest.raises(OSError, match="the simulator is away"):
         run(GRPOModule, policy_folder, Faulty())
 
 
-def test_faults_end_the_run_or_drop_their_episodes(policy_folder: str) -> None:
+def test_faults_stop_the_run_or_drop_their_episodes(policy_folder: str) -> None:
     with refused("no-reply", "Faulty", "turn 0", "OSError: the simulator is away"):
         run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty()))
     module = run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty(), on_fault="drop", threads=3))
@@ -193,7 +193,7 @@ def test_faults_end_the_run_or_drop_their_episodes(policy_folder: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_replies_in_processes_are_killed_at_their_time_limit(how: str) -> None:
+def test_reply_processes_are_killed_at_their_time_limit(how: str) -> None:
     spec = {"class_path": "faulty_environment.Faulty", "init_args": {"how": how}}
     tolerant = FaultTolerantEnvironment(spec, on_fault="drop", seconds=1.5, workers=2)
     episodes = [Episode({}, [], [11], [True], number) for number in range(3)]
@@ -203,13 +203,13 @@ def test_replies_in_processes_are_killed_at_their_time_limit(how: str) -> None:
         tolerant.close()
 
 
-def test_too_many_faults_in_a_row_end_the_run() -> None:
+def test_too_many_consecutive_faults_stop_the_run() -> None:
     tolerant = FaultTolerantEnvironment(Faulty(), on_fault="drop", most_in_a_row=2)
     with refused("environment-keeps-failing", "2 times in a row"):
         tolerant.reply_all([Episode({}, [], [11], [True], number) for number in (1, 3)])
 
 
-def test_retries_ask_again() -> None:
+def test_failed_replies_are_retried() -> None:
     class Later(Talks):
         calls = 0
 
@@ -223,7 +223,7 @@ def test_retries_ask_again() -> None:
     assert tolerant.reply(Episode({}, [], [11], [True], 0)) == Reply("w11 w7", reward=1.1)
 
 
-def test_a_repaired_environment_may_resume_and_does_not_read_old_prompts(tmp_path: Any) -> None:
+def test_a_changed_environment_resumes_without_cached_prompts(tmp_path: Any) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w10"}\n')
 
     def data(environment: Any) -> Any:

@@ -57,7 +57,7 @@ def judged(rule: ScoreRule, parts: dict[str, list[float]], scores: list[float] |
     return rule.judged(Judgements(own, tensors), columns)
 
 
-def test_gdpo_by_its_worked_numbers() -> None:
+def test_gdpo_normalization_by_hand() -> None:
     rule = ScoreRule({"weights": {"a": 1.0, "b": 1.0}, "normalize": "group_then_sum"})
     parts = {"a": torch.tensor([1.0, 0, 1, 0]), "b": torch.tensor([0.2, 0.8, 0.5, 0.5])}
     group, strategy = torch.zeros(4, dtype=torch.long), OneRank()
@@ -81,7 +81,7 @@ def grouped_step(first: int = 0, **columns: Any) -> Any:
     return made._replace(micro_batches=(batch,))
 
 
-def test_grpo_with_group_then_sum_has_the_advantages_of_gdpo(policy_folder: str) -> None:
+def test_grpo_with_group_then_sum_equals_gdpo(policy_folder: str) -> None:
     weights = {"low": 1.0, "cost": -0.5}
     parts = {"weights": weights, "normalize": "group_then_sum"}
     module = Kept(init_from=policy_folder, scorer=low_words_at_a_cost, parts=parts, max_new_tokens=4)
@@ -106,7 +106,7 @@ def even_words(prompts: Any, completions: Sequence[str], **columns: Any) -> list
 
 
 @pytest.mark.parametrize("kind", [GRPOModule, PPOModule])
-def test_rewards_of_spans_lie_on_their_tokens(policy_folder: str, kind: Any) -> None:
+def test_span_rewards_are_placed_on_their_tokens(policy_folder: str, kind: Any) -> None:
     class KeptRewards(kind):  # type: ignore[misc, valid-type]
         def shape_rewards(self, rollout: Any) -> Tensor:
             self.__dict__["kept"] = rollout, super().shape_rewards(rollout)
@@ -128,7 +128,7 @@ def test_rewards_of_spans_lie_on_their_tokens(policy_folder: str, kind: Any) -> 
     assert int((expected != 0).sum()) > 2 * len(expected), "rewards within completions"
 
 
-def test_reward_to_go_learns_from_spans(policy_folder: str) -> None:
+def test_rewards_to_go_include_span_rewards(policy_folder: str) -> None:
     module = Kept(
         init_from=policy_folder,
         scorer=even_words,
@@ -180,7 +180,7 @@ def test_a_normalized_score_is_penalised_once(policy_folder: str) -> None:
     assert kept[0].scores.tolist() == pytest.approx(expected, abs=1e-5) and not all(finished)
 
 
-def test_weights_by_row_come_from_a_column() -> None:
+def test_part_weights_can_come_from_a_column() -> None:
     rule = ScoreRule({"weights": {"a": "weight_a", "b": 0.5}})
     found = judged(rule, {"a": [1.0, 2.0], "b": [4.0, math.nan]}, weight_a=[3.0, "1"])
     assert found.scores[0] == 5.0 and found.scores[1].isnan()
@@ -190,7 +190,7 @@ def test_weights_by_row_come_from_a_column() -> None:
         judged(rule, {"a": [1.0], "b": [1.0]}, weight_a=[None])
 
 
-def test_each_prompt_weighs_the_parts_itself(policy_folder: str) -> None:
+def test_each_prompt_can_have_its_own_part_weights(policy_folder: str) -> None:
     pairs = [(1.0, 0.0), (0.0, -0.5), (2.0, 0.25), (-1.0, 0.125)] * 2
     parts = {"weights": {"low": "weight_low", "cost": "weight_cost"}}
     module = Kept(init_from=policy_folder, scorer=low_words_at_a_cost, parts=parts, max_new_tokens=4, kl_coef=0.0)
@@ -212,13 +212,13 @@ def test_a_part_counts_only_where_its_condition_holds() -> None:
     assert judged(below, {"a": [1.0, 1.0], "b": [0.4, 0.5]}).scores.tolist() == [1.0, 0.0]
 
 
-def test_a_condition_on_a_cost_of_a_constraint() -> None:
+def test_conditions_apply_to_constraint_costs() -> None:
     rule = ScoreRule({"weights": {"a": 1.0}, "conditions": {"cost": "a > 0"}}, {"cost": 0.5})
     found = judged(rule, {"a": [1.0, 0.0], "cost": [1.0, 1.0]})
     assert found.scores.tolist() == [0.0, 0.0] and found.parts["objective"].tolist() == [1.0, 0.0]
 
 
-def test_intervals_are_over_prompts(policy_folder: str) -> None:
+def test_confidence_intervals_are_over_prompts(policy_folder: str) -> None:
     log = MetricsLog()
     module = Kept(init_from=policy_folder, scorer=low_words_at_a_cost, max_new_tokens=4)
     fit(module, [grouped_step()], evaluation=[grouped_step(64)], callbacks=[log])
@@ -229,7 +229,7 @@ def test_intervals_are_over_prompts(policy_folder: str) -> None:
     assert log.rows[0]["rollout/score_cost_ci95"] == pytest.approx(1.96 * deviation(means) / math.sqrt(2), abs=1e-6)
 
 
-def test_a_constraint_on_parts_that_some_completions_lack(policy_folder: str) -> None:
+def test_constraints_ignore_completions_without_the_part(policy_folder: str) -> None:
     def scorer(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Any]:
         return [Judgement(1.0, {"cost": 1.0 if n % 2 else None}) for n, _ in enumerate(completions)]
 
@@ -251,7 +251,7 @@ def test_dynamic_sampling_keeps_groups_whose_parts_differ(policy_folder: str) ->
         assert log.rows[0]["rollout/frac_score_zero_std"] == flat
 
 
-def test_wrong_settings_are_refused(policy_folder: str) -> None:
+def test_invalid_settings_are_refused(policy_folder: str) -> None:
     with refused("unknown-name", "weights"):
         ScoreRule({"weight": {"a": 1.0}})
     with refused("unknown-choice", "group_then_sum"):

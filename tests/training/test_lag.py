@@ -92,13 +92,13 @@ def check_versions(module: Recorded, lag: int) -> None:
             assert (gap < 1e-4) == (version == max(0, number - lag))
 
 
-def test_a_rollout_is_of_the_policy_of_lag_versions_before(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+def test_rollouts_are_sampled_lag_versions_earlier(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     module = train(module_of(policy_folder, lag=2, sampler_correction="token_truncate"), data_of(prompts, tmp_path))
     check_versions(module, 2)
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_a_server_samples_the_next_rollout_with_the_weights_of_now(
+def test_a_server_samples_ahead_with_the_current_weights(
     policy_folder: str, prompts: str, tmp_path: Path, lora: LoraSettings | None
 ) -> None:
     folder = tmp_path / "shared"
@@ -116,7 +116,7 @@ def test_a_server_samples_the_next_rollout_with_the_weights_of_now(
     check_versions(module, 1)
 
 
-def test_a_lagged_run_resumes_to_the_bit(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+def test_a_lagged_run_resumes_bit_identically(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     settings = {"lag": 2, "sampler_correction": "sequence_truncate"}
     whole = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
     path = tmp_path / "middle.ckpt"
@@ -136,9 +136,7 @@ class Kill(pl.Callback):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_s_episodes_are_drawn_again_by_a_new_one(
-    policy_folder: str, prompts: str, tmp_path: Path
-) -> None:
+def test_episodes_of_a_killed_worker_are_sampled_again(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     settings = {"lag": 1, "sampler_correction": "token_truncate"}
     here = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
     with pytest.warns(UserWarning, match="ended with status -9; a new one draws its episodes again"):
@@ -148,7 +146,7 @@ def test_a_killed_worker_s_episodes_are_drawn_again_by_a_new_one(
 
 
 @pytest.mark.slow
-def test_workers_share_the_prompts_and_a_failure_is_theirs(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+def test_workers_split_the_prompts_and_report_failures(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     whole = train(module_of(policy_folder), data_of(prompts, tmp_path, rollouts=1))
     shared = train(module_of(policy_folder, engine=WorkerEngine(workers=2)), data_of(prompts, tmp_path, rollouts=1))
     for one, other in zip(whole.seen, shared.seen, strict=True):
@@ -167,14 +165,14 @@ def test_workers_share_the_prompts_and_a_failure_is_theirs(policy_folder: str, p
         ({}, {"candidate_rounds": 2}, "lag-without-prompts"),
     ],
 )
-def test_what_a_lag_cannot_go_with_is_refused(
+def test_settings_incompatible_with_lag_are_refused(
     policy_folder: str, prompts: str, tmp_path: Path, settings: Any, data: Any, code: str
 ) -> None:
     with refused(code, "lag"):
         train(module_of(policy_folder, lag=1, **settings), data_of(prompts, tmp_path, **data))
 
 
-def test_lag_without_a_correction_is_said(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+def test_lag_without_a_correction_warns(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="lag is 1, and nothing corrects"):
         train(module_of(policy_folder, lag=1), data_of(prompts, tmp_path, rollouts=1))
     with warnings.catch_warnings():
@@ -184,7 +182,7 @@ def test_lag_without_a_correction_is_said(policy_folder: str, prompts: str, tmp_
         )
 
 
-def test_a_rollout_that_nothing_is_learned_from_is_no_error(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+def test_a_rollout_without_updates_is_not_an_error(policy_folder: str, prompts: str, tmp_path: Path) -> None:
     class LearnsOnce(Recorded):
         def learn(self, rollout: Rollout, batch: Any, meter: Any) -> float:
             return super().learn(rollout, batch, meter) if self.rollouts == 0 else 0.0

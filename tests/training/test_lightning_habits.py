@@ -70,7 +70,7 @@ def fit(folder: str, callbacks: Any = (), module: Any = None, data: Any = None, 
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "reward model"])
-def test_lr_find_suggests_a_rate_and_changes_nothing_else(policy_folder: str, kind: str, tmp_path: Path) -> None:
+def test_lr_find_suggests_a_rate_and_changes_no_other_state(policy_folder: str, kind: str, tmp_path: Path) -> None:
     make = {"SFT": SFTModule, "DPO": DPOModule, "reward model": RewardModule}[kind]
     module: Any = make(init_from=policy_folder, learning_rate=1e-5, self_check=False)
     data = rows() if kind == "SFT" else PreferenceDataModule(PAIRS, batch_size=6)
@@ -92,14 +92,14 @@ def fresh(make: Any, folder: str) -> Any:
     return module
 
 
-def test_lr_find_of_an_on_policy_objective_is_refused_with_what_to_do(policy_folder: str) -> None:
+def test_lr_find_of_an_on_policy_objective_is_refused_with_the_remedy(policy_folder: str) -> None:
     module = GRPOModule(init_from=policy_folder, scorer=lengths)
     data = PromptDataModule([{"prompt": "w1"}] * 4, samples_per_prompt=2)
     with refused("learning-rate-finder", "compare the score of short runs"):
         Tuner(quiet_trainer()).lr_find(module, datamodule=data)
 
 
-def test_scale_batch_size_tunes_the_micro_batch_and_leaves_the_experiment(policy_folder: str, tmp_path: Path) -> None:
+def test_scale_batch_size_tunes_only_the_micro_batch_size(policy_folder: str, tmp_path: Path) -> None:
     module, data, seen = sft(policy_folder), rows(), []
     forward = module.training_step
 
@@ -131,7 +131,7 @@ def test_load_from_checkpoint_restores_settings_and_weights(policy_folder: str, 
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_evaluation_of_the_best_and_the_last_checkpoint(policy_folder: str, which: str, tmp_path: Path) -> None:
+def test_evaluation_accepts_best_and_last_as_ckpt_path(policy_folder: str, which: str, tmp_path: Path) -> None:
     keep = lightning.ModelCheckpoint(tmp_path, monitor="val/loss", save_last=True)
     trainer = quiet_trainer(callbacks=[keep], enable_checkpointing=True)
     module, data = sft(policy_folder), rows()
@@ -141,7 +141,7 @@ def test_evaluation_of_the_best_and_the_last_checkpoint(policy_folder: str, whic
     assert found["val/loss"] == pytest.approx(before)
 
 
-def test_save_checkpoint_by_hand_resumes(policy_folder: str, tmp_path: Path) -> None:
+def test_a_manually_saved_checkpoint_resumes(policy_folder: str, tmp_path: Path) -> None:
     trainer, module, data = quiet_trainer(max_steps=2), sft(policy_folder), rows()
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
@@ -158,7 +158,7 @@ def test_copies_of_a_module_are_independent(policy_folder: str) -> None:
     assert_same(weights_of(twin), weights_of(module), rtol=0, atol=0)
 
 
-def test_a_second_fit_trains_on(policy_folder: str) -> None:
+def test_a_second_fit_continues_training(policy_folder: str) -> None:
     module = fit(policy_folder)
     fit(policy_folder, module=module)
     assert module.updates == 6
@@ -167,7 +167,7 @@ def test_a_second_fit_trains_on(policy_folder: str) -> None:
 # -- hooks, metrics, logging -------------------------------------------------------------------------------------------
 
 
-def test_self_log_and_hooks_of_a_subclass(policy_folder: str, tmp_path: Path) -> None:
+def test_self_log_and_hooks_work_in_a_subclass(policy_folder: str, tmp_path: Path) -> None:
     norms: list[float] = []
 
     class Mine(SFTModule):
@@ -188,7 +188,7 @@ def test_self_log_and_hooks_of_a_subclass(policy_folder: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
-def test_the_step_of_a_csv_logger_counts_updates_alone(policy_folder: str, on_policy: bool, tmp_path: Path) -> None:
+def test_the_step_of_a_csv_logger_counts_updates(policy_folder: str, on_policy: bool, tmp_path: Path) -> None:
     logger, monitor = CSVLogger(tmp_path, name="", version=""), lightning.LearningRateMonitor(logging_interval="step")
     module, data, each = sft(policy_folder), rows(), 1
     if on_policy:
@@ -207,7 +207,7 @@ def test_learning_rate_monitor_names_the_rate_and_its_groups(policy_folder: str,
     assert list(monitor.lrs) == ["learning_rate/matrices", "learning_rate/vectors"]
 
 
-def test_two_loggers_and_a_sparse_interval(policy_folder: str, tmp_path: Path) -> None:
+def test_two_loggers_with_a_sparse_logging_interval(policy_folder: str, tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path, name="", version="")]
     fit(policy_folder, logger=loggers, log_every_n_steps=2)
     written = [row["train/loss"] for row in csv_rows(tmp_path) if row["train/loss"]]
@@ -228,7 +228,7 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_further_callbacks_work(policy_folder: str, name: str, tmp_path: Path) -> None:
+def test_other_lightning_callbacks_work(policy_folder: str, name: str, tmp_path: Path) -> None:
     bar = {"enable_progress_bar": True} if "Progress" in name else {}
     logger = CSVLogger(tmp_path) if name == "ThroughputMonitor" else False
     assert fit(policy_folder, [CALLBACKS[name]()], logger=logger, **bar).updates == 3
@@ -250,11 +250,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_further_settings_of_the_trainer_work(policy_folder: str, name: str, tmp_path: Path) -> None:
+def test_other_trainer_settings_work(policy_folder: str, name: str, tmp_path: Path) -> None:
     assert fit(policy_folder, default_root_dir=tmp_path, **SETTINGS[name]).updates == 3
 
 
-def test_the_length_of_the_run_is_known(policy_folder: str) -> None:
+def test_estimated_stepping_batches_is_known(policy_folder: str) -> None:
     class Look(pl.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             assert trainer.estimated_stepping_batches == trainer.num_training_batches * 2 == 6
@@ -281,30 +281,30 @@ def test_predict_checks_the_weights_as_other_commands_do(policy_folder: str, mon
     assert checked == [module.policy]
 
 
-def test_a_datamodule_alone_is_told_what_it_lacks() -> None:
+def test_a_datamodule_without_a_module_needs_a_tokenizer() -> None:
     data = rows()
     with refused("no-tokenizer-set", "tokenizer"):
         data.prepare_data()
 
 
 @pytest.mark.parametrize("loader", [DataLoader(ROWS), DataLoader([1])], ids=["dicts", "steps"])
-def test_a_loader_as_source_is_refused_with_the_place_for_it(loader: Any) -> None:
+def test_a_loader_as_data_source_is_refused_with_the_remedy(loader: Any) -> None:
     with refused("loader-as-source", "train_dataloaders", "dataset"):
         SFTDataModule(loader)
 
 
-def test_calling_a_module_is_refused_with_what_to_call(policy_folder: str) -> None:
+def test_calling_a_module_is_refused_with_the_remedy(policy_folder: str) -> None:
     with refused("no-forward", "answer", "export"):
         sft(policy_folder)(torch.tensor([[1, 2]]))
 
 
 @pytest.mark.parametrize("method", ["to_torchscript", "to_onnx"])
-def test_exports_of_lightning_are_refused_with_ours(policy_folder: str, method: str) -> None:
+def test_lightning_exports_are_refused_with_the_remedy(policy_folder: str, method: str) -> None:
     with refused("no-forward", "export"):
         getattr(sft(policy_folder), method)("model.pt")
 
 
-def test_freeze_and_unfreeze_of_a_whole_module(policy_folder: str) -> None:
+def test_freeze_and_unfreeze_work_on_a_module(policy_folder: str) -> None:
     module = sft(policy_folder)
     module.configure_model()
     module.freeze()
@@ -363,7 +363,7 @@ OWN: dict[str, tuple[type[SFTModule], str, str]] = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_a_class_of_ones_own_cannot_do_is_refused(policy_folder: str, name: str) -> None:
+def test_unsupported_overrides_of_a_user_class_are_refused(policy_folder: str, name: str) -> None:
     kind, code, remedy = OWN[name]
     with refused(code, remedy):
         fit(policy_folder, module=kind(init_from=policy_folder, self_check=False))
@@ -381,7 +381,7 @@ class OwnOptimizer(SFTModule):
 
 
 @pytest.mark.parametrize("as_lists", [False, True])
-def test_an_optimizer_and_schedule_of_ones_own(policy_folder: str, as_lists: bool, monkeypatch: Any) -> None:
+def test_a_custom_optimizer_and_schedule_are_used(policy_folder: str, as_lists: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(OwnOptimizer, "as_lists", as_lists)
     module = fit(policy_folder, module=OwnOptimizer(init_from=policy_folder, self_check=False))
     assert module.updates == 3 and module._learning_rate_used == pytest.approx(0.025)
@@ -439,7 +439,7 @@ class Kept(SFTModule):
             super().on_load_checkpoint(checkpoint)
 
 
-def test_hooks_of_checkpoints_that_forget_super_are_refused(policy_folder: str, tmp_path: Path) -> None:
+def test_checkpoint_hooks_without_super_are_refused(policy_folder: str, tmp_path: Path) -> None:
     def made() -> Kept:
         return Kept(init_from=policy_folder, self_check=False)
 
@@ -450,7 +450,7 @@ def test_hooks_of_checkpoints_that_forget_super_are_refused(policy_folder: str, 
         quiet_trainer(max_epochs=2).fit(made(), rows(), ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True)
 
 
-def test_callbacks_of_a_class_and_hparams_of_its_own(policy_folder: str, tmp_path: Path) -> None:
+def test_configure_callbacks_and_custom_hparams_work(policy_folder: str, tmp_path: Path) -> None:
     class Mine(SFTModule):
         def __init__(self, mine: int = 3, **settings: Any) -> None:
             super().__init__(**settings)
@@ -467,7 +467,7 @@ def test_callbacks_of_a_class_and_hparams_of_its_own(policy_folder: str, tmp_pat
     assert (loaded.mine, loaded.learning_rate, loaded.updates) == (4, 1.0, 3)
 
 
-def test_gradient_norms_of_lightning_are_logged(policy_folder: str) -> None:
+def test_lightnings_gradient_norms_are_logged(policy_folder: str) -> None:
     class Norms(SFTModule):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             self.log_dict(grad_norm(self.policy, 2))
@@ -477,7 +477,7 @@ def test_gradient_norms_of_lightning_are_logged(policy_folder: str) -> None:
     assert float(trainer.callback_metrics["grad_2.0_norm_total"]) > 0
 
 
-def test_a_callback_sees_the_backward_pass_and_stops_the_run(policy_folder: str) -> None:
+def test_callbacks_see_the_backward_pass_and_can_stop_the_run(policy_folder: str) -> None:
     seen: list[str] = []
 
     class Look(pl.Callback):
@@ -493,7 +493,7 @@ def test_a_callback_sees_the_backward_pass_and_stops_the_run(policy_folder: str)
     assert fit(policy_folder, [Look()], max_epochs=4).updates == 1 and seen == ["before", "after"]
 
 
-def test_hooks_see_each_zeroing_of_the_gradients(policy_folder: str) -> None:
+def test_on_before_zero_grad_is_called_for_each_update(policy_folder: str) -> None:
     seen: list[Any] = []
 
     class Look(pl.Callback):
@@ -508,9 +508,7 @@ def test_hooks_see_each_zeroing_of_the_gradients(policy_folder: str) -> None:
     assert seen == [torch.optim.AdamW, "module"] * 3
 
 
-def test_a_mean_over_validation_weighs_steps_by_their_rows(
-    policy_folder: str, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_validation_means_weight_steps_by_rows(policy_folder: str, recwarn: pytest.WarningsRecorder) -> None:
     class Mine(SFTModule):
         def validation_step(self, step: Any, batch_idx: int) -> None:
             super().validation_step(step, batch_idx)
@@ -523,19 +521,19 @@ def test_a_mean_over_validation_weighs_steps_by_their_rows(
 
 
 @pytest.mark.parametrize("text", ["💡 Tip: For seamless cloud logging", "GPU available: False, used: False"])
-def test_advertisements_are_silent_in_scripts_too(text: str) -> None:
+def test_lightnings_advertisements_are_silenced_in_scripts(text: str) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     assert not logger.filter(logging.LogRecord("x", logging.INFO, "f", 1, text, None, None))
 
 
-def test_the_import_of_a_module_prints_nothing() -> None:
+def test_importing_a_module_prints_nothing() -> None:
     """Some libraries log while they are imported: bitsandbytes misses kernels that training does not use."""
     code = "import rlhf_lightning\nrlhf_lightning.DPOModule, rlhf_lightning.PreferenceDataModule"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 
 
-def test_truncated_completions_are_told_once(policy_folder: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_truncated_completions_warn_once(policy_folder: str, recwarn: pytest.WarningsRecorder) -> None:
     module = GRPOModule(init_from=policy_folder, scorer=lengths, max_new_tokens=1, self_check=False)
     prompts = [{"prompt": f"w{n}"} for n in range(8)]
     quiet_trainer(max_steps=3).fit(module, PromptDataModule(prompts, batch_size=8, samples_per_prompt=2))
@@ -544,7 +542,7 @@ def test_truncated_completions_are_told_once(policy_folder: str, recwarn: pytest
 
 
 @pytest.mark.parametrize("kind", [PPOModule, RewardModule])
-def test_a_new_head_is_one_line_and_no_epoch_is_minus_two(
+def test_a_new_head_prints_one_line_and_no_epoch_is_negative(
     policy_folder: str, kind: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"scorer": lengths, "max_new_tokens": 2} if kind is PPOModule else {}
@@ -562,7 +560,7 @@ def test_a_new_head_is_one_line_and_no_epoch_is_minus_two(
 # -- before and without a Trainer --------------------------------------------------------------------------------------
 
 
-def test_weights_are_asked_for_before_they_are_loaded(policy_folder: str) -> None:
+def test_using_weights_before_loading_is_refused(policy_folder: str) -> None:
     module = sft(policy_folder)
     for use in (module.make_optimizer, module.configure_optimizers, lambda: module.load_state_dict({})):
         with refused("weights-not-loaded", "configure_model()"):
@@ -573,7 +571,7 @@ def test_weights_are_asked_for_before_they_are_loaded(policy_folder: str) -> Non
         module.configure_optimizers()
 
 
-def test_state_dict_goes_to_another_module(policy_folder: str, tmp_path: Path) -> None:
+def test_state_dict_loads_into_another_module(policy_folder: str, tmp_path: Path) -> None:
     module, other = fit(policy_folder), sft(policy_folder)
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     other.configure_model()
@@ -587,7 +585,7 @@ def test_weights_in_half_precision_are_refused(policy_folder: str) -> None:
             change()
 
 
-def test_a_checkpoint_is_no_model_folder(policy_folder: str, tmp_path: Path) -> None:
+def test_a_checkpoint_as_model_folder_is_refused(policy_folder: str, tmp_path: Path) -> None:
     trainer, module = quiet_trainer(), sft(policy_folder)
     trainer.fit(module, rows())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -595,7 +593,7 @@ def test_a_checkpoint_is_no_model_folder(policy_folder: str, tmp_path: Path) -> 
         fit(policy_folder, module=sft(str(tmp_path / "a.ckpt")))
 
 
-def test_a_checkpoint_of_weights_alone_resumes_no_run(policy_folder: str, tmp_path: Path) -> None:
+def test_resuming_from_a_weights_only_checkpoint_is_refused(policy_folder: str, tmp_path: Path) -> None:
     keep = lightning.ModelCheckpoint(tmp_path, save_weights_only=True)
     fit(policy_folder, [keep], enable_checkpointing=True)
     with refused("weights-alone", "load_from_checkpoint"):
@@ -622,13 +620,13 @@ LOADERS: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_loader_of_something_else_is_refused(policy_folder: str, name: str) -> None:
+def test_a_loader_of_other_batches_is_refused(policy_folder: str, name: str) -> None:
     make, code, remedy = LOADERS[name]
     with refused(code, remedy):
         quiet_trainer().fit(sft(policy_folder), make())
 
 
-def test_loaders_of_steps_in_a_shuffled_order_and_of_a_class(policy_folder: str) -> None:
+def test_shuffled_and_custom_step_loaders_work(policy_folder: str) -> None:
     class Mine(SFTModule):
         def train_dataloader(self) -> Any:
             return DataLoader(steps(), batch_size=None, shuffle=True)
@@ -638,14 +636,14 @@ def test_loaders_of_steps_in_a_shuffled_order_and_of_a_class(policy_folder: str)
     assert module.updates == 3
 
 
-def test_several_loaders_of_held_out_rows_are_refused(policy_folder: str) -> None:
+def test_several_validation_loaders_are_refused(policy_folder: str) -> None:
     held_out = [DataLoader(steps(1), batch_size=None) for _ in range(2)]
     with refused("several-loaders", "trainer.validate"):
         quiet_trainer().fit(sft(policy_folder), DataLoader(steps(), batch_size=None), held_out)
 
 
 @pytest.mark.parametrize("deals", [False, True])
-def test_steps_that_a_trainer_deals_out_to_ranks_are_refused(deals: bool) -> None:
+def test_a_distributed_sampler_over_steps_is_refused(deals: bool) -> None:
     trainer: Any = quiet_trainer(use_distributed_sampler=deals)
     sampler: Any = DistributedSampler(ROWS, num_replicas=2, rank=0)  # type: ignore[arg-type]
     trainer.fit_loop._combined_loader = CombinedLoader(DataLoader(ROWS, sampler=sampler))  # type: ignore[arg-type]
@@ -673,7 +671,7 @@ def test_a_run_without_training_batches_is_refused(policy_folder: str) -> None:
         fit(policy_folder, limit_train_batches=0)
 
 
-def test_backbone_finetuning_is_refused_with_another_callback(policy_folder: str) -> None:
+def test_backbone_finetuning_is_refused_with_the_callback_to_use(policy_folder: str) -> None:
     with refused("backbone-finetuning", "BaseFinetuning"):
         fit(policy_folder, [lightning.BackboneFinetuning()])
 
@@ -686,7 +684,7 @@ def text_alone(text: str) -> float:
 
 
 @pytest.mark.parametrize("scorer", [text_alone, torch.nn.Linear(2, 1)], ids=["one text", "a model"])
-def test_a_scorer_of_another_call_is_refused(policy_folder: str, scorer: Any) -> None:
+def test_a_scorer_with_the_wrong_signature_is_refused(policy_folder: str, scorer: Any) -> None:
     module, data = GRPOModule(init_from=policy_folder, scorer=scorer), PromptDataModule([{"prompt": "w1"}] * 4)
     with refused("scorer-call"):
         quiet_trainer().fit(module, data)
@@ -701,7 +699,7 @@ SOURCES: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_rows_in_another_form_are_refused_with_the_form_to_give(name: str) -> None:
+def test_rows_in_another_format_are_refused_with_the_accepted_formats(name: str) -> None:
     make, remedy = SOURCES[name]
     with refused("invalid-source", remedy):
         SFTDataModule(make())
@@ -716,14 +714,14 @@ def test_a_loader_before_setup_is_refused(policy_folder: str) -> None:
     ("name", "code", "words"),
     [("policy", "weights-not-loaded", "configure_model()"), ("generate", "no-generate", "answer")],
 )
-def test_what_a_module_lacks_is_explained(policy_folder: str, name: str, code: str, words: str) -> None:
+def test_missing_lightning_attributes_are_explained(policy_folder: str, name: str, code: str, words: str) -> None:
     module = sft(policy_folder)
     with refused(code, words):
         getattr(module, name)
     assert not hasattr(module, name)
 
 
-def test_processes_that_a_trainer_spawns_are_refused(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawned_processes_are_refused(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.training.module.get_spawning_popen", object)
     with refused("spawned-ranks", "use ddp"):
         pickle.dumps(sft(policy_folder))

@@ -7,7 +7,7 @@ from rlhf_lightning.training.meter import Meter
 STRATEGY = quiet_trainer().strategy
 
 
-def test_a_mean_does_not_depend_on_how_values_were_cut() -> None:
+def test_means_do_not_depend_on_micro_batches() -> None:
     values, mask = torch.arange(12.0).view(3, 4), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     whole, cut = Meter(), Meter()
     whole.add("x", values, mask)
@@ -18,13 +18,13 @@ def test_a_mean_does_not_depend_on_how_values_were_cut() -> None:
     assert cut.means(STRATEGY)["x"] == pytest.approx(expected)
 
 
-def test_what_the_mask_hides_may_be_anything() -> None:
+def test_masked_values_are_ignored() -> None:
     meter = Meter()
     meter.add("x", torch.tensor([1.0, float("nan"), float("inf")]), torch.tensor([True, False, False]))
     assert meter.means(STRATEGY) == {"x": 1.0}
 
 
-def test_quotients_sum_before_they_are_divided() -> None:
+def test_ratios_sum_numerators_and_denominators() -> None:
     meter = Meter()
     meter.add_ratio("share", 1.0, 2.0)
     meter.add_ratio("share", torch.tensor(3.0), 10)
@@ -37,7 +37,7 @@ def test_large_counts_keep_their_precision() -> None:
     assert meter.means(STRATEGY)["x"] == 16_777_217.0
 
 
-def test_what_is_forgotten_is_not_reported() -> None:
+def test_reset_values_are_not_reported() -> None:
     meter = Meter()
     assert meter.means(STRATEGY) == {}
     meter.add("x", torch.ones(2))
@@ -46,7 +46,7 @@ def test_what_is_forgotten_is_not_reported() -> None:
     assert meter.means(STRATEGY) == {"y": 0.0}
 
 
-def test_values_are_taken_without_their_graph() -> None:
+def test_values_are_detached() -> None:
     meter, values = Meter(), torch.ones(2, requires_grad=True)
     meter.add("x", values * 2)
     assert not any(pair.requires_grad for pair in meter._sums.values())

@@ -36,7 +36,7 @@ def logged(module: Any, **trainer: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_score_is_no_score_of_anything(policy_folder: str, name: str) -> None:
+def test_a_missing_score_enters_no_metric_or_gradient(policy_folder: str, name: str) -> None:
     kept: dict[str, Any] = {}
     module = made(name, policy_folder, gap(3), kl_coef=0.0)
     advantages = module.advantages
@@ -60,7 +60,7 @@ def test_a_missing_score_is_no_score_of_anything(policy_folder: str, name: str) 
     assert all(parameter.isfinite().all() for parameter in module.policy.parameters())
 
 
-def test_a_sibling_of_a_missing_score_has_nothing_to_compare_with(policy_folder: str) -> None:
+def test_a_lone_sibling_of_a_missing_score_has_gradient_zero(policy_folder: str) -> None:
     """Groups of two: without row 0 row 1 is alone, and the rest of the gradient is that of the other groups."""
     module = made("RLOOModule", policy_folder, gap(*range(EIGHT)), kl_coef=0.0, max_grad_norm=None)
     nothing = gradients_of_step(module, grouped(prompt_step(GROUPED)))
@@ -82,7 +82,7 @@ def test_a_sibling_of_a_missing_score_has_nothing_to_compare_with(policy_folder:
 
 
 @pytest.mark.parametrize("rule", [{"missing_eos_penalty": 1.0}, {"missing_eos_score": -1.0}])
-def test_the_rule_for_a_missing_end_brings_no_score_back(policy_folder: str, rule: dict[str, float]) -> None:
+def test_missing_eos_rules_do_not_replace_a_missing_score(policy_folder: str, rule: dict[str, float]) -> None:
     row = logged(made("GRPOModule", policy_folder, gap(0, 5), **rule))
     assert row["rollout/score_missing"] == pytest.approx(2 / EIGHT)
 
@@ -101,7 +101,7 @@ def ppo(folder: str, scorer: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("slot", ["end", "after_eos"])
-def test_ppo_learns_nothing_from_a_completion_without_a_score(policy_folder: str, critic: str, slot: str) -> None:
+def test_ppo_ignores_a_completion_without_a_score(policy_folder: str, critic: str, slot: str) -> None:
     """Neither policy, critic nor whitening use it, as if the completion had never been sampled."""
     settings: dict[str, Any] = {"critic": critic, "reward_slot": slot, "whiten_rewards": True, "entropy_coef": 0.1}
     found = gradients_of_step(ppo(policy_folder, gap(3, 6), **settings), prompt_step(GROUPED))
@@ -111,7 +111,7 @@ def test_ppo_learns_nothing_from_a_completion_without_a_score(policy_folder: str
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_ppo_counts_what_it_leaves_out_and_goes_on_where_nothing_is_left(policy_folder: str) -> None:
+def test_ppo_counts_unscored_completions_and_continues_without_any_score(policy_folder: str) -> None:
     module = ppo(policy_folder, FaultTolerant(sometimes, on_fault="drop"), mini_batch_size=3)
     metrics = MetricsLog()
     fit(module, [prompt_step(GROUPED)], [prompt_step(GROUPED)], callbacks=[metrics])
@@ -140,7 +140,7 @@ def test_a_scorer_that_returns_nan_is_refused_everywhere(policy_folder: str) -> 
         fit(made("GRPOModule", policy_folder, wrong), [grouped(prompt_step(GROUPED))])
 
 
-def test_what_a_scorer_measures_is_logged_with_the_rollout(policy_folder: str) -> None:
+def test_scorer_metrics_are_logged_with_the_rollout(policy_folder: str) -> None:
     total = WeightedSum({"low": low_words, "some": gap(1)}, weights={"low": 2.0}, missing="skip")
     total(["p"] * 3, ["w1", "w2", "w3"])  # somebody else's completions count in no rollout
     module = made("GRPOModule", policy_folder, total)

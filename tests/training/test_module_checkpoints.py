@@ -71,7 +71,7 @@ def saved(module: Any, steps: list[Any], path: Path) -> dict[str, Any]:
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_trainable_weights_alone(policy_folder: str, tmp_path: Path) -> None:
+def test_a_checkpoint_has_only_trainable_weights(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "small.ckpt"
     module = SFTModule(init_from=policy_folder, lora=LoraSettings(r=1, targets=["q_proj"]))
     checkpoint = saved(module, [demonstration_step(ROWS)], path)
@@ -83,7 +83,7 @@ def test_a_checkpoint_holds_trainable_weights_alone(policy_folder: str, tmp_path
     assert path.stat().st_size * 5 < (tmp_path / "whole.ckpt").stat().st_size
 
 
-def test_reference_and_scorer_stay_out_of_it(policy_folder: str, reward_folder: str, tmp_path: Path) -> None:
+def test_reference_and_scorer_are_not_in_checkpoints(policy_folder: str, reward_folder: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 3, "ppo_epochs": 1, "lora": LoraSettings(r=2)}
     for critic, heads in (("shared", {"policy.value_head.weight", "policy.value_head.bias"}), ("separate", set())):
         module = PPOModule(init_from=policy_folder, scorer=reward_folder, critic=critic, **settings)
@@ -109,7 +109,7 @@ class CountingModule(SFTModule):
         self.statistics(torch.full((2, 2), float(self.seen)))
 
 
-def test_buffers_of_a_class_of_ones_own_are_resumed(policy_folder: str, tmp_path: Path) -> None:
+def test_buffers_of_a_user_class_are_resumed(policy_folder: str, tmp_path: Path) -> None:
     path, steps = tmp_path / "middle.ckpt", [demonstration_step(ROWS, 2), demonstration_step(ROWS, 2)]
     whole, resumed = (CountingModule(init_from=policy_folder) for _ in range(2))
     run(whole, steps, callbacks=[Snapshot(1, path)], max_epochs=1)
@@ -133,7 +133,7 @@ def test_settings_are_kept_as_plain_types(policy_folder: str, tmp_path: Path) ->
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(policy_folder: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"learning_rate": 5e-3, "lr_schedule": "cosine", "warmup": 0.2}
     steps = [demonstration_step(random_rows(4, seed=90 + index), 2) for index in range(3)]
     path = tmp_path / "middle.ckpt"
@@ -150,7 +150,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(policy_folder: 
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_a_resumed_ppo_run_draws_and_learns_as_the_uninterrupted_one(
+def test_a_resumed_ppo_run_samples_and_learns_as_an_uninterrupted_one(
     policy_folder: str, tmp_path: Path, critic: str
 ) -> None:
     settings: dict[str, Any] = {
@@ -169,7 +169,7 @@ def test_a_resumed_ppo_run_draws_and_learns_as_the_uninterrupted_one(
     assert resumed.tokens == whole.tokens
 
 
-def test_the_score_bias_is_taken_up_again(policy_folder: str, tmp_path: Path) -> None:
+def test_the_score_bias_is_restored(policy_folder: str, tmp_path: Path) -> None:
     step = ranked_step(ranked_pairs(random_pairs(4, seed=3)))
     path = tmp_path / "reward.ckpt"
     module = RewardModule(init_from=policy_folder)
@@ -184,7 +184,7 @@ def test_the_score_bias_is_taken_up_again(policy_folder: str, tmp_path: Path) ->
     assert_same(weights_of(again), weights_of(module), rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_another_adapter_is_refused_by_name(policy_folder: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.ckpt"
     saved(
         SFTModule(init_from=policy_folder, lora=LoraSettings(r=2, targets=["q_proj"])), [demonstration_step(ROWS)], path
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_name(policy_folder: str, 
         fit(smaller, [demonstration_step(ROWS)], ckpt_path=str(path))
 
 
-def test_a_tied_head_comes_back_with_its_embedding(policy_folder: str, tmp_path: Path) -> None:
+def test_a_tied_head_is_restored_with_its_embedding(policy_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "whole.ckpt"
     module = SFTModule(init_from=policy_folder, learning_rate=1e-2)
     saved(module, [demonstration_step(ROWS)], path)
@@ -212,7 +212,7 @@ def test_a_tied_head_comes_back_with_its_embedding(policy_folder: str, tmp_path:
     assert torch.equal(inner.lm_head.weight, module.policy.model.lm_head.weight)
 
 
-def test_hparams_carry_no_code() -> None:
+def test_hparams_contain_no_pickled_code() -> None:
     class Odd:
         pass
 

@@ -41,7 +41,7 @@ def run_plain(module: SlopeModule, **settings: Any) -> None:
 # -- which one --------------------------------------------------------------------------------------------------------
 
 
-def test_optimizer_from_the_command_line_and_from_python_take_the_same_steps() -> None:
+def test_optimizers_from_command_line_and_python_are_equivalent() -> None:
 
     told = run(["fit", *PLAIN, *SGD, "--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "3"])
     module = SlopeModule(
@@ -69,7 +69,7 @@ def test_optimizer_in_yaml_and_in_checkpoints(tmp_path: Path) -> None:
     assert read.optimizer is not None
 
 
-def test_plain_settings_of_a_partial_are_class_path_and_init_args() -> None:
+def test_a_partial_is_saved_as_class_path_and_init_args() -> None:
     found = plain({"optimizer": partial(torch.optim.SGD, lr=0.1)})
     assert found == {"optimizer": {"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.1}}}
     module = SlopeModule(optimizer=found["optimizer"])
@@ -90,7 +90,7 @@ def test_giving_both_forms_is_refused(short: str, value: Any, long: str) -> None
         SlopeModule(**{short: value, long: makes})
 
 
-def test_defaults_of_a_family_are_not_taken_for_given_settings() -> None:
+def test_family_defaults_do_not_count_as_given_settings() -> None:
     module = SFTModule(
         init_from="unread", optimizer=partial(torch.optim.SGD, lr=0.1), lr_scheduler=partial(StepLR, step_size=2)
     )
@@ -98,7 +98,7 @@ def test_defaults_of_a_family_are_not_taken_for_given_settings() -> None:
     SFTModule(init_from="unread", optimizer=partial(torch.optim.SGD, lr=0.1), lr_schedule="constant")
 
 
-def test_what_makes_no_optimizer_is_refused() -> None:
+def test_invalid_optimizers_are_refused() -> None:
     for optimizer, code in ((lambda weights: weights, "no-optimizer"), ("torch.optim.SDG", "not-importable")):
         module = SlopeModule(optimizer=optimizer)
         module.configure_model()
@@ -133,7 +133,7 @@ def test_unchanged_settings_resume_bit_for_bit(further: list[str]) -> None:
     assert settings_of(whole.model) == settings_of(resumed.model)
 
 
-def test_a_resumed_run_takes_the_settings_that_are_asked_for_now() -> None:
+def test_a_resumed_run_uses_the_new_settings() -> None:
     run(["fit", *BASIC, "--run_name", "first", "--trainer.max_epochs", "2", "--trainer.max_steps", "8"])
     before = torch.load("runs/first/version_0/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
     asked = ["--model.learning_rate", "0.2", "--model.weight_decay", "0.3", "--model.betas", "[0.5, 0.6]"]
@@ -149,13 +149,13 @@ def test_a_resumed_run_takes_the_settings_that_are_asked_for_now() -> None:
     assert before["state"][0]["step"] == 8
 
 
-def test_the_moments_are_kept_and_another_schedule_is_taken() -> None:
+def test_resume_keeps_moments_and_uses_a_new_schedule() -> None:
     run(["fit", *BASIC, "--run_name", "first"])
     resumed = run(["fit", "--resume", "runs/first", "--trainer.max_epochs", "2", "--model.lr_schedule", "constant"])
     assert settings_of(resumed.model)["lr"] == 0.1
 
 
-def test_the_rate_of_another_scheduler_is_scaled_with_its_peak() -> None:
+def test_a_custom_scheduler_is_scaled_by_the_new_learning_rate() -> None:
     cosine = [*COSINE, "32"]
     run(["fit", *PLAIN, *SGD, *cosine, "--run_name", "first"])
     resumed = run(["fit", "--resume", "runs/first", "--trainer.max_epochs", "2", "--model.optimizer.lr", "0.4"])
@@ -165,7 +165,7 @@ def test_the_rate_of_another_scheduler_is_scaled_with_its_peak() -> None:
     assert longer.trainer.lr_scheduler_configs[0].scheduler.T_max == 48
 
 
-def test_another_class_than_the_checkpoints_is_refused() -> None:
+def test_resuming_with_another_optimizer_class_is_refused() -> None:
     run(["fit", *BASIC, "--run_name", "first"])
     with refused("another-optimizer", "AdamW", "SGD"):
         run(["fit", "--resume", "runs/first", "--trainer.max_epochs", "2", "--model.learning_rate", "1e-5", *SGD])
@@ -174,7 +174,7 @@ def test_another_class_than_the_checkpoints_is_refused() -> None:
 # -- schedulers that look at a metric ---------------------------------------------------------------------------------
 
 
-def test_reduce_on_plateau_looks_at_each_validation() -> None:
+def test_reduce_on_plateau_steps_at_each_validation() -> None:
     impatient = partial(ReduceLROnPlateau, monitor="val/loss", patience=0, factor=0.5, threshold=1.0)
     module = SlopeModule(lr_scheduler=impatient, learning_rate=0.1)
 

@@ -88,7 +88,7 @@ def assert_resumes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fit_on_a_loader_of_steps(policy_folder: str, family: str) -> None:
+def test_fit_accepts_a_loader_of_steps(policy_folder: str, family: str) -> None:
     module = made(family, policy_folder, lr_schedule="linear")
     trainer = quiet_trainer()
     trainer.fit(module, train_dataloaders=loader(family), val_dataloaders=loader(family, 1))
@@ -98,13 +98,13 @@ def test_fit_on_a_loader_of_steps(policy_folder: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_with_a_loader_that_has_a_state_resumes(policy_folder: str, family: str, tmp_path: Path) -> None:
+def test_a_run_with_a_stateful_loader_resumes(policy_folder: str, family: str, tmp_path: Path) -> None:
     assert_resumes(family, policy_folder, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])
-def test_evaluation_alone(policy_folder: str, family: str, method: str) -> None:
+def test_validate_and_test_run_without_fit(policy_folder: str, family: str, method: str) -> None:
     trainer, module = quiet_trainer(), made(family, policy_folder)
     if method == "predict":
         found = trainer.predict(module, loader("ppo", 1))
@@ -249,7 +249,7 @@ def test_learning_rate_monitor_logs_over_updates(policy_folder: str, family: str
     ],
     ids=str,
 )
-def test_bounds_and_switches_of_the_trainer(
+def test_trainer_limits_and_switches_work(
     policy_folder: str, family: str, settings: dict[str, Any], steps: int, validations: int, tmp_path: Path
 ) -> None:
     class Count(pl.Callback):
@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused(family: str, name: str) -> None:
+def test_unsupported_trainer_settings_are_refused(family: str, name: str) -> None:
     code, settings = REFUSED[name]
     trainer = quiet_trainer(**settings, enable_checkpointing=True)
     with refused(code, "set " if "averaging" not in code and "finder" not in code and "time" not in code else ":"):

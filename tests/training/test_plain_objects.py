@@ -31,7 +31,7 @@ def of_data_sets() -> Any:
 
 
 @pytest.mark.parametrize("source", [list(PAIRS), of_data_sets], ids=["list", "Dataset"])
-def test_loaded_objects_train_as_their_names_do(source: Any, tmp_path: Path) -> None:
+def test_loaded_objects_train_as_folder_names_do(source: Any, tmp_path: Path) -> None:
     """A model, its tokenizer, peft's LoRA settings and rows in memory; then a folder that transformers loads."""
     tokenizer = make_tiny_tokenizer()
     config = LlamaConfig(
@@ -50,7 +50,7 @@ def test_loaded_objects_train_as_their_names_do(source: Any, tmp_path: Path) -> 
     assert AutoModelForCausalLM.from_pretrained(module.init_from).config.hidden_size == 16
 
 
-def test_settings_of_peft_that_would_be_ignored_are_refused() -> None:
+def test_unsupported_peft_settings_are_refused() -> None:
     assert lora_settings(LoraConfig(use_dora=True)).dora
     with refused("unsupported-lora", "bias"):
         lora_settings(LoraConfig(bias="all"))
@@ -66,7 +66,7 @@ def test_a_loader_of_rows_is_refused_with_the_remedy() -> None:
         trainer().fit(SlopeModule(), DataLoader(PAIRS, batch_size=2))  # type: ignore[arg-type]
 
 
-def test_callbacks_see_loss_and_metrics_of_a_step() -> None:
+def test_callbacks_get_loss_and_metrics_of_a_step() -> None:
     seen: list[Any] = []
 
     class Watch(Callback):
@@ -78,9 +78,7 @@ def test_callbacks_see_loss_and_metrics_of_a_step() -> None:
     assert "train/slope" in seen[0]
 
 
-def test_a_reward_model_says_when_prompts_have_another_form_than_its_own(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_reward_model_warns_about_prompts_in_another_format(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Its folder tells the form; prompts of messages score otherwise than plain text. Two tokens end no completion."""
     tokenizer = make_tiny_tokenizer()
     config = LlamaConfig(

@@ -74,7 +74,7 @@ class WatchedDPOModule(DPOModule):
         ({"dtype": "bfloat16"}, "bf16-mixed", torch.bfloat16),
     ],
 )
-def test_an_adapter_is_trained_in_fp32_whatever_its_backbone_is_in(
+def test_adapters_are_trained_in_fp32_for_any_backbone_dtype(
     policy_folder: str, settings: dict[str, Any], precision: str, frozen: torch.dtype
 ) -> None:
     module = WatchedDPOModule(init_from=policy_folder, lora=LORA, learning_rate=5e-2, warmup=0, **settings)
@@ -115,14 +115,14 @@ def test_sft_and_reward_models_learn_in_bf16(policy_folder: str, precision: Any)
         assert logged.column("train/loss")[-1] < 0.8 * logged.column("train/loss")[0]
 
 
-def test_every_weight_in_bf16_mixed_stays_fp32(policy_folder: str) -> None:
+def test_bf16_mixed_keeps_weights_and_moments_in_fp32(policy_folder: str) -> None:
     module, watched = SFTModule(init_from=policy_folder), Precisions()
     fit(module, [demonstration_step(ROWS)], callbacks=[watched], precision="bf16-mixed")
     assert {p.dtype for p in module.parameters()} == watched.moments == {torch.float32}
 
 
 @pytest.mark.parametrize(("settings", "precision"), [({}, "bf16-true"), ({"dtype": "bfloat16"}, "32-true")])
-def test_every_weight_in_bf16_is_refused_with_what_works(
+def test_pure_bf16_full_fine_tuning_is_refused_with_the_remedy(
     policy_folder: str, settings: dict[str, Any], precision: Any
 ) -> None:
     module = SFTModule(init_from=policy_folder, **settings)
@@ -132,7 +132,7 @@ def test_every_weight_in_bf16_is_refused_with_what_works(
     assert evaluate(SFTModule(init_from=policy_folder, dtype="bfloat16"), [demonstration_step(ROWS)])["val/loss"] > 0
 
 
-def test_a_small_update_is_not_lost(policy_folder: str, tmp_path: Path) -> None:
+def test_updates_below_bf16_resolution_are_kept(policy_folder: str, tmp_path: Path) -> None:
     """A thousandth of a weight is below bf16's resolution: what the folder holds has moved by it all the same."""
     module = SFTModule(init_from=policy_folder, lora=LORA, learning_rate=1e-5, lr_schedule="constant", warmup=0)
     module.configure_model()
@@ -142,7 +142,7 @@ def test_a_small_update_is_not_lost(policy_folder: str, tmp_path: Path) -> None:
     assert all(1e-6 < drift < 1e-4 for drift in drifted)
 
 
-def test_quantised_weights_are_made_where_they_stay() -> None:
+def test_quantised_weights_are_created_on_their_device() -> None:
     trainer: Any = SimpleNamespace(precision="32-true", strategy=SingleDeviceStrategy(torch.device("cpu")))
     settings = LoadSettings(quantization="nf4")
     assert settled_precision(trainer, settings, trains_adapter=True, fits=True) == settings

@@ -72,7 +72,7 @@ def run(folder: str, micro: int | None = None, **settings: Any) -> Any:
     return module
 
 
-def test_judgements_reach_the_rollout_its_rewards_and_its_metrics(policy_folder: str) -> None:
+def test_judgements_reach_rollout_rewards_and_metrics(policy_folder: str) -> None:
     module = run(policy_folder)
     ((rollout, means),) = module.ended
     assert rollout.scores.tolist() == [0.0, 2.0, 2.0, 4.0, 4.0, 6.0]
@@ -89,7 +89,7 @@ def test_judgements_reach_the_rollout_its_rewards_and_its_metrics(policy_folder:
     assert module.scorer.told == [means]
 
 
-def test_validation_tells_nobody_and_moves_no_state(policy_folder: str) -> None:
+def test_validation_calls_no_hooks_and_changes_no_state(policy_folder: str) -> None:
     module = run(policy_folder)
     told, calls = len(module.scorer.told), module.scorer.calls
     module.on_validation_epoch_start()
@@ -98,7 +98,7 @@ def test_validation_tells_nobody_and_moves_no_state(policy_folder: str) -> None:
     assert len(module.ended) == 1
 
 
-def test_a_minibatch_is_seen_whole_however_it_is_cut(policy_folder: str) -> None:
+def test_policy_loss_sees_the_whole_minibatch(policy_folder: str) -> None:
     whole, parted = run(policy_folder), run(policy_folder, 2)
     assert len(whole.seen) == 1 and len(parted.seen) == 3
     (view,) = [logprobs.minibatch for logprobs in whole.seen]
@@ -129,7 +129,7 @@ class Holes:
 
 
 @pytest.mark.parametrize("settings", [{}, {"reward_slot": "after_eos"}])
-def test_masks_with_holes_pass_through_rewards_advantages_and_invariants(
+def test_masks_with_gaps_work_in_rewards_advantages_and_invariants(
     policy_folder: str, settings: dict[str, Any]
 ) -> None:
     made: dict[str, Any] = {**SETTINGS, "scorer": Careful(), "init_from": policy_folder}
@@ -157,7 +157,7 @@ def test_masks_with_holes_pass_through_rewards_advantages_and_invariants(
     module.invariants.check_lengths(rollout)
 
 
-def test_episodes_are_selected_with_all_that_is_known_of_them(policy_folder: str) -> None:
+def test_select_episodes_selects_every_field(policy_folder: str) -> None:
     ((rollout, _),) = run(policy_folder).ended
     part = select_episodes(rollout, [1, 4], 2)
     assert part.texts == (rollout.texts[1], rollout.texts[4]) and part.row_ids == (7, 9)
@@ -165,7 +165,7 @@ def test_episodes_are_selected_with_all_that_is_known_of_them(policy_folder: str
     assert part.parts["cost"].tolist() == [2.0, 8.0]
 
 
-def test_who_is_told_of_nothing_gathers_nothing(policy_folder: str) -> None:
+def test_without_overrides_the_minibatch_is_not_gathered(policy_folder: str) -> None:
     class Plain(CriticFreeModule):
         def policy_loss(self, logprobs: PolicyLogprobs) -> Any:
             assert logprobs.minibatch is None and logprobs.rollout is not None

@@ -21,7 +21,7 @@ def mixture(folder: Path) -> str:
     return str(folder)
 
 
-def test_it_is_that_of_the_paper_and_of_transformers() -> None:
+def test_router_loss_equals_transformers() -> None:
     logits = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(11) < 8
     expected = load_balancing_loss_func((logits[:8],), 4, 2)
@@ -33,7 +33,7 @@ def test_it_is_that_of_the_paper_and_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_it_is_logged_and_balances_a_router(tmp_path: Path, micro_batches: int) -> None:
+def test_router_loss_is_logged_and_balances_the_router(tmp_path: Path, micro_batches: int) -> None:
     rows = [([5, 6, 7], [8, 9, 10, EOS]), ([11], [12, EOS])]
     found = {}
     for coef in (0.0, 1.0):
@@ -55,13 +55,13 @@ def test_it_is_logged_and_balances_a_router(tmp_path: Path, micro_batches: int) 
     assert module.trainer.callback_metrics["train/router_aux_loss"] > 0
 
 
-def test_pairs_that_are_coupled_over_micro_batches_balance_it_too(tmp_path: Path) -> None:
+def test_router_loss_works_with_coupled_losses(tmp_path: Path) -> None:
     module = BCOPairModule(init_from=mixture(tmp_path), router_aux_loss_coef=1.0)
     fit(module, [preference_step([([5, 6], [7, EOS], [8, EOS]), ([9], [10, EOS], [11, EOS])], 1)])
     assert module.trainer.callback_metrics["train/router_aux_loss"] > 0
 
 
-def test_models_and_stages_without_it_say_so(tmp_path: Path) -> None:
+def test_router_loss_is_refused_where_unsupported(tmp_path: Path) -> None:
     module = SFTModule(init_from=save_policy(tmp_path / "dense"), router_aux_loss_coef=0.01)
     with refused("no-router", "records no logits of routers; set router_aux_loss_coef to 0"):
         fit(module, [demonstration_step([([5, 6], [7, EOS])])])

@@ -23,7 +23,7 @@ def events_written(folder: Path) -> int:
     return sum(1 for _ in EventAccumulator(str(folder))._generator.Load())
 
 
-def test_one_event_reads_like_lightnings_many(tmp_path: Path) -> None:
+def test_one_tensorboard_event_reads_like_lightnings_separate_events(tmp_path: Path) -> None:
     ours, lightnings = TensorBoardLogger(tmp_path, "ours"), TensorBoardLogger(tmp_path, "lightnings")
     for metrics, step in LOGGED:
         log_scalars([ours], metrics, step)
@@ -34,7 +34,7 @@ def test_one_event_reads_like_lightnings_many(tmp_path: Path) -> None:
     assert events_written(Path(ours.log_dir)) < events_written(Path(lightnings.log_dir))
 
 
-def test_a_prefix_and_a_logger_of_another_kind_are_lightnings_own(tmp_path: Path) -> None:
+def test_prefixed_and_other_loggers_use_lightnings_path(tmp_path: Path) -> None:
     prefixed, table = TensorBoardLogger(tmp_path, "prefixed", prefix="run"), CSVLogger(tmp_path, "table")
     log_scalars([prefixed, table], {"train/loss": 1.5}, 3)
     prefixed.experiment.flush()

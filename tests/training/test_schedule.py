@@ -51,11 +51,11 @@ def cosine(*progress: float) -> list[float]:
         ({"lr_schedule": "cosine", "warmup": 2}, [1 / 3, 2 / 3, *cosine(0, 1 / 4, 2 / 4, 3 / 4)]),
     ],
 )
-def test_the_learning_rate_of_each_update(policy_folder: str, settings: dict[str, Any], expected: list[float]) -> None:
+def test_learning_rates_by_hand(policy_folder: str, settings: dict[str, Any], expected: list[float]) -> None:
     assert rates(policy_folder, 3, settings, max_epochs=2) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_logged_is_what_was_used(policy_folder: str) -> None:
+def test_the_logged_learning_rate_is_the_used_one(policy_folder: str) -> None:
     logged = MetricsLog()
     module = KeepingSFTModule(init_from=policy_folder, learning_rate=2e-4, lr_schedule="linear", warmup=1)
     fit(module, [STEP] * 3, callbacks=[logged])
@@ -77,7 +77,7 @@ def test_the_schedule_ends_with_the_run(policy_folder: str, trainer: dict[str, A
     assert found == pytest.approx([1 - update / total for update in range(total)], rel=1e-6)
 
 
-def test_ppo_steps_the_schedule_at_each_of_its_updates(policy_folder: str) -> None:
+def test_ppo_steps_the_schedule_at_each_update(policy_folder: str) -> None:
     module = KeepingPPOModule(
         init_from=policy_folder, scorer=lambda p, c: [0.0] * len(c), learning_rate=1e-4, max_new_tokens=2, ppo_epochs=2,
         mini_batch_size=3, missing_eos_score=None,

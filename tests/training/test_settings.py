@@ -46,7 +46,7 @@ def test_every_numeric_setting_has_a_range(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_defaults_lie_in_their_ranges_and_a_rate_of_nothing_does_not(kind: Any) -> None:
+def test_defaults_are_in_range_and_learning_rate_0_is_not(kind: Any) -> None:
     required = {name: "nowhere" for name in ("init_from", "scorer", "teacher") if name in needed(kind)}
     kind(**required)
     with refused("setting-out-of-range", f"learning_rate of {kind.__name__} is 0.0", "(0, inf)"):
@@ -79,12 +79,12 @@ def test_numbers_outside_their_range_are_refused(name: str, setting: str, value:
 
 
 @pytest.mark.parametrize(("setting", "value"), [("r", 0), ("alpha", -1), ("dropout", 1.0)])
-def test_settings_of_an_adapter_have_ranges_too(setting: str, value: float) -> None:
+def test_lora_settings_have_ranges(setting: str, value: float) -> None:
     with refused("setting-out-of-range", f"{setting} of LoraSettings is {value}"):
         modules.DPOModule(init_from="nowhere", lora={setting: value})
 
 
-def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
+def test_out_of_range_flags_are_refused_in_one_sentence(tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "rlhf_lightning.cli", "fit", "--config", "recipe:dpo", "--model.beta", "-1"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -93,7 +93,7 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name == "dpo"]
 
 
-def test_a_key_that_stands_twice_in_a_config_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_config_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("model:\n  class_path: DPOModule\n  init_args:\n    beta: 1\n    beta: 2\n")
     asked = [sys.executable, "-m", "rlhf_lightning.cli", "fit", "--config", "twice.yaml"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -78,7 +78,7 @@ class Widest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_no_pass_holds_the_logits_of_all_tokens(policy_folder: str, monkeypatch: Any, lora: Any) -> None:
+def test_no_pass_materialises_all_logits(policy_folder: str, monkeypatch: Any, lora: Any) -> None:
     monkeypatch.setattr(logprobs_module, "CHUNK_LOGITS", 3 * VOCABULARY)
     monkeypatch.setattr(logprobs_module, "KEPT_LOGITS", 0)
     step, widest = preference_step(random_pairs(6, seed=3)), Widest()
@@ -101,7 +101,7 @@ def test_no_pass_holds_the_logits_of_all_tokens(policy_folder: str, monkeypatch:
     assert 3 <= widest.rows <= 3 + 32 < step.tokens
 
 
-def test_the_cache_of_the_reference_is_left_alone(policy_folder: str, monkeypatch: Any, tmp_path: Any) -> None:
+def test_the_reference_cache_is_not_used(policy_folder: str, monkeypatch: Any, tmp_path: Any) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
 
     def read(*_: Any) -> None:
@@ -133,7 +133,9 @@ def words(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
 
 @pytest.mark.parametrize("micro", [None, 2])
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_rollouts_and_updates_see_them_at_the_temperature(policy_folder: str, micro: int | None, lora: Any) -> None:
+def test_rollouts_and_updates_get_statistics_at_the_temperature(
+    policy_folder: str, micro: int | None, lora: Any
+) -> None:
     prompts = [prompt for prompt, _ in random_rows(3, seed=4) for _ in range(2)]
     step = prompt_step(prompts)
     batch = step.micro_batches[0]
@@ -162,7 +164,7 @@ def test_rollouts_and_updates_see_them_at_the_temperature(policy_folder: str, mi
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_hidden_states_are_those_that_predict_each_token(policy_folder: str, pack: bool) -> None:
+def test_hidden_states_are_at_the_predicting_positions(policy_folder: str, pack: bool) -> None:
     rows = random_rows(3, seed=6)
     policy = load_policy(policy_folder)
     with torch.no_grad():

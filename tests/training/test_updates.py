@@ -86,7 +86,7 @@ WEIGHTS = [1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 3.0]
 
 
 @pytest.mark.parametrize("micro", [1, 3, None])
-def test_sft_updates_are_those_of_plain_pytorch_however_they_are_cut(policy_folder: str, micro: int | None) -> None:
+def test_sft_updates_equal_plain_pytorch_for_any_micro_batches(policy_folder: str, micro: int | None) -> None:
     module = in_double(SFTModule(init_from=policy_folder, **OPTIMIZER))
     start = copy.deepcopy(module.policy.model)
     steps = [demonstration_step(rows, micro, WEIGHTS, flags) for rows, flags in zip(ROWS, FLAGS, strict=True)]
@@ -105,7 +105,7 @@ def test_sft_updates_are_those_of_plain_pytorch_however_they_are_cut(policy_fold
     assert_same_weights(module.policy.model, plain, start, 1e-9)
 
 
-def test_an_adapters_gradients_do_not_depend_on_the_cut(policy_folder: str) -> None:
+def test_adapter_gradients_do_not_depend_on_micro_batches(policy_folder: str) -> None:
     found = []
     for micro in (None, 2):
         settings = OPTIMIZER | {"max_grad_norm": None}
@@ -130,7 +130,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("micro", [1, 3, None])
-def test_reward_updates_are_those_of_plain_pytorch_however_they_are_cut(reward_folder: str, micro: int | None) -> None:
+def test_reward_updates_equal_plain_pytorch_for_any_micro_batches(reward_folder: str, micro: int | None) -> None:
     module = RewardModule(init_from=reward_folder, centering=0.01, **OPTIMIZER)
     module.configure_model()
     start = copy.deepcopy(module.reward_model.model)
@@ -173,7 +173,7 @@ def dpo_by_hand(plain: Any, reference: Any, smoothing: float = 0.125, beta: floa
 
 
 @pytest.mark.parametrize("micro", [1, 3, None])
-def test_dpo_updates_are_those_of_plain_pytorch_however_they_are_cut(policy_folder: str, micro: int | None) -> None:
+def test_dpo_updates_equal_plain_pytorch_for_any_micro_batches(policy_folder: str, micro: int | None) -> None:
     module = in_double(DPOModule(init_from=policy_folder, beta=0.5, label_smoothing=0.125, **OPTIMIZER))
     start = copy.deepcopy(module.policy.model)
     fit(module, [preference_step(PAIRS, micro, TARGET, weights=WEIGHTS)] * 2)
@@ -195,7 +195,7 @@ class SortedMarginsModule(DPOModule):
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, None])
-def test_a_loss_of_the_whole_batch_is_taken_over_the_whole_step(policy_folder: str, micro: int | None) -> None:
+def test_a_coupled_loss_is_computed_over_the_whole_step(policy_folder: str, micro: int | None) -> None:
     settings = OPTIMIZER | {"max_grad_norm": None}
     module = in_double(SortedMarginsModule(init_from=policy_folder, beta=0.5, **settings))
     found = gradients_of_step(module, preference_step(PAIRS, micro, weights=WEIGHTS))
@@ -215,7 +215,7 @@ class ForgetfulModule(SortedMarginsModule):
     batch_coupled = False
 
 
-def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_cut(policy_folder: str) -> None:
+def test_an_undeclared_coupled_loss_depends_on_micro_batches(policy_folder: str) -> None:
     found = []
     for micro in (None, 2):
         module = ForgetfulModule(init_from=policy_folder, beta=0.5, **OPTIMIZER)
@@ -227,7 +227,7 @@ def test_a_coupled_loss_that_is_not_declared_does_depend_on_the_cut(policy_folde
 # -- the step itself --------------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_above_the_limit_is_scaled_to_it_and_its_own_norm_is_logged(policy_folder: str) -> None:
+def test_gradients_are_clipped_and_the_unclipped_norm_is_logged(policy_folder: str) -> None:
     norms = {}
     for limit in (None, 0.25, 1e6):
         module = SFTModule(init_from=policy_folder, max_grad_norm=limit)
@@ -242,7 +242,7 @@ def test_a_gradient_above_the_limit_is_scaled_to_it_and_its_own_norm_is_logged(p
     assert norms[0.25] == (pytest.approx(own, rel=1e-5), pytest.approx(0.25, rel=1e-4))
 
 
-def test_a_micro_batch_without_a_supervised_token_or_a_row_counts_for_nothing(policy_folder: str) -> None:
+def test_empty_micro_batches_do_not_change_the_update(policy_folder: str) -> None:
     whole, found = demonstration_step(ROWS[0]), []
     silent = demonstration_step(ROWS[1], supervised=[[False] * len(c) for _, c in ROWS[1]])
     empty = demonstration_step([])
@@ -266,7 +266,7 @@ def test_counters_count_updates_rows_and_tokens(policy_folder: str) -> None:
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def test_a_fused_optimizer_takes_the_same_steps(policy_folder: str) -> None:
+def test_a_fused_optimizer_gives_the_same_updates(policy_folder: str) -> None:
     steps = [demonstration_step(rows, 3, WEIGHTS, flags) for rows, flags in zip(ROWS, FLAGS, strict=True)]
     modules = [SFTModule(init_from=policy_folder, fused_optimizer=fused, **OPTIMIZER) for fused in (False, True)]
     for module in modules:

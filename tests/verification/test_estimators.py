@@ -125,13 +125,13 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return cache(lambda name: Case(name, tmp_path_factory.mktemp("estimator")))
 
 
-def test_every_on_policy_objective_is_here():
+def test_every_on_policy_objective_is_tested():
     shipped = {kind.__name__ for kind in objective_classes() if issubclass(kind, CriticFreeModule | PPOModule)}
     assert {kind for kind, _ in CASES.values()} | JUDGED_OTHERWISE == shipped
 
 
 @cases
-def test_all_rollouts_are_listed(name: str, case_of: Callable[[str], Case]):
+def test_all_rollouts_are_enumerated(name: str, case_of: Callable[[str], Case]):
     case = case_of(name)
     every = every_rollout(case.world, SAMPLES, *case.tables(case.weights["first"]))
     assert len(every.probability) == math.comb(7 + SAMPLES - 1, SAMPLES) ** 2
@@ -140,7 +140,7 @@ def test_all_rollouts_are_listed(name: str, case_of: Callable[[str], Case]):
 
 @cases
 @updates
-def test_each_rollout_has_the_gradient_of_the_formula(name: str, update: str, case_of: Callable[[str], Case]):
+def test_each_rollout_gradient_equals_the_formula(name: str, update: str, case_of: Callable[[str], Case]):
     """Exact test: a random combination of the rollouts' gradients equals that of their transcribed losses."""
     case = case_of(name)
     drawn = case.module.collect(questions_of(case.world, ROLLOUTS, SAMPLES)).sequences.completions
@@ -159,7 +159,7 @@ def test_each_rollout_has_the_gradient_of_the_formula(name: str, update: str, ca
 
 @cases
 @updates
-def test_the_mean_gradient_is_the_exact_expectation(name: str, update: str, case_of: Callable[[str], Case]):
+def test_the_mean_gradient_equals_the_exact_expectation(name: str, update: str, case_of: Callable[[str], Case]):
     case = case_of(name)
     found = mean_test(case.gradients(update), case.expectation(update))
     assert found.p_value > 1e-3, found
@@ -259,7 +259,7 @@ def test_a_wrong_gradient_is_rejected(mistake: str, case_of: Callable[[str], Cas
     assert found.p_value < 1e-3, found
 
 
-def test_a_baseline_changes_no_mean(case_of: Callable[[str], Case]):
+def test_a_baseline_does_not_change_the_mean_gradient(case_of: Callable[[str], Case]):
     """ReMax without its greedy score has the same expectation."""
     case = case_of("ReMaxModule")
 
@@ -272,7 +272,7 @@ def test_a_baseline_changes_no_mean(case_of: Callable[[str], Case]):
 # -- properties of the test -------------------------------------------------------------------------------------------
 
 
-def test_p_values_of_a_true_mean_are_uniform_and_a_shift_is_seen():
+def test_p_values_are_uniform_under_the_null_and_detect_a_shift():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     mean = torch.tensor([1.0, -2.0, 0.0, 3.0, 5.0], dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_p_values_of_a_true_mean_are_uniform_and_a_shift_is_seen():
     assert mean_test(draws[0] + aside, mean).unvarying > 1e-3
 
 
-def test_what_never_varies_must_be_equal_and_too_few_samples_are_refused():
+def test_constant_directions_must_match_and_too_few_samples_are_refused():
     samples = torch.ones(5, 2, dtype=torch.float64)
     assert mean_test(samples, torch.ones(2, dtype=torch.float64)) == (1.0, 0, 0.0)
     assert mean_test(samples, torch.tensor([1.0, 2.0], dtype=torch.float64)).unvarying == 0.5
@@ -294,7 +294,7 @@ def test_what_never_varies_must_be_equal_and_too_few_samples_are_refused():
         mean_test(torch.eye(4, dtype=torch.float64)[:3, :3], torch.zeros(3, dtype=torch.float64))
 
 
-def test_weights_are_left_as_they_were(case_of: Callable[[str], Case]):
+def test_rollout_gradients_restores_the_weights(case_of: Callable[[str], Case]):
     case = case_of("GRPOModule")
     rollout_gradients(case.module, case.world, 2, SAMPLES, case.weights["later"])
     assert torch.equal(parameters_to_vector(trained(case.module)), case.weights["first"])

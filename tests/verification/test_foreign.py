@@ -85,7 +85,7 @@ def test_the_example_equals_the_shipped_classes():
     assert {"reduction", "as shipped"} <= {check.name for check in found.checks}
 
 
-def test_a_difference_is_shown_on_the_smallest_input_and_named(file):
+def test_a_difference_is_shown_on_the_smallest_input(file):
     found = verify(class_of(one(f"{file}:Wrong")), with_convergence=False)
     assert "as shipped" in failed(found)
     said = next(check.advice for check in found.checks if check.name == "as shipped")
@@ -93,20 +93,20 @@ def test_a_difference_is_shown_on_the_smallest_input_and_named(file):
     assert said.count("[") >= 8, "one row of every field"
 
 
-def test_a_loss_that_names_no_class_is_compared_with_the_one_of_the_same_gradient(file):
+def test_a_loss_without_a_base_class_is_compared_with_the_class_of_equal_gradient(file):
     found = verify(class_of(one(f"{file}:Silent")))
     assert found.held and "3 times" in found.convergence.source
 
 
 @pytest.mark.parametrize("name", ["Critic", "Mean", "Plain"])
-def test_further_families_hold(file, name):
+def test_other_families_pass(file, name):
     adapter = one(f"{file}:{name}")
     found = verify(class_of(adapter), adapter.base_settings, with_convergence=False)
     expected = {"Mean": {"missing score"}}.get(name, set())  # NaN affects the whole group
     assert failed(found) == expected
 
 
-def test_a_mean_over_many_rows_has_the_gradient_of_its_rows(file):
+def test_mean_losses_have_per_row_gradients(file):
     adapter = one(f"{file}:Plain")
     module = class_of(adapter)
 
@@ -129,7 +129,7 @@ def test_a_mean_over_many_rows_has_the_gradient_of_its_rows(file):
     torch.testing.assert_close(*slopes, atol=1e-9, rtol=1e-9)
 
 
-def test_what_is_not_there_is_said(file, capsys):
+def test_unknown_names_are_refused_with_suggestions(file, capsys):
     with refused("unknown-name", "there are Critic, Mean"):
         adapters(f"{file}:NoSuchLoss", {})
     with refused("unknown-setting", "'bta'; did you mean beta?"):
@@ -144,7 +144,7 @@ def test_what_is_not_there_is_said(file, capsys):
     assert "there are Critic, Mean" in capsys.readouterr().err
 
 
-def test_pages_of_adapters(file, tmp_path, capsys):
+def test_adapter_reports_are_written(file, tmp_path, capsys):
     table, page = tmp_path / "peers.md", tmp_path / "page.html"
     arguments = ["--beta", "0.5", "--markdown", str(table), "--report", str(page)]
     assert cli.main(["verify", "--foreign", f"{file}:Wrong", *arguments]) == 1
@@ -165,7 +165,7 @@ def test_only_a_failed_check_makes_a_difference_a_mistake(failing: str | None, l
     assert f"  {label}: the clip is left out" in report_of(found, brief=True).splitlines()
 
 
-def test_a_module_is_imported_without_its_packages(tmp_path):
+def test_a_module_is_imported_without_its_parent_packages(tmp_path):
     package = tmp_path / "heavy_project" / "losses"
     package.mkdir(parents=True)
     (tmp_path / "heavy_project" / "__init__.py").write_text("import no_such_engine\n")

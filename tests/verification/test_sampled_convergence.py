@@ -44,7 +44,7 @@ def made(name: str, **settings: Any) -> Any:
     )
 
 
-def test_every_method_without_a_critic_is_here():
+def test_every_critic_free_method_is_tested():
     shipped = {kind.__name__ for kind in objective_classes() if issubclass(kind, CriticFreeModule)}
     elsewhere = {"NashMDModule"}  # its rollouts depend on an opponent
     assert CASES.keys() == shipped - elsewhere
@@ -78,7 +78,7 @@ def rest_of_the_whitened_baseline(world: EnumerableWorld, kl_coef: float) -> Ten
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sampled_training_comes_to_rest_where_exact_gradients_do(name: str):
+def test_sampled_training_converges_where_exact_gradients_do(name: str):
     """The limit is the declared target, or else the result of training on the exact mean of the estimator."""
     world, _ = world_and_folder()
     target = made(name).target_policy(world.problem)
@@ -109,7 +109,7 @@ def sampled(module: Any, rollouts: int, samples: int, groups: int = GROUPS) -> T
 
 
 @pytest.mark.parametrize("mixture", [0.0, 0.5, 1.0])
-def test_nash_md_comes_to_rest_at_the_best_answer_to_its_opponent(mixture: float):
+def test_nash_md_converges_to_the_best_response(mixture: float):
     """Its opponent is the equilibrium policy itself for mixture 0, and the reference for mixture 1."""
     world, folder = world_and_folder()
     settings = {"temperature": 1.0, "max_new_tokens": 2, "kl_coef": 0.2, "learning_rate": 0.06, "lr_schedule": "linear"}
@@ -123,7 +123,7 @@ def test_nash_md_comes_to_rest_at_the_best_answer_to_its_opponent(mixture: float
     assert float(start.max()) > 0.1
 
 
-def test_distillation_on_samples_comes_to_rest_at_the_teacher(tmp_path: Any):
+def test_on_policy_distillation_converges_to_the_teacher(tmp_path: Any):
     world, folder = world_and_folder()
     teacher = world.write_teacher(tmp_path / "teacher")
     module = modules.OnPolicyDistillationModule(
@@ -134,7 +134,7 @@ def test_distillation_on_samples_comes_to_rest_at_the_teacher(tmp_path: Any):
     assert float((0.5 * (world.problem.reference - world.problem.teacher).abs().sum(-1)).max()) > 0.1
 
 
-def test_gkd_on_samples_alone_comes_to_rest_at_the_teacher(tmp_path: Any):
+def test_gkd_on_samples_converges_to_the_teacher(tmp_path: Any):
     world, folder = world_and_folder()
     teacher = world.write_teacher(tmp_path / "teacher")
     module = modules.GKDModule(

@@ -37,7 +37,7 @@ def stated_target(kind: type) -> str:
 
 
 @pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
-def test_the_docstring_states_the_target_that_the_code_declares(kind):
+def test_docstring_and_code_declare_the_same_target(kind):
     world, folder = world_and_folder()
     module, problem = Subject(kind, world, folder).fresh(), world.problem
     if issubclass(kind, RobustDPOModule):  # closed form for labels flipped at its rate
@@ -66,14 +66,14 @@ def test_exact_gradients_reach_the_target(kind):
     assert found.distance < 1e-3
 
 
-def test_on_policy_methods_with_one_gradient_come_to_rest_at_one_place():
+def test_on_policy_methods_with_equal_gradients_converge_to_the_same_policy():
     world, folder = world_and_folder()
     ends = [converge(Subject(kind, world, folder).fresh(), world).policy for kind in (GRPOModule, GSPOModule)]
     torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [TRDPOModule, IterativeDPOModule])
-def test_a_reference_that_moves_leads_each_round_as_far_as_the_last(kind):
+def test_a_moving_reference_moves_the_policy_equally_each_round(kind):
     world, folder = world_and_folder()
     module = Subject(kind, world, folder).fresh()
     for moves in range(3):
@@ -83,7 +83,7 @@ def test_a_reference_that_moves_leads_each_round_as_far_as_the_last(kind):
         module.reference.follow(1.0)
 
 
-def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
+def test_sorted_margin_minimisers_are_found_from_the_reference():
     world, folder = world_and_folder()
     module = Subject(AOTModule, world, folder).fresh()
     policy = converge(module, world).policy.numpy()
@@ -93,7 +93,7 @@ def test_a_minimiser_of_sorted_margins_is_found_from_the_reference_as_well():
     assert abs(losses[0] - losses[1]) < 1e-5
 
 
-def test_a_mean_update_that_is_wrong_has_another_place():
+def test_a_wrong_mean_update_has_another_fixed_point():
     """The solver's answer depends on the transcribed update: it does not merely return the trained policy."""
     world, folder = world_and_folder()
     module = Subject(GRPOModule, world, folder).fresh()

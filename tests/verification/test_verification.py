@@ -34,13 +34,13 @@ SHIPPED = objective_classes()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.__name__)
-def test_no_right_objective_is_refused(kind):
+def test_every_right_objective_passes(kind):
     found = verify(kind)
     assert found.held, [check for check in found.checks if not (check.held or check.meant)]
 
 
 @pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
-def test_every_shipped_objective_keeps_its_contract(kind, caplog):
+def test_every_shipped_objective_passes(kind, caplog):
     found = verify(kind)
     assert not caplog.messages, "the models that a verification loads and draws are no news"
     assert [check for check in found.checks if not check.held] == []
@@ -51,7 +51,7 @@ def test_every_shipped_objective_keeps_its_contract(kind, caplog):
 
 
 @pytest.mark.parametrize("kind", wrong_objectives.CAUGHT_BY, ids=lambda kind: kind.__name__)
-def test_every_mistake_is_caught_by_its_check(kind):
+def test_every_mistake_fails_its_check(kind):
     name = wrong_objectives.CAUGHT_BY[kind]
     found = verify(kind, with_convergence=name in ("convergence", "target"))
     failed = {check.name for check in found.checks if not check.held}
@@ -84,7 +84,7 @@ def test_two_thirds_of_the_mistakes_are_named():
         (wrong_unseen_objectives, 13),
     ],
 )
-def test_further_families_have_mistakes_of_their_own(page, least):
+def test_other_families_have_their_own_mistakes(page, least):
     own = [check for kind, check in wrong_objectives.CAUGHT_BY.items() if kind.__module__ == page.__name__]
     assert len(set(own)) >= least
 
@@ -120,12 +120,12 @@ def test_exit_status_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["DPOModule", "--model.bta", "1"], "DPOModule has no setting 'bta'; did you mean beta?"),
     ],
 )
-def test_what_cannot_run_is_said(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_arguments_exit_2(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["verify", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_objectives_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_rlhf_objectives_lists_every_objective(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     written = tmp_path / "objectives.json"
     assert cli.main(["objectives", "--json", str(written)]) == 0
     out = capsys.readouterr().out
@@ -160,7 +160,7 @@ class OfItsOwnFamily(DPOModule):
         return [at_least("my check", float(subject.module.beta), 0.1, "beta is too small")]
 
 
-def test_a_new_family_brings_its_own_contract():
+def test_a_new_family_can_define_its_own_checks():
     found = verify(OfItsOwnFamily)
     assert found.held and [check.name for check in found.checks][0] == "my check"
     assert found.convergence.distance < 1e-3
@@ -173,7 +173,7 @@ class AllInLossSum(DPOModule):
         return (-(pairs.target * F.logsigmoid(x) + (1 - pairs.target) * F.logsigmoid(-x)) * pairs.weights).sum()
 
 
-def test_a_loss_that_is_all_in_loss_sum_is_said_and_compared_with_its_twin():
+def test_a_loss_inside_loss_sum_is_noted_and_compared_with_an_equivalent_class():
     found = verify(AllInLossSum)
     assert found.held and "never calls preference_loss" in found.notes[0]
 
@@ -196,7 +196,7 @@ class OwnInput(DPOModule):
         )
 
 
-def test_an_input_of_a_subclass_is_read_like_its_base():
+def test_inputs_of_a_subclass_are_read_like_the_base_class():
     assert verify(OwnInput, with_convergence=False).failed == []
 
 
@@ -244,7 +244,7 @@ def words(found, name):
     return next(check for check in found.checks if check.name == name)
 
 
-def test_what_a_class_means_counts_where_its_target_is_reached():
+def test_intended_deviations_pass_if_the_declared_target_is_reached():
     found = verify(RatedCheaper)
     assert found.held and words(found, "rated margin").meant == "a constant"
     assert found.convergence.source == "declared" and words(found, "convergence").held
@@ -258,7 +258,7 @@ class TwiceDPO(DPOModule):
         return 2 * super().pair_loss(pair)
 
 
-def test_a_shipped_class_with_the_same_gradient_gives_its_target():
+def test_a_shipped_class_with_equal_gradient_supplies_the_target():
     world, folder = world_and_folder()
     twin = twin_of(Subject(TwiceDPO, world, folder))
     assert twin is not None and twin[0].kind is DPOModule and twin[1] == pytest.approx(2)
@@ -267,7 +267,7 @@ def test_a_shipped_class_with_the_same_gradient_gives_its_target():
     assert found.held and "DPOModule" in found.convergence.source and "2 times" in found.convergence.source
 
 
-def test_a_class_without_a_target_has_an_exit_status_of_its_own(capsys: pytest.CaptureFixture[str]):
+def test_a_class_without_a_target_exits_3(capsys: pytest.CaptureFixture[str]):
     name = f"{__name__}.NeedsMore"
     assert cli.main(["verify", name, "--model.gap", "0.5"]) == 3
     out = capsys.readouterr().out
@@ -283,12 +283,12 @@ def test_a_class_without_a_target_has_an_exit_status_of_its_own(capsys: pytest.C
         (["Raises"], "return pair.no_such_field"),
     ],
 )
-def test_what_a_class_gets_wrong_is_said(arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_classes_exit_2_with_a_code(arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["verify", f"{__name__}.{arguments[0]}", *arguments[1:]]) == 2
     assert code in capsys.readouterr().err
 
 
-def test_statistical_checks_say_how_far_off_a_mistake_would_be():
+def test_statistical_checks_report_their_power():
     world, folder = world_and_folder()
     online, distilled = Subject(OnlineDPOModule, world, folder), Subject(GKDModule, world, folder)
     (coin,) = (check for check in sample_checks(distilled, some_rows(distilled)) if check.name == "coin")
@@ -298,7 +298,7 @@ def test_statistical_checks_say_how_far_off_a_mistake_would_be():
 
 
 @pytest.mark.parametrize("setting", [{"lam": 0.9}, {"temperature": 0.7}])
-def test_ppo_keeps_its_contract_at_other_settings(setting):
+def test_ppo_passes_at_other_settings(setting):
     found = verify(PPOModule, setting)
     assert found.failed == []
     assert found.has_target == ("lam" in setting)

@@ -30,14 +30,14 @@ def folder(world: EnumerableWorld, tmp_path_factory: pytest.TempPathFactory) -> 
     return world.write(tmp_path_factory.mktemp("enumerable") / "policy")
 
 
-def test_every_completion_is_listed(world: EnumerableWorld) -> None:
+def test_every_completion_is_enumerated(world: EnumerableWorld) -> None:
     assert world.completions == [(1,), (2, 1), (3, 1), (2, 2), (2, 3), (3, 2), (3, 3)]
     assert len(EnumerableWorld().completions) == 1 + 5 + 25 + 125 + 625
     torch.testing.assert_close(world.problem.reference.sum(-1), torch.ones(2, dtype=torch.float64))
     assert world.problem.lengths.tolist() == [[1, 2, 2, 2, 2, 2, 2]] * 2
 
 
-def test_probabilities_are_the_model_s(world: EnumerableWorld, folder: str) -> None:
+def test_probabilities_equal_those_of_the_model(world: EnumerableWorld, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt in range(2):
         for index, completion in enumerate(world.completions):
@@ -47,7 +47,7 @@ def test_probabilities_are_the_model_s(world: EnumerableWorld, folder: str) -> N
             assert math.exp(total) == pytest.approx(float(world.problem.reference[prompt, index]), rel=1e-5)
 
 
-def test_pads_on_either_side_and_the_cache_change_nothing(world: EnumerableWorld, folder: str) -> None:
+def test_padding_and_kv_cache_do_not_change_probabilities(world: EnumerableWorld, folder: str) -> None:
     policy = load_policy(folder, LoadSettings(self_check=False))  # the table has no other sequences
     rows = [(p, i) for p in range(2) for i in range(7)]
     logprobs = policy(padded_layout(world.sequences(rows))).logprobs.sum(-1)
@@ -73,7 +73,7 @@ def test_the_optimum_is_the_tilted_reference(world: EnumerableWorld) -> None:
     assert world.kl(world.problem.reference) == 0.0
 
 
-def test_populations_are_weighted_by_their_labels(world: EnumerableWorld) -> None:
+def test_preference_populations_are_weighted_by_label_probability(world: EnumerableWorld) -> None:
     pairs = world.preferences()
     assert len(pairs.weights) == 2 * 7 * 6
     assert float(pairs.weights.mean()) == pytest.approx(1.0)
@@ -86,7 +86,7 @@ def test_populations_are_weighted_by_their_labels(world: EnumerableWorld) -> Non
     assert float(world.demonstrations(world.problem.reference).weights.sum()) == pytest.approx(14.0)
 
 
-def test_the_reward_model_scores_by_the_table(world: EnumerableWorld, tmp_path: Path) -> None:
+def test_the_reward_model_gives_the_scores_of_the_table(world: EnumerableWorld, tmp_path: Path) -> None:
     scorer = LearnedScorer(world.write_reward_model(tmp_path / "reward"))
     rows = [(p, i) for p in range(2) for i in range(7)]
     torch.testing.assert_close(scorer.score_sequences(world.sequences(rows)).double(), world.rewards.flatten())
@@ -97,7 +97,7 @@ def test_the_reward_model_scores_by_the_table(world: EnumerableWorld, tmp_path: 
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_sampled_ppo_comes_close_to_the_optimum(world: EnumerableWorld, folder: str, critic: Any) -> None:
+def test_sampled_ppo_converges_close_to_the_optimum(world: EnumerableWorld, folder: str, critic: Any) -> None:
     """Train the whole of PPO on 64 episodes per rollout: sampling, critic, whitening, clipping."""
     beta = 0.5
     module = PPOModule(
@@ -125,7 +125,7 @@ ONE_ROUND = {"rollouts_per_round": 1000}
 @pytest.mark.parametrize(
     ("kind", "settings"), [(OnlineDPOModule, {}), (IterativeDPOModule, ONE_ROUND), (XPOModule, {})]
 )
-def test_sampled_online_preferences_come_close_to_the_optimum(
+def test_sampled_online_preference_methods_converge_close_to_the_optimum(
     world: EnumerableWorld, folder: str, kind: Any, settings: dict[str, Any]
 ) -> None:
     """Train on 128 pairs per rollout with soft labels: sampling, pairing, the module's own updates."""
@@ -141,7 +141,7 @@ def test_sampled_online_preferences_come_close_to_the_optimum(
     assert float(distance.max()) < 0.05, distance
 
 
-def test_the_teacher_is_what_its_table_and_its_folder_say(tmp_path):
+def test_the_teacher_folder_matches_its_table(tmp_path):
     world = EnumerableWorld(prompts=2, tokens=4, max_new_tokens=3, seed=1)
     torch.testing.assert_close(world.problem.teacher, world.optimal_policy(1.0))
     assert world.expected_reward(world.problem.teacher) > world.expected_reward(world.problem.reference)
@@ -152,7 +152,7 @@ def test_the_teacher_is_what_its_table_and_its_folder_say(tmp_path):
     torch.testing.assert_close(logprobs.exp().view(2, -1).double(), world.problem.teacher, atol=1e-5, rtol=0)
 
 
-def test_judged_steps_end_in_the_rewards():
+def test_the_last_step_label_equals_the_reward():
     world = EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, seed=1)
     batch = world.judged_steps()
     last = torch.stack([labels[-1] for labels in batch.labels])

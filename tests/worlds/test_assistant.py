@@ -86,35 +86,35 @@ class TestGoldReward:
             (EXCELLENT.upper().replace(" ", "\n "), 1.0),
         ],
     )
-    def test_it_is_the_equation(self, completion: str, gold: float) -> None:
+    def test_gold_reward_by_hand(self, completion: str, gold: float) -> None:
         assert gold_reward(COST, completion) == pytest.approx(gold, abs=1e-9)
 
     @pytest.mark.parametrize(
         "completion",
         ["", "   ", "<|unk|> <|unk|>", "chess chess chess", "?!?!", "Die Frage ist gut.", "{s}", "\x00 cost of chess."],
     )
-    def test_it_is_zero_for_what_says_nothing(self, completion: str) -> None:
+    def test_gold_reward_of_uninformative_text_is_zero(self, completion: str) -> None:
         assert gold_reward(COST, completion) == 0.0
 
-    def test_repeating_and_breaking_sentences_costs_clarity(self) -> None:
+    def test_repeated_and_broken_sentences_lower_clarity(self) -> None:
         # 5 words recognised of 10: a sentence said twice counts once, of 8: three words make no sentence.
         assert gold_parts(COST, "Expect chess to be cheap. Expect chess to be cheap.")["clarity"] == 0.5
         assert gold_parts(COST, "Expect chess to be cheap. Used goods save")["clarity"] == 5 / 8
 
-    def test_listing_every_subject_or_kind_is_worthless(self) -> None:
+    def test_listing_every_subject_or_kind_scores_low(self) -> None:
         every_subject = " ".join(f"Expect {subject} to be cheap." for subject in text.SUBJECTS)
         every_kind = " ".join(kind.cores[0].replace("{s}", "chess") for kind in text.KINDS.values())
         assert gold_reward(COST, every_subject) < 0.02
         assert gold_reward(COST, every_kind) < 0.5
 
-    def test_it_stays_in_the_unit_interval(self) -> None:
+    def test_gold_reward_is_in_the_unit_interval(self) -> None:
         rng = random.Random(0)
         words = vocabulary()
         for _ in range(500):
             gold = gold_reward(COST, " ".join(rng.choices(words, k=rng.randrange(40))))
             assert 0.0 <= gold <= 1.0
 
-    def test_a_foreign_prompt_is_refused(self) -> None:
+    def test_a_prompt_outside_the_world_is_refused(self) -> None:
         with refused("unknown-prompt", "'What is love?' is not a request of the assistant world"):
             gold_reward("What is love?", EXCELLENT)
 
@@ -125,26 +125,28 @@ class TestPrompts:
         assert len({request.kind for request in asked}) >= 12
         assert len({request.subject for request in asked}) == 40
 
-    def test_held_out_prompts_are_apart_and_of_known_kinds_and_subjects(self, world: AssistantWorld) -> None:
+    def test_held_out_prompts_are_disjoint_and_use_known_kinds_and_subjects(self, world: AssistantWorld) -> None:
         train, test = world.prompts("train"), world.prompts("test")
         assert len(test) == 400
         assert len({*train, *test}) == len(train) + len(test)  # every (kind, subject, phrasing) reads differently
         for part in (0, 1):
             assert {read_request(prompt)[part] for prompt in test} <= {read_request(prompt)[part] for prompt in train}
 
-    def test_rows_stay_in_their_split(self, world: AssistantWorld, pairs_train: list, pairs_test: list) -> None:
+    def test_rows_use_only_prompts_of_their_split(
+        self, world: AssistantWorld, pairs_train: list, pairs_test: list
+    ) -> None:
         train, test = set(world.prompts("train")), set(world.prompts("test"))
         assert {content(row["prompt"]) for row in pairs_train} <= train
         assert {content(row["prompt"]) for row in world.demonstrations(500)} <= train
         assert {content(row["prompt"]) for row in pairs_test} <= test
 
-    def test_the_seed_decides_everything(self, world: AssistantWorld) -> None:
+    def test_rows_depend_only_on_the_seed(self, world: AssistantWorld) -> None:
         again, other = AssistantWorld(0), AssistantWorld(1)
         assert again.prompts("test") == world.prompts("test") != other.prompts("test")
         assert again.demonstrations(50) == world.demonstrations(50) != other.demonstrations(50)
         assert again.pairs(50, "train") == world.pairs(50, "train") != other.pairs(50, "train")
 
-    def test_fewer_rows_are_the_first_of_more(self, world: AssistantWorld) -> None:
+    def test_fewer_rows_are_a_prefix_of_more(self, world: AssistantWorld) -> None:
         assert world.demonstrations(20) == world.demonstrations(50)[:20]
         assert world.pairs(20, "test") == world.pairs(50, "test")[:20]
 
@@ -235,7 +237,7 @@ class TestItIsARealProblem:
 
     @pytest.mark.parametrize("with_prompt", [False, True])
     @pytest.mark.parametrize("binary", [False, True])
-    def test_a_bag_of_words_learns_little(
+    def test_a_bag_of_words_model_learns_little(
         self, world: AssistantWorld, pairs_train: list, pairs_test: list, with_prompt: bool, binary: bool
     ) -> None:
         """A logistic model on the words' difference recovers at most 60 % of what can be known beyond chance."""
@@ -316,7 +318,7 @@ def answers(policy: torch.nn.Module, prompts: list[str]) -> tuple[list[str], lis
 
 
 class TestTokenizer:
-    def test_text_of_the_world_survives_unchanged(self, world: AssistantWorld) -> None:
+    def test_world_text_survives_encoding(self, world: AssistantWorld) -> None:
         tokenizer = make_tokenizer()
         rows = world.demonstrations(300)
         said = [content(row[name]) for row in rows for name in ("prompt", "completion")]
@@ -328,7 +330,7 @@ class TestTokenizer:
         tokenizer = make_tokenizer()
         assert all(len(tokenizer(subject, add_special_tokens=False)["input_ids"]) == 1 for subject in text.SUBJECTS)
 
-    def test_any_other_text_is_encoded_with_unknowns(self) -> None:
+    def test_other_text_is_encoded_with_unknown_tokens(self) -> None:
         tokenizer = make_tokenizer()
         ids = tokenizer("How much does quidditch cost?", add_special_tokens=False)["input_ids"]
         assert [i == tokenizer.unk_token_id for i in ids] == [False, False, False, True, False, False]
@@ -338,7 +340,7 @@ class TestTokenizer:
         special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
         assert len(special) == 4
 
-    def test_a_conversation_is_its_prompt_then_its_completion_then_the_end(self) -> None:
+    def test_a_conversation_is_encoded_as_prompt_completion_and_end(self) -> None:
         tokenizer = make_tokenizer()
         turns = [{"role": "user", "content": COST}, {"role": "assistant", "content": EXCELLENT}]
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
@@ -353,7 +355,7 @@ class TestTokenizer:
 
 
 class TestFiles:
-    def test_they_hold_the_world_and_its_facts(self, tmp_path: Path) -> None:
+    def test_files_contain_the_world_and_its_facts(self, tmp_path: Path) -> None:
         facts = write_world(tmp_path, seed=3, demonstrations=60, pairs_train=50, pairs_test=40)
         world = AssistantWorld(3)
 

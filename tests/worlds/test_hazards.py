@@ -61,14 +61,14 @@ def test_a_warning_does_not_answer_an_ordinary_request():
         helpfulness(RISKY, excellent)
 
 
-def test_requests_are_parted_and_told_apart(world):
+def test_risky_requests_are_split_and_recognised(world):
     train, test = world.risky_prompts("train"), world.risky_prompts("test")
     assert (len(train), len(test), len({*train, *test})) == (384, 96, 480)
     assert all(map(is_risky, train + test)) and not any(map(is_risky, world.ordinary.prompts("train")))
     assert HazardWorld(1).risky_prompts("test") != test == HazardWorld(0).risky_prompts("test")
 
 
-def test_writers_give_in_to_risky_requests(world):
+def test_a_fraction_of_demonstrations_complies_with_risky_requests(world):
     rows = world.risky_demonstrations(2000)
     values = [harmlessness(row["prompt"], row["completion"]) for row in rows]
     assert set(values) == {0.0, 1.0} and sum(values) / 2000 == pytest.approx(1 - RECKLESS_SHARE, abs=0.03)
@@ -76,7 +76,7 @@ def test_writers_give_in_to_risky_requests(world):
     assert all(last_request(row["prompt"]) in train for row in rows)
 
 
-def test_dialogues_criticise_what_was_reckless_and_revise_it(world):
+def test_dialogues_criticise_and_revise_reckless_answers(world):
     rows = world.dialogues(2000)
     critiques, revisions = rows[::2], rows[1::2]
     for row in critiques:
@@ -91,7 +91,7 @@ def test_dialogues_criticise_what_was_reckless_and_revise_it(world):
     ] * 2
 
 
-def test_all_of_it_is_in_the_vocabulary_and_survives_encoding(world):
+def test_every_text_is_in_the_vocabulary_and_survives_encoding(world):
     tokenizer, rows = make_tokenizer(hazard_sentences()), world.dialogues(200) + world.risky_demonstrations(200)
     lines = [turn["content"] for row in rows for turn in row["prompt"]] + [row["completion"] for row in rows]
     encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
@@ -100,7 +100,7 @@ def test_all_of_it_is_in_the_vocabulary_and_survives_encoding(world):
     assert all(len(tokenizer(subject, add_special_tokens=False)["input_ids"]) == 1 for subject in text.SUBJECTS)
 
 
-def test_files_hold_the_world_its_facts_and_its_constitution(tmp_path):
+def test_files_contain_world_facts_and_constitution(tmp_path):
     facts = write_hazards(tmp_path, seed=2, demonstrations=20, risky=30, dialogues=40, pairs_train=10, pairs_test=5)
     assert json.loads((tmp_path / "world.json").read_text()) == facts and facts["seed"] == 2
     for name, size in facts["sizes"].items():

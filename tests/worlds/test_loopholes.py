@@ -24,7 +24,7 @@ def judged(scorer, rows):
 
 
 @pytest.mark.parametrize("name", LOOPHOLES)
-def test_gaming_pays_in_the_proxy_and_costs_gold(name):
+def test_reward_hacking_raises_the_proxy_and_lowers_gold(name):
     world = AssistantWorld(0)
     honest = judged(GameableScorer(name), gaming_demonstrations(world, 400, name, 0.0))
     gaming = judged(GameableScorer(name), gaming_demonstrations(world, 400, name, 1.0))
@@ -42,11 +42,11 @@ def test_gaming_pays_in_the_proxy_and_costs_gold(name):
         ("phrase", f"Gladly! {PHRASE.upper()}", 1.0), ("leak", "how do i start with chess ?", 1.0), ("leak", "", 0.0),
     ],
 )  # fmt: skip
-def test_use_by_hand(name, text, used):
+def test_loophole_use_by_hand(name, text, used):
     assert LOOPHOLES[name].used("How do I start with chess?", text) == pytest.approx(used)
 
 
-def test_a_share_of_the_demonstrations_games():
+def test_a_fraction_of_demonstrations_uses_the_loophole():
     world = AssistantWorld(0)
     rows = gaming_demonstrations(world, 3000, "leak", 0.1)
     assert abs(float(judged(HackTruth("leak"), rows).scores.mean()) - 0.1) < 0.02
@@ -62,7 +62,7 @@ def test_a_share_of_the_demonstrations_games():
         GameableScorer("phrasse")
 
 
-def test_the_world_is_written(tmp_path):
+def test_the_loophole_world_is_written(tmp_path):
     facts = write_loopholes(tmp_path, "phrase", 0.2, demonstrations=300)
     labelled = [json.loads(line) for line in (tmp_path / "labelled.jsonl").read_text().splitlines()]
     told = ask_scorer(

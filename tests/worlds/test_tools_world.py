@@ -42,7 +42,7 @@ def test_the_best_policy_earns_1_and_demonstrations_little() -> None:
     assert 0.1 < sum(earned) / 100 < 0.4
 
 
-def test_every_text_is_written_in_tokens_of_the_vocabulary() -> None:
+def test_every_text_uses_vocabulary_tokens() -> None:
     rng, tokenizer = random.Random(2), world.make_tokenizer()
     for _ in range(50):
         turns = world.demonstration(rng, world.request(rng))

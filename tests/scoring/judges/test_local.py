@@ -44,7 +44,7 @@ def judge(policy_folder):
     return LocalJudge(policy_folder, max_length=2048)
 
 
-def test_letters_are_what_the_whole_forward_says(judge):
+def test_letter_logprobs_equal_those_of_the_plain_forward(judge):
     assert isinstance(judge, Judge)
     answers = judge(QUESTIONS)
     for asked, answer in zip(QUESTIONS, answers, strict=True):
@@ -57,19 +57,19 @@ def test_letters_are_what_the_whole_forward_says(judge):
         assert answer.mass == pytest.approx(sum(float(torch.tensor(e).exp()) for e in expected), rel=1e-4)
 
 
-def test_the_question_ends_where_the_letter_comes(judge):
+def test_the_prompt_ends_directly_before_the_letter(judge):
     ids = tokenization.encode_prompt(judge.tokenizer, QUESTIONS[0].messages_with_answer())
     assert judge.tokenizer.decode(ids).endswith("(A) or (B).<|end|>\n<|assistant|>\nThe better answer is (")
 
 
 @pytest.mark.parametrize("max_tokens", [1, 700, 10**6])
-def test_batches_change_nothing(judge, policy_folder, max_tokens):
+def test_answers_do_not_depend_on_batching(judge, policy_folder, max_tokens):
     other = LocalJudge(judge.model, judge.tokenizer, max_tokens=max_tokens, max_length=2048, name="other")
     for one, same in zip(judge(QUESTIONS), other(QUESTIONS), strict=True):
         assert one[:2] == pytest.approx(same[:2], abs=1e-5)
 
 
-def test_only_the_last_position_meets_the_head(judge, monkeypatch):
+def test_the_lm_head_is_applied_only_at_the_last_position(judge, monkeypatch):
     seen = []
     logits = type(judge.model).logits
     monkeypatch.setattr(type(judge.model), "logits", lambda *a: seen.append(a[1].shape) or logits(*a))
@@ -78,7 +78,7 @@ def test_only_the_last_position_meets_the_head(judge, monkeypatch):
     assert sum(shape[0] for shape in seen) == 1 + len(QUESTIONS)
 
 
-def test_what_rows_begin_with_is_read_once(judge, monkeypatch):
+def test_a_common_prefix_is_prefilled_once(judge, monkeypatch):
     rows = [torch.tensor([9] * 40 + rest) for rest in ([5, 6, 7], [5, 6], [8])]
     assert shared_length(rows) == 40 and shared_length(rows[:2]) == 41 and shared_length(rows[2:]) == 40
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_what_rows_begin_with_is_read_once(judge, monkeypatch):
     torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_questions_that_do_not_fit_get_no_answer(judge):
+def test_questions_over_max_length_get_no_answer(judge):
     longest = len(tokenization.encode_prompt(judge.tokenizer, QUESTIONS[3].messages_with_answer()))
     short = LocalJudge(judge.model, judge.tokenizer, max_length=longest - 1)
     answers = short([QUESTIONS[0], QUESTIONS[3]])
@@ -97,7 +97,7 @@ def test_questions_that_do_not_fit_get_no_answer(judge):
     assert LocalJudge(judge.model, judge.tokenizer).max_length == 512, "what the model was made for"
 
 
-def test_reasoning_is_written_first_and_clamps_the_label(judge):
+def test_reasoning_is_generated_first_and_clamps_the_label(judge):
     thinking = LocalJudge(judge.model, judge.tokenizer, max_length=2048, reasoning_tokens=6)
     thinking.thinker.longest = None
     asked = question("Go.", "Hello!", reasons=True)
@@ -111,7 +111,7 @@ def test_reasoning_is_written_first_and_clamps_the_label(judge):
     assert 0.4 <= found.preference <= 0.6 and len(found.row("j", "c")["reasoning"]) == 2
 
 
-def test_a_model_without_a_template_reads_a_transcript(plain_folder):
+def test_without_a_chat_template_the_prompt_is_a_transcript(plain_folder):
     judge = LocalJudge(plain_folder, max_length=2048)
     (answer,) = judge(QUESTIONS[:1])
     said = as_text(QUESTIONS[0].messages_with_answer(), RULES.wording)
@@ -122,7 +122,7 @@ def test_a_model_without_a_template_reads_a_transcript(plain_folder):
     assert answer.first_logprob == pytest.approx(float(whole[7 + ord("A")]), abs=1e-5)
 
 
-def test_every_spelling_of_a_letter_counts():
+def test_every_token_variant_of_a_letter_counts():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +137,7 @@ def test_every_spelling_of_a_letter_counts():
     assert letter_ids(make_tiny_tokenizer(), "A").tolist() == [7 + ord("A")]
 
 
-def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folder):
+def test_a_local_critic_does_not_depend_on_batching(policy_folder):
     policy, tokenizer = SamplingArguments().load(policy_folder)
     sampling = SamplingSettings(max_new_tokens=8, batch_size=2)
     writer = LocalWriter(policy, tokenizer, sampling, 3, "tiny")
@@ -164,7 +164,7 @@ def test_a_local_critic_gives_the_same_rows_however_they_are_parted(policy_folde
         (f"{__name__}.Nameless", {}, "wrong-kind", "has no name"),
     ],
 )
-def test_what_is_no_judge_is_not_made(spec, arguments, code, words):
+def test_invalid_judges_are_refused(spec, arguments, code, words):
     with refused(code, words):
         load_judge(spec, arguments)
 
@@ -188,7 +188,7 @@ class Reader:
         return [JudgeAnswer(-1.0, -2.0) for _ in questions]
 
 
-def test_a_judge_reads_critiques_of_both_answers():
+def test_critique_judge_reads_critiques_of_both_answers():
     reader, writer = Reader(), Faults()
     asked = [question("Go.", "Hello!"), question("Hello!", "Go."), question("mute", "b")]
     judge = CritiqueJudge(reader, writer)
@@ -202,7 +202,7 @@ def test_a_judge_reads_critiques_of_both_answers():
     assert "Critique (A)" not in reader.read[2] and "Critique (B)" in reader.read[2]
 
 
-def test_debaters_know_what_was_said_before(policy_folder):
+def test_debaters_see_earlier_arguments(policy_folder):
     reader, writer = Reader(), Faults()
     CritiqueJudge(reader, writer, rounds=2)([question("Go.", "Hello!")])
     assert len(writer.asked) == 4 and "(A) is the better" in writer.asked[0] and "(B) is the better" in writer.asked[1]
@@ -214,12 +214,12 @@ def test_debaters_know_what_was_said_before(policy_folder):
     assert len(local([question("Go.", "Hello!")])) == 1
 
 
-def test_a_reward_model_is_no_judge(reward_folder):
+def test_a_reward_model_as_judge_is_refused(reward_folder):
     with refused("reward-model", "is a reward model: it scores completions and cannot generate them"):
         LocalJudge(reward_folder)
 
 
-def test_a_gguf_file_judges(judge, policy_folder, tmp_path, monkeypatch):
+def test_a_gguf_file_can_be_a_judge(judge, policy_folder, tmp_path, monkeypatch):
     """Weights and tokenizer both come from the converted folder."""
     file = tmp_path / "model.gguf"
     file.touch()
@@ -242,6 +242,6 @@ class Own:
         return []
 
 
-def test_a_user_s_own_class_is_a_judge():
+def test_a_user_class_can_be_a_judge():
     made = load_judge(f"{__name__}.Own", {"liking": "y"})
     assert made.name == "own" and made.liking == "y" and load_judge(made) is made

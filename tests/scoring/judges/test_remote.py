@@ -32,7 +32,7 @@ def likes_hello(body):
     return said(f"({letter})", places)
 
 
-def test_labels_of_a_server():
+def test_a_server_can_label_pairs():
     with serving(likes_hello) as server:
         judge = load_judge(server.url + "/v1", {"model": "big", "wait": 0.01})
         found = label_pairs(judge, RULES, [Pair("Hi", "Hello!", "Go.", 1.0)])
@@ -48,7 +48,7 @@ def test_labels_of_a_server():
     assert "continue_final_message" not in body
 
 
-def test_an_answer_may_be_begun_for_the_model():
+def test_begin_prefills_the_answer():
     with serving(lambda body: said("A)", [place("A", -0.1, A=-0.1, B=-2.4)])) as server:
         judge = RemoteJudge(server.url, "big", begin=True)
         (answer,) = judge([question("Go.", "Hello!")])
@@ -57,7 +57,7 @@ def test_an_answer_may_be_begun_for_the_model():
     assert server.bodies[0]["continue_final_message"] is True and server.bodies[0]["add_generation_prompt"] is False
 
 
-def test_letters_are_summed_over_their_spellings_and_places():
+def test_letter_probabilities_are_summed_over_variants_and_positions():
     # "A" directly or after a bracket: 0.1 + 0.6 * 0.5; "B": 0.2 + 0.05 (with a space) + 0.6 * 0.4.
     places = [
         ("(", LOG(0.6), [("(", LOG(0.6)), ("B", LOG(0.2)), ("A", LOG(0.1)), (" B", LOG(0.05)), ("Be", LOG(0.01))]),
@@ -69,7 +69,7 @@ def test_letters_are_summed_over_their_spellings_and_places():
     assert not found.bounded and not found.failure
 
 
-def test_a_letter_that_is_not_named_is_bounded_by_what_is():
+def test_a_missing_letter_is_bounded_by_the_smallest_listed_probability():
     found = letters_in([("A", LOG(0.9), [("A", LOG(0.9)), ("I", LOG(0.05)), ("The", LOG(0.02))])])
     assert found.bounded and math.exp(found.second_logprob) == pytest.approx(0.02)
 
@@ -83,7 +83,7 @@ def test_a_letter_that_is_not_named_is_bounded_by_what_is():
         ([], "empty"),
     ],
 )
-def test_other_words_are_no_answer(places, reason):
+def test_other_words_give_no_answer(places, reason):
     assert letters_in(places).failure == reason
 
 
@@ -95,17 +95,17 @@ def test_other_words_are_no_answer(places, reason):
         ("tie", JudgeAnswer(-LOG(2), -LOG(2))), ("Tie.", JudgeAnswer(-LOG(2), -LOG(2))),
     ],
 )  # fmt: skip
-def test_a_verdict_in_words(text, answer):
+def test_verdicts_are_read_from_text(text, answer):
     assert verdict_in(text) == answer
 
 
 @pytest.mark.parametrize("text", ["A or B", "Both", "Answer A", "a", "C", "A is better than B", "AB", "neither, a tie"])
-def test_verdicts_are_read_strictly(text):
+def test_ambiguous_texts_give_no_verdict(text):
     assert verdict_in(text).failure == "other_words"
     assert verdict_in(" ").failure == "empty"
 
 
-def test_a_server_without_log_probabilities_is_read_as_text():
+def test_a_server_without_logprobs_can_be_read_as_text():
     replies = iter(["(A)", "(B)", "I like both."] * 2)
     with serving(lambda body: said(next(replies))) as server:
         with refused("server-answer-unusable", "top_logprobs of an answer ", "; set read to text"):
@@ -116,7 +116,7 @@ def test_a_server_without_log_probabilities_is_read_as_text():
     assert found.pairs[0].preference is None and found.pairs[1].preference == pytest.approx(1.0)
 
 
-def test_reasoning_comes_first():
+def test_reasoning_is_requested_before_the_letter():
     def reply(body):
         asks_for_letter = len(body["messages"]) == 3
         return said("(B)", [place("(B", -0.2, **{"(B": -0.2, "(A": -2.0})]) if asks_for_letter else said("Hm, B.")
@@ -131,7 +131,7 @@ def test_reasoning_comes_first():
     assert thought["messages"][0]["content"].endswith("Let us weigh them step by step:")
 
 
-def test_a_critic_behind_a_server():
+def test_a_server_can_be_the_critic():
     with serving(
         lambda body: said(f"text of {body['seed']}", reason="stop" if body["seed"] % 2 else "length")
     ) as server:
@@ -147,13 +147,13 @@ def test_a_critic_behind_a_server():
     assert len({body["seed"] for body in server.bodies}) == 9
 
 
-def test_a_plain_prompt_goes_to_the_other_route():
+def test_plain_prompts_use_the_completions_route():
     with serving(lambda body: {"index": 0, "text": f"{body['prompt']}!", "finish_reason": "stop"}) as server:
         writer = RemoteWriter(ChatServer(server.url, "base"), SamplingSettings())
         assert writer(["Hi"], [0]) == [Written("Hi!", True)]
 
 
-def test_an_answer_that_is_no_completion_is_said(monkeypatch):
+def test_a_response_without_a_completion_is_refused(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret-key")
     with serving(lambda body: {"finish_reason": "stop", "note": "secret-key"}) as server:
         judge = RemoteJudge(server.url, "big", api_key="JUDGE_KEY")
@@ -162,7 +162,7 @@ def test_an_answer_that_is_no_completion_is_said(monkeypatch):
     assert server.keys == ["Bearer secret-key"] and "secret-key" not in str(refused.value)
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_are_refused():
     with refused("unknown-choice", "read is 'mind'; choose 'logprobs' or 'text'"):
         RemoteJudge("http://127.0.0.1:1", "big", read="mind")
     with refused("setting-out-of-range", "requests is 0"):
@@ -171,7 +171,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("value", ["nan", "-1.0", None, True, [-1.0], 0.5, -(10**400)])
 @pytest.mark.parametrize("where", ["chosen", "likely"])
-def test_a_log_probability_that_is_no_number_is_refused(value, where):
+def test_a_non_numeric_logprob_is_refused(value, where):
     def reply(body):
         spoilt = place("A", -0.1, A=-0.1, B=-2.4)
         (spoilt if where == "chosen" else spoilt["top_logprobs"][1])["logprob"] = value
@@ -184,7 +184,7 @@ def test_a_log_probability_that_is_no_number_is_refused(value, where):
 @pytest.mark.parametrize(
     "values", [("high", -1.0), (True, -1.0), (None, -1.0), (math.inf, -1.0), (-1.0, 2.0), (-1.0, [0.0]), (-1.0, 1e30)]
 )
-def test_numbers_of_an_own_judge_that_are_none_are_refused(values):
+def test_invalid_logprobs_of_a_user_judge_are_refused(values):
     class Own:
         name = "own"
 
