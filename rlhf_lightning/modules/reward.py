@@ -52,7 +52,7 @@ from rlhf_lightning.types import (
 class RewardModule(OfflineModule):
     r"""Bradley-Terry reward model: score differences are the log-odds of a human's preference.
 
-    For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-(d - m)) with d = score(chosen) - score(rejected). p
+    For a pair, loss = -p log sigmoid(d - m) - (1 - p) log sigmoid(-d - m) with d = score(chosen) - score(rejected). p
     is the probability that chosen is better (1 for a plain label) and m the rated margin (Bradley-Terry; Stiennon et
     al. 2009.01325; margins of Llama 2, 2307.09288). The loss of a ranked list is the mean over its untied pairs, with
     one forward pass per completion (InstructGPT, 2203.02155, Eq. 1). Equal scores give log 2. The score is a linear
