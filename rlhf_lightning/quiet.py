@@ -86,14 +86,16 @@ def silence_libraries() -> None:
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence warnings, and messages about models that are drawn or loaded: verification makes hundreds of them."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _ignore_event_writer(failure: threading.ExceptHookArgs) -> None:
