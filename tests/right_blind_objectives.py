@@ -6,6 +6,7 @@ from right_objectives import right
 
 from rlhf_lightning.functional.policy_gradient import (
     generalized_advantages,
+    group_mean_advantages,
     leave_one_out_advantages,
     over_tokens,
 )
@@ -23,6 +24,7 @@ from rlhf_lightning.modules import (
     PPOModule,
     ProcessRewardModule,
     RewardModule,
+    RLOOModule,
     SFTModule,
 )
 from rlhf_lightning.modules.dpo import normalised
@@ -335,3 +337,44 @@ class ProbeGated(Probed):
 
     def weight(self, lead):
         return lead.sigmoid()
+
+
+@right
+class DrawsOfK(CriticFreeModule):
+    """Pass@k (2508.10751): a completion gets the chance that k draws which contain it hold a right one."""
+
+    no_target = "the chance of one right completion of k is maximised"
+
+    def __init__(self, scorer, k: int = 2, kl_coef: float = 0.0, **kwargs):
+        super().__init__(scorer=scorer, kl_coef=kl_coef, **kwargs)
+        self.k = k
+
+    def episode_advantages(self, rewards, rollout):
+        wrong, group = (rewards <= 0).to(rewards), rollout.group
+        none = torch.zeros(int(group.max()) + 1).to(rewards)
+        count, failures = (none.index_add(0, group, one)[group] for one in (1.0 - rewards.isnan().to(rewards), wrong))
+        missed = wrong
+        for draw in range(1, self.k):
+            missed = missed * (failures - draw).clamp(min=0) / (count - draw).clamp(min=1)
+        return group_mean_advantages(torch.where(rewards.isnan(), rewards, -missed), group)
+
+
+@right
+class RatedGap(DPOModule):
+    """Offline REBEL (2404.16767): the implicit reward margin is regressed on the rated strength of the preference."""
+
+    no_target = "ratings of different pairs need not be consistent"
+
+    def pair_loss(self, pair):
+        return (self.reward_margin(pair) - pair.rated_margin).square()
+
+
+@right
+class BoundedScore(RLOOModule):
+    """PAR (2502.18770): the reward is a sigmoid of the score; the class declares the optimum of these rewards."""
+
+    def shape_rewards(self, rollout):
+        return super().shape_rewards(rollout._replace(scores=rollout.scores.sigmoid()))
+
+    def target_policy(self, problem):
+        return torch.softmax(problem.reference.log() + problem.rewards.sigmoid() / self.kl_coef, -1)

@@ -5,16 +5,20 @@ import torch.nn.functional as F
 from functional.pair_losses import dpo_loss
 from wrong_objectives import caught_by
 
+from rlhf_lightning.functional.policy_gradient import group_deviation, group_mean_advantages
 from rlhf_lightning.functional.ranking import mean_by_group, ranked_pairs_loss, untied_pairs
 from rlhf_lightning.modules import (
     CriticFreeModule,
     DAPOModule,
     DPOModule,
     DrGRPOModule,
+    ForwardKLDPOModule,
     GKDModule,
     GRPOModule,
+    GSPOModule,
     KTOModule,
     LengthNormalizedDPOModule,
+    PlackettLuceModule,
     PPOModule,
     ProcessRewardModule,
     RewardModule,
@@ -273,3 +277,56 @@ class ClippedAbove(GRPOModule):
     def objective(self, ratio, logprobs):
         clipped = ratio.clamp(max=1 + (self.clip_high or self.clip))
         return torch.maximum(-logprobs.advantages * ratio, -logprobs.advantages * clipped)
+
+
+# -- kinds that a sixth set of strangers' classes showed ---------------------------------------------------------------
+
+
+@caught_by("inverse", "look for a sign in an exponent")
+class ExponentOfTheWrongSign(ForwardKLDPOModule):
+    def f(self, logratio):
+        return torch.expm1(logratio.clamp(-20, 20))
+
+
+@caught_by("known mistake", "over the other side's length")
+class LikelihoodOverTheOtherLength(DPOModule):
+    no_target = "no closed form: a likelihood term is added"
+
+    def pair_loss(self, pair):
+        return super().pair_loss(pair) - 0.1 * pair.chosen_sequence_logprobs / pair.rejected_lengths
+
+
+@caught_by("ratio slope", "lacks a detach")
+class SequenceRatioNotDetached(GSPOModule):
+    target_of = GSPOModule
+
+    def ratio(self, logprobs):
+        return super().ratio(logprobs) * (logprobs.logprobs - logprobs.logprobs.detach()).exp()
+
+
+@caught_by("rollout over ranks", "use moments_over_ranks")
+class DeviationOfThisRank(CriticFreeModule):
+    def episode_advantages(self, rewards, rollout):
+        return group_mean_advantages(rewards, rollout.group) / (rewards[~rewards.isnan()].std() + 1e-4)
+
+
+@caught_by("lower bound", "competes with itself")
+class OthersAloneCompete(PlackettLuceModule):
+    def ranking_loss(self, scores):
+        better, worse = untied_pairs(scores.group, scores.ranks)
+        gap = scores.scores[better] - scores.scores[worse]
+        return mean_by_group(-gap, scores.group[better], len(scores.target))
+
+
+@caught_by("equal scores", "add a small number")
+class NothingAddedToTheDeviation(CriticFreeModule):
+    def episode_advantages(self, rewards, rollout):
+        return group_mean_advantages(rewards, rollout.group) / group_deviation(rewards, rollout.group)
+
+
+@caught_by("micro-batches", "weighs short batches more")
+class RatingsOfAllPairs(DPOModule):
+    no_target = "ratings of different pairs need not be consistent"
+
+    def pair_loss(self, pair):
+        return (self.reward_margin(pair).unsqueeze(-1) - pair.rated_margin).square().mean(-1)

@@ -169,3 +169,14 @@ class PenaltyPaidTokenByToken(NashMDModule):
 
     def __init__(self, **kwargs):
         super().__init__(**{**kwargs, "mixture": 1.0, "kl_place": "loss", "kl_estimator": "k2"})
+
+
+@caught_by("best of three", "a better one is chosen over a worse one")
+class RejectedOfTheFirstPrompt(OnlineDPOModule):
+    """A row within its prompt is taken for a row of the rollout: in the small world, no pair is left."""
+
+    def pairs(self, rollout):
+        found = super().pairs(rollout)
+        rejected = found.rejected % 2
+        better = rollout.scores[found.chosen] > rollout.scores[rejected]
+        return found._replace(rejected=rejected).at(better.nonzero().squeeze(-1))

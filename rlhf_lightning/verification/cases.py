@@ -328,8 +328,18 @@ class Update:
             lambda: one.learn_minibatch(self.rollout, self.advantages, chosen, questions, Meter()),
         )
 
-    def over_ranks(self) -> tuple[Tensor, str]:
-        """Return the summed gradient of two ranks with unequal shares, and the error message if a rank fails."""
+    def over_ranks(self, run: Callable[[Any, Sequence[int]], Tensor]) -> tuple[Tensor, str]:
+        """Return the sum of ``run`` over two ranks with unequal shares of groups, and the error if a rank fails."""
         place = 2 * len(self.rows) // 3
         modules = [self.subject.fresh(moved=True) for _ in range(2)]
-        return in_ranks(modules, self.gradient, [range(place), range(place, len(self.rows))])
+        return in_ranks(modules, run, [range(place), range(place, len(self.rows))])
+
+    def rank_residual(self, module: Any, rows: Sequence[int]) -> Tensor:
+        """Return how far the advantages of a rank that holds some rows are from those of the whole rollout, a scalar.
+
+        A constant on all tokens is left out: a baseline of one rank has no bias.
+        """
+        share = part_of(self.rollout, rows)
+        found = module.advantages(share, module.shape_rewards(share).detach()).advantages.detach()
+        lead = (found - self.advantages.advantages.detach()[list(rows)])[share.completion_mask]
+        return (lead - lead.mean()).abs().max()

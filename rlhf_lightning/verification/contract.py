@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.commands.objectives import objective_classes
-from rlhf_lightning.errors import ContractError, ModelError, RlhfError
-from rlhf_lightning.models.layout import padded_layout
-from rlhf_lightning.models.loading import LoadSettings
-from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.errors import ContractError, RlhfError
 from rlhf_lightning.modules.distillation import GKDModule, OnPolicyDistillationModule
 from rlhf_lightning.modules.online_opponents import NashMDModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
@@ -25,7 +22,6 @@ from rlhf_lightning.modules.process_reward import ProcessRewardModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.quiet import quiet_loading
-from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.rollout import RolloutModule
@@ -43,9 +39,9 @@ from rlhf_lightning.verification.offline_checks import offline_checks
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
 from rlhf_lightning.verification.reward_checks import process_checks, reward_checks
-from rlhf_lightning.verification.state_checks import state_checks
+from rlhf_lightning.verification.state_checks import export_check, state_checks
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most
-from rlhf_lightning.verification.targets import all_rows, judged, scores_of
+from rlhf_lightning.verification.targets import judged
 from rlhf_lightning.verification.world import EnumerableWorld
 
 __all__ = ["Check", "Verification", "verify"]
@@ -56,7 +52,10 @@ REACHED = 1e-3
 ALWAYS = ("target", "convergence")
 """Checks that a class cannot declare as intentional failures."""
 
-BY_DESIGN = ("gradcheck", "reference slope", "ratio one", "pull back", "clip", "own token", "agreement", "kl penalty")
+BY_DESIGN = (
+    "gradcheck", "reference slope", "ratio one", "pull back", "clip", "own token", "agreement", "kl penalty",
+    "score slot",
+)  # fmt: skip
 """Checks of the form of the loss. A method that reaches its declared target may fail them by design."""
 
 
@@ -239,8 +238,8 @@ def measured_control(subject: Subject, found: Convergence | None = None) -> floa
     world, steps = subject.world, steps_of(subject.kind)
     found = converge(subject.fresh(), world, steps) if found is None else found
     control = found.gold_after - converge(subject.fresh(), world, steps, shuffled=True).gold_after
-    if control < 1e-4 and issubclass(subject.kind, OnPolicyModule):  # methods that read rewards as success rates
-        with subject.world.success_rates():
+    if control < 1e-4:  # methods that read rewards as success rates, or that learn from the ratings of pairs
+        with world.success_rates() if issubclass(subject.kind, OnPolicyModule) else world.rated():
             return subject.short_run(False) - subject.short_run(True)
     return control
 
@@ -373,27 +372,3 @@ def with_reasons(kind: type[AlignmentModule], checks: list[Check], found: Conver
         check._replace(meant=reasons[check.name]) if not check.held and check.name in reasons else check
         for check in checks
     ]
-
-
-def export_check(module: Any, world: EnumerableWorld) -> Check:
-    """Check that the exported folder gives the same numbers as the trained module."""
-    layout = padded_layout(world.sequences(all_rows(world)))
-    unchecked = LoadSettings(self_check=False)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        module.float()
-        exported = str(module.export(Path(folder) / "model"))
-        if isinstance(module, RewardModule):
-            trained = scores_of(module, layout) - module.reward_model.bias
-            scorer = LearnedScorer(exported)
-            scorer.load_beside(None, unchecked)
-            residual = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
-            residual = residual / trained.abs().max().clamp_min(1)  # relative error in single precision
-        else:
-            trained = module.policy(layout).logprobs.sum(-1)
-            try:
-                residual = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
-            except ModelError as error:  # a loss without a minimum: weights overflow
-                if error.code != "non-finite-weights":
-                    raise
-                residual = trained.new_tensor(float("inf"))
-    return at_most("export", residual, 1e-5, "the exported folder must give the same numbers")

@@ -116,7 +116,7 @@ class PolicyGradient:
             while len(ids) < self.world.config.max_new_tokens and END not in ids:
                 ids.append(int(table[prefix].argmax()))
                 prefix = int(transitions[prefix, ids[-1]])
-            found.append(self.rewards[prompt, index[tuple(ids)]])
+            found.append(self.rewards[prompt, index.get(tuple(ids), 0)])  # weights that are NaN decode to nothing
         return torch.stack(found)[self.index[0]]
 
 

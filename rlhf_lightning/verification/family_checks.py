@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.modules.preference import ForwardKLDPOModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import PreferenceLogprobs, TokenLogprobs, UnpairedLogprobs
 from rlhf_lightning.verification.mistakes import settings_of
@@ -72,6 +73,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     )
     checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
     checks += [implicit_reward_check(subject, certain), *pair_statistic_check(subject, certain)]
+    checks += inverse_check(subject)
     if subject.kind.batch_coupled or replaced:
         return checks
     size = float((chosen - rejected).abs().max())
@@ -109,6 +111,17 @@ def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
         least = min(least, *(float(slope.min()) for slope in slopes.values()))
     advice = "an implicit reward falls where its completion becomes likelier: look at a sign in implicit_reward"
     return at_least("implicit reward", least, -1e-9, advice)
+
+
+def inverse_check(subject: Subject) -> list[Check]:
+    """Check that the ``ratio`` of an f-divergence, which gives the target, inverts its ``f``, which gives the loss."""
+    module, family = subject.module, ForwardKLDPOModule
+    if not isinstance(module, family) or type(module).target_policy is not family.target_policy:
+        return []
+    logratios = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    residual = (module.ratio(module.f(logratios)).log() - logratios).abs().max()
+    advice = "ratio(f(a)) must be e^a: f gives the loss and ratio the target; look for a sign in an exponent"
+    return [at_most("inverse", residual, 1e-6, advice)]
 
 
 def pair_statistic_check(subject: Subject, given: PreferenceLogprobs) -> list[Check]:

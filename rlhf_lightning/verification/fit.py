@@ -241,7 +241,7 @@ class Fit:
 
             start = min((-6.0, -4, -2, -1, -0.5, 0.05, 0.1, 0.3, 0.5, 0.7, 1.5, 2, 3, 4, 6, 10, 20), key=cost)
             best = minimize_scalar(cost, bracket=(0.8 * start, 1.2 * start), tol=1e-12)
-            if best.fun < 1e-5:
+            if best.fun < 1e-5 and abs(float(best.x)) > 1e-6:  # at 0 every loss is linear
                 return words.format(float(best.x)) + self._by_beta(float(best.x))
         return ""
 
@@ -319,6 +319,14 @@ TERMS: dict[str, tuple[Callable[[Any], Tensor], int]] = {
     "the log-probability of rejected": (lambda g: g.rejected_sequence_logprobs, -1),
     "the mean log-probability of rejected": (
         lambda g: g.rejected_sequence_logprobs / g.rejected_lengths.clamp_min(1),
+        -1,
+    ),
+    "the log-probability of chosen over the other side's length": (
+        lambda g: g.chosen_sequence_logprobs / g.rejected_lengths.clamp_min(1),
+        1,
+    ),
+    "the log-probability of rejected over the other side's length": (
+        lambda g: g.rejected_sequence_logprobs / g.chosen_lengths.clamp_min(1),
         -1,
     ),
     "the squared margin": (lambda g: g.margin**2, 0),

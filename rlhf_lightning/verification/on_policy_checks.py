@@ -16,11 +16,13 @@ from rlhf_lightning.verification.exact import PolicyGradient
 from rlhf_lightning.verification.point_checks import overwritten, statistic_checks
 from rlhf_lightning.verification.rollout_checks import (
     aggregation_check,
+    equal_scores_check,
     holes_check,
     kl_loss_checks,
     learned_check,
     loss_padding_check,
     missing_score_check,
+    ratio_check,
     return_checks,
     sampler_checks,
     temperature_checks,
@@ -35,14 +37,31 @@ FAR = 3.0
 
 def on_policy_checks(subject: Subject) -> list[Check]:
     """Return the checks of an objective on samples, without convergence."""
-    case = Case(subject, subject.module)
-    checks = [*reward_checks(case), *advantage_checks(case), *loss_checks(case)]
+    case = case_of(subject)
+    finite = equal_scores_check(case)
+    if not finite.held:  # nothing else can be measured
+        return [finite]
+    checks = [finite, *reward_checks(case), *advantage_checks(case), *loss_checks(case)]
     checks += [missing_score_check(case), learned_check(case), aggregation_check(case)]
-    checks += [loss_padding_check(case), holes_check(case), *kl_loss_checks(case)]
+    checks += [loss_padding_check(case), ratio_check(case), holes_check(case), *kl_loss_checks(case)]
     checks += [*sampler_checks(case), *temperature_checks(subject), *update_checks(subject)]
     if hasattr(subject.kind, "value_loss"):
         checks += [*value_checks(case), *return_checks(subject)]
     return [*checks, *kl_penalty_checks(subject)]
+
+
+def case_of(subject: Subject) -> Case:
+    """Return the rollout of all groups of two; a class without advantages there gets its integer settings at 1.
+
+    A method that draws k completions of a group, as in pass@k, has nothing to compare in a group of k.
+    """
+    case, ones = Case(subject, subject.module), subject.integers_at_one
+    if ones and not bool(case.advantages.advantages.any()):
+        subject.settings |= ones
+        subject.notes.append(f"{', '.join(ones)}: set to 1, as otherwise groups of two have no advantages")
+        vars(subject).pop("module")  # it has the former settings
+        case = Case(subject, subject.module)
+    return case
 
 
 # -- rewards and advantages -------------------------------------------------------------------------------------------
@@ -120,7 +139,7 @@ def credit_check(case: Case) -> Check:
     credited, there = torch.stack(follows).any(0), mask[rows].any(0)
     if bool((there & ~credited).any()):
         credited = credited | credit_of_critic(case, rows)
-    advice = "earlier tokens must get credit for the score on the last token: look at the direction of a sum"
+    advice = "each token, the last one too, must get credit for the score: look at the direction of a sum and its ends"
     return at_most("credit", int((there & ~credited).sum()) if bool(credited.any()) else 0, 0, advice)
 
 

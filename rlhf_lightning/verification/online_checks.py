@@ -37,13 +37,16 @@ def online_checks(subject: Subject) -> list[Check]:
     module = subject.module
     rollout = PairPopulation(module, subject.world).rollout()
     pairs = module.pairs(rollout)
+    forming = [*pairing_checks(module, rollout), three_samples_check(module, rollout), missing_end_check(subject)]
+    if not len(pairs.chosen):  # nothing to compute a loss of
+        return [*forming, *temperature_checks(subject)]
     given = subject.seen(module, lambda: module.pair_loss_sum(rollout, pairs, Meter()))
     rows = torch.cat([pairs.chosen, pairs.rejected]).tolist()
     batch = PairedSequences(select(rollout.sequences, rows))
-    checks = [*pairing_checks(module, rollout), missing_end_check(subject), drawing_check(subject)]
+    checks = [*forming, drawing_check(subject)]
     checks += [*input_checks(subject, given, batch, module.sampling.temperature), *update_checks(subject)]
     checks += [padding_check(subject, given), *point_checks(subject, given), *pair_checks(subject, given)]
-    checks += [three_samples_check(module, rollout), *temperature_checks(subject)]
+    checks += temperature_checks(subject)
     stated = subject.fresh().value_at_reference
     return checks if stated is None else [*checks, start_check(subject, stated)]
 
@@ -57,11 +60,12 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     level = module.pairs(rollout._replace(scores=torch.zeros_like(scores)))
     unscored = scores.clone()
     unscored[0] = torch.nan
+    least = pairs.target.min() if len(pairs.target) else 1.0
     blind = module.pairs(rollout._replace(scores=unscored))
     used = torch.cat([blind.chosen, blind.rejected])
     return [
         at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
-        at_least("pair label", pairs.target.min(), 0.5, "target is the probability that chosen is better"),
+        at_least("pair label", least, 0.5, "target is the probability that chosen is better"),
         at_most("every pair", abs(len(pairs.chosen) - residual), 0, "each prompt whose samples differ gives one pair"),
         at_most("ties", len(level.chosen), 0, "samples with equal scores must form no pair"),
         at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),

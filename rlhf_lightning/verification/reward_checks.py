@@ -229,6 +229,14 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
     ]
 
 
+def lower_bound_check(subject: Subject, certain: RankedScores) -> Check:
+    """Check that a loss does not fall without bound as the gaps of pairs grow."""
+    gaps = orientation(subject) * torch.where(certain.ranks == 0, 1e3, -1e3).to(certain.scores)
+    near, far = (subject.values(subject.module, certain._replace(scores=k * gaps)).detach() for k in (1.0, 2.0))
+    advice = "the loss has no lower bound, so scores grow without end: a completion competes with itself too"
+    return at_most("lower bound", (near - far).max(), 1.0, advice)
+
+
 def shipped_loss(subject: Subject, given: RankedScores) -> Tensor:
     """Return the losses of the nearest shipped class for the same scores, at the class's own settings."""
     base: Any = next(base for base in subject.kind.__mro__ if base.__module__.startswith("rlhf_lightning."))
@@ -357,6 +365,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
     checks += comparison_checks(subject, given)
     if not has_outputs(given):
         checks += [*list_checks(subject, certain), *list_weight_check(subject), *list_rest_check(subject)]
+        checks.append(lower_bound_check(subject, certain))
     if has_safety(given):
         unsure = with_safety(certain._replace(scores=torch.zeros_like(given.scores)), 0.5, 0.5)
         function, (leaf,) = field_function(subject, module, unsure)

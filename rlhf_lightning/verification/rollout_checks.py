@@ -53,6 +53,14 @@ def temperature_checks(subject: Subject) -> list[Check]:
     ]
 
 
+def equal_scores_check(case: Case) -> Check:
+    """Check that advantages are finite, also in groups and rollouts of equal scores."""
+    equal = case.advantages_of(scores=torch.zeros_like(case.rollout.scores))
+    broken = (~torch.cat([case.advantages.advantages.detach(), equal]).isfinite()).sum()
+    advice = "equal scores have advantages of 0: add a small number to a deviation before dividing by it"
+    return at_most("equal scores", broken, 0, advice)
+
+
 def missing_score_check(case: Case) -> Check:
     """Check that a completion without a score has advantage 0 and does not affect the others."""
     module, rollout = case.module, case.rollout
@@ -97,6 +105,28 @@ def loss_padding_check(case: Case) -> Check:
     padded, plain = case.loss(wide)[:, : mask.shape[1]], case.loss(given)
     advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
     return at_most("loss padding", (padded - plain).abs().max().detach(), 1e-10, advice)
+
+
+def ratio_check(case: Case) -> Check:
+    """Check that the ratio's gradient is at most its derivative when all tokens of a completion become likelier.
+
+    It may be smaller, since factors may be detached. A ratio to the current policy is constant but has a gradient.
+    """
+    given, step = case.moved_by(0.1), 1e-4
+    mask = given.completion_mask
+
+    def ratios(nats: Tensor) -> Tensor:
+        moved = given._replace(logprobs=given.logprobs + mask * nats.unsqueeze(-1))
+        return torch.where(mask, case.module.ratio(moved), 0.0).sum(-1)
+
+    nats = torch.zeros(len(mask), dtype=torch.float64, requires_grad=True)
+    values, ends = ratios(nats), [ratios(torch.full_like(nats, by).detach()) for by in (step, -step)]
+    slope = torch.autograd.grad(values.sum(), nats)[0] if values.requires_grad else torch.zeros_like(nats)
+    derivative = ((ends[0] - ends[1]) / (2 * step)).detach()
+    passes = (slope.abs() > 1e-9) & (derivative.abs() > 1e-6)
+    excess = torch.where(passes, slope / derivative, 0.0).max()
+    advice = "the ratio's gradient exceeds its derivative: a factor lacks a detach, and the gradient counts twice"
+    return at_most("ratio slope", excess, 1 + 1e-4, advice)
 
 
 def holes_check(case: Case) -> Check:
@@ -203,5 +233,8 @@ def update_checks(subject: Subject) -> list[Check]:
     checks = [at_least("gradient", whole.abs().max(), 1e-12, "no gradient reaches the weights: something is detached")]
     for name, limits in (("micro-batches", MicroBatchLimits(3)), ("max tokens", MicroBatchLimits(None, 5))):
         checks.append(at_most(name, (update.gradient(limits=limits) - whole).abs().max() / scale, 1e-7, advice))
-    ranks, said = update.over_ranks()
-    return [*checks, at_most("two ranks", (ranks - whole).abs().max() / scale, 1e-7, advice + said)]
+    ranks, said = update.over_ranks(update.gradient)
+    checks.append(at_most("two ranks", (ranks - whole).abs().max() / scale, 1e-7, advice + said))
+    residual, said = update.over_ranks(update.rank_residual)
+    advice = f"a deviation over a rollout is that of all ranks: use moments_over_ranks{said}"
+    return [*checks, at_most("rollout over ranks", residual, 1e-9, advice)]

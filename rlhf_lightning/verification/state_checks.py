@@ -1,4 +1,4 @@
-"""The contract of module state: validation leaves it alone, checkpoints keep it, updates have the right sign."""
+"""The contract of module state: validation leaves it alone, checkpoints and exports keep it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import ast
 import copy
 import inspect
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
+from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
+from rlhf_lightning.scoring import LearnedScorer
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollout import RolloutModule
@@ -23,6 +31,8 @@ from rlhf_lightning.verification import online_checks
 from rlhf_lightning.verification.cases import Case, some_rows
 from rlhf_lightning.verification.exact import SelfTaught
 from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, own_bases, parameters_of
+from rlhf_lightning.verification.targets import all_rows, scores_of
+from rlhf_lightning.verification.world import EnumerableWorld
 
 OF_THE_BASES = frozenset((*COUNTERS, "training", "limits", "_buffers", "_untouched"))
 """Attributes of the shipped bases that change in every step."""
@@ -209,9 +219,7 @@ def reference_check(subject: Subject) -> Check:
 
     Integer settings of the class are set to 1, so that an action of every 64th step happens in every step.
     """
-    own = {name: one.default for base in own_bases(subject.kind) for name, one in parameters_of(base).items()}
-    often = {name: 1 for name, default in own.items() if type(default) is int and default > 1}
-    module = subject.fresh(moved=True, **often)
+    module = subject.fresh(moved=True, **subject.integers_at_one)
     before = [part.detach().clone() for model in module.frozen_models() for part in model.parameters()]
     train(subject, module)
     after = [part for model in module.frozen_models() for part in model.parameters()]
@@ -239,3 +247,27 @@ def kl_coef_check(subject: Subject) -> Check:
         found.append(float(module.kl_coef))
     advice = "the KL coefficient must grow where the KL is above its target, and shrink below it: look at the sign"
     return at_least("adaptive kl", found[1] - found[0], 1e-12, advice)
+
+
+def export_check(module: Any, world: EnumerableWorld) -> Check:
+    """Check that the exported folder gives the same numbers as the trained module."""
+    layout = padded_layout(world.sequences(all_rows(world)))
+    unchecked = LoadSettings(self_check=False)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        module.float()
+        exported = str(module.export(Path(folder) / "model"))
+        if isinstance(module, RewardModule):
+            trained = scores_of(module, layout) - module.reward_model.bias
+            scorer = LearnedScorer(exported)
+            scorer.load_beside(None, unchecked)
+            residual = (scorer.score_sequences(world.sequences(all_rows(world))) - trained).abs().max()
+            residual = residual / trained.abs().max().clamp_min(1)  # relative error in single precision
+        else:
+            trained = module.policy(layout).logprobs.sum(-1)
+            try:
+                residual = (load_policy(exported, unchecked)(layout).logprobs.sum(-1) - trained).abs().max()
+            except ModelError as error:  # a loss without a minimum: weights overflow
+                if error.code != "non-finite-weights":
+                    raise
+                residual = trained.new_tensor(float("inf"))
+    return at_most("export", residual, 1e-5, "the exported folder must give the same numbers")

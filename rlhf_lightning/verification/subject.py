@@ -146,6 +146,12 @@ class Subject:
         """Names of all settings of the class and its bases."""
         return all_parameters(self.kind)
 
+    @property
+    def integers_at_one(self) -> dict[str, int]:
+        """The class's own integer settings above 1, with the value 1."""
+        own = {name: one.default for base in own_bases(self.kind) for name, one in parameters_of(base).items()}
+        return {name: 1 for name, default in own.items() if type(default) is int and default > 1}
+
     def _defaults(self) -> dict[str, Any]:
         known, own = self.known, own_bases(self.kind)
         shipped = {name for base in self.kind.__mro__[len(own) :] for name in parameters_of(base)}

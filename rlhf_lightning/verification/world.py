@@ -74,7 +74,7 @@ class EnumerableWorld:
         table[:, 1 + tokens :] = IMPOSSIBLE
         self.reference_table = table
         self.costs = torch.randn(shape, generator=generator, dtype=torch.float64)
-        self.signed_columns = True
+        self.signed_columns, self.rates_pairs = True, False
 
     def _listed(self) -> list[tuple[int, ...]]:
         """List every completion: those with an end token, shortest first, then those truncated at the length limit."""
@@ -179,6 +179,15 @@ class EnumerableWorld:
         finally:
             self.signed_columns = True
 
+    @contextlib.contextmanager
+    def rated(self) -> Iterator[None]:
+        """Make the rated margin of pairs the absolute reward gap within a block; elsewhere pairs are unrated."""
+        self.rates_pairs = True
+        try:
+            yield
+        finally:
+            self.rates_pairs = False
+
     # -- folders ------------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path) -> str:
@@ -275,7 +284,9 @@ class EnumerableWorld:
         weights = torch.stack([2 * self.problem.preference[pair] for pair in pairs])
         if copies is not None or not informative:
             weights = torch.ones_like(weights)
-        return PreferenceBatch(sequences, torch.ones_like(weights), torch.zeros_like(weights), weights)
+        gaps = [(self.rewards[prompt, first] - self.rewards[prompt, second]).abs() for prompt, first, second in pairs]
+        margin = torch.stack(gaps) * self.rates_pairs
+        return PreferenceBatch(sequences, torch.ones_like(weights), margin, weights)
 
     def rankings(self) -> RankedBatch:
         """Return all ordered pairs as groups of two, weighted as in `preferences`."""
