@@ -20,6 +20,9 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_lightning"
+NOTATION = "\n\nNotation: "
+"""Begins the paragraph that ends the description of each objective of a family."""
+
 ARXIV = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?!\d)")
 
 API = {
@@ -86,12 +89,12 @@ def _cell(text: str) -> str:
     """Return text as a cell of a table: literally, without Markdown's meaning of its characters."""
     shown = re.split(r"``?([^`]+)``?", text.replace("\n", " "))
     shown[1::2] = [f"`{part}`" for part in shown[1::2]]
-    shown[::2] = [re.sub(r"([\\*_\[\]<>#])", r"\\\1", part) for part in shown[::2]]
-    return "".join(shown).replace("|", "\\|")
+    shown[::2] = [re.sub(r"([\\*_\[\]<>#|])", r"\\\1", part) for part in shown[::2]]
+    return "".join(shown)
 
 
 def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|") if text else ""
+    return f"`{text}`" if text else ""  # Python-Markdown neither splits a row inside of code nor reads escapes there
 
 
 def _index() -> dict[str, Any]:
@@ -102,7 +105,8 @@ def _settings(numbers: list[int], rows: list[list[str]]) -> list[str]:
     """Return a table of settings."""
     lines = ["| setting | type | default | |", "|---|---|---|---|"]
     for name, kind, default, said in (rows[number] for number in numbers):
-        lines.append(f"| `{name}` | {_code(kind)} | {_code(default)} | {_cell(said)} |")
+        alternatives = _code(kind.replace("|", " | "))  # a line may break there
+        lines.append(f"| `{name}` | {alternatives} | {_code(default)} | {_cell(said)} |")
     return [*lines, ""]
 
 
@@ -145,10 +149,11 @@ def objectives() -> str:
     ]  # fmt: skip
     for family in dict.fromkeys(entry["family"] for entry in entries.values()):
         lines += [f"## {family[0].upper()}{family[1:]}", ""]
-        for name, entry in entries.items():
-            if entry["family"] != family:
-                continue
-            summary, _, body = entry["doc"].partition("\n\n")
+        members = {name: entry for name, entry in entries.items() if entry["family"] == family}
+        notations = dict.fromkeys(entry["doc"].partition(NOTATION)[2] for entry in members.values())
+        lines += [f"Notation: {_cell(notation)}\n" for notation in notations if notation]
+        for name, entry in members.items():
+            summary, _, body = entry["doc"].partition(NOTATION)[0].partition("\n\n")
             lines += [f"### {name}", "", _cell(summary), "", f"- paper: {_linked(entry['paper'])}"]
             lines += [f"- needs: {entry['needs']}"]
             lines += [f"- recipes: {', '.join(recipes[name])}"] if name in recipes else []
