@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
-from rlhf_lightning import working_directory
+from rlhf_lightning import deprecation, working_directory
 from rlhf_lightning.errors import SettingError, TerminatedError, failure_sentence, printable
 
 
@@ -155,6 +155,7 @@ def _likely(name: str, commands: Collection[str]) -> str:
 def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command and return its exit status; print failures and signals as one sentence."""
     working_directory.install()
+    deprecation.show_warnings()
     try:
         if name in QUICK_HELP:  # help and wrong flags, without importing torch
             found = importlib.import_module("rlhf_lightning.commands.flag_index").quick_answer(arguments)

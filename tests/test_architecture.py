@@ -22,8 +22,8 @@ TOP_LEVEL = set(
 # What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
 # commands reuse its plumbing, and nothing of the core imports a satellite.
 GROUND = set(
-    "errors quiet atomic_files working_directory workers compat similar_names loading types micro_batches "
-    "functional".split()
+    "errors quiet deprecation atomic_files working_directory workers compat similar_names loading types "
+    "micro_batches functional".split()
 )
 MODELS = GROUND | {"tokenization", "models"}
 SAMPLING = MODELS | {"sampling"}
@@ -37,6 +37,7 @@ CORE = RUNS | WORLDS | {"evaluation", "recipes", "commands"}
 MAY_IMPORT = {
     "errors": set(),
     "quiet": set(),
+    "deprecation": {"errors"},
     "compat": {"errors"},
     "types": {"errors"},
     "atomic_files": {"errors"},

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_lightning.deprecation import current_flag, current_settings
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.loading import read_yaml
 from rlhf_lightning.recipes import resolve_recipe
@@ -17,7 +18,7 @@ OPEN_SETTINGS = ("scorer", "scorers", "engine")
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--max-new-tokens`` to ``--max_new_tokens`` and ``recipe:NAME`` to the path of the packaged file.
+    """Rewrite ``--max-new-tokens`` to ``--max_new_tokens``, old names to new ones, and ``recipe:NAME`` to its path.
 
     Raises:
         MissingError: the recipe does not exist.
@@ -27,7 +28,7 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
         if not argument.startswith("--"):
             return resolve_recipe(argument)
         name, equals, value = argument[2:].partition("=")
-        return f"--{name.replace('-', '_')}{equals}{resolve_recipe(value)}"
+        return f"--{current_flag(name.replace('-', '_'))}{equals}{resolve_recipe(value)}"
 
     joined: list[str] = []
     for argument in argv:
@@ -137,7 +138,7 @@ def config_settings(argv: Sequence[str], part: str) -> list[tuple[str, str, list
     for name, file in option_pairs(argv):
         if name == "--config" and os.path.isfile(file):
             try:
-                read = read_yaml(Path(file).read_text(encoding="utf-8"))
+                read = current_settings(read_yaml(Path(file).read_text(encoding="utf-8")))
             except UnicodeDecodeError as error:
                 raise SettingError("invalid-config", f"{file} is not a text in UTF-8: {error}") from error
             section = read.get(part) if isinstance(read, dict) else None

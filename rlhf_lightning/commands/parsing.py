@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.messages import explain
+from rlhf_lightning.deprecation import current_settings
 from rlhf_lightning.errors import SettingError, TerminatedError, printable
 from rlhf_lightning.loading import refuse_large_yaml, refuse_repeated_keys, shipped_classes
 from rlhf_lightning.quiet import silence_libraries
@@ -60,7 +61,7 @@ def load_yaml(text: str) -> Any:
         refuse_large_yaml(text)
     if "\n" in text:
         refuse_repeated_keys(text)
-    found = _load_yaml(text)
+    found = current_settings(_load_yaml(text))
     return with_full_paths(found) if "class_path" in text else found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from rlhf_lightning.compat import memory_format_encoding
+from rlhf_lightning.deprecation import current_settings
 from rlhf_lightning.errors import DataError, RlhfError, SettingError
 from rlhf_lightning.loading import import_path
 from rlhf_lightning.training.checkpoint_state import ANOTHER_STRATEGY, COUNTERS
@@ -205,7 +206,8 @@ def checkpoint_hparams(path: Path) -> dict[str, Any]:
     hparams = dict(state.get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
     hparams.pop("trust_remote_code", None)  # the user decides each time which code may run
-    return hparams
+    current: dict[str, Any] = current_settings(hparams, "model")
+    return current
 
 
 def inside_run(checkpoint: Path, run: Path) -> Path:

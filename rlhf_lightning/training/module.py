@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning import tokenization
+from rlhf_lightning import deprecation, tokenization
 from rlhf_lightning.compat import (
     attached_datamodule,
     attached_trainer,
@@ -767,7 +767,7 @@ class AlignmentModule(LightningModule):
         metrics = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
         metrics["train/learning_rate"] = self._learning_rate_used
         metrics["train/skipped_updates"] = float(self.skipped_updates)
-        metrics |= self.progress()
+        metrics = deprecation.with_old_tags(metrics | self.progress())
         # ModelCheckpoint uses "step" in file names; without this it would use the step of the last validation.
         now = {**metrics, "step": float(self.updates)}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in now.items()})
@@ -794,11 +794,11 @@ class AlignmentModule(LightningModule):
 
     def log_evaluation(self, prefix: str, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a whole validation or test pass under ``prefix``."""
-        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, on_step=False, on_epoch=True)
-        # Lightning uses this name as the x-axis; its default would count batches.
-        self.log("step", float(self.updates), on_step=False, on_epoch=True)
+        metrics = deprecation.with_old_tags({f"{prefix}/{name}": value for name, value in metrics.items()})
+        # Lightning uses "step" as the x-axis; its default would count batches.
+        self.log_dict({**metrics, "step": float(self.updates)}, on_step=False, on_epoch=True)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._log_over_work({f"{prefix}/{name}": value for name, value in metrics.items()})
+            self._log_over_work(metrics)
 
     def _log_over_work(self, metrics: Mapping[str, float]) -> None:
         """Log the headline metrics also against episodes and tokens, to compare objectives with different updates."""

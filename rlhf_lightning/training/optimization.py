@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rlhf_lightning.compat import attached_datamodule
+from rlhf_lightning.deprecation import warn_of_metric
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.loading import import_path
 
@@ -351,6 +352,7 @@ def monitored(scheduler: ReduceLROnPlateau) -> str:
             "torch's ReduceLROnPlateau does not name the metric that it monitors: use "
             "lightning.pytorch.cli.ReduceLROnPlateau with monitor (for example val/loss)",
         )
+    warn_of_metric(str(name))
     return str(name)
 
 

@@ -33,6 +33,7 @@ from rlhf_lightning.compat import (
     set_tuned_setting,
     tuned_setting,
 )
+from rlhf_lightning.deprecation import warn_of_metric
 from rlhf_lightning.errors import ContractError, SettingError, StateError
 from rlhf_lightning.training.compatibility import Stage
 from rlhf_lightning.training.optimization import check_moments
@@ -146,6 +147,7 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
     own = (type(one).__module__.partition(".")[0] not in PACKAGES for one in (module, *callbacks))
     logs_more = any(own)  # a user's class may log any name
     for callback in callbacks:
+        warn_of_metric(str(getattr(callback, "monitor", None)))
         group, _, name = str(getattr(callback, "monitor", None)).partition("_")
         if group in GROUPS and not logs_more:
             yield (
