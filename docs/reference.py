@@ -141,8 +141,9 @@ def objectives() -> str:
     first = next(iter(entries.values()))
     lines = [
         "# Objectives", "",
-        f"The {len(entries)} shipped objectives with their equations, papers, recipes and settings. What "
-        "`rlhf verify` found is from `experiments/verification.md`. Gold rewards are the assistant world's, from "
+        f"After this page you can choose among the {len(entries)} shipped objectives: each has its equation, paper, "
+        "recipes and settings. What `rlhf verify` found is from `experiments/verification.md`. Gold rewards are the "
+        "assistant world's, from "
         f"`experiments/objectives/assistant_world.md`; SFT reaches {gold['SFTModule']['gold reward']} there.", "",
         "## Settings of every objective", "",
         *_settings([number for number in first["settings"] if number in shared], index["settings"]),
@@ -180,7 +181,7 @@ def data_modules() -> str:
     lines = [
         "# DataModules",
         "",
-        "Settings of the DataModules: `--data.NAME` on the command line, `data.init_args` in YAML.",
+        "After this page you can set every DataModule: `--data.NAME` on the command line, `data.init_args` in YAML.",
         "",
     ]
     lines += ["## Settings of every DataModule", ""]
@@ -203,7 +204,8 @@ def run_settings() -> str:
     lines = [
         "# Settings of a run",
         "",
-        "What belongs to no module and no DataModule: the Trainer, checkpoints, samples, the export.",
+        "After this page you can set the Trainer, checkpoints, samples and the export: all that belongs to no module "
+        "and no DataModule.",
         "",
     ]
     for group, numbers in groups.items():
@@ -214,7 +216,12 @@ def run_settings() -> str:
 def metrics() -> str:
     """Return the page of metrics, from metrics.yaml."""
     groups = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
-    lines = ["# Metrics", "", "Every tag that a run logs: meaning, unit, and what a healthy run shows.", ""]
+    lines = [
+        "# Metrics",
+        "",
+        "After this page you can read every tag that a run logs: its meaning, unit, and healthy values.",
+        "",
+    ]
     for group, found in groups.items():
         lines += [
             f"## {group}",
@@ -234,7 +241,12 @@ def commands() -> str:
     """Return the page of commands: what ``rlhf COMMAND --help`` prints."""
     from rlhf_lightning.cli import TOOL_COMMANDS, TRAINING_COMMANDS
 
-    lines = ["# Commands", "", "What `rlhf COMMAND --help` prints.", ""]
+    lines = [
+        "# Commands",
+        "",
+        "After this page you know every command and its options, as `rlhf COMMAND --help` prints them.",
+        "",
+    ]
     width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "110"
     for name, command in {**TRAINING_COMMANDS, **TOOL_COMMANDS}.items():
         printed, main = io.StringIO(), importlib.import_module(command.module).main
@@ -263,7 +275,7 @@ def papers() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         for number in dict.fromkeys(ARXIV.findall(path.read_text(encoding="utf-8"))):
             files.setdefault(number, []).append(path.relative_to(PACKAGE).as_posix())
-    lines = ["# Papers", "", "Papers by number: the objectives that state them, and the files that cite them.", ""]
+    lines = ["# Papers", "", "After this page you can find the objectives and files of a paper, by its number.", ""]
     lines += ["| paper | objectives | files |", "|---|---|---|"]
     for number in sorted(files.keys() | classes.keys()):
         link = f"[{number}](https://arxiv.org/abs/{number})"
@@ -278,7 +290,8 @@ def api() -> str:
     lines = [
         "# API",
         "",
-        "Public names for subclasses and scripts. Objectives and DataModules have pages of their own.",
+        "After this page you know the public names for subclasses and scripts. Objectives and DataModules have pages "
+        "of their own.",
         "",
     ]
     for title, names in API.items():
