@@ -532,6 +532,9 @@ class Environment(Protocol):
     A reply should depend on the episode alone. Episodes are then the same for any batch size and number of ranks, and a
     resumed run repeats them. An environment that can answer a whole batch faster than single episodes also defines
     ``reply_all(episodes) -> replies``. A reply of None from ``reply_all`` drops the episode.
+
+    An environment that takes long also defines ``start_replies(episodes) -> concurrent.futures.Future``, whose result
+    is that of ``reply_all``. A `SlotEngine` decodes other episodes in the meantime.
     """
 
     def reset(self, row: Mapping[str, Any]) -> Prompt:

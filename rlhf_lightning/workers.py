@@ -1,4 +1,4 @@
-"""Run user code that may hang or crash in processes with a time limit per row, and share work among forks."""
+"""Run user code that may hang or crash in processes with a time limit per row or on threads; share work among forks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any, Generic, Literal, TypeVar
 
 from rlhf_lightning.errors import RlhfError
@@ -66,12 +70,13 @@ class WorkerPool:
     def __init__(self, start: Start, spec: Any, seconds: float, workers: int) -> None:
         self.start, self.spec, self.seconds, self.workers = start, spec, seconds, workers
         self._pool: list[Worker] = []
+        weakref.finalize(self, _kill_all, self._pool)  # also when this process ends
 
     def outcomes(self, rows: Sequence[Any]) -> list[Outcome]:
         """Send the rows to processes as these become free; return the outcome of each row.
 
         Raises:
-            WorkerFailedError: ``spec`` cannot be sent to another process.
+            WorkerFailedError: ``spec`` cannot be sent to another process, or this process ends.
         """
         outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(rows)))
@@ -85,24 +90,26 @@ class WorkerPool:
                 row, outcome = worker.row, worker.outcome()
                 if outcome is not None and row is not None:
                     outcomes[row] = outcome
-            self._pool = [worker for worker in self._pool if worker.alive]
+            self._pool[:] = [worker for worker in self._pool if worker.alive]
         return [outcomes[row] for row in range(len(rows))]
 
     def _free_worker(self) -> Worker | None:
         free = next((worker for worker in self._pool if worker.row is None), None)
         if free is None and len(self._pool) < self.workers:
+            if not threading.main_thread().is_alive():  # an abandoned call on a daemon thread
+                raise WorkerFailedError("process-ends", "this process ends, so it starts no worker process")
             self._pool.append(free := Worker(self.start, self.spec))
         return free
 
     def close(self) -> None:
         """Kill the processes; the next call starts new ones."""
-        for worker in self._pool:
-            worker.kill()
-        self._pool = []
+        _kill_all(self._pool)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be shutting down
-            self.close()
+
+def _kill_all(pool: list[Worker]) -> None:
+    for worker in pool:
+        worker.kill()
+    pool.clear()
 
 
 class Worker:
@@ -197,6 +204,43 @@ def serve(connection: Connection, start: Start, spec: Any) -> None:
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+
+class Threads:
+    """Run calls on daemon threads, in the order in which they were submitted.
+
+    Unlike a ``ThreadPoolExecutor``, it lets a process end while a call hangs.
+
+    Args:
+        count: number of threads; they start with the first call, and end after the object is deleted.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] | None = None
+
+    def submit(self, call: Callable[[], Result]) -> Future[Result]:
+        """Queue a call; return the future of its result."""
+        if self._calls is None:
+            self._calls = SimpleQueue()
+            for _ in range(self.count):
+                threading.Thread(target=_run_calls, args=(self._calls,), daemon=True).start()
+                weakref.finalize(self, self._calls.put, None)
+        future = Future[Result]()
+        self._calls.put((future, call))
+        return future
+
+
+def _run_calls(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+    while (queued := calls.get()) is not None:
+        future, call = queued
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is read
+                future.set_exception(error)
+        del queued, future, call  # they may hold the last reference to this object's owner
+
 
 ALONE = 4
 """Number of parts processed before any fork: so few parts take less time than forking."""

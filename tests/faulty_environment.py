@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -33,6 +34,20 @@ class Faulty(Talks):
             if self.how == "hangs":
                 time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().reply(episode)
+
+
+class Hangs(Talks):
+    """Writes the process ids of itself and of a child into a file, and hangs."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def reply(self, episode: Episode) -> Reply:
+        child = subprocess.Popen(["sleep", "300"])
+        with open(self.file, "a") as file:
+            file.write(f"{os.getpid()} {child.pid}\n")
+        time.sleep(300)
         return super().reply(episode)
 
 

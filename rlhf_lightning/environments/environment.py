@@ -6,15 +6,16 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lightning.errors import RlhfError, check_choice, check_range
 from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.types import Environment, Episode, MultiTurn, Prompt, Reply
-from rlhf_lightning.workers import Outcome, WorkerPool, with_retries
+from rlhf_lightning.workers import Outcome, Threads, WorkerPool, with_retries
 
 
 def load_environment(spec: Any) -> Environment:
@@ -66,7 +67,8 @@ class FaultTolerantEnvironment:
     episode has no score, so it is not learned from; ``rollout/score_missing`` counts it.
 
     With ``seconds`` each reply comes from another process, which is killed at the time limit; the environment must be
-    importable there, and its state must be in the episode. Without ``seconds``, replies come from ``threads`` threads.
+    importable there, and its state must be in the episode. Without ``seconds``, replies come from ``threads`` threads;
+    a single thread calls the environment in order. A `SlotEngine` decodes other episodes in the meantime.
 
     Args:
         environment: a spec for `load_environment`.
@@ -99,7 +101,7 @@ class FaultTolerantEnvironment:
         check_range(min(retries, wait) >= 0, "each must be at least 0", retries=retries, wait=wait)
         self.environment = load_environment(environment)
         self.on_fault, self.retries, self.wait, self.most_in_a_row = on_fault, retries, wait, most_in_a_row
-        self.threads = threads
+        self._asker, self._threads = Threads(1), Threads(threads)
         self._pool = None if seconds is None else WorkerPool(replier, environment, seconds, workers)
         self._in_a_row = 0
 
@@ -117,6 +119,13 @@ class FaultTolerantEnvironment:
         Raises:
             EnvironmentFailedError: an episode has no reply and ``on_fault`` is "raise", or too many faults in a row.
         """
+        return self.start_replies(episodes).result()
+
+    def start_replies(self, episodes: Sequence[Episode]) -> Future[list[Reply | None]]:
+        """Begin to reply, after all episodes of earlier calls; return the future of what `reply_all` returns."""
+        return self._asker.submit(partial(self._replies, episodes))
+
+    def _replies(self, episodes: Sequence[Episode]) -> list[Reply | None]:
         outcomes, _ = with_retries(self._attempt, episodes, self.retries, self.wait)
         return [self._checked(episode, *outcome) for episode, outcome in zip(episodes, outcomes, strict=True)]
 
@@ -124,10 +133,8 @@ class FaultTolerantEnvironment:
         if self._pool is not None:
             return self._pool.outcomes(episodes)
         answer = _replier(self.environment)
-        if self.threads == 1:
-            return [answer(episode) for episode in episodes]
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(answer, episodes))
+        pending = [self._threads.submit(partial(answer, episode)) for episode in episodes]
+        return [outcome.result() for outcome in pending]
 
     def _checked(self, episode: Episode, kind: str, value: Any) -> Reply | None:
         self._in_a_row = 0 if kind == "done" else self._in_a_row + 1

@@ -1,13 +1,14 @@
 """Multi-turn episodes: requests to an environment, and transcripts of the episodes.
 
-An engine samples a turn, passes it to `Turns.replies`, and prefills the tokens of the reply before it samples the next
-turn. The policy's tokens are never encoded again: each reply is rendered and encoded alone.
+An engine samples a turn, passes it to `Turns`, and prefills the tokens of the reply before it samples the next turn.
+The policy's tokens are never encoded again: each reply is rendered and encoded alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,27 @@ class _Open:
         return Transcript(tuple(self.messages[self.first :]), *places, learned, self.finished, self.failed, said)
 
 
+class PendingReplies(NamedTuple):
+    """A request for replies.
+
+    Attributes:
+        rows: the episodes.
+        ended: whether the turn of each episode is complete.
+        episodes: the episodes as the environment sees them.
+        pending: the replies; None if the environment has not been called yet.
+    """
+
+    rows: list[int]
+    ended: list[bool]
+    episodes: list[Episode]
+    pending: Future[list[Reply | None]] | None
+
+    def cancel(self) -> None:
+        """Drop the request if the environment has not begun with it."""
+        if self.pending is not None:
+            self.pending.cancel()
+
+
 class Turns:
     """The conversations of one call to an engine.
 
@@ -137,11 +159,17 @@ class Turns:
         budget = self.rules.max_tokens
         return most if budget is None else min(most, budget - len(self._open[row].ids))
 
-    def replies(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[bool]:
-        """Pass sampled turns to the environment; return which episodes continue.
+    @property
+    def overlap(self) -> bool:
+        """Whether the environment computes replies while other episodes are decoded."""
+        return hasattr(self.rules.environment, "start_replies")
 
-        An episode ends if the environment returns ``done``, after ``max_turns`` turns, if a turn has no end token, or
-        if the reply leaves no room for another turn. Otherwise the tokens of the reply are appended to `ids`.
+    def replies(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> list[bool]:
+        """Pass sampled turns to the environment, and wait for the replies; see `ask` and `hear`."""
+        return self.hear(self.ask(rows, turns, ended))
+
+    def ask(self, rows: Sequence[int], turns: Sequence[Sequence[int]], ended: Sequence[bool]) -> PendingReplies:
+        """Pass sampled turns to an environment that overlaps; to others, `hear` passes them.
 
         Args:
             rows: the episodes.
@@ -149,20 +177,37 @@ class Turns:
             ended: whether the turn has an end token or a stop string.
 
         Raises:
-            ContractError: the environment did not return a `Reply` for each episode.
+            ContractError: ``bad-reply``: ``start_replies`` did not return a Future.
         """
-        asked = []
+        episodes = []
         for row, ids, whole in zip(rows, turns, ended, strict=True):
             one = self._open[row]
             one.say(list(ids), tokenization.turn_text(self.tokenizer, ids))
             last = not whole or len(one.ends) >= self.rules.max_turns or self.room(row, 1) < 1
-            asked.append(
+            episodes.append(
                 Episode(one.row, [*one.messages], [*one.ids], [*one.learned], one.number, len(one.ends) - 1, last)
             )
-        given = replies_of(self.rules.environment, asked, self.name)
+        environment: Any = self.rules.environment
+        pending = environment.start_replies(episodes) if self.overlap else None
+        if self.overlap and not isinstance(pending, Future):
+            raise ContractError(
+                "bad-reply", f"{self.name} returned {pending!r:.200} from start_replies; return a Future"
+            )
+        return PendingReplies(list(rows), list(ended), episodes, pending)
+
+    def hear(self, asked: PendingReplies) -> list[bool]:
+        """Wait for the replies to a request; return which of its episodes continue.
+
+        An episode ends if the environment returns ``done``, after ``max_turns`` turns, if a turn has no end token, or
+        if the reply leaves no room for another turn. Otherwise the tokens of the reply are appended to `ids`.
+
+        Raises:
+            ContractError: the environment did not return a `Reply` for each episode.
+        """
+        given = replies_of(self.rules.environment, asked.episodes, self.name, asked.pending)
         return [
             self._goes_on(row, reply, whole, episode.last)
-            for row, reply, whole, episode in zip(rows, given, ended, asked, strict=True)
+            for row, reply, whole, episode in zip(asked.rows, given, asked.ended, asked.episodes, strict=True)
         ]
 
     def _goes_on(self, row: int, reply: Reply | None, whole: bool, last: bool) -> bool:
@@ -222,16 +267,28 @@ def turns_of(batch: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> Turns | 
     return Turns(batch.multi_turn, tokenizer, batch.texts, batch.columns, batch.episodes.tolist())
 
 
-def replies_of(environment: Environment, episodes: Sequence[Episode], name: str) -> list[Reply | None]:
+def replies_of(
+    environment: Environment, episodes: Sequence[Episode], name: str, pending: Future[list[Reply | None]] | None = None
+) -> list[Reply | None]:
     """Return an environment's replies to a batch of episodes, from one call if it has ``reply_all``.
+
+    Args:
+        environment: the environment.
+        episodes: the episodes.
+        name: name of the environment in errors.
+        pending: the replies that it already computes; None calls it.
 
     Raises:
         ContractError: ``bad-reply``: it did not return a valid `Reply` for each episode; ``environment-exits``: it
             called sys.exit, which must not end a run as a success.
     """
     reply_all = getattr(environment, "reply_all", None)
+    single = pending is None and reply_all is None  # only a call for a whole batch may drop episodes
     try:
-        found = [environment.reply(one) for one in episodes] if reply_all is None else reply_all(episodes)
+        if pending is not None:
+            found: Any = pending.result()
+        else:
+            found = [environment.reply(one) for one in episodes] if reply_all is None else reply_all(episodes)
     except SystemExit as error:
         raise ContractError(
             "environment-exits", f"{name} called sys.exit({error.code!r}); raise an exception instead"
@@ -241,11 +298,11 @@ def replies_of(environment: Environment, episodes: Sequence[Episode], name: str)
     if len(given) != len(episodes):
         wrong = f"returned {len(given)} replies to {len(episodes)} episodes"
     if not isinstance(found, Iterable):
-        wrong = f"returned {found!r:.200} from reply_all in place of a list"
+        wrong = f"returned {found!r:.200} in place of a list of replies"
     for reply in given:
         if isinstance(reply, Reply) and reply.fault:
             wrong = reply.fault
-        elif not isinstance(reply, Reply) and (reply is not None or reply_all is None):
+        elif not isinstance(reply, Reply) and (reply is not None or single):
             wrong = f"returned {reply!r:.200} in place of a Reply"
     if wrong:
         raise ContractError("bad-reply", f"{name} {wrong}; return rlhf_lightning.types.Reply for each episode")

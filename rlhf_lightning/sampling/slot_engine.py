@@ -16,6 +16,7 @@ from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.sampling.conversation import PendingReplies, Turns
 from rlhf_lightning.sampling.decoding import FULL_ENOUGH, Prefix, idle_pass, make_decoder
 from rlhf_lightning.sampling.decoding_check import settle_decoding
 from rlhf_lightning.sampling.drawing import AHEAD, draw, uniform
@@ -32,6 +33,10 @@ class SlotEngine(SamplingEngine):
     With an environment, an episode leaves its slot when its turn ends, and its keys and values are kept. When a quarter
     of the slots is free, the environment is asked for all replies together. The episodes then enter slots again, before
     waiting prompts, and only their replies are prefilled.
+
+    If the environment has ``start_replies``, the episodes enter again when next a quarter of the slots is free, and
+    other episodes are decoded until then. This moment depends on token counts alone: a reply that is late is waited
+    for. Therefore delays do not even change the rounding of log-probabilities, and resumed runs are bit-identical.
     """
 
     keeps_turns = True
@@ -44,7 +49,11 @@ class SlotEngine(SamplingEngine):
         run = _Run(model, request)
         idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:
-            return run.finish(before_pass)
+            try:
+                return run.finish(before_pass)
+            finally:
+                for asked in run.asked:  # left by an error or Ctrl-C
+                    asked.cancel()
 
 
 sample = SlotEngine().sample
@@ -102,8 +111,9 @@ class _Run:
         most = settings.max_new_tokens
         rooms = [most if self.turns is None else self.turns.room(row, most) for row in range(len(prompts))]
         self.limits = np.array(rooms, dtype=np.int64)  # token count of each episode at which its current turn is cut
-        self.kept: dict[int, Kept] = {}  # keys and values of episodes that wait for a reply
-        self.silent: list[int] = []  # episodes that wait for a reply
+        self.kept: dict[int, Kept] = {}  # keys and values of episodes between two turns
+        self.silent: list[int] = []  # episodes whose turn has ended
+        self.asked: deque[PendingReplies] = deque()  # requests for replies, oldest first
         shape = (len(prompts), settings.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.scores, self.entropies = torch.zeros(2, *shape, dtype=at_least_float32(like).dtype, device=self.device)
@@ -127,11 +137,11 @@ class _Run:
 
     def finish(self, before_pass: Callable[[], None]) -> Completions:
         """Decode until every prompt has its completion; call ``before_pass`` before each forward pass."""
-        while self.waiting or self.silent or self.active.any():
+        while self.waiting or self.silent or self.asked or self.active.any():
             left = int(self.active.sum())
             if left <= FULL_ENOUGH * len(self.active):
-                if self.silent and (left == 0 or self.decoder.refills):
-                    self._hear()
+                if self.turns is not None and (left == 0 or self.decoder.refills):
+                    self._exchange(self.turns)
                 if self.waiting and (left == 0 or self.decoder.refills):
                     self._fill(before_pass)
                 elif left:
@@ -152,6 +162,7 @@ class _Run:
         """Move waiting prompts into the free slots, and sample their first tokens."""
         if not self.decoder.refills:
             self._free_all_slots()
+        self._grow(min(self.slots, int(self.active.sum()) + len(self.waiting)) - len(self.active))
         free = np.flatnonzero(~self.active).tolist()[: len(self.waiting)]
         if self.decoder.equal_lengths:
             length = len(self.prompts[self.waiting[0]])
@@ -187,21 +198,27 @@ class _Run:
             self._draw_numbers(self.owners[slots][late], (begun - begun % self.ahead)[late])
         self._record(slots, logits)
 
-    def _hear(self) -> None:
-        """Request all pending replies at once; episodes that continue are queued before waiting prompts."""
-        assert self.turns is not None
-        self._write()
-        rows, self.silent = sorted(self.silent), []
-        counts, drawn = self.counts.tolist(), self.tokens[rows].tolist()
-        said = [ids[int(self.begun[row]) : counts[row]] for row, ids in zip(rows, drawn, strict=True)]
-        going = self.turns.replies(rows, said, self.ended[rows].tolist())
+    def _exchange(self, turns: Turns) -> None:
+        """Ask for replies to the turns that have ended, and queue the episodes that continue after earlier requests."""
+        if self.silent:
+            self._write()
+            rows, self.silent = sorted(self.silent), []
+            counts, drawn = self.counts.tolist(), self.tokens[rows].tolist()
+            said = [ids[int(self.begun[row]) : counts[row]] for row, ids in zip(rows, drawn, strict=True)]
+            self.asked.append(turns.ask(rows, said, self.ended[rows].tolist()))
+        while self.asked and (len(self.asked) > turns.overlap or not (self.waiting or self.active.any())):
+            self._hear(turns, self.asked.popleft())
+
+    def _hear(self, turns: Turns, asked: PendingReplies) -> None:
+        """Take the replies to a request; episodes that continue are queued before waiting prompts."""
+        rows, going = asked.rows, turns.hear(asked)
         if self.on_progress is not None and not all(going):
             self.on_progress(going.count(False))
         open_rows = [row for row, more in zip(rows, going, strict=True) if more]
         for row in set(rows) - set(open_rows):
             self.kept.pop(row, None)
         for row in open_rows:
-            self._go_on(row, self.turns.ids(row))
+            self._go_on(row, turns.ids(row))
         entering = sorted(open_rows, key=lambda row: len(self.prompts[row]))
         later = [*self.waiting]
         if self.decoder.equal_lengths:  # prompts that are prefilled together need equal lengths
@@ -241,6 +258,14 @@ class _Run:
         self.held = {}
         if split:
             self.held[key] = (prefix if len(prefix.logits) == 1 else prefix.select(place), 0)
+
+    def _grow(self, slots: int) -> None:
+        """Add slots for episodes that come back after the batch has shrunk."""
+        if slots > 0:
+            self.owners, self.active, self.drawn, self.lengths = (
+                np.pad(part, (0, slots)) for part in (self.owners, self.active, self.drawn, self.lengths)
+            )
+            self.last = torch.nn.functional.pad(self.last, (0, slots))
 
     def _shrink(self) -> None:
         """Remove the slots of finished completions if no prompt waits for them."""
