@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "reliability"
-STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo", "episodes")
 
 
 @pytest.fixture(scope="module")

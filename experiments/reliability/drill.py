@@ -55,8 +55,7 @@ class Drill:
         self.folder, self.count = folder, RANKS[strategy]
         self.argv = command(name, world, strategy, lora)
         self.chance = random.Random(f"{seed}/{name}/{strategy}/{lora}")
-        phases = ("saving", "rollout", "update", "validation")
-        self.phases = cycle(phases if STAGES[name].on_policy else (phases[0], *phases[2:]))
+        self.phases = cycle(STAGES[name].phases)
         self.counts = Counter[str]()
         self.lost: list[str] = []
         self.runs = 0

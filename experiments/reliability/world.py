@@ -1,12 +1,30 @@
 """Runs for the drills: every stage on a few rows of the assistant world, with steps of some 10 milliseconds."""
 
+import json
+import random
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_lightning.types import Episode, Prompt, Reply
 from rlhf_lightning.worlds.assistant import make_config, make_tokenizer, write_world
+
+
+class SlowReplies:
+    """Environment that rewards a turn by its length and replies after a random delay."""
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the data's prompt."""
+        return row["prompt"]
+
+    def reply(self, episode: Episode) -> Reply:
+        """Reply to the policy's last turn."""
+        time.sleep(random.random() * 0.02)
+        return Reply("more", reward=len(episode.said) % 7 / 7)
 
 
 class Stage(NamedTuple):
@@ -16,13 +34,18 @@ class Stage(NamedTuple):
         module: class of the stage.
         data: data class and file of its rows.
         flags: additional settings.
-        on_policy: whether its steps are rollouts.
+        phases: phases in which the run is killed.
     """
 
     module: str
     data: tuple[str, str]
     flags: tuple[str, ...] = ()
-    on_policy: bool = False
+    phases: tuple[str, ...] = ("saving", "update", "validation")
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether its steps are rollouts."""
+        return "rollout" in self.phases
 
 
 ROLLOUTS = (
@@ -30,6 +53,16 @@ ROLLOUTS = (
     "--model.mini_batch_size", "4", "--data.rollouts", "5", "--checkpoint.every_n_rollouts", "1",
     "--trainer.val_check_interval", "3",
 )  # fmt: skip
+GROUPS = (*ROLLOUTS, "--data.samples_per_prompt", "2")
+ENVIRONMENT = {
+    "class_path": "rlhf_lightning.environments.FaultTolerantEnvironment",
+    "init_args": {"environment": {"class_path": "world.SlowReplies"}, "threads": 2},
+}
+EPISODES = (
+    "--data.environment", json.dumps(ENVIRONMENT), "--data.max_turns", "4", "--model.stop_strings", '["e"]',
+    "--model.sampling_batch_size", "3",
+)  # fmt: skip
+PHASES = ("saving", "rollout", "update", "validation")
 STEPS = ("--data.rows", "56", "--checkpoint.every_n_updates", "2", "--trainer.val_check_interval", "4")
 STAGES = {
     "sft": Stage("SFTModule", ("SFTDataModule", "demonstrations"), STEPS),
@@ -40,11 +73,10 @@ STAGES = {
         "PPOModule",
         ("PromptDataModule", "prompts_train"),
         (*ROLLOUTS, "--model.kl_target", "0.5", "--model.kl_horizon", "100"),
-        on_policy=True,
+        PHASES,
     ),
-    "grpo": Stage(
-        "GRPOModule", ("PromptDataModule", "prompts_train"), (*ROLLOUTS, "--data.samples_per_prompt", "2"), True
-    ),
+    "grpo": Stage("GRPOModule", ("PromptDataModule", "prompts_train"), GROUPS, PHASES),
+    "episodes": Stage("GRPOModule", ("PromptDataModule", "prompts_train"), (*GROUPS, *EPISODES), ("rollout",)),
 }
 STRATEGIES = {
     "single": (),
@@ -84,7 +116,7 @@ def command(name: str, world: Path, strategy: str = "single", lora: bool = False
         "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--samples.prompts", "2",
         "--samples.every_n_updates", "3", "--samples.max_new_tokens", "8",
     ]  # fmt: skip
-    flags += [flag.format(world=world) for flag in stage.flags]
+    flags += [flag.replace("{world}", str(world)) for flag in stage.flags]
     if lora:
         # Dropout masks come from each rank's own random numbers, and on-policy ratios have to start at 1.
         flags += ["--model.lora.r", "2", "--model.lora.dropout", "0.0" if stage.on_policy else "0.1"]
