@@ -1,11 +1,11 @@
-"""Train in multi-turn environments: the shop with GRPO and PPO, and a guessing game with per-turn or final rewards.
+"""Train in multi-turn environments: the shop with GRPO and PPO, and a quiz with per-turn or final rewards.
 
     python experiments/environments/curves.py [--out runs/environments] [--seeds 5] [--minutes 60]
 
 In the shop, a policy with 111 thousand parameters first imitates demonstrations. Few demonstrations use both tools. The
-policy is then trained by RL. In the number guessing game it first imitates random guesses; the same rewards are given
-at each turn, or at the end. Every finished run is one line of ``runs.jsonl``, and a second call continues after the
-last line. The page and the plot in this folder are written from the finished runs.
+policy is then trained by RL. In the quiz it first imitates random prices; the same rewards are given in each turn, or
+in the last turn. Every finished run is one line of ``runs.jsonl``, and a second call continues after the last line. The
+page and the plot in this folder are written from the finished runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning.data import PromptDataModule, SFTDataModule
-from rlhf_lightning.environments import GuessTheNumber
 from rlhf_lightning.functional.statistics import wilson_interval
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule, SFTModule
 from rlhf_lightning.sampling.engines import SamplingSettings
@@ -32,15 +31,15 @@ SHOP: dict[str, Any] = {
     "scorer": "rlhf_lightning.worlds.tools.gold", "max_new_tokens": 16, "kl_coef": 0.0, "learning_rate": 1e-3,
     "lr_schedule": "constant", "mini_batch_size": 64,
 }  # fmt: skip
-GAME: dict[str, Any] = {
+QUIZ: dict[str, Any] = {
     "scorer": "ZeroScorer", "max_new_tokens": 2, "kl_coef": 0.0, "learning_rate": 1e-3, "lr_schedule": "constant",
     "mini_batch_size": 64,
 }  # fmt: skip
 SETTINGS: dict[str, tuple[str, Any, dict[str, Any], int]] = {
     "shop, GRPO": ("shop", GRPOModule, SHOP, 8),
     "shop, PPO": ("shop", PPOModule, {**SHOP, "ppo_epochs": 2, "value_coef": 0.5, "missing_eos_score": None}, 1),
-    "game, rewards of turns": ("turn", CriticFreeModule, {**GAME, "credit": "turn"}, 8),
-    "game, one final reward": ("final", CriticFreeModule, GAME, 8),
+    "quiz, rewards of turns": ("turn", CriticFreeModule, {**QUIZ, "credit": "turn", "gamma": 0.0}, 8),
+    "quiz, one final reward": ("final", CriticFreeModule, QUIZ, 8),
 }
 """World or timing of the reward, class, settings, and samples per prompt."""
 
@@ -114,12 +113,13 @@ def trained(name: str, seed: int, out: Path) -> dict[str, Any]:
     """Train one setting and return its measurements."""
     where, kind, settings, samples = SETTINGS[name]
     shop = where == "shop"
-    start = imitated(out, "writer", "demonstrations.jsonl", 10) if shop else imitated(out, "player", "games.jsonl", 2)
-    environment: Any = world.ShopEnvironment() if shop else GuessTheNumber(reward=where)  # type: ignore[arg-type]
-    turns = 4 if shop else 5
+    taught = ("writer", "demonstrations.jsonl", 10) if shop else ("guesser", "quiz_sft.jsonl", 2)
+    start = imitated(out, *taught)
+    environment: Any = world.ShopEnvironment() if shop else world.PriceQuiz(where)  # type: ignore[arg-type]
+    turns = 4 if shop else world.QUIZ_TURNS
     started, curve = time.process_time(), Curve()
     data = PromptDataModule(
-        str(out / "world" / ("prompts_train.jsonl" if shop else "game_prompts.jsonl")), batch_size=128,
+        str(out / "world" / ("prompts_train.jsonl" if shop else "quiz_train.jsonl")), batch_size=128,
         samples_per_prompt=samples, rollouts=ROLLOUTS[where], seed=seed, environment=environment, max_turns=turns,
         cache_dir=str(out / "cache"),
     )  # fmt: skip
@@ -132,8 +132,8 @@ def trained(name: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def answered(module: Any, environment: Any, turns: int, out: Path, shop: bool) -> tuple[int, int]:
-    """Return the fraction of held-out episodes with a right answer at temperature 1, and the number of episodes."""
-    rows = read(out / "world" / ("prompts_test.jsonl" if shop else "game_test.jsonl"))
+    """Answer the held-out episodes at temperature 1; return the number of right answers, and the number of answers."""
+    rows = read(out / "world" / ("prompts_test.jsonl" if shop else "quiz_test.jsonl"))
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     prompts = [environment.reset(row) for row in rows]
     module.eval()
@@ -144,9 +144,8 @@ def answered(module: Any, environment: Any, turns: int, out: Path, shop: bool) -
         )  # fmt: skip
     if shop:
         return int(sum(world.gold(prompts, found.texts, **columns))), len(rows)
-    return sum(text.strip() == str(secret) for text, secret in zip(found.texts, columns["secret"], strict=True)), len(
-        rows
-    )
+    right = [world.right_prices(row["items"], one.messages) for row, one in zip(rows, found.transcripts, strict=True)]
+    return sum(map(sum, right)), sum(map(len, right))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             f"{float(whole[0]):.2f} to {float(whole[1]):.2f}", f"{sum(row['seconds'] for row in own) / len(own):.0f}",
         ]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for axes, title in ((left, "the shop"), (right, "guess the number")):
+    for axes, title in ((left, "the shop"), (right, "the quiz")):
         axes.set_xlabel("rollout")
         axes.set_ylabel("mean score of a rollout")
         axes.set_title(title)
@@ -200,7 +199,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(HERE / "curves.png", dpi=110)
     head = (
-        "| setting | seeds | score, rollout 1 | score, rollouts 11 to 15 | score, last 5 | held-out episodes right | "
+        "| setting | seeds | score, rollout 1 | score, rollouts 11 to 15 | score, last 5 | held-out answers right | "
         "interval of one run | CPU seconds |\n|---|---|---|---|---|---|---|---|\n"
     )
     text = (HERE / "results.md").read_text() if (HERE / "results.md").exists() else MARK + MARK

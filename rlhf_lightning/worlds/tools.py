@@ -1,4 +1,4 @@
-"""The tool world: a small shop in which a policy learns to look up prices and add them, and a guessing game.
+"""The tool world: a small shop in which a policy learns to look up prices and add them, and a quiz about prices.
 
 A request names two items, such as ``pear and fig``. Each row has its own prices from 1 to 9, which only the tool
 ``price`` knows; the tool ``add`` adds two numbers. The best policy makes two turns of calls and then copies the sum::
@@ -12,20 +12,20 @@ The **gold reward** is 1 for the right sum and 0 otherwise, so the optimum is 1.
 the best guess, 10, is right in 9 of 81 cases. Few of the writers of demonstrations use both tools, so a policy that
 imitates them earns about a quarter of the gold reward. Each right turn is still common enough to be found.
 
-The **game** is `environments.GuessTheNumber` with numbers 1 to 16. Its optimum is known too: binary search finds the
-number within five guesses, and in 54/16 = 3.375 guesses on average.
+The **quiz** asks for the prices of six items, one in each turn. These prices are the same in all rows, so a policy can
+learn them from rewards alone: the optimum is 6, and random prices earn 6/9.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_lightning.atomic_files import write_lines
 from rlhf_lightning.environments.tool_use import LookupTable, ToolEnvironment
-from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.types import Episode, Message, Prompt, Reply
 from rlhf_lightning.worlds._assistant_text import llama_config, wrapped_tokenizer
 
 Row = dict[str, Any]
@@ -37,10 +37,14 @@ THINGS = (
 CAREFUL, HALF = 0.2, 0.3
 """Shares of writers who use both tools, and who only look up the prices; the others guess immediately."""
 
+LIST_PRICES = {thing: 1 + 4 * place % 9 for place, thing in enumerate(THINGS)}
+"""The prices of the quiz, 1 to 9."""
+
+QUIZ_TURNS = 6
+
 SPECIAL = ("<|pad|>", "<|unk|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>")
 PIECES = (
     'call: price(key="', '")', "call: add(a=", ", b=", ")", "\n", " and ", " ", "error: ", "price", "add",
-    "higher", "lower", "right", "guess", "say a number from 1 to 16",
 )  # fmt: skip
 TEMPLATE = (
     "{% if tools %}<|tools|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
@@ -96,21 +100,48 @@ def demonstration(rng: random.Random, row: Row) -> list[Message]:
     return [*turns, _said(row["answer"] if kind < CAREFUL else str(rng.randint(2, 18)))]
 
 
-def game(rng: random.Random) -> Row:
-    """Return a random row of the game."""
-    return {"prompt": [{"role": "user", "content": "guess"}], "secret": rng.randint(1, 16)}
+class PriceQuiz:
+    """Quiz: each turn names an item of a row's ``items``, and the policy says the item's price in `LIST_PRICES`.
+
+    Args:
+        reward: "turn" pays 1 for a right price in its own turn; "final" pays their number in the last turn.
+    """
+
+    def __init__(self, reward: Literal["turn", "final"] = "turn") -> None:
+        self.when = reward
+
+    def reset(self, row: Mapping[str, Any]) -> Prompt:
+        """Return the data's prompt, which names the first item."""
+        return row["prompt"]
+
+    def reply(self, episode: Episode) -> Reply:
+        """Return the next item, and the reward."""
+        items, right = episode.row["items"], right_prices(episode.row["items"], episode.messages)
+        asked = len(right)
+        done = asked == len(items)
+        reward = float(right[-1] if self.when == "turn" else sum(right) * (done or episode.last))
+        return Reply(reward=reward, done=True) if done else Reply(items[asked], reward=reward)
 
 
-def played(rng: random.Random, secret: int) -> list[Message]:
-    """Return a game played with up to five random guesses."""
-    turns: list[Message] = [{"role": "user", "content": "guess"}]
-    for left in reversed(range(5)):
-        guess = rng.randint(1, 16)
-        turns.append(_said(str(guess)))
-        if guess == secret or not left:
-            break
-        turns.append({"role": "user", "content": "higher" if guess < secret else "lower"})
-    return turns
+def right_prices(items: Sequence[str], messages: Sequence[Message]) -> list[bool]:
+    """Return for each answer of a quiz whether it is the price of its item."""
+    said = [turn["content"].strip() for turn in messages if turn["role"] == "assistant"]
+    return [answer == str(LIST_PRICES[item]) for item, answer in zip(items, said, strict=False)]
+
+
+def quiz(rng: random.Random) -> Row:
+    """Return a random row of the quiz."""
+    items = rng.sample(THINGS, QUIZ_TURNS)
+    return {"prompt": [{"role": "user", "content": items[0]}], "items": items}
+
+
+def quizzed(rng: random.Random) -> list[Message]:
+    """Return a conversation about a random row of the quiz, with random prices."""
+    return [
+        turn
+        for item in quiz(rng)["items"]
+        for turn in ({"role": "user", "content": item}, _said(str(rng.randint(1, 9))))
+    ]
 
 
 def _said(text: str) -> Message:
@@ -120,8 +151,8 @@ def _said(text: str) -> Message:
 def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: int = 200) -> Path:
     """Write the world's files to ``folder``, and return the folder.
 
-    Files: demonstrations.jsonl, prompts_train.jsonl and prompts_test.jsonl of the shop; games.jsonl, game_prompts.jsonl
-    and game_test.jsonl of the game; and model/ (configuration, tokenizer, chat template; no weights).
+    Files: demonstrations.jsonl, prompts_train.jsonl and prompts_test.jsonl of the shop; quiz_sft.jsonl,
+    quiz_train.jsonl and quiz_test.jsonl of the quiz; and model/ (configuration, tokenizer, chat template; no weights).
 
     Args:
         folder: created if missing.
@@ -135,9 +166,9 @@ def write_world(folder: str | Path, seed: int = 0, rows: int = 4000, held_out: i
         "demonstrations": [{"messages": demonstration(rng, request(rng))} for _ in range(rows)],
         "prompts_train": [request(rng) for _ in range(rows)],
         "prompts_test": [request(rng) for _ in range(held_out)],
-        "games": [{"messages": played(rng, rng.randint(1, 16))} for _ in range(rows)],
-        "game_prompts": [game(rng) for _ in range(rows)],
-        "game_test": [{**game(rng), "secret": 1 + number % 16} for number in range(held_out)],
+        "quiz_sft": [{"messages": quizzed(rng)} for _ in range(rows)],
+        "quiz_train": [quiz(rng) for _ in range(rows)],
+        "quiz_test": [quiz(rng) for _ in range(held_out)],
     }
     for name, many in files.items():
         write_lines(folder / f"{name}.jsonl", many)
