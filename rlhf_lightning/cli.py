@@ -41,10 +41,10 @@ TOOL_COMMANDS = {
         "rlhf_lightning.commands.quickstart", "run the whole pipeline on a small built-in world, in minutes"
     ),
     "init": Command("rlhf_lightning.commands.init", "write a project with an objective, a scorer, data and tests"),
-    "audit": Command("rlhf_lightning.commands.audit", "check a data set before training on it"),
-    "show": Command("rlhf_lightning.commands.show", "print the tokens that rows become, and which are learned"),
+    "audit": Command("rlhf_lightning.commands.audit", "find problems in a data set before training"),
+    "show": Command("rlhf_lightning.commands.show", "print the tokens of each row, and which are trained on"),
     "plan": Command("rlhf_lightning.planning.plan", "estimate the memory and compute of a run before it starts"),
-    "annotate": Command("rlhf_lightning.people.annotate", "let people compare completions in the browser"),
+    "annotate": Command("rlhf_lightning.people.annotate", "collect human comparisons of completions in the browser"),
     "loop": Command("rlhf_lightning.people.loop", "run rounds of sampling, labelling, training and evaluation"),
     "chat": Command("rlhf_lightning.commands.chat", "chat with a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "sample completions for a file of prompts"),

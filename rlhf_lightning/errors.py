@@ -180,7 +180,7 @@ def failure_sentence(error: Exception) -> str | None:
         of_parser = ("Not a valid subclass", "Expected a", "Subclass types expect", "a class path", "a dict ")
         return next((line for line in errors if line and not line.startswith(of_parser)), text)
     if text.startswith("No supported gpu backend") or "Accelerator` can not run on your system" in text:
-        return "trainer.accelerator asks for a GPU, and torch finds none: set trainer.accelerator to cpu or auto"
+        return "trainer.accelerator asks for a GPU, but torch finds none: set trainer.accelerator to cpu or auto"
     if text.startswith(("`Trainer(devices=", "`devices` selected with `CPUAccelerator`")):
         return "trainer.devices must be the number of GPUs, or of processes on the CPU: give 1 or more"
     if text.startswith("Problem with given class_path") and text.endswith(":"):

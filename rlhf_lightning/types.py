@@ -510,18 +510,18 @@ class Reply(NamedTuple):
         texts = ("text", self.text, str | None), ("feedback", self.feedback, str | None)
         for name, value, kind in (*texts, ("turn", self.turn, dict | None)):
             if not isinstance(value, kind):
-                return f"gave the {name} {value!r:.200}, which is of another type"
+                return f"gave the {name} {value!r:.200}, which has the wrong type"
         if not isinstance(self.messages, list | tuple):
-            return f"gave the messages {self.messages!r:.200}: a list of turns is wanted"
+            return f"gave the messages {self.messages!r:.200}: expected a list of turns"
         for turn in self.messages:
             if not (isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and "content" in turn):
                 return f"gave the message {turn!r:.200}, which lacks a role or a content"
         try:
             "".join(map(str, (self.text, self.feedback, *(turn["content"] for turn in self.messages)))).encode()
         except UnicodeEncodeError:
-            return "gave a text with half a surrogate pair"
+            return "gave a text with a lone surrogate"
         if self.ids is not None and not all(isinstance(index, SupportsIndex) and index >= 0 for index in self.ids):
-            return f"gave the ids {self.ids!r:.200}, which are no token ids"
+            return f"gave the ids {self.ids!r:.200}, which are not token ids"
         return "" if finite else f"gave the reward {self.reward!r:.200}, which is not a finite number"
 
 

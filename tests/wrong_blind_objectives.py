@@ -58,7 +58,7 @@ class CutAtAFixedLength(DPOModule):
         return dpo_loss(chosen - rejected, self.beta)
 
 
-@caught_by("checkpoint", "begins with another running")
+@caught_by("checkpoint", "starts with a different running")
 class RunningStateForgotten(DPOModule):
     no_target = "beta follows the margins"
 
@@ -130,7 +130,7 @@ class LabelOfTheStepBefore(ProcessRewardModule):
         return super().process_loss(scores._replace(labels=shifted))
 
 
-@caught_by("gradient at teacher", "ids left out")
+@caught_by("gradient at teacher", "tokens left out")
 class LikeliestIdsNotRenormalised(GKDModule):
     target_of = GKDModule
 
@@ -152,7 +152,7 @@ class OnlyTheTeacherIsTempered(GKDModule):
 # -- policy gradients -------------------------------------------------------------------------------------------------
 
 
-@caught_by("validation state", "validation moves running")
+@caught_by("validation state", "validation changes running")
 class BaselineMovesInValidation(CriticFreeModule):
     target_of = CriticFreeModule
 
@@ -201,7 +201,7 @@ class CoefficientRunsAway(PPOModule):
         self.kl_coef *= 1.1 if means["kl"] < 0.05 else 0.9
 
 
-@caught_by("entropy bonus", "a bonus subtracts the entropy")
+@caught_by("entropy bonus", "an entropy bonus is subtracted")
 class EntropyPunished(GRPOModule):
     target_of = GRPOModule
 
@@ -231,7 +231,7 @@ class TiledPrompts(RLOOModule):
         return super().episode_advantages(rewards, rollout._replace(group=tiled))
 
 
-@caught_by("ratio one", "passes a gradient")
+@caught_by("ratio one", "lets a gradient through")
 class WeightWithGradient(DAPOModule):
     target_of = DAPOModule
 

@@ -90,7 +90,7 @@ class ReferenceSidesExchanged(DPOModule):
         return dpo_loss(pair.chosen_sequence_logprobs - pair.rejected_sequence_logprobs - reference, self.beta)
 
 
-@caught_by("target", "sigmoid stands in place of its logarithm")
+@caught_by("target", "sigmoid is used instead of its logarithm")
 class SigmoidForItsLogarithm(DPOModule):
     def pair_loss(self, pair):
         return torch.sigmoid(-self.beta * pair.margin)
@@ -108,7 +108,7 @@ class LikelihoodAdded(DPOModule):
         return super().pair_loss(pair) - 0.2 * pair.chosen_sequence_logprobs
 
 
-@caught_by("labels", "taken through a sigmoid")
+@caught_by("labels", "a sigmoid is applied")
 class LabelsThroughASigmoid(DPOModule):
     def preference_loss(self, pairs):
         return super().preference_loss(pairs._replace(target=pairs.target.sigmoid()))
@@ -182,7 +182,7 @@ class ScoresSquashed(RewardModule):
         return super().ranking_loss(scores._replace(scores=scores.scores.asinh()))
 
 
-@caught_by("log-odds", "wrong steps teach nothing")
+@caught_by("log-odds", "wrong steps are ignored")
 class OnlyRightStepsTeach(ProcessRewardModule):
     def process_loss(self, scores):
         return -scores.labels * F.logsigmoid(scores.scores)
@@ -225,7 +225,7 @@ class KLLossWithoutGradient(GRPOModule):
         return logprobs.logprobs - logprobs.reference_logprobs
 
 
-@caught_by("value gradient", "drawn to the old values")
+@caught_by("value gradient", "regressed on the old values")
 class ValuesHeld(PPOModule):
     def value_loss(self, values):
         return 0.5 * (values.values - values.old_values) ** 2
@@ -275,7 +275,7 @@ class GeometricMeanOverTheGrid(GSPOModule):
         return (d.detach() + own).clamp(-20, 20).exp()
 
 
-@caught_by("own token", "cumulated")
+@caught_by("own token", "summed cumulatively")
 class WordsOfTheRestOfTheText(OnPolicyDistillationModule):
     def advantages(self, rollout, rewards):
         found, mask = super().advantages(rollout, rewards).advantages, rollout.completion_mask

@@ -39,7 +39,7 @@ class LikelihoodOfRejected(DPOModule):
         return super().pair_loss(pair) - 0.1 * pair.rejected_sequence_logprobs / pair.rejected_lengths
 
 
-@caught_by("known mistake", "which makes it unlikelier")
+@caught_by("known mistake", "which makes it less likely")
 class LikelihoodOfTheWrongSign(DPOModule):
     no_target = "the likelihood holds the policy back"
 
@@ -70,7 +70,7 @@ class SlicedByTheLength(DPOModule):
         return self.beta * sums[0], self.beta * sums[1]
 
 
-@caught_by("settings read", "nothing reads the setting forgotten_gap")
+@caught_by("settings read", "the setting forgotten_gap is never read")
 class SettingForgotten(DPOModule):
     target_of = DPOModule
 
@@ -96,7 +96,7 @@ class RunningMeanWithItsGraph(DPOModule):
         return loss
 
 
-@caught_by("direction", "must become likelier")
+@caught_by("direction", "must become more likely")
 class WeightOfDFTNotDetached(SFTModule):
     no_target = "the weights are the policy's own probabilities"
 
@@ -104,7 +104,7 @@ class WeightOfDFTNotDetached(SFTModule):
         return logprobs.logprobs.exp() * super().token_loss(logprobs)
 
 
-@caught_by("entropy bonus", "a bonus subtracts the entropy")
+@caught_by("entropy bonus", "an entropy bonus is subtracted")
 class DemonstrationsWithoutEntropy(SFTModule):
     no_target = "the entropy flattens every distribution"
 
@@ -176,7 +176,7 @@ class EngineCorrectedTheWrongWay(DrGRPOModule):
         return Loss(loss.values * weight, loss.metrics)
 
 
-@caught_by("entropy bonus", "the rollout's has no gradient")
+@caught_by("entropy bonus", "of the rollout has no gradient")
 class EntropyOfTheRollout(CriticFreeModule):
     no_target = "a bonus on entropy"
 
@@ -199,7 +199,7 @@ class ValuesScaledInPlace(PPOModule):
 
 @caught_by("chosen", "the sign inside a penalty")
 class PenaltyOnTheWrongSide(DPOModule):
-    """DPOP's penalty on chosen above the reference, in place of below it."""
+    """DPOP's penalty on chosen above the reference, instead of below it."""
 
     no_target = "no closed form"
 
@@ -209,7 +209,7 @@ class PenaltyOnTheWrongSide(DPOModule):
 
 @caught_by("implicit reward", "a sign in implicit_reward")
 class OddsWithASum(ORPOModule):
-    """log P + log(1 - P) in place of the log-odds."""
+    """log P + log(1 - P) instead of the log-odds."""
 
     def implicit_reward(self, pairs):
         chosen = pairs.chosen_sequence_logprobs / pairs.chosen_lengths.clamp(min=1)
@@ -241,7 +241,7 @@ class ChosenLengthAndATerm(SimPOModule):
         return -F.logsigmoid(self.reward_margin(pair) - self.gamma) - 0.05 * chosen / self.beta
 
 
-@caught_by("mismatched", "matched ones were judged")
+@caught_by("mismatched", "matched completions were used")
 class PointOfItsOwnRows(KTOModule):
     target_of = KTOModule
     needs_mismatched = False
@@ -259,7 +259,7 @@ class SumOfThePast(CriticFreeModule):
         return Advantages(torch.nan_to_num(rewards).cumsum(-1) * rollout.completion_mask, None)
 
 
-@caught_by("list at rest", "what each pick competes with")
+@caught_by("list at rest", "the normaliser of each choice")
 class PicksAgainstEverybody(PlackettLuceModule):
     target_of = PlackettLuceModule
 
@@ -301,7 +301,7 @@ class PointWithoutBeta(KTOModule):
         return -F.logsigmoid(torch.where(logprobs.desirable, gain, -gain))
 
 
-@caught_by("statistic", "where the detach stands")
+@caught_by("statistic", "the position of detach")
 class DivergenceThatIsSought(DPOModule):
     """TDPO2 with the wrong one of its two divergences detached."""
 
@@ -329,7 +329,7 @@ class AtBetaZero(GKDModule):
         return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
 
-@caught_by("known mistake", "own reward included")
+@caught_by("known mistake", "own reward")
 class BestOfAll(RLOOModule):
     target_of = RLOOModule
 
@@ -352,7 +352,7 @@ class WhitenedSumOfThePast(CriticFreeModule):
         return Advantages(masked_whiten(returns, scored, mean=mean, var=variance), None)
 
 
-@caught_by("both labels", "where a mask begins and ends")
+@caught_by("both labels", "the ends of a mask")
 class BeforeTheError(ProcessRewardModule):
     no_target = "steps behind the first wrong one are not learned from"
 
@@ -362,7 +362,7 @@ class BeforeTheError(ProcessRewardModule):
         return as_loss(super().process_loss(scores)).values * ((error < 0) | (scores.position < error))
 
 
-@caught_by("known mistake", "the slot chosen_by_reference is turned round")
+@caught_by("known mistake", "the data column chosen_by_reference is inverted")
 class OwnSamplePays(XPOModule):
     no_target = "no closed form: the bonus shifts the optimum"
 

@@ -191,7 +191,7 @@ def whole_json(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
 
 
 def table(hostile: Hostile, kind: str, rows: int) -> tuple[bytes, int]:
-    """Return a .csv file with broken UTF-8, quotes, and too many or too few fields."""
+    """Return a .csv file with invalid UTF-8, quotes, and too many or too few fields."""
     columns = PLAIN_COLUMNS[kind]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\r\n")

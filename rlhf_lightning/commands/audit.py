@@ -1,4 +1,4 @@
-"""``rlhf audit``: check a data set before training on it."""
+"""``rlhf audit``: find problems in a data set before training."""
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 

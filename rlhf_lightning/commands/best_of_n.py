@@ -98,9 +98,9 @@ def _check(n: int, keep: Keep, top: int | None, threshold: float | None) -> None
     check_range(n >= 1, "it must be at least 1", n=n)
     for name, value, user in (("top", top, "top-k"), ("threshold", threshold, "threshold")):
         if (value is not None) != (keep == user):
-            fault = "needs" if value is None else f"belongs to keep={user}: keep={keep} does not take"
+            fault = "needs" if value is None else f"applies only to keep={user}, not to keep={keep}"
             raise SettingError(
-                "conflicting-settings", f"keep={user} {fault} {name}" if value is None else f"{name} {fault} it"
+                "conflicting-settings", f"keep={user} {fault} {name}" if value is None else f"{name} {fault}"
             )
     check_range(top is None or top >= 1, "it must be at least 1", top=top)
 
@@ -148,7 +148,7 @@ def why_none(left: Sequence[Sequence[Row]], keep: Keep, threshold: float | None,
         name = "empty" if not written else "truncated" if not usable else "low" if low else "alike"
         reasons[name] += 1
     words = {
-        "truncated": "all samples were truncated (raise max_new_tokens, or set keep_unfinished)",
+        "truncated": "all samples were truncated (raise max_new_tokens or set keep_unfinished)",
         "empty": "all samples are empty",
         "low": "scores are too low (lower the threshold, or raise top)",
         "alike": "another row has the same prompt and completion",

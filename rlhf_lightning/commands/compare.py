@@ -76,17 +76,17 @@ def _names(given: Sequence[str]) -> list[str]:
 def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> list[str]:
     """Return sentences about the compared runs and the runs that were left out."""
     counts = [len(arm) for arm in comparison.arms.values()]
-    by = ", ".join(comparison.by) or "nothing: all settings are equal"
+    by = ", ".join(comparison.by) or "none: all settings are equal"
     notes = [
         f"{len(comparison.runs)} runs in {len(counts)} arms by {by}; seeds per arm: {', '.join(map(str, counts))}."
     ]
     if min(counts) < 2:
         notes.append("An arm has a single seed: without a second one there is no interval and no test.")
     if comparison.within:
-        notes.append(f"Within an arm these settings differ too: {', '.join(comparison.within)}.")
+        notes.append(f"Settings that also differ within an arm: {', '.join(comparison.within)}.")
     seeds = {frozenset(arm) for arm in comparison.arms.values()}
     if len(seeds) > 1:
-        notes.append("The arms have different seeds; only shared ones are tested in pairs.")
+        notes.append("The arms have different seeds; paired tests use only the shared seeds.")
     for run in left_out:
         notes.append(f"Left out, not finished: {run.folder} ({run.status}).")
     return notes
@@ -119,7 +119,8 @@ def sections_of(comparison: "RunComparison") -> "list[Section]":
     if tests:
         header = ["metric", "arm", "difference", "95 % interval", "p", "p (Holm)", "test"]
         note = (
-            "Each arm minus the first. Holm's correction is for the arms of one metric, not for the number of metrics."
+            "Each arm minus the first. Holm's correction covers the arms of one metric; it does not correct for the "
+            "number of metrics."
         )
         sections.append(Section(f"Differences from {first}", header, tests, note))
     if comparison.differing:

@@ -63,14 +63,18 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
     async def failed(request: Request, error: Exception) -> Response:
         print(f"rlhf serve: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         memory = is_out_of_memory(error)
-        said = "out of memory: ask for less at a time" if memory else f"the server failed ({type(error).__name__})"
+        said = (
+            "out of memory: request fewer completions or tokens at a time"
+            if memory
+            else f"the server failed ({type(error).__name__})"
+        )
         return JSONResponse(error_body(said, "out-of-memory" if memory else "failed", 500), 500)
 
     def with_key(handler: Any) -> Any:
         async def checked(request: Request) -> Response:
             given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
             if key is not None and not hmac.compare_digest(given, key.encode()):
-                raise HTTPException(401, "a request needs the server's key: Authorization: Bearer KEY")
+                raise HTTPException(401, "the request lacks the server's API key: Authorization: Bearer KEY")
             return await handler(request)
 
         return checked
@@ -161,7 +165,9 @@ class Api:
         asked = await run_in_threadpool(read_request, body, chat, self.text, self.limits)
         count = len(asked.prompts) * asked.n
         if self.waiting + count > MOST_WAITING:
-            raise HTTPException(429, f"{self.waiting} completions are waiting: ask again later", {"retry-after": "5"})
+            raise HTTPException(
+                429, f"{self.waiting} completions are already queued: retry later", {"retry-after": "5"}
+            )
         job = _Job(self, asked, AnswerWriter(asked, self.text, self.name))
         if asked.stream:
             return StreamingResponse(job.stream(), media_type="text/event-stream")
@@ -212,7 +218,9 @@ class _Job:
         try:
             await asyncio.wait({work, gone}, timeout=self.api.timeout, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise HTTPException(504, f"the request took more than {self.api.timeout:g} seconds: ask for less")
+                raise HTTPException(
+                    504, f"the request took more than {self.api.timeout:g} seconds: request fewer tokens or completions"
+                )
             return self.answer.whole(self.choices, work.result())
         finally:
             work.cancel()

@@ -159,7 +159,7 @@ def read_request(body: Mapping[str, Any], chat: bool, text: Text, limits: Reques
         ends = tokenization.Ends() if _flag(given, "ignore_eos") else tokenization.end_token_ids(text.tokenizer)
     n = _whole(given, "n", 1, 1, MOST_COMPLETIONS)
     if len(prompts) * n > MOST_COMPLETIONS:
-        raise BadRequest("n", f"asks for {len(prompts) * n} completions, and a request has at most {MOST_COMPLETIONS}")
+        raise BadRequest("n", f"asks for {len(prompts) * n} completions; a request may have at most {MOST_COMPLETIONS}")
     stream, prompt_top = _flag(given, "stream"), _top(given, "prompt_logprobs")
     top = _chat_top(given) if chat else _top(given, "logprobs")
     if echo and top is not None:
@@ -186,7 +186,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
         if name in NEUTRAL:
             if value in NEUTRAL[name] and not (isinstance(value, bool) and value not in (False, True)):
                 continue
-            raise BadRequest(name, f"is {shortened(value)}, which this server cannot do: leave it out")
+            raise BadRequest(name, f"is {shortened(value)}, which this server does not support: leave it out")
         near = nearest(str(name)[:100], known)
         raise BadRequest(
             str(name)[:100], "is not a field of this request" + (f"; did you mean {near}?" if near else "")
@@ -294,7 +294,7 @@ def _prompts(given: Mapping[str, Any], text: Text, echo: bool) -> tuple[tuple[Te
     if not isinstance(value, list) or not value:
         raise BadRequest("prompt", "must be a text, token ids, or a list of texts or of lists of token ids")
     if len(value) > MOST_COMPLETIONS:
-        raise BadRequest("prompt", f"has {len(value)} prompts, and a request has at most {MOST_COMPLETIONS}")
+        raise BadRequest("prompt", f"has {len(value)} prompts; a request may have at most {MOST_COMPLETIONS}")
     rows = []
     for one in value:
         if isinstance(one, str):
@@ -327,7 +327,7 @@ def _check_unicode(field: str, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeError, RecursionError):
-        raise BadRequest(field, "is not valid Unicode: half a surrogate pair, or too deep") from None
+        raise BadRequest(field, "is not valid Unicode: a lone surrogate, or too deep") from None
 
 
 def _messages(given: Mapping[str, Any], text: Text) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:

@@ -69,7 +69,7 @@ def evaluate(
     names = list(dict.fromkeys([*([against] if against else []), *models]))
     check_range(samples >= 1, "it must be at least 1", samples=samples)
     if correct is not None and scorer is None:
-        raise SettingError("missing-setting", "correct is a score: give the --scorer")
+        raise SettingError("missing-setting", "correct is a score threshold: give the --scorer that it applies to")
     if judge is not None and len(names) < 2:
         raise SettingError("missing-setting", "a judge compares two models: give a second one, or --against")
     sampling.settings()
@@ -183,7 +183,7 @@ def sections_of(
         Section(
             "End tokens and diversity", ["model", *plain],
             [[name, *(found[key] for key in plain)] for name, found in summaries.items()],
-            "distinct_n: share of distinct n-grams of words. unique: share of a prompt's samples that are distinct.",
+            "distinct_n: fraction of distinct word n-grams. unique: fraction of distinct samples of a prompt.",
         ),
     ]  # fmt: skip
     wins, judges, gaps = [], [], []
@@ -205,7 +205,7 @@ def sections_of(
         sections.append(Section(f"Score against {baseline}", header, gaps, "Sign-flip test over prompts."))
     if wins:
         header = ["model", "by", "win rate", "ties", "length-controlled", "length bias", "missing"]
-        note = "Ties count a half. The length-controlled rate is the one that is expected at equal lengths."
+        note = "A tie counts as half a win. The length-controlled rate is the expected win rate at equal lengths."
         sections.append(Section(f"Win rate against {baseline}", header, wins, note))
     if judges:
         header = ["model", "probability", "consistency", "position bias", "failures"]

@@ -68,7 +68,7 @@ def evaluate_reward(
 
     check_range(beta > 0, "it must be positive", beta=beta)
     if not models and not judges:
-        raise SettingError("missing-setting", "nothing is tested: name reward models, or --judges")
+        raise SettingError("missing-setting", "there is no model to evaluate: name reward models, or --judges")
     read, lists = read_pairs(pairs, subset)
     decided = [pair for pair in read if not pair.tied]
     rows = [pair.row for pair in decided]
@@ -216,7 +216,9 @@ def sections_of(report: Mapping[str, Any], first: str) -> "list[Section]":
     models = report["models"]
     header = ["model", "accuracy", "95 % interval", "pairs", "equal scores", "no score"]
     both = [*models.items(), *((f"baseline: {name}", found) for name, found in report["baselines"].items())]
-    sections = [Section("Accuracy", header, [row(name, found) for name, found in both], "Equal scores count a half.")]
+    sections = [
+        Section("Accuracy", header, [row(name, found) for name, found in both], "Equal scores count as half right.")
+    ]
     subsets = [[name, *row(one, found)[:4]] for name, m in models.items() for one, found in m["subsets"].items()]
     if len(subsets) > len(models):
         sections.append(Section("Subsets", ["model", "subset", *header[1:4]], subsets))
@@ -226,7 +228,7 @@ def sections_of(report: Mapping[str, Any], first: str) -> "list[Section]":
         sections.append(Section("Best of k", ["model", "best found", "95 % interval", "lists", "chance"], lists))
     keys = ["ece", "brier", "log_loss", "margin", "margin_on_ties", "length_correlation"]
     rows = [[name, *(m[key] for key in keys)] for name, m in models.items()]
-    note = "length_correlation: of the margin with the difference of lengths in characters."
+    note = "length_correlation: correlation of the margin with the difference of lengths in characters."
     sections.append(Section("Calibration, margins and length", ["model", *keys], rows, note))
     tests = [[name, test["difference"], interval(test["ci"]), p_value(test["p"]), test["test"]]
              for name, test in report["against_first"].items()]  # fmt: skip

@@ -57,7 +57,7 @@ def export(
         results: Markdown reports of `rlhf evaluate`, `evaluate-reward` or `verify` to put into the model card.
     """
     if public and push is None:
-        raise SettingError("missing-setting", "public is set without a repository: name one with --push")
+        raise SettingError("missing-setting", "public is set, but no repository is given: name one with --push")
     reports = [read_result(file) for file in results]
     folder = Path(source)
     if out is not None:
@@ -217,7 +217,7 @@ def write_with_tokens(source: str, target: Path, new_tokens: Sequence[str]) -> i
 
 
 def _report(difference: float, target: Path, adapter: Path) -> None:
-    print(f"merged into {target}; largest difference to the logits of the unmerged adapter: {difference:.2e}")
+    print(f"merged into {target}; largest difference from the logits of the unmerged adapter: {difference:.2e}")
     print(f"the adapter is in {adapter}")
 
 

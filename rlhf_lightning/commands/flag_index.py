@@ -170,9 +170,9 @@ def wrong_config(file: str) -> str | None:
     if os.path.isdir(file):
         return f"--config takes a YAML file, and {file} is a folder; a run's is {path / 'config.yaml'}"
     if path.suffix == ".py":
-        return f"--config takes a YAML file; a class of {file} goes to --model {path.stem}.CLASS"
+        return f"--config takes a YAML file; give a class of {file} as --model {path.stem}.CLASS"
     if is_data_file(file) and path.suffix != ".json":
-        return f"--config takes a YAML file; the data go to --data.source {file}"
+        return f"--config takes a YAML file; give the data as --data.source {file}"
     return None
 
 
@@ -250,7 +250,7 @@ def wrong_class(part: str, name: str) -> str | None:
 
 
 NOT_FOUND = {
-    "model": "`rlhf objectives` lists them, and a model to start from goes to --model.init_from.",
+    "model": "`rlhf objectives` lists them, and give the model to start from as --model.init_from.",
     "data": "the nearest are SFTDataModule, PreferenceDataModule and PromptDataModule.",
 }
 
@@ -261,10 +261,10 @@ def misplaced(part: str, name: str) -> str | None:
         return None
     if part == "model" and name and ("/" in name or os.path.isdir(name)):
         return (
-            f"--model takes an objective, such as DPOModule; the model to start from goes to --model.init_from {name}"
+            f"--model takes an objective, such as DPOModule; give the model to start from as --model.init_from {name}"
         )
     if part == "data" and (is_data_file(name) or "/" in name):
-        return f"--data takes a DataModule, such as PreferenceDataModule; the data go to --data.source {name}"
+        return f"--data takes a DataModule, such as PreferenceDataModule; give the data as --data.source {name}"
     return None
 
 

@@ -109,7 +109,7 @@ def put_nested(description: Any, flag: NestedFlag) -> dict[str, Any]:
         return dict(description) if same else {"class_path": flag.value, "init_args": {}}
     if isinstance(description, str) and ("/" in description or os.path.isdir(description)):
         raise SettingError(
-            "no-class-to-set", f"{name} is the folder {description}, which has no arguments; give a class"
+            "no-class-to-set", f"{name} is set to the folder {description}, which takes no arguments; give a class"
         )
     if description is None:
         raise SettingError("no-class-to-set", f"--{name}.{'.'.join(flag.path)} needs a class: give --{name} CLASS too")

@@ -199,7 +199,7 @@ def hint_at_template(rows: "Sequence[tuple[Prompt, dict[str, Any]]]", tokenizer:
     if tokenizer.chat_template and isinstance(rows[0][0], str):
         print(
             "The prompts are plain text, and no chat template is applied although the tokenizer has one: --as_chat "
-            "true puts each into a user turn, as an instruct model expects.",
+            "true puts each into a user turn, as an instruction-tuned model expects.",
             file=sys.stderr,
         )
 

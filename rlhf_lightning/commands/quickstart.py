@@ -274,12 +274,12 @@ HOW_TO_READ = """## How to read this
   unknown.
 - **KL** is measured from the SFT policy, in nats per completion. It says how far a policy has moved.
 - **Over-optimisation** is a rising score with a falling gold reward: the policy writes what the reward model likes and
-  people do not. The weaker the reward model and the larger the KL, the more of it; a KL penalty keeps PPO near the
+  people do not. It grows with a weaker reward model and a larger KL. A KL penalty keeps PPO near the
   completions that the reward model was trained on. The last curve shows it: PPO without KL penalty against a reward
   model of {weak_pairs} pairs. Its scores are that model's, and are not comparable with the others.
-- **Best of n** takes the best of n SFT completions by the reward model. It trains nothing, and samples n times as much.
-  At equal KL it lies above PPO and DPO, because selecting whole completions by score is nearly the cheapest way to a
-  higher score. Training also changes wording and entropy, which adds KL and earns nothing. But KL grows only with
+- **Best of n** takes the best of n SFT completions by the reward model. It needs no training, and samples n times as
+  much. At equal KL it scores above PPO and DPO, because selecting whole completions raises the score at nearly the
+  lowest KL. Training also changes wording and entropy, which adds KL without raising the score. But KL grows only with
   log n, and best of n cannot write what SFT never samples.
 - **{best:.3f} is the best possible accuracy of a reward model.** Annotators prefer the better completion only with
   probability sigmoid(12 x the difference in gold reward), so the gold reward itself predicts {share:.1f} %.

@@ -69,7 +69,8 @@ def access_key(host: str, api_key: str | None) -> str | None:
     if api_key is None and not is_loopback(host):
         raise SettingError(
             "no-key",
-            f"host {host} lets other machines in: put a key into an environment variable and name it with --api_key",
+            f"host {host} accepts connections from other machines: put a key into an environment variable and name "
+            "it with --api_key",
         )
     return None if api_key is None else key_in(api_key)
 

@@ -23,7 +23,7 @@ COLOURS = {"seen": "", "learned": "32", "control": "36", "learned control": "1;3
 """ANSI codes by the state of a token."""
 
 MEANINGS = {
-    "seen": "read by the model, not in the loss",
+    "seen": "input only, not in the loss",
     "learned": "in the loss",
     "control": "control token that is not in the loss",
     "learned control": "control token in the loss, such as the end of a turn",
@@ -113,7 +113,7 @@ def show(
     if html is not None:
         from rlhf_lightning.evaluation.report import write_page
 
-        notes = ["Hold the pointer over a token for its id."]
+        notes = ["Hover over a token to see its id."]
         shown = {"parts": parts, "meanings": MEANINGS, "summary": report.describe(data)}
         write_page(Path(html), "show.html.jinja", title=data, notes=notes, **shown)
         print(f"wrote {html}")
@@ -131,12 +131,12 @@ def headline(kind: str, outcome: "Outcome") -> str:
     if outcome.reason is not None:
         return f"dropped, {outcome.reason}: {REASONS[outcome.reason]}"
     notes = [f"{kind} data"]
-    notes += [f"{len(outcome.encoded)} rows, one for each learned turn"] if outcome.split else []
-    notes += ["only the last turn is learned"] if outcome.last_turn else []
+    notes += [f"{len(outcome.encoded)} rows, one for each trained turn"] if outcome.split else []
+    notes += ["only the last turn is trained on"] if outcome.last_turn else []
     notes += ["turns before the first user turn are context"] if outcome.assistant_first else []
-    notes += ["turns after 256 learned ones are left out"] if outcome.turns_cut else []
+    notes += ["turns after the first 256 trained turns are left out"] if outcome.turns_cut else []
     notes += ["text that spells control tokens is plain text"] if outcome.escaped else []
-    notes += ["prompt and completion would be tokenized otherwise together"] if outcome.merged else []
+    notes += ["prompt and completion would be tokenized differently as one text"] if outcome.merged else []
     notes += [f"not used: {', '.join(outcome.unused)}"] if outcome.unused else []
     return "; ".join(notes)
 

@@ -124,7 +124,9 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
     """
     names = [name for name, _ in over]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise SettingError("bad-assignment", f"{', '.join(sorted(repeated))} is varied twice: give all values at once")
+        raise SettingError(
+            "bad-assignment", f"{', '.join(sorted(repeated))} is varied twice: give its values in one --over"
+        )
     ranges = {name: _range(value) for name, value in over}
     if draws is None and (open_ones := [name for name, found in ranges.items() if found]):
         raise SettingError(
@@ -145,7 +147,7 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
             vain = vain + 1 if arm in drawn else 0
             drawn[arm] = None
             if vain > 100_000:
-                many = f"the ranges hold {len(drawn)} values of four digits"
+                many = f"the ranges contain only {len(drawn)} values of four digits"
                 raise SettingError("range-too-narrow", f"{many}: ask for fewer than {draws} --random arms")
         arms = [dict(zip(names, arm, strict=True)) for arm in drawn]
     labels = [arm_name(arm) for arm in arms]
@@ -160,7 +162,7 @@ def planned_runs(over: Sequence[tuple[str, str]], seeds: int, draws: int | None 
 
 def _check_count(runs: int) -> None:
     if runs > MOST_RUNS:
-        most = f"a sweep has at most {MOST_RUNS:,} runs, and these are {runs:,}"
+        most = f"the sweep would have {runs:,} runs; the maximum is {MOST_RUNS:,}"
         raise SettingError("too-many-runs", f"{most}: ask for fewer")
 
 
@@ -192,7 +194,7 @@ def _range(text: str) -> tuple[float, float, bool] | None:
     except ValueError:
         return None
     if not low < high or not math.isfinite(high - low) or (match[1] and low <= 0):
-        raise SettingError("bad-assignment", f"{text} is an empty or infinite range, or a logarithmic one with 0 in it")
+        raise SettingError("bad-assignment", f"{text} is an empty or infinite range, or a logarithmic one with 0")
     return low, high, bool(match[1])
 
 

@@ -267,7 +267,7 @@ class SettingsCLI(LightningCLI):
         if config.resume and (changed := self.changed_seed(config)) is not None:
             refuse(changed)
         if config.ckpt_path in ("last", "best"):
-            refuse(f"--ckpt_path {config.ckpt_path} finds nothing in a new run folder; {CHECKPOINT_REMEDY}")
+            refuse(f"--ckpt_path {config.ckpt_path} does not exist in a new run folder; {CHECKPOINT_REMEDY}")
         if config.ckpt_path not in (None, "hpc") and not Path(config.ckpt_path).exists():
             refuse(f"there is no checkpoint {config.ckpt_path}; {CHECKPOINT_REMEDY}")
         if config.ckpt_path is not None and Path(config.ckpt_path).exists():
@@ -285,8 +285,8 @@ class SettingsCLI(LightningCLI):
             then = ((before.get(part) or {}).get("init_args") or {}).get("seed")
             if now != then:
                 return (
-                    f"{part}.seed is {now}, and the run that is resumed was started with {then}: a run keeps its order "
-                    "of rows and its random numbers; leave the seed out, or start a new run"
+                    f"{part}.seed is {now}, and the run that is resumed was started with {then}: a run keeps its row "
+                    f"order and its random numbers; leave the seed out, or start a new run"
                 )
         if config.seed_everything != before.get("seed_everything"):
             announce(

@@ -132,7 +132,7 @@ class Guard:
         if HOST.fullmatch(host) is None:
             return 400, "the Host header is not a host name"
         if not self.any_host and re.sub(r":\d+$", "", host) not in LOOPBACK:
-            return 421, "this server answers to localhost alone"
+            return 421, "this server accepts only requests to localhost"
         if method in ("GET", "HEAD"):
             return None
         if method != "POST":
@@ -140,7 +140,7 @@ class Guard:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if site not in (None, "same-origin") or (origin is not None and origin != f"{scheme}://{host}"):
             return 403, (
-                "a request from another site; behind a TLS proxy, let the proxy set X-Forwarded-Proto and keep Host"
+                "a cross-site request is refused; behind a TLS proxy, let the proxy set X-Forwarded-Proto and keep Host"
             )
         # Other sites cannot send this content type without a preflight request, and preflights are always refused.
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":

@@ -116,7 +116,7 @@ def _writer(model: str, server_model: str | None, api_key: str | None, sampling:
         if server_model is not None or api_key is not None:
             raise SettingError(
                 "conflicting-settings",
-                "server_model and api_key belong to a server: name its address in model, http://host:8000",
+                "server_model and api_key apply only to a server: give its address as model, http://host:8000",
             )
         from rlhf_lightning.scoring.judges import LocalWriter
 
@@ -124,7 +124,7 @@ def _writer(model: str, server_model: str | None, api_key: str | None, sampling:
         writer = LocalWriter(policy, tokenizer, sampling.settings(), sampling.seed, model, sampling.make_engine())
         check_range(
             writer.longest is None or sampling.max_new_tokens < writer.longest,
-            f"lower it; the context of {model} is {writer.longest} tokens, the prompt included, which leaves no room",
+            f"lower it; the context of {model} is {writer.longest} tokens, including the prompt, which leaves no room",
             max_new_tokens=sampling.max_new_tokens,
         )
         return writer
@@ -133,10 +133,10 @@ def _writer(model: str, server_model: str | None, api_key: str | None, sampling:
     for name in ("engine", "chat_template", "template_args"):
         if getattr(sampling, name) is not None:
             raise SettingError(
-                "conflicting-settings", f"{name} belongs to a model on this machine; {model} is a server: leave it out"
+                "conflicting-settings", f"{name} applies only to a local model; {model} is a server: leave it out"
             )
     if sampling.top_k:
-        raise SettingError("conflicting-settings", f"top_k is {sampling.top_k}: a server takes top_p alone")
+        raise SettingError("conflicting-settings", f"top_k is {sampling.top_k}: a server supports only top_p")
     from rlhf_lightning.scoring.judges import RemoteWriter
     from rlhf_lightning.scoring.judges.remote import ChatServer
 
@@ -168,5 +168,5 @@ def describe(report: dict[str, Any]) -> str:
     """Return the table of revisions and a sentence about the prompts."""
     said = f"{report['revised_prompts']:,} of {report['prompts']:,} prompts have a revision"
     if report["no_answer"]:
-        said += f"; {report['no_answer']:,} have no first answer: it is empty, or the context has no room for it"
+        said += f"; {report['no_answer']:,} have no first answer, because it is empty or does not fit into the context"
     return f"{revisions_table(report)}\n{said}"

@@ -52,7 +52,7 @@ class LabelSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range(self.principles >= 1, "draw 1 or more for each pair", principles=self.principles)
+        check_range(self.principles >= 1, "it must be at least 1 for each pair", principles=self.principles)
         check_choice(("probability", "logit"), average=self.average)
         check_range(0 <= self.least_mass < 1, "it must be in [0, 1)", least_mass=self.least_mass)
 

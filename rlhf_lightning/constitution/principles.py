@@ -88,12 +88,12 @@ class Constitution:
 
     def __post_init__(self) -> None:
         if not (self.revising or self.comparing):
-            raise ConstitutionError("no-principles", "it has no principles: neither revising nor comparing lists one")
+            raise ConstitutionError("no-principles", "it has no principles: list some under revising or comparing")
         for name in ("revising", "comparing"):
             ids = [principle.id for principle in getattr(self, name)]
             twice = next((one for one in ids if ids.count(one) > 1), None)
             if twice is not None:
-                raise ConstitutionError("duplicate-id", f"{name} has the id {twice!r} twice")
+                raise ConstitutionError("duplicate-id", f"{name} has the duplicate id {twice!r}")
         self._check_examples("revision_examples", self.revision_examples, self.revising)
         self._check_examples("comparison_examples", self.comparison_examples, self.comparing)
 
@@ -183,7 +183,7 @@ def _require_wording(content: Any) -> None:
         raise ConstitutionError(
             "wording-incomplete",
             f"its language is {content.get('language')!r}, and the default wording is English: "
-            f"wording must say {', '.join(missing)}",
+            f"wording must define {', '.join(missing)}",
         )
 
 
@@ -199,7 +199,7 @@ class _PlainLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"the key {twice!r} is there twice (line {node.start_mark.line + 1})")
+            raise yaml.YAMLError(f"the key {twice!r} occurs twice (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
 

@@ -88,7 +88,7 @@ def weighted_rows(rows: np.ndarray, sources: np.ndarray, weights: Sequence[float
     if len(found) == 0:
         raise SettingError(
             "no-rows-left",
-            f"the weights {', '.join(map(str, weights))} of the sources leave no row in an epoch; "
+            f"the weights {', '.join(map(str, weights))} of the sources give an epoch without rows; "
             "choose larger weights",
         )
     return found
@@ -151,7 +151,7 @@ class BatchPlan:
         for name, limit in limits._asdict().items():
             if limit is not None and limit < 1:
                 raise SettingError(
-                    "setting-out-of-range", f"{name} is {limit}: it must be at least 1, or None for no bound"
+                    "setting-out-of-range", f"{name} is {limit}: it must be at least 1, or None for no limit"
                 )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.tokens = np.asarray(tokens, dtype=np.int64)

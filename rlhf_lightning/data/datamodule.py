@@ -156,14 +156,14 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         if self.train_prefix is not None and not self.eval_sources:
             raise SettingError(
                 "missing-setting",
-                "train_prefix stands before training prompts alone: give the prompts without it as data.eval_source",
+                "train_prefix applies only to training prompts: give the prompts without it as data.eval_source",
             )
         free = ("rows", "micro_batch_size", "max_tokens", "max_prompt_length")
         least = {"eval_rows": 0, "batch_size": 1, "eval_batch_size": 1, "max_length": 2, **dict.fromkeys(free, 1)}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
-                rest = ", or null for no bound" if name in free else ""
+                rest = ", or null for no limit" if name in free else ""
                 raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least {bound}{rest}")
         if not 0 <= self.num_workers <= MOST_WORKERS:
             raise SettingError(
@@ -196,7 +196,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         bounded = self.rows is not None or any(source.rows is not None for source in self.sources)
         for refused, sentence in (
             (self.eval_rows, f"eval_rows is {self.eval_rows}, but a stream cannot hold out rows; name an eval_source"),
-            (stored, "a feedback store is read whole and cannot be streamed; set streaming to false"),
+            (stored, "a feedback store cannot be streamed; set streaming to false"),
             (sliced, "a slice of a split cannot be streamed; leave the slice out"),
             (bounded, "rows cannot be set with streaming; bound a stream by steps_per_epoch and max_epochs"),
         ):
@@ -287,7 +287,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             return None
         return (
             "The prompts are plain text, and no chat template is applied although the tokenizer has one: "
-            "--data.as_chat true puts each into a user turn, as an instruct model expects."
+            "--data.as_chat true puts each into a user turn, as an instruction-tuned model expects."
         )
 
     def _fingerprint(self) -> str:
@@ -338,7 +338,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             raise StateError(
                 "not-set-up",
                 f"{type(self).__name__} has read no rows yet: give it to trainer.fit(module, datamodule), or call "
-                "prepare_data() and setup('fit') first; an own setup calls super().setup(stage)",
+                "prepare_data() and setup('fit') first; an overridden setup must call super().setup(stage)",
             )
         if self.streaming:
             return StreamLoader(self.stream, self.batch_size, self.streamed_step, self.stream_steps, self.fingerprint)

@@ -253,7 +253,7 @@ def _rows_of_json(file: Path, content: bytes) -> Iterator[RawRow]:
         elif (found := _pretty_printed(file, content)) is not None:
             yield from found
         else:
-            reason = "an object has a key twice" if isinstance(error, _DuplicateKey) else str(error)
+            reason = "an object has a duplicate key" if isinstance(error, _DuplicateKey) else str(error)
             raise DataError("invalid-json", f"{file} is not valid JSON in UTF-8: {reason}") from error
         return
     if isinstance(whole, dict):
@@ -376,7 +376,7 @@ def _csv(file: Path, stream: io.BufferedReader, longest: int) -> Iterator[RawRow
                 raise DataError(
                     "unclosed-quote",
                     f"{file}: a quote opens in the row that begins on line {begins} and is never closed, "
-                    "so it swallows the rest of the file; close it",
+                    "so the rest of the file belongs to that row; close it",
                 ) from error
             if "field larger than field limit" in str(error):
                 raise _csv_row_too_large(file, begins, longest) from error

@@ -180,9 +180,9 @@ class StepLoader:
         if state["fingerprint"] != self.fingerprint:
             raise StateError(
                 "other-data",
-                "the checkpoint was written on other data, another tokenizer or other data settings "
+                "the checkpoint was written with other data, another tokenizer or other data settings "
                 "(source, rows, batch_size, seed, lengths ...), so its position cannot be used here; "
-                "resume with the same ones, or start a new run from its exported model (model.init_from)",
+                "resume with the same data, or start a new run from its exported model (model.init_from)",
             )
         self.sampler.epoch, self.sampler.position = state["epoch"], state["step"]
         self._resumed = True

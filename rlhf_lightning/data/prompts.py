@@ -75,8 +75,8 @@ class PromptDataModule(AlignmentDataModule):
         if samples_per_prompt < 1 or self.batch_size % samples_per_prompt:
             raise SettingError(
                 "uneven-split",
-                f"batch_size is {self.batch_size} and samples_per_prompt {samples_per_prompt}: batch_size "
-                "counts episodes, and must be a multiple of samples_per_prompt",
+                f"batch_size is {self.batch_size} and samples_per_prompt {samples_per_prompt}: batch_size counts "
+                f"episodes and must be a multiple of samples_per_prompt",
             )
         if pretraining_batch_size is not None and pretraining_batch_size < 1:
             raise SettingError(

@@ -229,7 +229,7 @@ class Part(NamedTuple):
             try:
                 store.save(folder)
             except OSError as error:
-                rank_zero_warn(f"The encoded rows are not cached ({error}): every process encodes them by itself.")
+                rank_zero_warn(f"The encoded rows are not cached ({error}): every process encodes them again.")
         return store
 
 

@@ -180,7 +180,7 @@ def _one(item: Any) -> Source:
     if one.annotators is not None and not is_store(one.path):
         raise SettingError(
             "annotators-without-store",
-            f"annotators is set, but {one.path} is not a feedback store (*.db); leave annotators out",
+            f"annotators applies only to feedback stores (*.db), and {one.path} is not one; leave annotators out",
         )
     if one.weight <= 0:
         raise SettingError("setting-out-of-range", f"weight of {one.path} is {one.weight}: it must be above 0")

@@ -67,7 +67,7 @@ def _check(calls: list[Call]) -> None:
             return
     except (TypeError, ValueError):
         pass
-    raise CallError("the arguments of a call are plain JSON values, in valid Unicode")
+    raise CallError("the arguments of a call must be plain JSON values in valid Unicode")
 
 
 def _hermes(text: str) -> tuple[int, list[Call]] | None:
@@ -112,7 +112,7 @@ def _written(text: str) -> Call:
         assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
         return Call(node.func.id, {str(one.arg): ast.literal_eval(one.value) for one in node.keywords if one.arg})
     except (AssertionError, SyntaxError, ValueError, RecursionError, MemoryError):
-        raise CallError('a call is written call: NAME(argument="value")') from None
+        raise CallError('write a call as call: NAME(argument="value")') from None
 
 
 def _json(text: str) -> Any:
@@ -130,7 +130,7 @@ def _call(read: Any) -> Call:
     arguments = read.get("arguments", read.get("parameters", {}))
     arguments = _json(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
-        raise CallError("the arguments of a call are a JSON object")
+        raise CallError("the arguments of a call must be a JSON object")
     return Call(read["name"], arguments)
 
 

@@ -62,7 +62,7 @@ class GuessTheNumber:
         last = done or episode.last
         reward = rewards[-1] if self.when == "turn" else sum(rewards) * last
         if told[-1] is None:
-            return Reply(f"say a number from 1 to {self.most}", reward=reward)
+            return Reply(f"answer with a number from 1 to {self.most}", reward=reward)
         return Reply("right" if done else "higher" if told[-1] < secret else "lower", reward=reward, done=done)
 
     @staticmethod

@@ -169,7 +169,7 @@ def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
     """
     name, text = str(getattr(tool, "__name__", tool)), inspect.getdoc(tool) or ""
     if not text.strip():
-        raise SettingError("tool-undescribed", f"the tool {name} has no docstring: the policy reads it")
+        raise SettingError("tool-undescribed", f"the tool {name} has no docstring; add one: the policy reads it")
     about = dict(re.findall(r"^\s*(\w+)(?:\s*\([^)]*\))?:[ \t]+(.+)$", text, re.MULTILINE))
     try:
         hints, arguments = hints_of(tool), inspect.signature(tool).parameters.values()
@@ -181,7 +181,7 @@ def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
         if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
             raise SettingError(
                 "tool-undescribed",
-                f"the tool {name} takes {argument} without a name, and the policy names each argument: list them as "
+                f"the tool {name} takes {argument} without a name, but the policy names each argument: list them as "
                 "named arguments",
             )
         if argument.name not in hints:
@@ -189,8 +189,8 @@ def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
         if not is_json(hints[argument.name]):
             raise SettingError(
                 "tool-undescribed",
-                f"the argument {argument.name} of the tool {name} is a {hints[argument.name]}, which no call can "
-                "write: use str, int, float, bool, list, dict, Literal, or a union of them",
+                f"the argument {argument.name} of the tool {name} is a {hints[argument.name]}, which a call cannot "
+                f"express: use str, int, float, bool, list, dict, Literal, or a union of them",
             )
         properties[argument.name] = {**schema_of(hints[argument.name]), **_about(about, argument.name)}
         if argument.default is argument.empty:
@@ -295,12 +295,12 @@ def _value(node: ast.expr) -> int | float:
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         base, power = _value(node.left), _value(node.right)
         if abs(power) > LARGEST_POWER:
-            raise ValueError(f"powers beyond {LARGEST_POWER} are not computed")
+            raise ValueError(f"powers above {LARGEST_POWER} are not supported")
         value = base**power
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         value = OPERATORS[type(node.op)](_value(node.left), _value(node.right))
     if not isinstance(value, int | float):
-        raise ValueError("only numbers and the operators + - * / // % ** are computed")
+        raise ValueError("only numbers and the operators + - * / // % ** are supported")
     if not abs(value) <= LARGEST_NUMBER:
         raise ValueError("the value is too large")
     return value

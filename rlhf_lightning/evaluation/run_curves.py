@@ -89,7 +89,7 @@ def read_run(folder: Path) -> FinishedRun:
     rows = read_records(samples) if samples.is_file() else []
     if not all(map(_is_sample, rows)):
         raise DataError(
-            "damaged-samples", f"{samples} has rows that are no samples: restore it from a copy, or delete it"
+            "damaged-samples", f"{samples} has rows that are not samples: restore it from a copy, or delete it"
         )
     seed = settings.get("seed_everything") or 0
     if not isinstance(seed, int):
@@ -107,7 +107,7 @@ def _events(folder: Path) -> Any:
         raise DataError("no-events", f"{folder} has no TensorBoard events to compare: train with TensorBoard's logger")
     if not all(file.is_file() for file in folder.iterdir() if "tfevents" in file.name):
         raise DataError(
-            "damaged-events", f"{folder} holds a folder, a pipe or a device in place of TensorBoard's events"
+            "damaged-events", f"{folder} holds a folder, a pipe or a device instead of TensorBoard's events"
         )
     try:
         return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()

@@ -76,7 +76,7 @@ def explained(name: str, error: BaseException) -> str | None:
     """Return what to do if transformers refuses to run a model's own code; None for another error."""
     if "trust_remote_code" not in str(error):
         return None
-    return f"{name} needs Python code of its own, which is run only where it is named: --model.trust_remote_code {name}"
+    return f"{name} needs custom Python code, which runs only if you trust it: --model.trust_remote_code {name}"
 
 
 # -- checks of a folder's files before a library reads them ------------------------------------------------------------
@@ -167,16 +167,16 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         if kernel and any(one is not None and one not in ATTENTION for one in wanted):
             raise ModelError(
                 "foreign-kernel",
-                f"{file} asks for {key} {value!r}, and a model does not choose kernels here; remove it, and name the "
-                "one that you want with --model.attn_implementation",
+                f"{file} asks for {key} {value!r}, but a model folder may not choose kernels; remove it, and choose "
+                f"one with --model.attn_implementation",
             )
         number = isinstance(value, int) and not isinstance(value, bool)
         if number and (value > LARGEST**2 or (value > MANY_LAYERS and re.search(r"layers?$|blocks?$", key))):
-            raise ModelError("model-too-large", f"{file} says {key} {value}, which no model has; correct the file")
+            raise ModelError("model-too-large", f"{file} says {key} {value}, which is implausible; correct the file")
         if number and value < 0 and re.fullmatch(NEVER_NEGATIVE, key):
-            raise ModelError("model-too-small", f"{file} says {key} {value}, which no model has; correct the file")
+            raise ModelError("model-too-small", f"{file} says {key} {value}, which is implausible; correct the file")
         if number and value > LARGEST and re.search(r"size$|heads$|experts$|_dim$", key):
-            raise ModelError("model-too-large", f"{file} says {key} {value}, which no model has; correct the file")
+            raise ModelError("model-too-large", f"{file} says {key} {value}, which is implausible; correct the file")
 
 
 def _items(config: Any) -> Iterator[tuple[str, Any]]:

@@ -62,9 +62,9 @@ class FrozenPolicy:
         if is_sharded(owner) and owner.logits_path != "product":
             raise ModelError(
                 "sharded-own-logits",
-                f"{type(owner.model).__name__} computes logits in its own forward, which cannot be called on states "
-                "while its weights are sharded; train without sharding, or with an objective that needs no whole "
-                "distributions",
+                f"{type(owner.model).__name__} computes logits in its own forward, which cannot be called on hidden "
+                f"states while its weights are sharded; train without sharding, or with an objective that needs no "
+                f"full distributions",
             )
         if self._whole_head is None and is_sharded(owner):
             # Ranks need different numbers of chunks of logits, but gathering a weight is a collective of all ranks.
@@ -99,14 +99,14 @@ class Reference(FrozenPolicy):
         if own and settings.quantization is not None:
             raise SettingError(
                 "quantized-moving-reference",
-                f"a reference that moves cannot be in {settings.quantization}; set quantization to null",
+                f"a moving reference cannot be in {settings.quantization}; set quantization to null",
             )
         self.policy = policy
         if own and policy.has_adapter and not is_low_rank_alone(policy.model.peft_config[POLICY]):
             raise SettingError(
                 "moving-reference-adapter",
-                "a reference that moves cannot follow an adapter with dora, target_parameters, modules_to_save or "
-                "trained_tokens; train every weight (lora: null), or a plain adapter",
+                "a moving reference cannot follow an adapter with dora, target_parameters, modules_to_save or "
+                "trained_tokens; train every weight (lora: null), or use a plain adapter",
             )
         if own:
             settings = replace(settings, frozen_dtype="float32")
@@ -198,9 +198,10 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         first = other[0]
         raise ModelError(
             "other-tokenizer",
-            f"the teacher {name} has another tokenizer than the student: id {first} is {theirs.get(first)!r} to the "
+            f"the teacher {name} has a different tokenizer from the student: id {first} is {theirs.get(first)!r} to "
+            f"the "
             f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ; "
-            "distillation compares distributions over the same tokens, so choose a teacher of the student's family",
+            "distillation compares distributions over the same tokens; choose a teacher with the student's tokenizer",
         )
 
 

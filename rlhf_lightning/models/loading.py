@@ -71,8 +71,8 @@ class LoadSettings:
         if self.quantization is not None and self.from_scratch:
             raise SettingError(
                 "quantized-from-scratch",
-                f"quantization is {self.quantization!r} and from_scratch true: quantized weights are frozen, and new "
-                "weights must be trained; train from scratch without quantization first",
+                f"quantization is {self.quantization!r} and from_scratch true: quantized weights are frozen, but new "
+                f"weights must be trained; train from scratch without quantization first",
             )
 
     @property
@@ -150,7 +150,7 @@ def _refuse_encoder_decoder(name: str, trusted: bool) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             "encoder-decoder",
-            f"{name} is an encoder-decoder ({config.model_type}): without its encoder its decoder is another model; "
+            f"{name} is an encoder-decoder ({config.model_type}): without its encoder it is not a language model; "
             "name a causal language model",
         )
 
@@ -192,7 +192,7 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
         few = ", ".join(sorted(missing)[:3])
         raise ModelError(
             "incomplete-weights",
-            f"{name} lacks weights for {few}: it is not a whole {kind.__name__} model; name a complete model",
+            f"{name} lacks weights for {few}: it is not a complete {kind.__name__} model; name a complete one",
         )
     use_one_arithmetic(model)
     if settings.quantization is not None:
@@ -208,11 +208,11 @@ def _from_pretrained(name: str, kind: Any, options: dict[str, Any]) -> tuple[Any
         if "ignore_mismatched_sizes" not in str(error):
             raise
         on_meta = {**options, "device_map": "meta"}  # the wrong shapes may be too large for the memory
-        found = "the weights have other shapes than config.json says"
+        found = "the shapes of the weights differ from config.json"
         with contextlib.suppress(MemoryError, RuntimeError):
             _, report = kind.from_pretrained(name, ignore_mismatched_sizes=True, **on_meta)
             key, had, wanted = min(report["mismatched_keys"])
-            found = f"the weight {key} has the shape {tuple(had)}, and by config.json it is {tuple(wanted)}"
+            found = f"the weight {key} has the shape {tuple(had)}, but config.json says {tuple(wanted)}"
         raise ModelError("unreadable-model", f"{name}: {found}; use the config of these weights") from error
 
 
@@ -229,7 +229,7 @@ def _refuse_foreign_weights(name: str, model: Any, unread: list[str]) -> None:
         if not layers.isdisjoint(accumulate(key.split(".")[:-1], lambda outer, inner: f"{outer}.{inner}")):
             raise ModelError(
                 "foreign-weights",
-                f"{name} has the weight {key}, and that layer of a {type(model).__name__} has no place for it: its "
+                f"{name} has the weight {key}, and that layer of a {type(model).__name__} does not use it: its "
                 "config.json describes another model; use the config of these weights, or save them merged and "
                 "unquantized",
             )
@@ -279,7 +279,7 @@ def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
         if not bool(weight.detach().sum(dtype=torch.float32).isfinite()) and not bool(weight.isfinite().all()):
             raise ModelError(
                 "non-finite-weights",
-                f"{name} has NaN or infinity in its weights ({key}); use an earlier checkpoint, or train with a "
+                f"{name} has NaN or infinite weights ({key}); use an earlier checkpoint, or train with a "
                 "lower learning rate",
             )
 

@@ -90,9 +90,7 @@ def lora_settings(given: Any) -> LoraSettings | None:
         )
     values = {name: getattr(given, theirs) for name, theirs in known.items()}
     if isinstance(values["trained_tokens"], Mapping):
-        raise SettingError(
-            "unsupported-lora", "LoraConfig has trainable_token_indices by module; give them as one list"
-        )
+        raise SettingError("unsupported-lora", "LoraConfig has trainable_token_indices per module; give one list")
     targets = "all-linear" if values["targets"] is None else values["targets"]
     values["targets"] = targets if isinstance(targets, str) else sorted(targets)
     return LoraSettings(**{name: value for name, value in values.items() if value is not None})
@@ -205,7 +203,7 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
     elif lora.targets != "all-linear" and not _any_match(lora.targets, modules):
         raise SettingError(
             "impossible-lora",
-            f"lora.targets is the regular expression {lora.targets!r}, which matches no whole name of a layer; give a "
+            f"lora.targets is the regular expression {lora.targets!r}, which matches no full layer name; give a "
             "list of names, such as '[q_proj, v_proj]'",
         )
     for setting, wanted, found in (*named, ("target_parameters", lora.target_parameters, weights)):
@@ -223,8 +221,8 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
     if lora.modules_to_save and model.dtype != torch.float32:
         raise SettingError(
             "impossible-lora",
-            f"lora.modules_to_save trains {', '.join(lora.modules_to_save)} whole, in {model.dtype}, where small "
-            "updates would vanish; set dtype: float32",
+            f"lora.modules_to_save fully trains {', '.join(lora.modules_to_save)} in {model.dtype}, where small "
+            f"updates would vanish; set dtype: float32",
         )
 
 
@@ -273,7 +271,7 @@ def left_out_experts(adapted: Any, lora: LoraSettings) -> str:
     if not fused:
         return ""
     return (
-        f"{type(inner).__name__}: all-linear adapts no fused experts, which stay as they are; to adapt them too, set "
+        f"{type(inner).__name__}: all-linear does not adapt fused experts; to adapt them too, set "
         f"lora.target_parameters: [{', '.join(sorted(fused))}]"
     )
 
@@ -310,14 +308,14 @@ def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None
     if config.bias != "none":
         raise ModelError(
             "unsupported-adapter",
-            f"the adapter in {start_from} trains biases of its backbone (bias: {config.bias}), which would then be no "
-            "reference; merge it first (rlhf export --merge true)",
+            f"the adapter in {start_from} trains biases of its backbone (bias: {config.bias}), so the backbone could "
+            f"not be the reference; merge it first (rlhf export --merge true)",
         )
     if str(config.init_lora_weights).startswith(CHANGES_BACKBONE):
         raise ModelError(
             "unsupported-adapter",
-            f"the adapter in {start_from} was drawn by {config.init_lora_weights}, which changes its backbone, so that "
-            "no other adapter and no reference could share it; merge it first (rlhf export --merge true)",
+            f"the adapter in {start_from} was drawn by {config.init_lora_weights}, which changes its backbone, so no "
+            f"other adapter or reference could share it; merge it first (rlhf export --merge true)",
         )
     own = {name: getattr(config, theirs) for name, theirs in LoraSettings.theirs.items()}
     fresh = LoraSettings()
@@ -326,8 +324,8 @@ def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None
         if asked != getattr(fresh, name) and asked != own[name]:
             raise SettingError(
                 "continued-lora",
-                f"lora.{name} is {asked}, but the adapter in {start_from} was trained with {own[name]}, which it "
-                f"keeps; remove lora.{name}, or merge the adapter first (rlhf export --merge true)",
+                f"lora.{name} is {asked}, but the adapter in {start_from} was trained with {own[name]}, which cannot "
+                f"be changed; remove lora.{name}, or merge the adapter first (rlhf export --merge true)",
             )
     given = {"r": lora.r, "alpha": lora.alpha}
     if any(own[name] != value for name, value in given.items()):
@@ -346,7 +344,7 @@ def _continued(model: Any, lora: LoraSettings, task_type: str, start_from: str) 
         if kept := start.config.modules_to_save:
             raise ModelError(
                 "unsupported-adapter",
-                f"the adapter in {start_from} trains {', '.join(kept)} whole, which a reward model cannot take over; "
+                f"the adapter in {start_from} trains {', '.join(kept)} in full, which a reward model cannot inherit; "
                 "merge it first (rlhf export --merge true)",
             )
         if isinstance(rows := start.config.trainable_token_indices, Mapping):  # includes the LM head, which is gone

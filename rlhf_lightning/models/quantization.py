@@ -33,8 +33,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
     if importlib.util.find_spec("bitsandbytes") is None:
         raise PackageError(
             "no-bitsandbytes",
-            f"quantization={kind} needs bitsandbytes, which is not installed here; install it, "
-            "or set quantization to null",
+            f"quantization={kind} needs bitsandbytes, which is not installed; install it, or set quantization to null",
         )
     if kind == "int8":
         # bitsandbytes warns at every product that inputs are cast to half precision, as was asked for.
@@ -87,6 +86,6 @@ def refuse_quantized_file(model: Any, name: str, asked: Quantization | None) -> 
     if found != asked and found is not None:
         raise ModelError(
             "quantized-weights",
-            f"{name} holds its weights in {4 if found == 'nf4' else 8} bits, which stay frozen: set quantization to "
-            f"{found} and lora (--model.quantization {found} --model.lora.r 16), or name the model in full precision",
+            f"{name} holds its weights in {4 if found == 'nf4' else 8} bits, which must stay frozen: set quantization "
+            f"to {found} and lora (--model.quantization {found} --model.lora.r 16), or name the full-precision model",
         )

@@ -28,7 +28,9 @@ def kept_states(model: Any, layers: Sequence[int], layout: Layout) -> Iterator[d
     stack, kept = decoder_layers(model) if layers else [], dict[str, Tensor]()
     for number in layers:
         if not -len(stack) <= number < len(stack):
-            raise SettingError("unknown-layer", f"hidden_layers names layer {number}, but there are {len(stack)}")
+            raise SettingError(
+                "unknown-layer", f"hidden_layers names layer {number}, but the model has {len(stack)} layers"
+            )
 
     def keeping(number: int) -> Callable[..., None]:
         def keep(_layer: nn.Module, _given: Any, returned: Any) -> None:
@@ -56,7 +58,7 @@ def recorded_routers(model: Any) -> Iterator[list[tuple[Tensor, Tensor | None]]]
     recorder = router_recorder(inner)
     if recorder is None:
         raise SettingError(
-            "no-router", f"{type(inner).__name__} records no logits of routers; set router_aux_loss_coef to 0"
+            "no-router", f"{type(inner).__name__} records no router logits; set router_aux_loss_coef to 0"
         )
     kind, end, index = recorder
     found: list[tuple[Tensor, Tensor | None]] = []

@@ -51,8 +51,8 @@ def resolve_folder(name: str) -> str:
     if path.is_file():
         raise MissingError(
             "no-model",
-            f"{name} is a file: give the model's folder. A run exports one (runs/NAME/version_N/model); `rlhf export` "
-            "writes that of a checkpoint",
+            f"{name} is a file; give the model's folder. A run exports one (runs/NAME/version_N/model); `rlhf "
+            f"export` writes one from a checkpoint",
         )
     if path.is_dir():
         if (export := newest_export(path)) is not None:
@@ -82,7 +82,7 @@ def saved_folder(given: Any) -> str:
         return str(given)
     if not hasattr(given, "save_pretrained"):
         raise SettingError(
-            "wrong-kind", f"a {type(given).__name__} is neither a name, a folder nor a loaded model or tokenizer"
+            "wrong-kind", f"expected a name, a folder, or a loaded model or tokenizer; found a {type(given).__name__}"
         )
     objects = cache_folder() / "objects"
     objects.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def backbone_record(folder: str | Path) -> dict[str, Any]:
     for key in ("source", "fingerprint", "quantization"):
         if not isinstance(found.get(key), str | None):
             raise ModelError(
-                "unreadable-model", f"{record} has the {key} {found[key]!r}, which is not a text; copy it again"
+                "unreadable-model", f"{record} has the {key} {found[key]!r}, which is not text; copy it again"
             )
     return found
 
@@ -222,7 +222,7 @@ def adapter_settings(folder: str | Path) -> dict[str, Any]:
     if unread := [name for name in UNREAD if found.get(name)]:
         raise ModelError(
             "unsupported-adapter",
-            f"{file} sets {', '.join(unread)}, which changes how a model is forwarded; merge the adapter into its "
+            f"{file} sets {', '.join(unread)}, which changes the model's forward pass; merge the adapter into its "
             "backbone with peft (merge_and_unload), and name the merged folder",
         )
     ranks = found.get("rank_pattern") or {}
@@ -258,15 +258,15 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
     except MissingError as error:
         raise MissingError(
             "no-model",
-            f"{error}; it is the backbone of the adapter in {folder}: name the folder or Hub id that it has on this "
-            "machine as base_model_name_or_path in its adapter_config.json",
+            f"{error}; it is the backbone of the adapter in {folder}: set base_model_name_or_path in its "
+            f"adapter_config.json to its folder or Hub id on this machine",
         ) from None
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:
         raise ModelError(
             "other-backbone",
             f"the adapter in {folder} was trained on another backbone: its fingerprint is {expected[:8]}, that of "
-            f"{name} is {found[:8]}; give the backbone it was trained on, or train the adapter anew",
+            f"{name} is {found[:8]}; give the backbone it was trained on, or train a new adapter",
         )
     return name
 
@@ -282,8 +282,8 @@ def refuse_other_quantization(folder: str, quantization: str | None) -> None:
     if record and trained != quantization:
         raise ModelError(
             "other-quantization",
-            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, and is to be used on "
-            f"one in {quantization or 'full precision'}; set quantization to {trained or 'null'}, or merge the adapter "
+            f"the adapter in {folder} was trained on a backbone in {trained or 'full precision'}, but is used on one "
+            f"in {quantization or 'full precision'}; set quantization to {trained or 'null'}, or merge the adapter "
             "first (rlhf export --merge true) and start from the merged folder",
         )
 

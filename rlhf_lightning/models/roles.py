@@ -107,8 +107,8 @@ def _refuse_growth(model: Any, source: str, settings: LoadSettings) -> None:
     if settings.embeddings > rows:
         raise SettingError(
             "new-tokens-need-rows",
-            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter's folder "
-            f"cannot hold; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
+            f"{source} has {rows} embeddings, and the new tokens need {settings.embeddings}, which an adapter folder "
+            f"cannot store; write a backbone with them first (rlhf export {source} --out FOLDER --new_tokens ...), and "
             "start from that folder",
         )
 
@@ -269,14 +269,14 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     if start_from is not None and not belongs_to(policy, start_from):
         raise ModelError(
             "other-backbone",
-            f"critic='adapter' cannot start from {start_from}: this is not an adapter trained on the policy's "
-            "backbone; use critic='separate', or leave critic_init out to start from the policy",
+            f"critic='adapter' cannot start from {start_from}: it is not an adapter trained on the policy's "
+            f"backbone; use critic='separate', or leave critic_init out to start from the policy",
         )
     model = policy.model
     if whole := model.peft_config[POLICY].modules_to_save:
         raise SettingError(
             "adapter-critic-whole-modules",
-            f"critic='adapter' cannot share a backbone whose {', '.join(whole)} the policy trains whole; use "
+            f"critic='adapter' cannot share a backbone of which the policy fully trains {', '.join(whole)}; use "
             "critic='separate'",
         )
     start = AdapterWeights(model.peft_config[POLICY], adapter_weights(model, POLICY), None)

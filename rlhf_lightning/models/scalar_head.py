@@ -111,14 +111,14 @@ def _read(module: nn.Module, ids: Tensor, **options: Any) -> Any:
         if largest >= rows:
             raise ModelError(
                 "tokenizer-larger-than-model",
-                f"a row holds token id {largest}, but {name} has {rows} embeddings: the tokenizer is another model's; "
-                "use the model's own",
+                f"a row holds token id {largest}, but {name} has {rows} embeddings: the tokenizer belongs to another "
+                f"model; use the model's own",
             ) from error
         positions = options.get("position_ids")
         length = ids.shape[1] if positions is None else int(positions.max()) + 1
         raise ModelError(
             "positions-exceeded",
-            f"a row of {length} tokens is longer than {name} has positions for; lower data.max_length or the number of "
+            f"a row of {length} tokens exceeds the positions of {name}; lower data.max_length or the number of "
             "new tokens, or shorten the texts",
         ) from error
 

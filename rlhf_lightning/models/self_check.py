@@ -146,7 +146,7 @@ def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]
         reason = "its logits are not finite"
     except Exception as error:  # a class may raise anything for settings that were never tried
         reason = f"{type(error).__name__}: {reason_of(error)[:160]}"
-    line = f"{name}: no small copy to check could be built ({reason}); its real weights are checked alone"
+    line = f"{name}: no small copy could be built for the check ({reason}); only its real weights are checked"
     return None, Findings(trees, True, "product", (line,))
 
 
@@ -162,7 +162,7 @@ def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) 
     what, told = ("scores", "{:.2g}".format) if scores else ("log-probabilities", _nats)
     path, gap = _settle_padded(checked)
     if path is None:
-        sentence = f"{name}: {what} differ from the model's own forward by {told(gap)}, whichever way they are computed"
+        sentence = f"{name}: {what} differ from the model's own forward by {told(gap)}, for every way of computing them"
         return Findings(False, True, "product", (), ("self-check-failed", f"{sentence}; start from another model"))
     lines = []
     if path != "product":
@@ -172,8 +172,8 @@ def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) 
         )
     if not checked.pads_rows:
         lines.append(
-            f"{name}: {what} in padded rows differ from those of each sequence alone by {told(gap)}; sequences of "
-            "different lengths are forwarded one after the other"
+            f"{name}: {what} in padded rows differ from those of single sequences by {told(gap)}; sequences of "
+            f"different lengths are forwarded separately"
         )
     if trees and checked.pads_rows:
         gap = max(_gap(checked, part, _packed(part)) for part in ((EXAMPLES,) if scores else (ONE_EACH, EXAMPLES)))
@@ -185,7 +185,7 @@ def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) 
     return Findings(trees and checked.pads_rows, checked.pads_rows, path, tuple(lines))
 
 
-PACKED_DIFFER = "packed rows differ from the model's own forward by {}; each sequence gets a row of its own"
+PACKED_DIFFER = "packed rows differ from the model's own forward by {}; each sequence gets its own row"
 
 
 def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, float]:
@@ -206,7 +206,7 @@ def _settle_padded(checked: CausalLM | ScalarModel) -> tuple[LogitsPath | None, 
 PATHS: dict[LogitsPath, str] = {
     "product": "the LM head's weight",
     "head": "the model's own head",
-    "forward": "the model's own forward, which holds those of whole sequences in memory",
+    "forward": "the model's own forward, which keeps the logits of whole sequences in memory",
 }
 
 
@@ -295,7 +295,7 @@ def _not_causal(name: str, small: Any) -> tuple[str, str] | None:
         return None
     return (
         "not-causal",
-        f"{name} is an encoder or a prefix language model: its tokens see those that follow, so it has no next-token "
+        f"{name} is an encoder or a prefix language model: its tokens attend to later tokens, so it has no next-token "
         "probabilities; train a causal language model (a decoder), or set is_decoder in its config if it is one",
     )
 
@@ -323,7 +323,7 @@ def _gradients_of_adapter(name: str, small: Any, lora: LoraSettings, checked: Ca
     if not still:
         return []
     layer = still[0].removeprefix("base_model.model.").split(".lora_")[0]
-    return [f"{name}: {len(still)} of {len(weights)} adapted layers get no gradient from text ({layer} ...)"]
+    return [f"{name}: {len(still)} of {len(weights)} adapted layers get no gradient from text input ({layer} ...)"]
 
 
 # -- real weights -----------------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def _check_policy(policy: CausalLM) -> None:
     if is_sharded(policy) and not policy.pads_rows:
         raise ModelError(
             "sharded-lengths",
-            f"{name}: each length is forwarded by itself, which ranks with other lengths cannot follow while weights "
-            "are sharded; train it without sharding",
+            f"{name}: each length needs its own forward pass, so ranks with other lengths would block while weights "
+            f"are sharded; train it without sharding",
         )
     paths = get_args(LogitsPath)
     first = None
@@ -391,6 +391,6 @@ def _check_policy(policy: CausalLM) -> None:
     raise ModelError(
         "self-check-failed",
         f"{name}: log-probabilities of these weights differ from the model's own forward by {_nats(first or 0.0)} "
-        f"in {dtype}, whichever way they are computed{reason}; try another dtype or attn_implementation, or set "
-        "self_check: false if you know that its forward is not to be compared with",
+        f"in {dtype}, for every way of computing them{reason}; try another dtype or attn_implementation, or set "
+        "self_check: false if you know that its forward is not a valid comparison",
     )

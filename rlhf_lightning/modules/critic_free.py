@@ -231,12 +231,13 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
         ),
         "normalized-baseline": (
             m.score_rule.normalizes and m.baseline == "greedy",
-            f"parts.normalize is {m.score_rule.settings.normalize} and baseline greedy, whose score is not normalized: "
+            f"parts.normalize is {m.score_rule.settings.normalize} and baseline greedy, whose scores are not "
+            f"normalized: "
             "set baseline group_mean",
         ),
         "greedy-turns": (
             m.credit == "turn" and m.baseline == "greedy",
-            "credit is turn and baseline greedy, which has one score for a whole completion: set another baseline",
+            "credit is turn and baseline greedy, which has one score per completion: set another baseline",
         ),
         "discount-without-tokens": (
             m.credit == "completion" and m.gamma != 1,

@@ -52,7 +52,7 @@ class DPOModule(PairObjective, OfflineModule):
     ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, warmup=warmup, **kwargs)
         if label_smoothing and not self.weighs_rows:
-            takes = f"{type(self).__name__} takes labels as certain"
+            takes = f"{type(self).__name__} treats labels as certain"
             raise SettingError("labels-are-certain", f"label_smoothing is {label_smoothing}, but {takes}: set it to 0")
         self.beta, self.label_smoothing, self.cache_reference = beta, label_smoothing, cache_reference
 
@@ -76,7 +76,7 @@ class DPOModule(PairObjective, OfflineModule):
             SettingError: pairs have weights, and the objective does not support weights.
         """
         if not self.weighs_rows and bool((batch.weights != 1).any()):
-            ranked = f"{type(self).__name__} matches pairs by rank and cannot weigh them"
+            ranked = f"{type(self).__name__} matches pairs by rank and cannot weight them"
             raise SettingError("pairs-without-weights", f"{ranked}: leave weights at 1")
         layout = self.lay_out(batch.sequences)
         outputs, reference = self.both_logprobs(batch.sequences, layout)

@@ -142,7 +142,7 @@ class XPOModule(OnlineDPOModule):
         if most != 2:
             raise SettingError(
                 "samples-per-prompt",
-                f"{type(self).__name__} compares a sample of the policy with one of the reference, and a prompt has "
+                f"{type(self).__name__} compares a sample of the policy with one of the reference, but a prompt has "
                 f"{most}: set data.samples_per_prompt to 2",
             )
 

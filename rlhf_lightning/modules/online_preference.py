@@ -177,13 +177,14 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         if samples < 2:
             raise SettingError(
                 "samples-per-prompt",
-                f"{type(self).__name__} compares completions of one prompt, and a prompt has one: set "
+                f"{type(self).__name__} compares completions of one prompt, but each prompt has only one: set "
                 "data.samples_per_prompt to 2 or more",
             )
         if self.mini_batch_size is not None and self.mini_batch_size % samples:
             raise SettingError(
                 "parts-groups",
-                f"mini_batch_size is {self.mini_batch_size} and would split the {samples} samples of a prompt: set it "
+                f"mini_batch_size is {self.mini_batch_size} which would split the {samples} samples of a prompt: set "
+                f"it "
                 "to a multiple of data.samples_per_prompt",
             )
 

@@ -178,8 +178,8 @@ class PPOModule(OnPolicyModule):
             return folder
         if isinstance(scorer, EncoderScorer) or tokenizer.get_vocab() != self.tokenizer.get_vocab():
             rank_zero_info(
-                f"the critic starts from {self.init_from}, since the reward model {folder} reads other tokens than the "
-                "policy writes"
+                f"the critic starts from {self.init_from}, since the reward model {folder} has another tokenizer "
+                f"than the policy"
             )
             return None
         return str(folder)
@@ -368,11 +368,12 @@ def _contradictions(m: PPOModule) -> dict[str, tuple[bool, str]]:
     return {
         "cost-critics": (
             m.cost_critics and (not m.score_rule.multipliers or m.critic_kind != "separate"),
-            "cost_critics trains a network for each constrained part: name one in constraints, and set critic separate",
+            "cost_critics trains a critic for each constrained score part: name a part in constraints, and set "
+            "critic separate",
         ),
         "whitened-costs": (
             m.cost_critics and (m.whiten_rewards or m.score_rule.normalizes),
-            "cost_critics weighs objective and costs after their advantages: set whiten_rewards false and "
+            "cost_critics weights objective and costs after computing their advantages: set whiten_rewards false and "
             "parts.normalize sum_then_group",
         ),
     }

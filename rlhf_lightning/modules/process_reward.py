@@ -73,7 +73,7 @@ class ProcessRewardModule(RewardModule):
         labels = torch.cat([torch.zeros(0), *batch.labels]).to(grid)
         if len(labels) != len(row):
             raise DataError(
-                "wrong-number", f"{len(labels)} labels for {len(row)} judged steps: a batch needs one of each"
+                "wrong-number", f"{len(labels)} labels for {len(row)} labelled steps: a batch needs one label per step"
             )
         position = (mask.cumsum(-1) - 1)[mask]
         extras = self.slots_of(batch)

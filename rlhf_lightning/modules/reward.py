@@ -336,7 +336,7 @@ class MeanVarianceRewardModule(RewardModule):
 
     def __init__(self, outputs: int = 2, **kwargs: Any) -> None:
         if outputs != 2:
-            raise SettingError("setting-out-of-range", f"outputs is {outputs}: a mean and a variance are 2")
+            raise SettingError("setting-out-of-range", f"outputs is {outputs}: a mean and a variance need 2")
         super().__init__(outputs=outputs, centering=0.0, **kwargs)
 
     @property

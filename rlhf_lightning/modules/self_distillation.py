@@ -84,7 +84,7 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
             raise SettingError("unknown-choice", f"place is {place!r}; choose 'after' or 'system'")
         self.templates = {text: fields_of(text) for text in ([context] if isinstance(context, str) else context)}
         if not self.templates:
-            raise SettingError("missing-setting", "context has no text: set what the teacher reads")
+            raise SettingError("missing-setting", "context has no text: set the text that the teacher reads")
         self.place, self.teacher_kind, self.ema_decay, self.success = place, teacher, ema_decay, success
         self.beta, self.top_k, self.chunk_tokens = beta, top_k, chunk_tokens
         self.softmax_temperature = self.sampling.temperature
@@ -158,7 +158,8 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         meter.add("distill/taught", everyone)
         if self.rollouts == 0 and not float(self.sum_over_ranks(everyone.sum())):
             rank_zero_warn(
-                "The teacher has no text for any completion of the first rollout, so nothing is learned from it: the "
+                "The teacher has no text for any completion of the first rollout, so the policy is not trained on "
+                "it: the "
                 f"scorer gives no feedback, or no completion scores {self.success:g} (model.context, model.success)."
             )
         for rows in self.minibatches(rollout, meter):
@@ -211,7 +212,7 @@ def fields_of(text: str) -> list[str]:
         if not name.isidentifier():
             raise SettingError(
                 "wrong-context",
-                f"context is {text!r}, and {{{name}}} names nothing: write {{feedback}}, {{solution}}, {{completion}} "
+                f"context is {text!r}, and {{{name}}} is empty: write {{feedback}}, {{solution}}, {{completion}} "
                 "or the name of a column; write a literal brace twice",
             )
     return fields
@@ -221,7 +222,7 @@ def _known(given: Mapping[str, Any], name: str) -> bool:
     if name not in given:
         raise DataError(
             "missing-data-column",
-            f"context names {{{name}}}, which is neither feedback, solution, completion nor a column of the data "
+            f"context names {{{name}}}, which is not feedback, solution, completion or a data column "
             f"({', '.join(sorted(set(given) - {'feedback', 'solution', 'completion'})) or 'it has none'})",
         )
     return given[name] not in (None, "")

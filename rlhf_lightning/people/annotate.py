@@ -140,7 +140,7 @@ def sampling_ahead(
     from rlhf_lightning.data.feedback.records import MOST_CANDIDATES
     from rlhf_lightning.people.candidates import SamplingAhead, Stop, load_policies, sampled_items
 
-    rule = f"give 2 to {MOST_CANDIDATES}, one or more for each of {len(models)} models"
+    rule = f"give 2 to {MOST_CANDIDATES}, at least one for each of {len(models)} models"
     check_range(max(2, len(models)) <= candidates <= MOST_CANDIDATES, rule, candidates=candidates)
     rows = read_prompts(prompts, as_chat)
     policies, settings = load_policies(models, sampling), sampling.settings()
@@ -165,7 +165,7 @@ def report_left_out(path: str, columns: "Sequence[dict[str, Any]]") -> None:
 
     taken = sorted({name for row in columns for name in row} & TAKEN_COLUMNS)
     if taken:
-        print(f"{path}: training on the store leaves out {', '.join(taken)}: forms and labels use these columns")
+        print(f"{path}: training on the store leaves out {', '.join(taken)}: these names are reserved for labels")
 
 
 def selector_of(select: str | None, ensemble: Sequence[str], seed: int) -> "Selector | None":
@@ -222,7 +222,7 @@ def export(
     if not rows:
         raise DataError(
             "no-usable-rows",
-            f"{store} holds nothing of kind {kind} up to row {taken.upto}: collect such labels, or name another --kind",
+            f"{store} has no labels of kind {kind} up to row {taken.upto}: collect such labels, or name another --kind",
         )
     if foreign:
         write_lines(target, [rows])

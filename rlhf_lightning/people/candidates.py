@@ -184,7 +184,7 @@ class SamplingAhead:
         unsampled: Callable[[], int] = lambda: 0,
         stop: Stop | None = None,
     ) -> None:
-        check_range(ahead >= 1, "it must be 1 or more, as an item waits for the next annotator", ahead=ahead)
+        check_range(ahead >= 1, "it must be 1 or more, so that an item is ready for the next annotator", ahead=ahead)
         self.store, self.batches, self.ahead, self.selector = store, batches, ahead, selector
         self._unsampled, self._coming = unsampled, unsampled()
         self.failure: str | None = None

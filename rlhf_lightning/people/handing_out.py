@@ -98,7 +98,7 @@ class Policy:
     salt: str | None = None
 
     def __post_init__(self) -> None:
-        check_range(self.annotators >= 1, "it must be 1 or more for each item", annotators=self.annotators)
+        check_range(self.annotators >= 1, "it must be 1 or more", annotators=self.annotators)
         check_range(0 <= self.repeats < 1, "it must be in [0, 1)", repeats=self.repeats)
 
 

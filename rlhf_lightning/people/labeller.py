@@ -123,10 +123,14 @@ class Supply:
         """Return the message for an annotator without an item, and record that an annotator is idle."""
         self._idle.set()
         if self.store.labels() >= self.count:
-            return "This round has its labels. If there is another one, it appears here after training."
+            return "This round has all its labels. If there is another round, it appears here after training."
         if self.exhausted:
             return ""
-        return "Others are judging the last ones." if self._enough() else "The next completions are being written."
+        return (
+            "Other annotators are judging the last items."
+            if self._enough()
+            else "The next completions are being written."
+        )
 
     def left(self, count: int) -> int:
         """Return the number of labels that are still wanted; the number of items left is ignored."""
@@ -233,7 +237,9 @@ class SimulatedAnnotator:
         careless: bool = False,
         seed: int = 0,
     ) -> None:
-        check_range(temperature > 0, "it must be positive; near 0, the annotator never errs", temperature=temperature)
+        check_range(
+            temperature > 0, "it must be positive; near 0, the annotator makes no errors", temperature=temperature
+        )
         self.name, self.gold_reward, self.temperature = name, gold_reward, temperature
         self.position_bias, self.careless, self.seed = position_bias, careless, seed
 
@@ -303,7 +309,7 @@ class SimulatedAnnotators(Labeller):
         seed: int = 0,
     ) -> None:
         require_page()
-        rule = "give 1 or more annotators, and the careless share of them, from 0 to 1"
+        rule = "give 1 or more annotators, and the careless fraction of them, from 0 to 1"
         check_range(annotators >= 1 and 0 <= careless <= 1, rule, annotators=annotators, careless=careless)
         gold, wild = load_gold_reward(gold_reward), round(careless * annotators)
         self.annotators = [

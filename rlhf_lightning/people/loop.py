@@ -107,8 +107,8 @@ class LoopSettings:
             check_range(getattr(self, name) >= 1, "it must be 1 or more", **{name: getattr(self, name)})
         check_range(
             self.pairs * self.annotators_per_item >= self.labels,
-            f"it must be {-(-self.labels // self.annotators_per_item)} or more, as {self.annotators_per_item} of "
-            f"{self.labels} labels go to each pair",
+            f"it must be {-(-self.labels // self.annotators_per_item)} or more, because each pair takes "
+            f"{self.annotators_per_item} of the {self.labels} labels",
             pool=self.pool,
         )
 
@@ -160,7 +160,7 @@ class Loop:
             wanted = selector_class(settings.select).members
             raise SettingError(
                 "too-few-reward-models",
-                f"select {settings.select} compares {wanted} reward models, and members is {settings.members}: "
+                f"select {settings.select} compares {wanted} reward models, but members is {settings.members}: "
                 f"set it to {wanted} or more",
             )
 
@@ -222,7 +222,7 @@ class Loop:
             raise DataError(
                 "too-few-pairs",
                 f"{self._latest(number)} gave {pairs} pairs of different answers to the prompts of {one.prompts}, and "
-                f"{one.pairs} are wanted: give more prompts, or a higher temperature",
+                f"{one.pairs} are needed: give more prompts, or a higher temperature",
             )
         return {"pairs": pairs}
 
@@ -240,7 +240,7 @@ class Loop:
             if found == 0:
                 raise DataError(
                     "no-labels",
-                    f"round {number} has no label: every pair was skipped or left unjudged; judge some, and run the "
+                    f"round {number} has no label: every pair was skipped or not judged; judge some, and run the "
                     "loop again",
                 )
             if found < wanted:
@@ -254,7 +254,7 @@ class Loop:
         with store.reading() as connection:
             held = counts(connection)["items"]
         wanted = self.settings.pairs_for(self.settings.labels - store.labels())
-        print(f"loop: {wanted} further pairs, since {store.labels()} of {self.settings.labels} labels are there")
+        print(f"loop: {wanted} further pairs; {store.labels()} of {self.settings.labels} labels are collected")
         found = self._sampled(store, number, held + wanted)
         if selector is not None:
             store.rank(selector)
@@ -265,7 +265,7 @@ class Loop:
         if select is None:
             return None
         if number == 0 and selector_class(select).members > 0:
-            print(f"the first round is in random order: {select} asks the reward models of the round before")
+            print(f"the first round is in random order: {select} needs the reward models of an earlier round")
             return load_selector("random", [], self._seed("select", number))
         models = self._reward_models(number - 1) if number > 0 else []
         return load_selector(select, models, self._seed("select", number))
@@ -321,7 +321,7 @@ def tool_parser() -> PlainParser:
     doc = docstring_parser.parse(inspect.getdoc(LoopSettings) or "")
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
     parser = PlainParser(prog="rlhf loop", description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the settings; flags win over it")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; flags override it")
     parser.add_class_arguments(LoopSettings, as_group=False)
     return parser
 

@@ -95,7 +95,8 @@ class LoopState:
         if not sound:
             raise StateError(
                 "damaged-state",
-                f"{self.path} does not hold the steps, settings and files of a loop: restore it from a copy, or give "
+                f"{self.path} does not contain the steps, settings and files of a loop: restore it from a copy, or "
+                f"give "
                 "another --name",
             )
         self.steps = parts[0]
@@ -206,7 +207,7 @@ def learns_from_prompts(config: str) -> bool:
     if not isinstance(name, str):
         raise SettingError(
             "unknown-objective",
-            f"{config} names no objective: give it model: {{class_path: DPOModule}}, or another class",
+            f"{config} names no objective: set model: {{class_path: DPOModule}}, or another class",
         )
     kind = load_class(name, AlignmentModule, subclasses_of(AlignmentModule), "objective")
     return kind.batch_type is PromptBatch
@@ -335,10 +336,10 @@ def _table(points: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> str:
 def _page(name: str, table: str) -> str:
     return (
         f"# The loop {name}\n\n"
-        "Each row is a policy trained on so many labels and evaluated on held-out prompts; 0 labels is the initial "
-        "policy. Gold reward is the known true reward, which is never trained on. Win rate is against the initial "
-        "policy on the same prompts; a tie counts half. Score is that of the round's reward models, so scores of "
-        "different rounds do not compare. KL is from the initial policy, in nats per completion.\n\n"
+        "Each row is a policy trained on that many labels and evaluated on held-out prompts; 0 labels is the initial "
+        "policy. Gold reward is the known true reward; it is not used in training. Win rate is against the initial "
+        "policy on the same prompts; a tie counts half. Score comes from the round's reward models, so scores of "
+        "different rounds are not comparable. KL is from the initial policy, in nats per completion.\n\n"
         f"{table}\n\n![curve]({PLOT})\n"
     )
 

@@ -184,7 +184,7 @@ class RewardModels:
         if None in scores:
             raise DataError(
                 "no-score",
-                f"scorer {name!r} gave no score for some completions: items are selected by the scores of all",
+                f"scorer {name!r} gave no score for some completions: selection needs all scores",
             )
         return [score for score in scores if score is not None]
 

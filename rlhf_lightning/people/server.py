@@ -112,7 +112,7 @@ class _Pages:
     def _annotator(self, request: Request) -> str:
         name = self._who(request)
         if name is None:
-            raise HTTPException(401, "say who you are first")
+            raise HTTPException(401, "enter your name first")
         return name
 
     def _html(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -140,7 +140,7 @@ class _Pages:
         name = name.strip() if isinstance(name, str) else ""
         if not is_name(name):
             reserved = ", ".join(RESERVED_NAMES)
-            raise HTTPException(400, f"a name has 1 to 64 letters, digits and _.@-, and is none of {reserved}")
+            raise HTTPException(400, f"a name has 1 to 64 letters, digits and _.@-, and must not be one of {reserved}")
         response = JSONResponse({"name": name})
         self._set_cookie(request, response, name)
         return response
@@ -290,7 +290,7 @@ async def _json_of(request: Request) -> dict[str, Any]:
 def _key(body: dict[str, Any]) -> str:
     key = body.get("key")
     if not isinstance(key, str) or not 16 <= len(key) <= 64 or not key.isascii():
-        raise JudgementRefused("invalid-key", "a judgement needs its own key of 16 to 64 ASCII characters")
+        raise JudgementRefused("invalid-key", "a judgement needs a unique key of 16 to 64 ASCII characters")
     return key
 
 
@@ -304,5 +304,5 @@ def _whole(body: dict[str, Any], name: str) -> int:
 def _chosen(body: dict[str, Any], name: str, known: Sequence[str]) -> tuple[str, ...]:
     given = body.get(name, [])
     if not isinstance(given, list) or any(one not in known for one in given):
-        raise JudgementRefused("unknown-choice", f"{name} must be some of {', '.join(known)}")
+        raise JudgementRefused("unknown-choice", f"{name} must be a subset of {', '.join(known)}")
     return tuple(one for one in known if one in given)

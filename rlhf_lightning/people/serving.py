@@ -62,7 +62,8 @@ def checked_names(host: str, annotators: str | None) -> list[str]:
     if not names and not is_loopback(host):
         raise SettingError(
             "nobody-named",
-            f"host {host} lets other machines in: name who may label (annotators ann,bob), and each gets a link",
+            f"host {host} accepts connections from other machines: name the annotators "
+            "(annotators ann,bob); each gets a link",
         )
     for name in names:
         if not is_name(name) or name == OWNER:

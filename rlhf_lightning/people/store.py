@@ -73,7 +73,7 @@ class FeedbackStore:
         except Timeout:
             raise StateError(
                 "store-locked",
-                f"{self.path} is open in another process that collects labels: let people share its page, or stop it",
+                f"{self.path} is open in another process that collects labels: use its page, or stop it",
             ) from None
         self._turn = threading.RLock()
         try:
@@ -261,11 +261,11 @@ class FeedbackStore:
                 "SELECT shown FROM assignments WHERE id = ? AND annotator = ?", [assignment, annotator]
             ).fetchone()
             if row is None:
-                raise NotAsked("not-asked", "this is not asked of you here")
+                raise NotAsked("not-asked", "this item is not assigned to you")
             shown = json.loads(row[0])
             answer.check(len(shown))
             if db.execute("SELECT 1 FROM live WHERE assignment = ?", [assignment]).fetchone():
-                raise Conflict("judged-already", "you have judged this one already")
+                raise Conflict("judged-already", "you have already judged this item")
             return self._insert(db, annotator, assignment, key, answer, shown)
 
     def _insert(
@@ -307,7 +307,7 @@ class FeedbackStore:
                 {"annotator": annotator, "number": judgement},
             ).fetchone()
             if last is None and judgement is not None:
-                raise JudgementRefused("no-such-judgement", f"you have no label {judgement}, or it is undone already")
+                raise JudgementRefused("no-such-judgement", f"you have no label {judgement}, or it is already undone")
             if last is None:
                 return None
             cursor = db.execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import PlainParser, in_copied_context
+from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.commands.train_settings import SettingsCLI
 from rlhf_lightning.errors import check_range
 from rlhf_lightning.loading import flat_settings, read_config
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     silence_libraries()
     argv = with_underscores(argv)
-    cli = in_copied_context(PlanCLI, ["fit", *argv, *placeholders(argv)])
+    cli = contextvars.copy_context().run(PlanCLI, ["fit", *argv, *placeholders(argv)])
     settings = cli.config_init.fit
     setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
     found = plan(setup)
@@ -313,7 +314,7 @@ def as_record(name: str, setup: Setup, found: Plan, limit: int | None, helpful: 
 def _speed(rates: Rates | None, most: float | None) -> str:
     """Return the line about the speed of a run."""
     if rates is None or most is None:
-        return "speed: the run is for GPUs, and none was found here to measure"
+        return "speed: not measured, because the run uses GPUs and this machine has none"
     measured = f"products {_flops(rates.products)}/s, copies {rates.traffic / GB:.1f} GB/s"
     return f"speed: at most {most:,.0f} tokens/s on devices like this one ({measured})"
 

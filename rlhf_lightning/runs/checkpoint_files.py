@@ -120,7 +120,9 @@ def link(target: Path, name: Path) -> None:
     if name.is_dir() and not name.is_symlink():  # not created by this function, so it may hold the user's files
         aside = name.with_name(f"{name.name}.{time.time_ns()}")
         name.rename(aside)
-        print(f"{name} is a folder, where a link to a checkpoint belongs: it is kept as {aside.name}", flush=True)
+        print(
+            f"{name} is a folder, where a link to a checkpoint is expected: it is renamed to {aside.name}", flush=True
+        )
     try:
         if target.is_dir():
             partial.symlink_to(target.name)

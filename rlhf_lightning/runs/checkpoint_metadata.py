@@ -84,7 +84,7 @@ def check_contents(path: Path, resumes: bool) -> None:
 
 def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
     if not all(isinstance(value, Tensor) for value in state["state_dict"].values()):
-        yield "state_dict holds more than tensors"
+        yield "state_dict contains more than tensors"
     for name in COUNTERS:
         count = state["progress"].get(name)
         if not isinstance(count, int) or count < 0:
@@ -97,16 +97,16 @@ def _wrong_parts(state: Mapping[str, Any], resumes: bool) -> Iterator[str]:
     if not isinstance(trainable, list) or not trainable or not all(name in state["trained"] for name in trainable):
         yield "trainable is not a list of names in trained"
     if state.get("asked") is not None and not _are_settings(state["asked"]):
-        yield "asked holds no settings of an optimizer and its scheduler"
+        yield "asked has no settings of an optimizer and its scheduler"
     if not resumes:
         return
     if not state["random"] or not all(isinstance(one, Mapping) for one in state["random"]):
-        yield "random holds no random states"
+        yield "random has no random states"
     if not all(isinstance(one, Mapping) for one in state["callbacks"].values()):
         yield "a callback's state is not a mapping"
     optimizers = state["optimizer_states"]
     if len(optimizers) != 1 or not isinstance(optimizers[0], Mapping) or not optimizers[0].get("param_groups"):
-        yield "optimizer_states holds no state of one optimizer"
+        yield "optimizer_states is not the state of one optimizer"
     loop = state["loops"].get("fit_loop")
     if not isinstance(loop, Mapping) or not {"epoch_loop.batch_progress", "epoch_progress"} <= set(loop):
         yield "loops lacks the position of training"
@@ -219,8 +219,8 @@ def inside_run(checkpoint: Path, run: Path) -> Path:
     if not checkpoint.resolve().is_relative_to(run.resolve()):
         raise DataError(
             "link-out-of-run",
-            f"{checkpoint} is a link out of its run, to {checkpoint.resolve()}: give that checkpoint as --ckpt_path if "
-            "you trust it",
+            f"{checkpoint} is a symlink to {checkpoint.resolve()}, outside its run: give that checkpoint as "
+            "--ckpt_path if you trust it",
         )
     return checkpoint
 
@@ -325,7 +325,7 @@ def _check(path: Path, place: Any, plain: bool) -> None:
 def _member(kind: Any, name: str) -> Any:
     """Replace ``getattr`` in pickles; only members of an enumeration are allowed."""
     if kind is not memory_format_encoding() or name not in kind.__members__:
-        raise pickle.UnpicklingError(f"it reads the attribute {name} of {kind}")
+        raise pickle.UnpicklingError(f"it accesses the attribute {name} of {kind}")
     return kind[name]
 
 

@@ -160,7 +160,7 @@ class RankWatch(Callback):
         far = [f"{n} on {member.host}" for n, member in enumerate(self.members) if member.host != here]
         if far:
             return f"it runs on another host (rank {', '.join(far)})"
-        return f"all {len(self.members)} processes are alive, and one of them hangs"
+        return f"all {len(self.members)} processes are alive, but one of them hangs"
 
 
 def has_ended(process: int) -> bool:

@@ -114,7 +114,7 @@ def earlier_record(path: Path) -> dict[str, Any]:
         return found
     aside = path.with_name(f"damaged.{time.time_ns()}.{path.name}")
     path.rename(aside)
-    print(f"{path} was damaged: it is kept as {aside.name}, and a new one is begun", flush=True)
+    print(f"{path} was damaged: it is renamed to {aside.name}, and a new one is started", flush=True)
     return {}
 
 

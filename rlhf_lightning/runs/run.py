@@ -181,7 +181,8 @@ def checked_run_name(name: str) -> str:
     if re.fullmatch(r"version_\d+", parts[-1]):
         raise SettingError(
             "invalid-run-name",
-            f"run_name is {name!r}, and each run gets the next version of its name: leave out {parts[-1]}, or continue "
+            f"run_name is {name!r}, but each run gets the next version number of its name: leave out {parts[-1]}, or "
+            "continue "
             f"that run with --resume",
         )
     if not all(re.fullmatch(r"[\w][\w.\-=+]{0,199}", part) for part in parts):
@@ -202,7 +203,8 @@ def reserve_version(runs: Path, name: str) -> Path:
     parent = runs / checked_run_name(name)
     if not parent.resolve().is_relative_to(runs.resolve()):
         raise SettingError(
-            "invalid-run-name", f"run_name is {name!r}, but {parent} is a link out of {runs}: choose another name"
+            "invalid-run-name",
+            f"run_name is {name!r}, but {parent} is a symlink that leaves {runs}: choose another name",
         )
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -284,7 +284,7 @@ def call_scorer(
         given = scorer(prompts, completions, **columns)
         if inspect.iscoroutine(given):
             given.close()
-            raise ContractError("async-scorer", f"{name} is an async function: give a plain function, which may wait")
+            raise ContractError("async-scorer", f"{name} is an async function: give a regular function; it may block")
         return list(given) if isinstance(given, Iterator) else given
     except KeyError as error:
         asked = error.args[0] if error.args else None

@@ -162,7 +162,7 @@ class RenderedConversation:
         ):
             raise TurnsRefused(
                 "turns-merged",
-                "the chat template merges two turns of the assistant, which follow each other; join them",
+                "the chat template merges two consecutive assistant turns; join them",
             )
 
     def _after_opening(self, asked: str, header: str, tags: tuple[str, str] | None, turn: str, message: Message) -> str:
@@ -173,7 +173,9 @@ class RenderedConversation:
         thought, mark, answer = turn.rpartition(closed)
         if closed in asked[asked.rindex(header) + len(header) :]:  # the prompt contains a complete, empty thought
             if thought.replace(opened, "").strip():
-                raise TurnsRefused("thought-closed", "the generation prompt closes the thought that a turn has")
+                raise TurnsRefused(
+                    "thought-closed", "the generation prompt closes the thinking block, but the turn has a thought"
+                )
             return answer if mark else turn
         if mark:
             return thought.partition(opened)[2].lstrip() + closed + answer
@@ -203,7 +205,7 @@ class RenderedConversation:
         if answer.strip() not in text:
             raise _left_out("assistant")
         if not all(one.strip() in text for one in (*thoughts, thought)):
-            raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a learned turn")
+            raise TurnsRefused("thought-left-out", "the chat template leaves out the thought of a trained turn")
 
     def _check_order(self, place: int) -> None:
         """Refuse a template that writes other turns after the answer: they would be learned as part of it."""
@@ -211,7 +213,8 @@ class RenderedConversation:
         if place in written and written[-1] != place:
             raise TurnsRefused(
                 "turn-after-answer",
-                "the chat template writes earlier turns after the answer, which would be learned; use another template",
+                "the chat template writes earlier turns after the answer, which would be trained on; use another "
+                "template",
             )
 
     def _written(self, stop: int) -> tuple[int, ...]:

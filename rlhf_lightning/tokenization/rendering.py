@@ -194,9 +194,7 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, turn: Message, replies: Seq
         before, mark, alone = alone.rpartition("\ue003")
         alone, whole = mark + alone, mark + whole.rpartition(mark)[2]
         if not before or not whole.startswith(alone):
-            raise TurnsRefused(
-                "prompt-not-continued", "the chat template renders a turn otherwise once it was replied to"
-            )
+            raise TurnsRefused("prompt-not-continued", "the chat template renders a turn differently after a reply")
     conversation.check_replies(whole, replies)
     ended = conversation.up_to_end(alone, "\ue003", bool(turn.get("tool_calls"))).text
     return Rendered((Span(whole[len(ended) :], False),), conversation.facts.end_of_turn or tokenizer.eos_token)
@@ -221,7 +219,7 @@ def _answer(
     if not learned:
         return conversation.completion(asked, [], True)
     if any(turns[place].get("weight", 1) != 1 for place in learned):
-        raise TurnsRefused("bad-turn-weight", "a turn of this completion has a weight, and it can only count or not")
+        raise TurnsRefused("bad-turn-weight", "a turn of this completion has a weight other than 0 and 1")
 
     def told(places: list[int]) -> tuple[list[str], list[Said]]:
         prompts = [asked if place == direct else conversation.prompt(place) for place in places]
@@ -234,9 +232,7 @@ def _answer(
         prompts, said = told(learned[-1:])
         spans = [Span(said[0].text)]
     if not prompts[0].startswith(asked):
-        raise TurnsRefused(
-            "prompt-not-continued", "the chat template renders the prompt otherwise once it was answered"
-        )
+        raise TurnsRefused("prompt-not-continued", "the chat template renders the prompt differently after an answer")
     spans = [Span(prompts[0][len(asked) :], False), *spans]
     made = conversation.completion(asked, spans, said[-1].ended, len(said) == 1 < len(learned))
     return made._replace(turns_cut=1 < len(said) < len(learned))

@@ -104,7 +104,7 @@ class Budget:
         """Count characters that are created, before creating them if their number is known."""
         self.characters -= characters
         if self.characters < 0:
-            raise OutOfBounds("it makes too much text")
+            raise OutOfBounds("it generates too much text")
 
     def made(self, value: Any) -> Any:
         """Count a created value and return it."""
@@ -113,7 +113,7 @@ class Budget:
             if not isinstance(value, str):
                 self.measure(value)
         elif isinstance(value, int) and value.bit_length() > LARGEST_POWER:
-            raise OutOfBounds("it makes too large a number")
+            raise OutOfBounds("it computes too large a number")
         return value
 
     def measure(self, value: Any) -> None:
@@ -124,7 +124,7 @@ class Budget:
             items += 1
             characters += len(one) if isinstance(one, str) else 1
             if items + len(left) > ITEMS or characters > self.whole:
-                raise OutOfBounds("it makes too large a list")
+                raise OutOfBounds("it builds too large a list")
             if isinstance(one, dict):
                 left += one.values()
             elif isinstance(one, list | tuple):
@@ -253,7 +253,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 if isinstance(many, str | list | tuple) and isinstance(times, int):
                     self.budget.spend(len(many) * max(times, 0))
         elif operator == "**" and abs(right) > LARGEST_POWER:
-            raise OutOfBounds("it makes too large a number")
+            raise OutOfBounds("it computes too large a number")
         elif operator == "%" and isinstance(left, str):
             self._measure_format(left, "%", right if isinstance(right, tuple) else (right,))
         result = super().call_binop(context, operator, left, right)

@@ -107,8 +107,8 @@ def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) ->
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "ab":
         raise ModelError(
             "tokenizer-loses-spaces",
-            f"the tokenizer {str(name)!r} loses spaces ('a b' is read as 'ab'): its tokenizer.json does not go with "
-            "the tokenizer_class in tokenizer_config.json; set that to PreTrainedTokenizerFast",
+            f"the tokenizer {str(name)!r} loses spaces ('a b' is read as 'ab'): its tokenizer.json does not match "
+            f"the tokenizer_class in tokenizer_config.json; set that to PreTrainedTokenizerFast",
         )
 
 

@@ -64,8 +64,8 @@ def refused_strategy(strategy: str) -> str | None:
     """Refuse strategies, by kind or name, that fail or train wrongly with manual optimization."""
     if "fsdp" in strategy.lower():
         reason = (
-            "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and it cannot clip "
-            "by norm"
+            "the strategy fsdp (FSDP1) fails with manual optimization, which all modules here use, and cannot clip "
+            "gradients by norm"
         )
     elif "spawn" in strategy.lower():
         return (
@@ -125,7 +125,7 @@ def refused_tensor_parallelism(tensor_parallel: int, lora: bool, has_plan: bool,
     """Refuse tensor parallelism for adapters, and for models without a transformers plan that fits their heads."""
     remedy = "set tensor_parallel_size=1 and data_parallel_size to the number of ranks"
     if lora:
-        return f"tensor parallelism shards the matrices that an adapter hangs on: {remedy}, or train every weight"
+        return f"tensor parallelism shards the matrices that an adapter is attached to: {remedy}, or train every weight"
     if not has_plan:
         return f"transformers has no tensor-parallel plan for this model's family: {remedy}"
     if heads is not None and heads % tensor_parallel:
@@ -271,7 +271,7 @@ def settled_precision(trainer: Trainer, settings: LoadSettings, trains_adapter: 
     if settings.dtype == "bfloat16":
         raise SettingError(
             "bf16-training",
-            "every weight is trained and would be kept in bf16, where an update below 1/256 of a weight vanishes. Use "
+            "every weight is trained in bf16, where updates below 1/256 of a weight vanish. Use "
             "trainer.precision=bf16-mixed with dtype=float32 (products in bf16, weights in fp32), or set lora (frozen "
             "weights in bf16, the adapter in fp32)",
         )

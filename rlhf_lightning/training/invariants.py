@@ -60,7 +60,7 @@ class Invariants:
             return
         self._check_difference(
             "ratio", moved, logprobs.logprobs, 1e-4, 1e-2,
-            "policy and rollout were forwarded differently: dropout, a missing temperature, other padding",
+            "policy and rollout had different forward passes: dropout, a missing temperature, other padding",
         )  # fmt: skip
 
     def check_sampler(self, rollout: Rollout) -> None:
@@ -109,7 +109,7 @@ class Invariants:
         """Check that the mask counts exactly the policy's tokens, including the end token."""
         lengths = torch.tensor([int(mask.sum()) for mask in rollout.sequences.supervised], dtype=torch.long)
         wrong = (rollout.completion_mask.sum(-1).cpu() != lengths).sum()
-        self._check("mask", float(wrong), 0.0, "the layout masks other tokens than the completion has")
+        self._check("mask", float(wrong), 0.0, "the mask of the layout does not match the completion")
 
     def check_scores(self, scores: Tensor, rewards: Tensor, slots: Tensor) -> None:
         """Check that each completion's score, possibly scaled, appears in the rewards only at its position.
@@ -128,8 +128,8 @@ class Invariants:
         wrong = elsewhere + (here == 0)
         self._check(
             "score_slot", float(wrong.max()) if wrong.numel() else 0.0, 1e-5,
-            "shape_rewards puts a score on another slot than score_slots says, or on more than one "
-            "(return None from score_slots if scores are spread on purpose)",
+            "shape_rewards puts a score on a position other than score_slots, or on several positions (return None "
+            "from score_slots if scores are spread on purpose)",
         )  # fmt: skip
 
     def check_first_kl(self, rollout: Rollout) -> None:
@@ -160,7 +160,9 @@ class Invariants:
         self._measured[name] = max(self._measured.get(name, 0.0), value)
         if value <= bound:
             return
-        message = f"invariant {name}: measured {value:.3g}, rounding is at most {bound:.3g}; the usual cause: {cause}"
+        message = (
+            f"invariant {name}: measured {value:.3g}, rounding errors are at most {bound:.3g}; usual cause: {cause}"
+        )
         if self.on_violation == "raise":
             raise InvariantError(f"invariant-{name}", f"{message}. Set model.on_violation=warn to continue")
         rank_zero_warn(message)

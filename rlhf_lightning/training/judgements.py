@@ -167,7 +167,7 @@ class ScoreRule:
             ),
             "conditions-without-weights": (
                 bool(loose),
-                f"parts.conditions names {', '.join(loose)}, without a weight or a constraint: set parts.weights",
+                f"parts.conditions names {', '.join(loose)}, which has no weight or constraint: set parts.weights",
             ),
             "weighed-cost": (bool(twice), f"{', '.join(twice)} has a weight and a constraint: keep one"),
         }
@@ -287,7 +287,7 @@ def with_objective(parts: Mapping[str, Tensor], score: Tensor) -> dict[str, Tens
         ContractError: ``reserved-part``.
     """
     if OBJECTIVE in parts:
-        raise ContractError("reserved-part", f"a part is called {OBJECTIVE!r}, the name of the score itself: rename it")
+        raise ContractError("reserved-part", f"a part is named {OBJECTIVE!r}, the name of the score itself: rename it")
     return {**parts, OBJECTIVE: score}
 
 
@@ -319,7 +319,9 @@ def _weight(name: str, weight: Any, columns: Mapping[str, Sequence[Any]], like: 
         except (TypeError, ValueError):
             values = torch.tensor([math.nan])
         if not bool(values.isfinite().all()):
-            raise DataError("not-a-number", f"the data column {weight!r}, a weight, has a value that is not a number")
+            raise DataError(
+                "not-a-number", f"the data column {weight!r}, used as weight, has a value that is not a number"
+            )
         return values
     return float(weight)
 
@@ -367,7 +369,7 @@ def _constraint(name: str, given: Any) -> Constraint:
             ),
             "multiplier-of-zero": (
                 made.method == "lagrangian" and not made.multiplier,
-                f"constraints.{name}.multiplier is 0, and a factor of 0 never moves: set a positive number",
+                f"constraints.{name}.multiplier is 0, and multiplicative updates never change 0: set a positive number",
             ),
         }
     )

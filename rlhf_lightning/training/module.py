@@ -266,7 +266,7 @@ class AlignmentModule(LightningModule):
             if name in ("policy", "critic") and not self._models_loaded:
                 raise LackingError(
                     "weights-not-loaded",
-                    f"{type(self).__name__} has no {name} yet: a Trainer loads it, or configure_model()",
+                    f"{type(self).__name__} has no {name} yet: a Trainer or configure_model() loads it",
                 ) from None
             if not isinstance(kept, property | cached_property):
                 raise
@@ -483,8 +483,9 @@ class AlignmentModule(LightningModule):
         untrained = not self.updates and self.trainer.ckpt_path is None
         if self.holds_reference and untrained and self.trainer.state.fn != "fit":
             rank_zero_warn(
-                f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
-                "the reference say nothing: `rlhf validate RUN` takes a run's checkpoint and the reference of training."
+                f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons "
+                f"with the reference are meaningless: `rlhf validate RUN` takes a run's checkpoint and the reference "
+                f"of training."
             )
         self.refuse_nonfinite_weights()  # first: the self-check would only report that forward passes disagree
         self.place_frozen_models()
@@ -651,7 +652,7 @@ class AlignmentModule(LightningModule):
         if attached_trainer(self) is None:
             raise StateError(
                 "no-trainer",
-                f"{type(self).__name__} belongs to no Trainer yet, so the length of its learning-rate schedule is "
+                f"{type(self).__name__} has no Trainer yet, so the length of its learning-rate schedule is "
                 "unknown: call trainer.fit(module, data), or module.make_optimizer() for the optimizer alone",
             )
         total = optimization.updates_of_run(self.trainer, self.updates_per_step)
@@ -901,7 +902,7 @@ class AlignmentModule(LightningModule):
         policy = self.model
         if not isinstance(policy, CausalLM):
             raise ContractError(
-                "writes-no-completions", f"{type(self).__name__} scores completions; it does not write them"
+                "writes-no-completions", f"{type(self).__name__} scores completions; it does not generate them"
             )
         ends = tokenization.end_token_ids(self.tokenizer)
         return self.engine.sample(policy, prompts, episodes, sampling, seed, ends, turns=turns).decoded(self.tokenizer)
@@ -932,7 +933,7 @@ class AlignmentModule(LightningModule):
         """
         raise ContractError(
             "no-forward",
-            f"{type(self).__name__} holds several models and has no forward of its own: sample with .answer(prompts, "
+            f"{type(self).__name__} holds several models and has no forward method: sample with .answer(prompts, "
             "sampling), or write a folder with .export(folder) and load it with transformers",
         )
 
@@ -1009,7 +1010,7 @@ class AlignmentModule(LightningModule):
         if trainer is not None and trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
             raise StateError(
                 "weights-alone",
-                "the checkpoint holds weights alone (save_weights_only), and a run resumes with the optimizer's state: "
+                "the checkpoint has only weights (save_weights_only), but resuming needs the optimizer's state: "
                 f"load it with {type(self).__name__}.load_from_checkpoint(path) and fit without ckpt_path",
             )
         self.resume_state.restore(self, checkpoint)

@@ -491,8 +491,8 @@ class OnPolicyModule(RolloutModule):
         if compares and len(rollout.group) and int(torch.bincount(rollout.group).max()) < 2:
             raise SettingError(
                 "group-of-one",
-                f"{type(self).__name__} with these settings compares completions of one prompt, and each prompt has "
-                "one: set data.samples_per_prompt to 2 or more",
+                f"{type(self).__name__} with these settings compares completions of one prompt, but each prompt has "
+                f"only one: set data.samples_per_prompt to 2 or more",
             )
 
     def checked_rewards(self, rollout: Rollout) -> Tensor:
@@ -534,7 +534,7 @@ def _contradictions(m: OnPolicyModule) -> dict[str, tuple[bool, str]]:
     return {
         "kl-without-gradient": (
             m.kl_place == "loss" and m.kl_estimator == "k1" and not m.kl_times_ratio,
-            "kl_estimator is k1 and kl_place loss: its expected gradient is 0; set kl_times_ratio, kl_estimator k2 or "
+            "kl_estimator is k1 and kl_place loss: its expected gradient is 0: set kl_times_ratio, kl_estimator k2 or "
             "k3, or kl_place reward",
         ),
         "kl-ratio-in-reward": (

@@ -206,8 +206,9 @@ def refuse_both(kind: type, settings: Mapping[str, Any]) -> None:
             listed = ", ".join(f"model.{name}={settings[name]}" for name in given)
             raise SettingError(
                 "optimizer-and-short-form",
-                f"model.{replacement} is given together with {listed}, which only the default {replacement} reads: set "
-                f"it in model.{replacement}.init_args, and leave model.{given[0]} at its default {defaults[given[0]]}",
+                f"model.{replacement} is given together with {listed}, which only the default {replacement} uses: "
+                f"set it in model.{replacement}.init_args, and leave model.{given[0]} at its default "
+                f"{defaults[given[0]]}",
             )
 
 
@@ -278,8 +279,8 @@ def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         if now[part] != before[part]:
             raise StateError(
                 "another-optimizer",
-                f"the checkpoint was trained with the {part} {before[part]}, whose state {now[part]} cannot take: "
-                "resume with the same class, or start a new run from the exported model (model.init_from)",
+                f"the checkpoint was trained with the {part} {before[part]}, whose state {now[part]} cannot load: "
+                f"resume with the same class, or start a new run from the exported model (model.init_from)",
             )
 
 

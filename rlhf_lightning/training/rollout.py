@@ -136,8 +136,8 @@ class RolloutModule(AlignmentModule):
         if self.router_aux_loss_coef:
             raise SettingError(
                 "router-loss-in-rl",
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but {type(self).__name__} learns from samples, "
-                "whose experts it would change for reasons other than their scores; set it to 0",
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, but {type(self).__name__} learns from "
+                f"samples, and this loss would change their routing independently of their scores; set it to 0",
             )
         self.score_rule = ScoreRule(parts, constraints)
         if self.score_rule.normalizes and not self.normalizes_scores:
@@ -195,8 +195,8 @@ class RolloutModule(AlignmentModule):
         if not engine.reports_logprobs:
             raise SettingError(
                 "engine-without-logprobs",
-                f"{type(engine).__name__} does not report log-probabilities, so gradients cannot be corrected for it: "
-                "use it for evaluation only",
+                f"{type(engine).__name__} does not report log-probabilities, so its samples cannot be corrected: use "
+                f"it only for evaluation",
             )
         if self.sampler_correction is None:
             correctable = "set model.sampler_correction (token_truncate is usual), or "
@@ -216,19 +216,20 @@ class RolloutModule(AlignmentModule):
         if self.lag and not hasattr(datamodule, "step_ahead"):
             raise SettingError(
                 "lag-without-prompts",
-                f"lag is {self.lag}, and the data does not tell the prompts of later rollouts; use PromptDataModule, "
+                f"lag is {self.lag}, but the data does not know the prompts of later rollouts; use PromptDataModule, "
                 "or set lag to 0",
             )
         if self.lag and self.sampler_correction is None:
             rank_zero_warn(
-                f"lag is {self.lag}, and nothing corrects for rollouts of an earlier policy: model.sampler_correction "
+                f"lag is {self.lag}, but nothing corrects for rollouts of an earlier policy: model.sampler_correction "
                 "is null (sequence_truncate is usual with lag)."
             )
         trained, given = getattr(self.scorer, "prompt_form", None), prompt_form(self)
         if trained is not None and given is not None and trained != given:
             rank_zero_warn(
-                f"The reward model was trained on prompts written as {trained}, and these are {given}, so its scores "
-                f"may mean little: set data.as_chat to {str(trained == 'messages').lower()} or train it on such ones."
+                f"The reward model was trained on prompts written as {trained}, but these are {given}, so its scores "
+                f"may be meaningless: set data.as_chat to {str(trained == 'messages').lower()} or train it on "
+                f"prompts in that format."
             )
 
     def place_frozen_models(self) -> None:
@@ -526,11 +527,12 @@ class RolloutModule(AlignmentModule):
         if rollout.get("rollout/eos_rate", 1.0) < 0.5 and not self._truncation_told:
             self._truncation_told = True
             rank_zero_warn(
-                f"Only {rollout['rollout/eos_rate']:.0%} of the episodes were ended by the environment; the others met "
-                "model.max_new_tokens, data.max_turns or data.max_episode_tokens: raise the one that is too low."
+                f"Only {rollout['rollout/eos_rate']:.0%} of the episodes were ended by the environment; the others "
+                f"reached model.max_new_tokens, data.max_turns or data.max_episode_tokens: raise the one that is too "
+                f"low."
                 if "rollout/turns" in rollout
                 else f"Only {rollout['rollout/eos_rate']:.0%} of the completions ended before "
-                f"model.max_new_tokens={self.sampling.max_new_tokens}; the others are cut off: raise it."
+                f"model.max_new_tokens={self.sampling.max_new_tokens}; the others were truncated: raise it."
             )
         return {name.removeprefix("rollout/"): value for name, value in rollout.items()}
 

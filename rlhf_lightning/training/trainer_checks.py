@@ -40,19 +40,20 @@ from rlhf_lightning.training.optimization import check_moments
 from rlhf_lightning.types import PromptBatch, Step
 
 ONE_STEP = (
-    "one item of the data is one optimizer step already, cut into micro-batches: set data.batch_size for the rows of a "
+    "one item of the data is already one optimizer step, split into micro-batches: set data.batch_size for the rows "
+    "of a "
     "step, and data.micro_batch_size or data.max_tokens for memory"
 )
 CALLBACKS = {
     BackboneFinetuning: (
         "backbone-finetuning",
-        "BackboneFinetuning thaws module.backbone, which modules of this package do not have: subclass "
+        "BackboneFinetuning unfreezes module.backbone, which modules of this package do not have: subclass "
         "lightning.pytorch.callbacks.BaseFinetuning, and freeze parts of module.policy",
     ),
     GradientAccumulationScheduler: ("accumulated-batches", f"GradientAccumulationScheduler: {ONE_STEP}"),
     StochasticWeightAveraging: (
         "stochastic-weight-averaging",
-        "StochasticWeightAveraging copies the module before its weights are loaded, and would average nothing: use "
+        "StochasticWeightAveraging copies the module before its weights are loaded, so it would average nothing: use "
         "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
     ),
 }
@@ -101,8 +102,8 @@ def check_hooks(module: Any) -> None:
         if ours and not own and name not in _names_in(hook.__code__):
             raise ContractError(
                 "hook-without-super",
-                f"{owner.__name__}.{name} does not call super().{name}(...), and what {type(module).__name__} does "
-                "there would be lost: call it",
+                f"{owner.__name__}.{name} does not call super().{name}(...), so the work of {type(module).__name__} "
+                f"in that hook would be lost: call it",
             )
 
 
@@ -125,8 +126,8 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
     if module.automatic_optimization:
         yield (
             "automatic-optimization",
-            f"{type(module).__name__} sets automatic_optimization to True, but takes its steps itself, one for all "
-            "micro-batches: leave it False",
+            f"{type(module).__name__} sets automatic_optimization to True, but the module takes its own steps, one "
+            f"for all micro-batches: leave it False",
         )
     for name in NEVER_CALLED:
         if getattr(type(module), name) is not getattr(LightningModule, name):
@@ -152,14 +153,14 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
         if group in GROUPS and not logs_more:
             yield (
                 "monitor-without-slash",
-                f"{type(callback).__name__} monitors {group}_{name}, and metrics are named with a slash: monitor "
+                f"{type(callback).__name__} monitors {group}_{name}, but metric names contain a slash: monitor "
                 f"{group}/{name}",
             )
         if isinstance(callback, LearningRateFinder) and module.batch_type is PromptBatch:
             yield (
                 "learning-rate-finder",
-                f"the loss of {type(module).__name__} says nothing about a learning rate, because each rollout is "
-                "another problem: compare the score of short runs with different model.learning_rate",
+                f"the loss of {type(module).__name__} does not depend on the learning rate alone, because each "
+                f"rollout has other data: compare the score of short runs with different model.learning_rate",
             )
         if isinstance(callback, BatchSizeFinder):
             yield from tune_micro_batches(trainer, callback)
@@ -171,7 +172,7 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
 def refused_data(data: Any) -> Iterator[tuple[str, str]]:
     """Refuse a fit without data, and a DataLoader that would collate Steps."""
     if data is None:
-        yield ("no-data", "there is nothing to train on: trainer.fit(module, datamodule), or a loader of Steps")
+        yield ("no-data", "there is no training data: call trainer.fit(module, datamodule), or give a loader of Steps")
     rows = getattr(data, "dataset", None)
     first = rows[0] if isinstance(rows, Sequence) and rows else None
     if isinstance(data, DataLoader) and data.batch_size is not None and isinstance(first, Step):
@@ -184,15 +185,15 @@ def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[tu
     if not hasattr(data, "micro_batch_size") or tuned_setting(finder) not in ("batch_size", "micro_batch_size"):
         yield (
             "batch-size-finder",
-            f"{tuned_setting(finder)} cannot be tuned: the batch is the size of an optimizer step, and changes what "
-            "the model learns. Give a DataModule of rlhf_lightning.data, whose micro_batch_size is tuned",
+            f"{tuned_setting(finder)} cannot be tuned: the batch size is that of an optimizer step and changes "
+            f"training. Give a DataModule of rlhf_lightning.data, whose micro_batch_size can be tuned",
         )
         return
     if tuned_setting(finder) == "batch_size":
         set_tuned_setting(finder, "micro_batch_size")
         rank_zero_info(
-            f"data.micro_batch_size is tuned, which is memory; data.batch_size stays {data.batch_size}, since it "
-            "changes what the model learns"
+            f"data.micro_batch_size is tuned, because it changes only memory; data.batch_size stays "
+            f"{data.batch_size}, because it changes training"
         )
     if data.micro_batch_size is None:
         data.micro_batch_size = data.hparams["micro_batch_size"] = 1  # Lightning's search needs a number to change
@@ -214,7 +215,7 @@ def refused_checkpoint_period(every: int, interval: Any, module: Stage) -> Itera
     if every % per_step:
         yield (
             "checkpoint-within-rollout",
-            f"ModelCheckpoint(every_n_train_steps={every}) counts updates, and saves only after a rollout, which takes "
+            f"ModelCheckpoint(every_n_train_steps={every}) counts updates, but saves only after a rollout, which takes "
             f"{per_step} updates: give a multiple of {per_step}, or {instead}",
         )
 
@@ -229,7 +230,8 @@ def check_loader(trainer: Trainer) -> None:
     if isinstance(getattr(loader, "sampler", None), DistributedSampler) and deals_out_loaders(trainer):
         raise SettingError(
             "dealt-steps",
-            "the Trainer has dealt the loader's Steps out to the ranks, but a Step is one rank's share of an update: "
+            "the Trainer distributed the loader's Steps over the ranks, but a Step is already one rank's share of an "
+            "update: "
             "set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a DataModule",
         )
 
@@ -244,7 +246,8 @@ def check_evaluation_loaders(trainer: Trainer) -> None:
     if isinstance(found, list | tuple | dict) and len(found) > 1:
         raise SettingError(
             "several-loaders",
-            f"{len(found)} loaders of held-out rows are given, and their metrics would be one mean: give one to fit, "
+            f"{len(found)} validation loaders are given, but their metrics would be averaged together: give one to "
+            f"fit, "
             "and call trainer.validate for each of the others",
         )
 
@@ -259,7 +262,7 @@ def check_optimizers(trainer: Trainer) -> None:
     if len(trainer.optimizers) != 1:
         raise SettingError(
             "several-optimizers",
-            f"configure_optimizers makes {len(trainer.optimizers)} optimizers, and update() steps one: give the "
+            f"configure_optimizers makes {len(trainer.optimizers)} optimizers, but update() steps only one: give the "
             "weights as groups of one optimizer ([{'params': ..., 'lr': ...}, ...])",
         )
     check_moments(trainer.optimizers[0])
@@ -281,7 +284,7 @@ def check_length(trainer: Trainer, stage: str) -> None:
     if stage == "fit" and 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
         raise SettingError(
             "no-updates",
-            "trainer.max_steps, max_epochs or limit_train_batches is 0: nothing would be trained; give 1 or more, or "
+            "trainer.max_steps, max_epochs or limit_train_batches is 0: no update would be made; give 1 or more, or "
             "`rlhf validate`",
         )
 

@@ -105,7 +105,7 @@ def return_mistake(case: Any, right: Any) -> str:
         "returns are advantages, without the values": theirs.returns - values,
         "returns are advantages minus values": theirs.returns - 2 * values,
         "returns are the rewards of each token alone": rewards,
-        "returns are the values that the critic has": values,
+        "returns are the critic's values": values,
         "lambda is 0 in the returns": generalized_advantages(rewards, rollout.values, states, gamma, 0.0)[1],
         "gamma is left out of the returns": generalized_advantages(rewards, rollout.values, states, 1.0, lam)[1],
     }
@@ -154,30 +154,28 @@ def advantage_mistake(case: Any, right: Any) -> str:
         "advantages are standardised over the rollout, not the group": lambda: over(
             (total - total.mean()) / (total.std() + 1e-4)
         ),
-        "advantages are divided by the group's biased deviation": lambda: over(
+        "advantages are divided by the group's biased standard deviation": lambda: over(
             (total - mean) / ((spread / size).sqrt() + 1e-4)
         ),
         "advantages are divided by the group's variance": lambda: over((total - mean) / (spread / (size - 1) + 1e-4)),
         "advantages are divided by the length": lambda: mean_over_tokens(wanted, mask),
         "advantages are multiplied by the length": lambda: wanted * mask.sum(-1, keepdim=True),
-        "advantages are cumulated over the tokens": lambda: torch.where(mask, wanted.cumsum(-1), 0.0),
-        "advantages sum the rewards of the past in place of those to come": lambda: torch.where(
-            mask, rewards.cumsum(-1), 0.0
-        ),
+        "advantages are summed cumulatively over the tokens": lambda: torch.where(mask, wanted.cumsum(-1), 0.0),
+        "advantages sum past rewards instead of future rewards": lambda: torch.where(mask, rewards.cumsum(-1), 0.0),
         "the KL is left out of the reward": lambda: of(right, scores, last),
         "scores are clamped": lambda: of(right, scores, rewards - last + last.clamp(-1, 1)),
         "the sign of the score is lost": lambda: of(right, scores, rewards - last + last.abs()),
         "only the sign of the advantage counts": lambda: wanted.sign(),
         "negative advantages are dropped": lambda: wanted.clamp_min(0),
         "the score is left out": lambda: of(right, scores, rewards - last),
-        "advantages are centred over all cells, padding too": lambda: wanted - wanted.mean(),
-        "completions are grouped as if prompts were tiled, not repeated": lambda: tiled_advantages(
+        "advantages are centred over all positions, including padding": lambda: wanted - wanted.mean(),
+        "completions are grouped as if prompts were tiled instead of repeated": lambda: tiled_advantages(
             right, rollout, rewards
         ),
     }
     if getattr(right, "baseline", None) == "leave_one_out":
         best = torch.full_like(total, -torch.inf).scatter_reduce(0, group, total, "amax")[group]
-        words = "the baseline is the best reward of the group, the completion's own reward included"
+        words = "the baseline is the best reward of the group, including the completion's own reward"
         candidates[words] = lambda: over(total - best)
     if rollout.values is not None and hasattr(module, "lam"):
         gamma, lam, values = module.gamma, module.lam, rollout.values

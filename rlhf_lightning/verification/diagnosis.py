@@ -188,11 +188,12 @@ def input_mistake(right: Any, own: Any) -> str:
         label = name.replace("_", " ")
         if wanted.shape != given.shape:
             return (
-                f"{label} has the shape {tuple(given.shape)} in place of {tuple(wanted.shape)}: tokens too many or few"
+                f"{label} has the shape {tuple(given.shape)} instead of {tuple(wanted.shape)}: too many or too few "
+                f"tokens"
             )
         if wanted.dtype == torch.bool:
             if bool((wanted != given).any()):
-                return f"{label} differs: tokens too many or few"
+                return f"{label} differs: too many or too few tokens"
             continue
         if float((wanted - given).abs().max()) < 1e-9:
             continue
@@ -242,7 +243,7 @@ def step_mistakes_of(subject: Subject, right: Any) -> list[str]:
     step = Step((cut(batch, [1])[0],), 1000, 5000)
     counted, wanted = module.loss_count(step), right.loss_count(step)
     if counted != wanted:
-        found.append(f"the step counts {counted:g} where all ranks and micro-batches hold {wanted:g}")
+        found.append(f"the step counts {counted:g} but all ranks and micro-batches contain {wanted:g}")
     return found
 
 

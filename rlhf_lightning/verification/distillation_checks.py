@@ -68,17 +68,24 @@ def self_distillation_checks(subject: Subject) -> list[Check]:
     further = []
     if "context" in subject.settings:
         silent = subject.fresh(context="{feedback}").read_by_teacher(rollout)[1]
-        advice = "a completion that the teacher has no text for must not be learned from"
+        advice = "a completion without a text for the teacher must not be trained on"
         further.append(at_most("no text", len(silent), 0, advice))
     fields = {name for names in module.templates.values() for name in names}
     if "solution" in fields and "completion" not in fields:
-        advice = "the solution is the best other completion of the prompt, and the teacher reads the completion itself"
+        advice = (
+            "the solution must be the best other completion of the prompt, but the teacher reads the completion itself"
+        )
         further.append(at_most("other's solution", len(reads_own), 0, advice))
     return [
         *input_checks(subject, given, DemonstrationBatch(sequences, ones), read),
-        at_most("context", short, 0, "the teacher must read more than a prompt"),
-        at_most("taught", float(taught != told), 0, "every completion that the teacher has a text for is learned from"),
-        at_most("micro-batches", (sum(parts) - whole).abs().max() / scale, 1e-9, "a cut must not change the gradient"),
+        at_most("context", short, 0, "the teacher must read more than the prompt"),
+        at_most("taught", float(taught != told), 0, "every completion with a text for the teacher must be trained on"),
+        at_most(
+            "micro-batches",
+            (sum(parts) - whole).abs().max() / scale,
+            1e-9,
+            "splitting into micro-batches must not change the gradient",
+        ),
         at_most("row weights", (2 * half - whole).abs().max() / scale, 1e-9, "a row's weight must multiply its loss"),
         *further,
         *point_checks(subject, given),
@@ -117,7 +124,9 @@ def input_checks(
     of_teacher = residual(given.teacher_logits, teacher, walked(world, read))
     wrong_ids = len(given.targets) != int(mask.sum()) or bool((given.targets != tokens[mask]).any())
     return [
-        at_most("tokens", float(wrong_ids), 0, "the targets must be every token of a completion, the end among them"),
+        at_most(
+            "tokens", float(wrong_ids), 0, "the targets must be every token of a completion, including the end token"
+        ),
         at_most("student logits", of_student, 1e-9, "they must be the student's own"),
         at_most("teacher logits", of_teacher, 1e-6, "they must be the teacher's own"),
         at_most("teacher detached", float(given.teacher_logits.requires_grad), 0, "the teacher must carry no gradient"),
@@ -154,7 +163,7 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
             "sampled step",
             (whole - expected).abs().max() / scale,
             1e-7,
-            "samples are learned from like data: divided by their own tokens, without gradient through the sampling",
+            "samples must be used like data: divided by their own tokens, without gradient through the sampling",
         ),
         at_most(
             "sampled micro-batches",
@@ -166,7 +175,7 @@ def sample_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
             "coin",
             abs(learned - fraction),
             0.1,
-            "steps must learn on samples as often as on_policy_fraction says",
+            "steps must use samples as often as on_policy_fraction says",
             power=min(fraction, 1 - fraction),  # all steps are alike
         ),
     ]
@@ -189,10 +198,15 @@ def minimum_checks(subject: Subject, given: DistillationLogits) -> list[Check]:
             "gradient at teacher",
             max(left for left, _ in rests),
             1e-9,
-            "at student = teacher the gradient must be 0: look for another temperature, or for ids left out",
+            "at student = teacher the gradient must be 0: look for another temperature, or for tokens left out",
         ),
-        at_least("minimum", min(gap for _, gap in rests), 1e-12, "no student may lose less than the teacher"),
-        at_most("shift", (moved - values.detach()).abs().max(), 1e-9, "a constant on all logits changes nothing"),
+        at_least("minimum", min(gap for _, gap in rests), 1e-12, "no student may have a lower loss than the teacher"),
+        at_most(
+            "shift",
+            (moved - values.detach()).abs().max(),
+            1e-9,
+            "a constant added to all logits must not change the loss",
+        ),
     ]
 
 
@@ -262,13 +276,13 @@ def teacher_checks(case: Case) -> list[Check]:
             "advantage sign",
             gains[::2].min() - gains[1::2].mean(),
             1e-9,
-            "what the teacher finds likelier must be made likelier",
+            "tokens that the teacher finds more likely must become more likely",
         ),
         at_most(
             "own token",
             (elsewhere - baseline).abs().max(),
             1e-9,
-            "a token's advantage must depend on the teacher's log-probability of that token alone",
+            "a token's advantage must depend only on the teacher's log-probability of that token",
         ),
-        at_most("agreement", agreed.abs().max(), 1e-9, "where student and teacher agree nothing is left to learn"),
+        at_most("agreement", agreed.abs().max(), 1e-9, "if student and teacher agree, advantages must be 0"),
     ]

@@ -60,7 +60,7 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     """Check both orders of a label, and the direction of the update if the policy has a pair very wrong or right."""
     replaced = replaces_labels(subject, given)
     if replaced:
-        said = "not measured: numbers take the label's place"
+        said = "not measured: numeric data columns replace the label"
         checks = [at_most(name, 0, 0, said) for name in ("labels", "soft label", "rated margin")]
     else:
         checks = label_checks(subject, given)
@@ -68,8 +68,8 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     lowered = certain._replace(policy_chosen_logprobs=given.policy_chosen_logprobs - SETTLED / 2 * given.chosen_mask)
     chosen, rejected = pulls(subject, lowered)
     advice = (
-        "where chosen is far too unlikely, a step must lift it against rejected: look for a flipped sign, or for "
-        "chosen and rejected exchanged"
+        "if chosen is far too unlikely, a step must raise it relative to rejected: look for a flipped sign, or for "
+        "exchanged chosen and rejected"
     )
     checks.append(at_least("direction", (chosen - rejected).sum(), 1e-12, advice))
     checks += [implicit_reward_check(subject, certain), *pair_statistic_check(subject, certain)]
@@ -83,19 +83,20 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     around = tuple(torch.stack(side).mean() for side in zip(*drawn, strict=True))
     wrong = min(float(torch.maximum(-chosen, rejected).max()) for chosen, rejected in (there, around))
     advice = (
-        "where the policy is the reference, and around it, chosen must not become unlikelier, nor rejected likelier: "
-        "look for a term of the wrong sign, or for a weight that passes a gradient"
+        "near policy = reference, chosen must not become less likely, nor rejected more likely: "
+        "look for a term of the wrong sign, or for a weight that lets a gradient through"
     )
     checks.append(at_most("first step", wrong, 1e-9 * size, advice))
-    advice = "around the reference steps must widen the gap of pairs: look for a term of the wrong sign"
+    advice = "near the reference, steps must increase the margin of pairs: look for a term of the wrong sign"
     checks.append(at_least("around the reference", around[0] - around[1], 1e-12, advice))
     chosen, rejected = pulls(subject, settled(certain))
     praised = torch.where(chosen < -1e-3 * size, 0.0, rejected).max()  # regression losses pull both sides back
-    advice = "where a pair is long settled, rejected is still made likelier: look for a likelihood term of rejected"
+    advice = "with a large margin, rejected still becomes more likely: look for a likelihood term of rejected"
     checks.append(at_most("rejected", praised, 1e-3 * size, advice))
     blamed = torch.where(rejected > -0.1 * chosen, 0.0, -chosen).max()
     advice = (
-        "where a pair is long settled, chosen is pushed down harder than it was lifted: look for the sign inside a "
+        "with a large margin, chosen is pushed down more than it was raised: look for the sign "
+        "inside a "
         "penalty or an odds"
     )
     return [*checks, at_most("chosen", blamed, size, advice)]
@@ -109,7 +110,7 @@ def implicit_reward_check(subject: Subject, given: PreferenceLogprobs) -> Check:
             lambda pairs: torch.cat(subject.module.implicit_reward(without_leaves(pairs))), one, names
         )[1]
         least = min(least, *(float(slope.min()) for slope in slopes.values()))
-    advice = "an implicit reward falls where its completion becomes likelier: look at a sign in implicit_reward"
+    advice = "an implicit reward falls as its completion becomes more likely: look at a sign in implicit_reward"
     return at_least("implicit reward", least, -1e-9, advice)
 
 
@@ -142,7 +143,9 @@ def pair_statistic_check(subject: Subject, given: PreferenceLogprobs) -> list[Ch
             if slope is not None
         ]
         pulls += [float((-sign * WANTED[words] * torch.stack(means).sum(0)).max())] if means else []
-    advice = "a divergence from the reference costs something in sum over both sides: look at where the detach stands"
+    advice = (
+        "a divergence from the reference must cost something summed over both sides: look at the position of detach"
+    )
     return [at_most("statistic", max(pulls), 1e-9, advice)] if pulls else []
 
 
@@ -191,7 +194,7 @@ def label_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     if not subject.kind.batch_coupled:
         advice = (
             "target is the probability that chosen is better: the gradient must be the expectation over both orders, "
-            "target * loss(c, r) + (1 - target) * loss(r, c), or vanish where the margin is its log-odds"
+            "target * loss(c, r) + (1 - target) * loss(r, c), or be 0 where the margin is its log-odds"
         )
         checks.append(at_most("labels", label_residual(subject, given), 1e-9, advice))
     if subject.kind.weighs_rows:
@@ -207,7 +210,7 @@ def rated_margin_check(subject: Subject, given: PreferenceLogprobs) -> Check:
     sure = given._replace(target=torch.ones_like(given.target))
     stronger = sure._replace(rated_margin=sure.rated_margin + 1.0)
     rated, plain = (subject.values(subject.fresh(moved=True), one) for one in (stronger, sure))
-    advice = "a stronger preference must ask for a larger gap: the rated margin is subtracted from the margin"
+    advice = "a stronger preference must need a larger margin: the rated margin is subtracted from the margin"
     return at_least("rated margin", (rated - plain).detach().min(), -1e-9, advice)
 
 
@@ -263,7 +266,12 @@ def judgement_direction(subject: Subject, given: UnpairedLogprobs) -> Check:
     for one in (given, given._replace(extras={**given.extras, **certain})):
         rows = slopes_of(subject, one, list(SIDES))["policy_logprobs"].sum(-1)
         least.append(float(torch.where(given.desirable, -rows, rows).min()))
-    return at_least("direction", max(least), 1e-12, "good completions must rise and bad ones fall: look at the sign")
+    return at_least(
+        "direction",
+        max(least),
+        1e-12,
+        "good completions must become more likely and bad ones less likely: look at the sign",
+    )
 
 
 def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Check]:
@@ -297,20 +305,22 @@ def reference_point_checks(subject: Subject, given: UnpairedLogprobs) -> list[Ch
     if averaged:  # some methods do this on purpose
         subject.notes.append(
             "log-ratios are averaged over tokens and compared with a reference point that is the mean of sums: the "
-            "longer the completion, the less its log-ratio counts against the point"
+            "log-ratio of a longer completion has less weight relative to the point"
         )
-    advice = "a point in nats is multiplied by beta as the log-ratio is, and one in rewards is not: beta is misplaced"
+    advice = (
+        "a reference point in nats is multiplied by beta like the log-ratio; one in rewards is not: beta is misplaced"
+    )
     checks += [at_most("point unit", float(mixed), 0, advice)] if used else []
     few, many = (torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5], [1.1, 0.9]))
     of = subject.fresh().reference_point
     first, later, alone = of(few, few), of(many, many), subject.fresh().reference_point(many, many)
     stuck = bool(first == later) and bool(later != alone)
-    advice = "the reference point must be computed anew in each step: the first value is reused"
+    advice = "the reference point must be recomputed in each step: the first value is reused"
     checks.append(at_most("every step", float(stuck), 0, advice))
     kind = subject.kind
     asks = getattr(kind, "needs_mismatched", False)
     if asks or (any(getattr(base, "needs_mismatched", False) for base in kind.__mro__) and not kind.no_target):
         unused = bool(of(few, few) != of(many, few)) and bool(of(few, few) == of(few, many))
-        advice = "the reference point must be that of mismatched completions: matched ones were judged"
+        advice = "the reference point must come from mismatched completions: matched completions were used"
         checks.append(at_most("mismatched", float(unused), 0, advice))
     return checks

@@ -133,7 +133,7 @@ def diagnose(given: Any, losses: Losses, right: Losses, module: Any) -> str:
         return ""
     plain = slopes(losses, given)
     if bool(plain.isfinite().all()) and not bool(plain.any()):
-        return "no gradient passes the loss"
+        return "no gradient flows through the loss"
     factor, residual = misfit(plain, slopes(right, given))
     if residual < FITS and factor > 0:
         return "" if abs(factor - 1) < FITS else f"the loss is {factor:.4g} times the shipped one"
@@ -226,7 +226,7 @@ class Fit:
         if isinstance(self.given, PreferenceLogprobs | UnpairedLogprobs):
             words = "log-ratios are multiplied by {:.4g}: look at beta"
             forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v))))
-            words = "the reference counts {:.4g} times"
+            words = "the reference is multiplied by {:.4g}"
             forms.append((words, lambda k: lambda g: self.right(changed(g, lambda v, m: k * v, "reference"))))
         if isinstance(self.given, PreferenceLogprobs):
             words = "the margin has a constant of {:.4g} nats added"
@@ -303,7 +303,7 @@ def wrong_settings(numbers: dict[str, float]) -> Iterator[tuple[str, str, float]
 def _share(name: str, share: float) -> str:
     """Describe the weight of an added term, and the harm if its sign is wrong for every method."""
     wrong = TERMS[name][1]
-    harm = {1: ", which makes it unlikelier", -1: ", which makes it likelier"}[wrong] if share * wrong > 0 else ""
+    harm = {1: ", which makes it less likely", -1: ", which makes it more likely"}[wrong] if share * wrong > 0 else ""
     return f"{name}, {share:.4g} times{harm}"
 
 

@@ -28,25 +28,27 @@ Mistake = tuple[str, Any]
 
 CERTAIN = (
     "wrong sign", "sign is wrong", "sign is flipped", "sign of the margin is lost", "sign of the advantage is lost",
-    "sign of the score is lost", "sign of the loss", "the label is ignored", "is rounded", "turned round",
-    "the label is taken through a sigmoid", "the label is squared", "both labels count alike", "no gradient passes",
+    "sign of the score is lost", "sign of the loss", "the label is ignored", "is rounded", "is inverted", "are "
+    "inverted", "is reversed", "are reversed", "swapped pair is added",
+    "a sigmoid is applied to the label", "the label is squared", "both labels count alike", "no gradient flows through",
     "left out of the margin", "chosen and rejected", "the rated margin is added", "the rated margin divides",
-    "without the first token", "without the last token", "of the first token alone", "of the last token alone",
-    "cumulated", "divided by the padded width", "length less one", "length plus one", "added in place of subtracted",
+    "without the first token", "without the last token", "from the first token only", "from the last token only",
+    "summed cumulatively", "divided by the padded width", "length minus one", "length plus one", "added instead of "
+    "subtracted",
     "mean of the batch", "its place in the batch", "weight of each row counts twice", "clamped at 0",
-    "are exchanged", "over the batch", "counts as desirable", "teach nothing",
+    "are exchanged", "over the batch", "counts as desirable", "steps are ignored",
     "beta counts twice in the reference point", "labels are those of", "only the student's logits",
     "only the teacher's logits", "label smoothing counts twice", "the other side's length", "by the chosen length",
-    "by the rejected length", "passes a gradient",
-    "sigmoid is taken twice", "multiplies the gap", "the advantage is squared", "over the micro-batch",
-    "the advantage has a gradient", "ratio is inverted", "the probability stands in place of its logarithm",
-    "to the reference in place of the old policy", "the smaller of", "only the clipped ratio counts",
-    "the ratio counts twice", "negative advantages are dropped", "padding too", "the score is left out",
-    "multiplied by the length", "drawn to the old values", "error is not squared", "rows of its micro-batch",
+    "by the rejected length", "lets a gradient through",
+    "sigmoid is applied twice", "multiplies the gap", "the advantage is squared", "over the micro-batch",
+    "the advantage has a gradient", "ratio is inverted", "the probability is used instead of its logarithm",
+    "to the reference instead of the old policy", "the smaller of", "only the clipped ratio counts",
+    "the ratio counts twice", "negative advantages are dropped", "including padding", "the score is left out",
+    "multiplied by the length", "regressed on the old values", "error is not squared", "rows of its micro-batch",
     "weights of the rows", "the step counts", "is minus", "is exchanged with", "is taken for",
     "which makes it",
-    ", which is beta", ", which is 1 / beta", "beta is squared", "beta is inverted", "rewards of the past",
-    "own reward included", "side of the clip is missing",
+    ", which is beta", ", which is 1 / beta", "beta is squared", "beta is inverted", "sum past rewards",
+    "own reward", "side of the clip is missing",
 )  # fmt: skip
 """Parts of the descriptions of mistakes that no method makes by design. The other mistakes, such as a missing reference
 or a margin with a constant, are losses of some paper: they are named if a check fails, but are no failure by
@@ -101,18 +103,18 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 TOKENS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "averaged over tokens in place of summed": mean_over_tokens,
+    "averaged over tokens instead of summed": mean_over_tokens,
     "divided by the padded width": lambda v, m: v / v.shape[1],
     "multiplied by the length": lambda v, m: v * m.sum(-1, keepdim=True),
     "divided by the square root of the length": lambda v, m: v / m.sum(-1, keepdim=True).clamp_min(1).sqrt(),
-    "divided by the length less one": lambda v, m: v / (m.sum(-1, keepdim=True) - 1).clamp_min(1),
+    "divided by the length minus one": lambda v, m: v / (m.sum(-1, keepdim=True) - 1).clamp_min(1),
     "divided by the length plus one": lambda v, m: v / (m.sum(-1, keepdim=True) + 1),
     "taken without the first token": lambda v, m: v * ~first_token(m),
     "taken without the last token (the end token)": lambda v, m: v * ~last_token(m),
-    "taken of the first token alone": lambda v, m: v * first_token(m),
-    "taken of the last token alone": lambda v, m: v * last_token(m),
+    "taken from the first token only": lambda v, m: v * first_token(m),
+    "taken from the last token only": lambda v, m: v * last_token(m),
     "turned into probabilities": lambda v, m: torch.where(m, v.exp(), 0.0),
-    "cumulated over the tokens": lambda v, m: torch.where(m, v.cumsum(-1), 0.0),
+    "summed cumulatively over the tokens": lambda v, m: torch.where(m, v.cumsum(-1), 0.0),
 }
 """Common mistakes in the tokens of a completion; each completes "the log-probabilities of ... are"."""
 
@@ -130,12 +132,12 @@ def token_mistakes(given: Any) -> Iterator[Mistake]:
         for side in ("chosen", "rejected"):
             for words, change in TOKENS.items():
                 yield (
-                    f"{whose['both']} {words}, of {side} alone",
+                    f"{whose['both']} {words}, for {side} only",
                     lambda f, g, m, c=change, s=side: f(changed(g, c, "both", s)),
                 )
     for words, change in (
         ("the reference is left out", lambda v, m: 0 * v),
-        ("the reference's log-probability is added in place of subtracted", lambda v, m: -v),
+        ("the reference's log-probability is added instead of subtracted", lambda v, m: -v),
         ("the reference counts twice", lambda v, m: 2 * v),
         ("the reference counts half", lambda v, m: v / 2),
     ):
@@ -143,8 +145,8 @@ def token_mistakes(given: Any) -> Iterator[Mistake]:
             break
         yield words, lambda f, g, m, c=change: f(changed(g, c, "reference"))
         for side in ("chosen", "rejected") if isinstance(given, PreferenceLogprobs) else ():
-            yield f"{words}, of {side} alone", lambda f, g, m, c=change, s=side: f(changed(g, c, "reference", s))
-    yield "no gradient passes the policy's log-probabilities", lambda f, g, m: f(changed(g, _detach, "policy"))
+            yield f"{words}, for {side} only", lambda f, g, m, c=change, s=side: f(changed(g, c, "reference", s))
+    yield "no gradient flows through the policy's log-probabilities", lambda f, g, m: f(changed(g, _detach, "policy"))
 
 
 def _detach(values: Tensor, mask: Tensor) -> Tensor:
@@ -182,8 +184,8 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         "chosen and rejected are exchanged": lambda f, g, m: f(g.swapped()._replace(target=g.target)),
         "the label is ignored": put(target=lambda g: torch.ones_like(g.target)),
         "the label is rounded": put(target=lambda g: g.target.round()),
-        "the label is turned round": put(target=lambda g: 1 - g.target),
-        "the label is taken through a sigmoid": put(target=lambda g: g.target.sigmoid()),
+        "the label is inverted": put(target=lambda g: 1 - g.target),
+        "a sigmoid is applied to the label": put(target=lambda g: g.target.sigmoid()),
         "the label is squared": put(target=lambda g: g.target**2),
         "both labels count alike": put(target=lambda g: 0 * g.target + 0.5),
         "chosen and rejected of the reference are exchanged": put(
@@ -192,7 +194,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         ),
     }.items()
     for side in ("chosen", "rejected"):
-        yield f"no gradient passes {side}", lambda f, g, m, s=side: f(changed(g, _detach, "policy", s))
+        yield f"no gradient flows through {side}", lambda f, g, m, s=side: f(changed(g, _detach, "policy", s))
         yield (
             f"{side} is left out of the margin",
             lambda f, g, m, s=side: f(changed(g, lambda v, k: 0 * v, "both", s)),
@@ -200,7 +202,7 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
     for name, values in given.extras.items():
         if values.dtype == torch.bool:
             turned = {**given.extras, name: ~values}
-            yield f"the slot {name} is turned round", lambda f, g, m, e=turned: f(g._replace(extras=e))
+            yield f"the data column {name} is inverted", lambda f, g, m, e=turned: f(g._replace(extras=e))
     lengths = {side: getattr(given, f"{side}_mask").sum(-1, keepdim=True) for side in ("chosen", "rejected")}
     for words, divisors in (
         ("each side is divided by the other side's length", ("rejected", "chosen")),
@@ -214,21 +216,23 @@ def pair_mistakes(given: PreferenceLogprobs) -> Iterator[Mistake]:
         lambda f, g, m: f(g._replace(target=g.target * (1 - 2 * m.label_smoothing) + m.label_smoothing)),
     )
     yield from {
-        "the margin is added to itself turned round": lambda f, g, m: f(g) + f(g.swapped()._replace(target=g.target)),
+        "the loss of the swapped pair is added": lambda f, g, m: f(g) + f(g.swapped()._replace(target=g.target)),
         "the rated margin is added to the margin": lambda f, g, m: f(with_gap(g, g.rated_margin / m.beta)),
         "the rated margin is subtracted, scaled by beta": lambda f, g, m: f(with_gap(g, -g.rated_margin)),
-        "the rated margin weighs the loss": lambda f, g, m: f(g) * g.rated_margin,
+        "the rated margin multiplies the loss": lambda f, g, m: f(g) * g.rated_margin,
         "the rated margin divides the loss": lambda f, g, m: f(g) / (1 + g.rated_margin),
         "the log-ratio is replaced by the ratio": lambda f, g, m: f(_as_margin(g, torch.exp)),
-        "the sigmoid is taken twice": lambda f, g, m: f(_margin(g, lambda x: (m.beta * x).sigmoid() / m.beta)),
+        "the sigmoid is applied twice": lambda f, g, m: f(_margin(g, lambda x: (m.beta * x).sigmoid() / m.beta)),
         "the margin is squared": lambda f, g, m: f(_margin(g, torch.square)),
         "the sign of the margin is lost": lambda f, g, m: f(_margin(g, torch.abs)),
         "the margin is clamped at 0": lambda f, g, m: f(_margin(g, torch.relu)),
-        "an exponential loss stands in place of the logistic one": lambda f, g, m: (-m.beta * g.margin).exp(),
-        "a sigmoid stands in place of its logarithm": lambda f, g, m: torch.sigmoid(-m.beta * g.margin),
+        "an exponential loss is used instead of the logistic one": lambda f, g, m: (-m.beta * g.margin).exp(),
+        "a sigmoid is used instead of its logarithm": lambda f, g, m: torch.sigmoid(-m.beta * g.margin),
         "the margin is centred over the batch": lambda f, g, m: f(_margin(g, lambda x: x - x.mean())),
-        "the margin is divided by its deviation over the batch": lambda f, g, m: f(_margin(g, lambda x: x / x.std())),
-        "a squared error stands in place of the logistic loss": lambda f, g, m: (m.beta * g.margin - 1) ** 2,
+        "the margin is divided by its standard deviation over the batch": lambda f, g, m: f(
+            _margin(g, lambda x: x / x.std())
+        ),
+        "a squared error is used instead of the logistic loss": lambda f, g, m: (m.beta * g.margin - 1) ** 2,
     }.items()
 
 
@@ -280,7 +284,7 @@ def judgement_mistakes(given: UnpairedLogprobs) -> Iterator[Mistake]:
 def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
     """Yield mistakes in losses on ranked scores."""
     yield from {
-        "ranks are turned round: rank 0 is the best": put(ranks=lambda g: g.ranks.max() - g.ranks),
+        "ranks are reversed: rank 0 is the best": put(ranks=lambda g: g.ranks.max() - g.ranks),
         "the rated margin is added to the gap": put(margin=lambda g: -g.margin),
         "the rated margin is ignored": put(margin=lambda g: 0 * g.margin),
         "the rated margin counts twice": put(margin=lambda g: 2 * g.margin),
@@ -288,19 +292,19 @@ def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
             scores=lambda g: g.scores * g.margin[g.group], margin=lambda g: 0 * g.margin
         ),
         "the label is ignored": put(target=lambda g: torch.ones_like(g.target)),
-        "the label is turned round": put(target=lambda g: 1 - g.target),
+        "the label is inverted": put(target=lambda g: 1 - g.target),
         "the label is squared": put(target=lambda g: g.target**2),
         "the label is rounded": put(target=lambda g: g.target.round()),
         "scores are squared": put(scores=lambda g: g.scores**2),
-        "scores are taken through a sigmoid": put(scores=lambda g: g.scores.sigmoid()),
-        "scores are taken through tanh": put(scores=lambda g: g.scores.tanh()),
+        "a sigmoid is applied to the scores": put(scores=lambda g: g.scores.sigmoid()),
+        "tanh is applied to the scores": put(scores=lambda g: g.scores.tanh()),
         "scores are centred and scaled over the batch": put(
             scores=lambda g: (g.scores - g.scores.mean()) / g.scores.std()
         ),
-        "no gradient passes the better completion": put(
+        "no gradient flows through the better completion": put(
             scores=lambda g: torch.where(g.ranks == 0, g.scores.detach(), g.scores)
         ),
-        "no gradient passes the worse completion": put(
+        "no gradient flows through the worse completion": put(
             scores=lambda g: torch.where(g.ranks == 0, g.scores, g.scores.detach())
         ),
     }.items()
@@ -309,21 +313,21 @@ def score_mistakes(given: RankedScores) -> Iterator[Mistake]:
 def step_mistakes(given: ProcessScores) -> Iterator[Mistake]:
     """Yield mistakes in losses on labelled steps."""
     yield from {
-        "labels are turned round": put(labels=lambda g: 1 - g.labels),
+        "labels are inverted": put(labels=lambda g: 1 - g.labels),
         "labels are rounded": put(labels=lambda g: g.labels.round()),
-        "the sigmoid is taken twice": put(scores=lambda g: g.scores.sigmoid()),
+        "the sigmoid is applied twice": put(scores=lambda g: g.scores.sigmoid()),
         "labels are those of the next step": put(labels=lambda g: g.labels.roll(-1)),
         "labels are those of the step before": put(labels=lambda g: g.labels.roll(1)),
         "labels are those of the step before, where there is one": put(
             labels=lambda g: torch.where(g.position > 0, g.labels.roll(1), g.labels)
         ),
-        "a squared error of the log-odds stands in place of the cross-entropy": lambda f, g, m: (
+        "a squared error of the log-odds is used instead of the cross-entropy": lambda f, g, m: (
             (g.scores - g.labels) ** 2
         ),
-        "a squared error of the probability stands in place of the cross-entropy": lambda f, g, m: (
+        "a squared error of the probability is used instead of the cross-entropy": lambda f, g, m: (
             (g.scores.sigmoid() - g.labels) ** 2
         ),
-        "wrong steps teach nothing": lambda f, g, m: -g.labels * torch.nn.functional.logsigmoid(g.scores),
+        "wrong steps are ignored": lambda f, g, m: -g.labels * torch.nn.functional.logsigmoid(g.scores),
     }.items()
 
 

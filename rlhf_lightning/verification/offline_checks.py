@@ -22,7 +22,7 @@ def offline_checks(subject: Subject) -> list[Check]:
     if given is None:  # the whole loss is in `loss_sum`
         subject.notes.append(
             f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
-            "single rows, tokens and slopes are left out; move the loss there to have them"
+            f"single rows, tokens and slopes are skipped; move the loss there to enable them"
         )
         return cut_checks(subject, rated(batch))
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, rated(batch))]
@@ -56,7 +56,7 @@ def input_checks(subject: Subject, given: Any, batch: Any, temperature: float = 
             "tokens",
             (masks - lengths).abs().max(),
             0,
-            "the mask must count every token of a completion, the end token among them, and none of its prompt",
+            "the mask must include every token of a completion, including the end token, and no prompt token",
         ),
         at_most(
             "policy logprobs",
@@ -107,7 +107,7 @@ def cut_checks(subject: Subject, batch: Any) -> list[Check]:
     local = subject.fresh().loss_count(Step((cut(batch, [1])[0],), 1000, 5000))
     wanted = 5000 if getattr(subject.kind, "counts_tokens", False) else 1000
     checks = [
-        at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached"),
+        at_least("gradient", scale, 1e-12, "no gradient reaches the weights: look for a detach"),
         at_most(
             "micro-batches",
             residual(gradient(cut(batch, [1, 3, 2]))),
@@ -124,7 +124,7 @@ def cut_checks(subject: Subject, batch: Any) -> list[Check]:
             "step count",
             abs(local - wanted),
             0,
-            "divide by the step's rows or tokens over all ranks and micro-batches, which the step says",
+            "divide by the step's rows or tokens over all ranks and micro-batches, which the step gives",
         ),
     ]
     if subject.kind.weighs_rows and not subject.kind.batch_coupled:

@@ -75,7 +75,9 @@ def reward_checks(case: Case) -> list[Check]:
         unscored = module.shape_rewards(rollout._replace(scores=torch.zeros_like(rollout.scores)))
         change = case.rewards - unscored
         expected = torch.zeros_like(change).scatter(1, slots.unsqueeze(1), rollout.scores.to(change).unsqueeze(1))
-        advice = "each score belongs once on the last completion token (or where score_slots says), unscaled"
+        advice = (
+            "each score must be added once, unscaled, to the last completion token (or the position in score_slots)"
+        )
         checks.append(at_most("score slot", (change - expected).abs().max(), 1e-9, advice))
     if case.rewards.shape == mask.shape:
         advice = "zero rewards behind the end of a completion"
@@ -84,7 +86,7 @@ def reward_checks(case: Case) -> list[Check]:
         nearer = torch.where(mask, rollout.reference_logprobs - 0.1, 0.0)
         change = (module.shape_rewards(rollout._replace(reference_logprobs=nearer)) - case.rewards).sum(-1)
         advice = (
-            "more KL to the reference must never earn reward: look at the sign, and at which of the two "
+            "more KL to the reference must never increase the reward: look at the sign, and at which of the two "
             "log-probabilities is subtracted"
         )
         checks.append(at_most("kl in reward", change.max(), 1e-12, advice))
@@ -176,7 +178,7 @@ def own_group_check(case: Case) -> Check:
     matrix = torch.stack([old, torch.ones_like(old)], -1)
     found = torch.linalg.lstsq(matrix, new.unsqueeze(-1)).solution
     residual = (matrix @ found).squeeze(-1) - new
-    advice = "a group's advantages depend on another group's scores: look at how rows are sorted into groups"
+    advice = "a group's advantages depend on another group's scores: look at how rows are grouped"
     return at_most("own group", largest(residual) / max(largest(old), 1e-9), 1e-6, advice)
 
 
@@ -197,7 +199,7 @@ def mask_checks(case: Case) -> list[Check]:
             "padding",
             largest(again - case.advantages.advantages),
             1e-9,
-            "means, deviations and lengths count completion tokens alone, not the cells of the grid",
+            "means, deviations and lengths must count only completion tokens, not padding",
         ),
         at_most(
             "rollout kept",
@@ -219,8 +221,8 @@ def loss_checks(case: Case) -> list[Check]:
         gradient = case.slopes(case.logprobs())
         unequal = unequal_weights(gradient, case.advantages.advantages.detach(), mask)
         advice = (
-            "before any update the gradient must be -advantage * d log policy, or that times weights of tokens: look "
-            "at which log-probabilities make the ratio, and for a missing or a superfluous detach"
+            "before any update the gradient must be -advantage * d log policy, or that times token weights: look at "
+            "which log-probabilities form the ratio, and for a missing or superfluous detach"
         )
         checks = [at_most("ratio one", unequal, 1e-6, advice)]
         left_out = bool(unequal == 0) & (gradient == 0) & mask  # tokens of weight 0
@@ -230,7 +232,7 @@ def loss_checks(case: Case) -> list[Check]:
         advice = "a token that moved against its advantage must keep its gradient: the wrong side is clipped"
         checks.append(at_least("pull back", pull_back(case, left_out), 1e-12, advice))
         if clips(module):
-            advice = "a good token that is already e^3 times as likely must not be pushed further"
+            advice = "a token with positive advantage at ratio e^3 must not be pushed further"
             checks.append(at_most("clip", max(map(largest, far_slopes(case))), 1e-9, advice))
         elif isinstance(module, OnPolicyModule) and module.objective_name == "clip":
             checks.append(one_sided_clip_check(case))
@@ -293,7 +295,8 @@ def one_sided_clip_check(case: Case) -> Check:
     good, bad = far_slopes(case)
     pushed = float(good.min()) if float(bad.max()) < 1e-9 else 0.0
     advice = (
-        "bad tokens have no gradient at ratio e^-3, but good tokens still have one at ratio e^3: clip on both sides"
+        "tokens with negative advantage have no gradient at ratio e^-3, but tokens with positive advantage have one "
+        "at ratio e^3: clip on both sides"
     )
     return at_most("clip", pushed, 2.0, advice)
 
@@ -334,9 +337,9 @@ def value_checks(case: Case) -> list[Check]:
     below = (loss(moved, moved) - loss(moved, old))[mask].max()
     return [
         at_most(
-            "value gradient", toward, 1e-2, "the gradient must pull each value towards its return, and shrink near it"
+            "value gradient", toward, 1e-2, "the gradient must move each value towards its return, and shrink near it"
         ),
-        at_most("value clip", below, 1e-9, "the larger of the clipped and the plain loss counts, never the smaller"),
+        at_most("value clip", below, 1e-9, "use the larger of the clipped and the unclipped loss, never the smaller"),
     ]
 
 

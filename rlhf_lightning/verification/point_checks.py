@@ -48,7 +48,7 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
     module, checks = subject.module, []
     if not _has_detached_parts(subject):
         lost = lost_slopes(*field_function(subject, module, given))
-        advice = "the loss depends on log-probabilities or scores that no gradient passes: look for a detach"
+        advice = "the loss depends on log-probabilities or scores without a gradient: look for a detach"
         checks.append(at_most("gradcheck", lost, 0, advice))
     certain = given._replace(target=torch.ones_like(given.target)) if hasattr(given, "target") else given
     changed = overwritten(certain, lambda one: subject.values(module, one))  # soft labels are mixed from copies
@@ -62,7 +62,7 @@ def point_checks(subject: Subject, given: Any) -> list[Check]:
         values = subject.values(module, given).detach()
         # Two calls with dropout agree for a third of the seeds, as the input has few rows. Ten agree for none.
         again = torch.stack([subject.values(module, given).detach() for _ in range(9)])
-        advice = "the loss must depend on its input alone: look for random numbers, or for state that moves"
+        advice = "the loss must depend only on its input: look for random numbers, or for changing state"
         checks.append(at_most("same twice", (again - values).abs().max(), 0, advice))
     return checks
 
@@ -157,10 +157,10 @@ def statistic_checks(module: Any, given: Any, losses: Callable[[Any], Tensor]) -
     if not worst and added_without_gradient(given, names, losses):
         worst["entropy bonus"] = torch.inf
     advice = {
-        "entropy bonus": "a bonus subtracts the entropy from the loss: added, it drives the policy towards one "
-        "completion; take the update's, since the rollout's has no gradient",
+        "entropy bonus": "an entropy bonus is subtracted from the loss; adding it collapses the policy. Use the "
+        "entropy of the update: that of the rollout has no gradient",
         "statistic": "a divergence from the reference is added to the loss, and a likelihood is subtracted",
-        "uniform share": "a uniform label is the mean of the log-probabilities of all ids, and this is their sum",
+        "uniform share": "a uniform label is the mean of the log-probabilities of all tokens, but this is their sum",
     }
     return [at_most(check, value, 0, advice[check]) for check, value in worst.items()]
 
@@ -221,7 +221,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
     left_out = bool(subject.kind.no_target) and unread(subject, given, references)  # as in SimPER
     if references and not left_out and not subject.kind.batch_coupled:
         advice = (
-            "the reference's log-probability must count against the policy's: look for a sum in place of a "
+            "the reference's log-probability must be subtracted from the policy's: look for a sum instead of a "
             "difference, or for a reference that is left out"
         )
         checks.append(at_most("reference slope", opposition(drawn, sides), -1e-6, advice))
@@ -232,7 +232,7 @@ def field_checks(subject: Subject, given: Any) -> list[Check]:
     )
     if coupled:
         turned, values = turned.sum(), values.sum()
-    advice = "each row's loss must depend on that row alone, or on all of them alike: not on its place"
+    advice = "each row's loss must depend only on that row, or on all rows symmetrically, and not on its position"
     residual = (turned.flip(0) - values if turned.dim() else turned - values).abs().max()
     bound = 1e-12 * max(1, len(given.weights)) * max(1.0, float(values.abs().max()))
     return [*checks, at_most("row order", residual, bound, advice)]
@@ -325,4 +325,4 @@ def demonstration_check(subject: Subject, given: Any) -> Check:
     drawn = torch.stack([slopes_of(subject, one, sides)["logprobs"] for one in (given, *draws(given, sides))])
     most, least = drawn.max(0).values, drawn.min(0).values
     found = torch.where(most > 1e-12, most, least)[given.completion_mask]
-    return at_most("direction", found.max(), -1e-12, "a demonstration's tokens must become likelier")
+    return at_most("direction", found.max(), -1e-12, "a demonstration's tokens must become more likely")

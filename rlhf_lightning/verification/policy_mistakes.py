@@ -51,25 +51,25 @@ def policy_mistakes(given: PolicyLogprobs) -> Iterator[Mistake]:
         "negative advantages are clamped at 0": _advantages(lambda a, k: a.clamp_min(0)),
         "the advantage is squared": _advantages(lambda a, k: a**2),
         "the advantage is centred over the micro-batch": _advantages(lambda a, k: a - a.mean()),
-        "the advantage is divided by its completion's length": _advantages(mean_over_tokens),
+        "the advantage is divided by the completion's length": _advantages(mean_over_tokens),
         "the advantage has a gradient": _objective(lambda r, g, m: -(g.advantages + g.logprobs) * r),
         "the ratio is inverted (old / policy)": _ratio(torch.reciprocal),
-        "no gradient passes the ratio": _ratio(torch.detach),
+        "no gradient flows through the ratio": _ratio(torch.detach),
         "the ratio is squared": _ratio(torch.square),
-        "the logarithm of the ratio stands in place of the ratio": _ratio(torch.log),
+        "the logarithm of the ratio is used instead of the ratio": _ratio(torch.log),
         "the ratio is averaged over the completion": _ratio(lambda r: r.mean(-1, keepdim=True).expand_as(r)),
-        "the probability stands in place of its logarithm": _objective(
+        "the probability is used instead of its logarithm": _objective(
             lambda r, g, m: -g.advantages * g.logprobs.exp()
         ),
-        "the ratio is taken to the reference in place of the old policy": put(
+        "the ratio is taken to the reference instead of the old policy": put(
             old_logprobs=lambda g: g.reference_logprobs
         ),
         "nothing is clipped": _objective(lambda r, g, m: -g.advantages * r),
         "the ratio is left out": _objective(lambda r, g, m: -g.advantages * g.logprobs),
-        "the smaller of the clipped and the plain loss is taken, in place of the larger": _objective(
+        "the smaller of the clipped and the unclipped loss is taken, instead of the larger": _objective(
             lambda r, g, m: torch.minimum(-g.advantages * r, -g.advantages * _held(r, m))
         ),
-        "the weight of the log-probability passes a gradient": _objective(
+        "the weight of the log-probability lets a gradient through": _objective(
             lambda r, g, m: -r.clamp(max=m.cispo_high) * g.advantages * g.logprobs
         ),
         "only the clipped ratio counts": _objective(lambda r, g, m: -g.advantages * _held(r, m)),
@@ -82,7 +82,7 @@ def policy_mistakes(given: PolicyLogprobs) -> Iterator[Mistake]:
         "the ratio counts twice, once without gradient": _objective(
             lambda r, g, m: torch.maximum(-g.advantages * r, -g.advantages * _held(r, m)) * r.detach()
         ),
-        "the KL loss is turned round: KL(reference || policy) of the policy's samples": _turned_kl,
+        "the KL loss is reversed: KL(reference || policy) of the policy's samples": _turned_kl,
     }.items()
     for words, factor in {"has the wrong sign": -1, "is left out": 0, "counts twice": 2, "counts half": 0.5}.items():
         yield f"the KL loss {words}", lambda f, g, m, k=factor: with_setting(f, g, m, kl_coef=k * m.kl_coef)
@@ -104,10 +104,10 @@ def _clipped_value(g: CriticValues, m: Any) -> Tensor:
 def value_mistakes(given: CriticValues) -> Iterator[Mistake]:
     """Yield mistakes in value losses."""
     yield from {
-        "the smaller of the clipped and the plain value loss is taken": lambda f, g, m: (
+        "the smaller of the clipped and the unclipped value loss is taken": lambda f, g, m: (
             0.5 * torch.minimum((g.values - g.returns) ** 2, (_clipped_value(g, m) - g.returns) ** 2)
         ),
-        "values are drawn to the old values in place of the returns": put(returns=lambda g: g.old_values),
+        "values are regressed on the old values instead of the returns": put(returns=lambda g: g.old_values),
         "the value loss is not clipped": lambda f, g, m: 0.5 * (g.values - g.returns) ** 2,
         "the error is not squared": lambda f, g, m: g.values - g.returns,
     }.items()

@@ -57,8 +57,8 @@ def input_checks(subject: Subject, given: ProcessScores, batch: ProcessBatch) ->
     rows = torch.tensor([row for row, _ in ends])
     misplaced = float(not same or bool((given.row != rows).any()))
     return [
-        at_most("step scores", residual, 1e-9, "a step's score is read at its own last token, not before or after it"),
-        at_most("step labels", wrong, 0, "each step must keep its own label, and unjudged steps must have none"),
+        at_most("step scores", residual, 1e-9, "a step's score must be read at its last token"),
+        at_most("step labels", wrong, 0, "each step must keep its label, and unlabelled steps must have none"),
         at_most("step rows", misplaced, 0, "each step needs the index of its completion, which carries the weight"),
     ]
 
@@ -74,9 +74,14 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
         )
         pulls = [fall - rise for fall, rise in zip(falls, rises, strict=True)]
         lifted = max(pulls) if min(pulls) > -1e-12 else min(pulls)  # a completion of one step has no order
-        advice = "steps of one label are never learned from: look at where a mask begins and ends"
+        advice = "steps with one of the labels are never trained on: look at the ends of a mask"
         return [
-            at_least("direction", lifted, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
+            at_least(
+                "direction",
+                lifted,
+                1e-12,
+                "scores of right steps must rise and those of wrong steps fall: look at the sign",
+            ),
             at_least("both labels", min(max(falls), -min(rises)), 1e-12, advice),
         ]
     odds = torch.logit(given.labels)
@@ -87,8 +92,10 @@ def label_checks(subject: Subject, given: ProcessScores) -> list[Check]:
     residual = (soft - given.labels * right - (1 - given.labels) * wrong).abs().max()
     return [
         at_most("log-odds", at_rest, 1e-9, "the score at the minimum must be the log-odds of the label"),
-        at_least("direction", pull, 1e-12, "right steps must rise and wrong ones fall: look at the sign"),
-        at_most("labels", residual, 1e-9, "a soft label's gradient is the expectation over right and wrong"),
+        at_least(
+            "direction", pull, 1e-12, "scores of right steps must rise and those of wrong steps fall: look at the sign"
+        ),
+        at_most("labels", residual, 1e-9, "a soft label's gradient must be the expectation over right and wrong"),
     ]
 
 
@@ -151,10 +158,10 @@ def rating_checks(subject: Subject, batch: DemonstrationBatch) -> list[Check]:
         others = max(others, float(pull.abs().max()))
     return [
         at_least("gradcheck", float(right), 1, "the gradient is not the loss's: look for a detach"),
-        at_most("extremes", broken, 0, "loss and gradient must stay finite for outputs of a thousand"),
+        at_most("extremes", broken, 0, "loss and gradient must stay finite for outputs of 1000"),
         at_most("at rest", slope(outputs, outputs).abs().max(), 1e-12, "outputs equal to the ratings must not move"),
         at_most("direction", slope(outputs, outputs + 1).max(), -1e-12, "an output below its rating must rise"),
-        at_most("own rating", others, 1e-12, "a rating must move its own output alone: look at the order of columns"),
+        at_most("own rating", others, 1e-12, "a rating must change only its own output: look at the order of columns"),
     ]
 
 
@@ -217,13 +224,13 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
     best = scores + sign * 0.1 * (lists.ranks == 0)
     gain = losses - subject.values(module, lists._replace(scores=best))
     return [
-        at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must ask for a larger gap"),
+        at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must need a larger gap"),
         at_most("ties", (alike - losses).abs().max().detach(), 1e-9, "members that tie must be treated alike"),
         at_most(
             "list order",
             (turned.flip(0) - losses).abs().max().detach(),
             1e-9,
-            "a list's loss must depend on its ranks, not on the order in which its members stand",
+            "a list's loss must depend on its ranks, not on the order of its members",
         ),
         at_least("list direction", gain.min().detach(), 1e-9, f"the best members of a list must {rises(sign)}"),
     ]
@@ -255,8 +262,8 @@ def comparison_checks(subject: Subject, given: RankedScores) -> list[Check]:
     if not has_outputs(given):
         residual = max(residual, soft_label_residual(subject, unsure[0]))
     advice = (
-        "target is the probability that the better one is better: the gradient is the expectation over both orders, or "
-        "vanishes where the gap is its log-odds; a label p of one order is a label 1 - p of the other"
+        "target is the probability that the better one is better: the gradient is the expectation over both orders, "
+        "or is 0 where the gap is its log-odds; a label p of one order is a label 1 - p of the other"
     )
     return [
         at_least("soft label", (hard - soft).abs().max(), 1e-9, "a soft label must change the loss: use target"),
@@ -311,7 +318,7 @@ def list_rest_check(subject: Subject) -> list[Check]:
     """
     if subject.kind.no_target or subject.kind.data_columns or float(slope_at_truth(subject, 2)) > 1e-9:
         return []
-    advice = "pairs have no gradient at the true scores, but lists of three have: look at what each pick competes with"
+    advice = "pairs have no gradient at the true scores, but lists of three have: look at the normaliser of each choice"
     return [at_most("list at rest", slope_at_truth(subject, 3), 1e-9, advice)]
 
 
@@ -360,7 +367,7 @@ def ranking_checks(subject: Subject, given: RankedScores) -> list[Check]:
         if subject.kind.no_target and not has_safety(given):  # no_target allows pulling scores towards 0
             held = moved + shifted(function, leaf, -3.0 * way)
             moved = torch.where(held > 1e-9, 0.0, moved)
-        advice = "only differences of scores mean anything"
+        advice = "the loss must depend only on differences of scores"
         checks.append(at_most("shift", moved.abs().max().detach(), 1e-9, advice))
     checks += comparison_checks(subject, given)
     if not has_outputs(given):

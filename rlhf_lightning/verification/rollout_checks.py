@@ -48,7 +48,7 @@ def temperature_checks(subject: Subject) -> list[Check]:
             "temperature",
             residual,
             1e-6,
-            "divide the logits by the sampling temperature, in rollouts, in updates and for the reference alike",
+            "divide the logits by the sampling temperature, in rollouts, in updates and for the reference",
         )
     ]
 
@@ -83,7 +83,7 @@ def learned_check(case: Case) -> Check:
     if learned is not None:
         wrong = int((learned & ~mask).sum())
         wrong += bool(learned[~finished].any()) and not bool(learned[finished].any())
-    advice = "learned may mark tokens of completions only, and leaves out truncated completions before finished ones"
+    advice = "learned may mark only completion tokens, and must leave out truncated completions before finished ones"
     return at_most("learned", wrong, 0, advice)
 
 
@@ -92,7 +92,7 @@ def aggregation_check(case: Case) -> Check:
     mask = case.rollout.completion_mask[:6]
     plain, wide = (case.module.aggregation(part) for part in (mask, torch.nn.functional.pad(mask, (0, 3))))
     residual = (wide.weights[:, : mask.shape[1]] - plain.weights).abs().max() + (wide.divisor - plain.divisor).abs()
-    advice = "token weights and the divisor count learned tokens: never the width of the grid"
+    advice = "token weights and the divisor count learned tokens: never the padded width"
     return at_most("aggregation", residual + wide.weights[:, mask.shape[1] :].abs().max(), 1e-12, advice)
 
 
@@ -103,7 +103,7 @@ def loss_padding_check(case: Case) -> Check:
         return at_most("loss padding", 0.0, 1e-10, "not measured: the loss sees the whole minibatch")
     wide = widened(given)._replace(rollout=widened(case.rollout))
     padded, plain = case.loss(wide)[:, : mask.shape[1]], case.loss(given)
-    advice = "a completion's ratio averages over its own tokens: never over the width of the grid"
+    advice = "a completion's ratio averages over its own tokens: never over the padded width"
     return at_most("loss padding", (padded - plain).abs().max().detach(), 1e-10, advice)
 
 
@@ -133,7 +133,7 @@ def holes_check(case: Case) -> Check:
     """Check that environment tokens between the policy's tokens change no reward and no advantage."""
     module, rollout, width = case.module, case.rollout, case.rollout.completion_mask.shape[1]
     if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
-        said = "not measured: a hole begins a new turn, which these settings tell from others"
+        said = "not measured: a gap starts a new turn, which these settings treat separately"
         return at_most("holes", 0.0, 1e-9, said)
     largest = 0.0
     for place in range(1, width):
@@ -144,7 +144,7 @@ def holes_check(case: Case) -> Check:
         largest = max(largest, float(found[:, place : place + 2].abs().max()))
         kept = rewards if rewards.dim() < 2 else narrowed(rewards, place, 2)
         largest = max(largest, float((kept - case.rewards).abs().max()))
-    advice = "tokens of an environment are masked inside a row: carry values across them, and index no adjacent column"
+    advice = "environment tokens are masked inside a row: carry values across them, and do not index adjacent columns"
     return at_most("holes", largest, 1e-9, advice)
 
 
@@ -188,7 +188,7 @@ def kl_loss_checks(case: Case) -> list[Check]:
     exact = world.kl(policy_of(module, world))
     if module.kl_estimator == "k2":
         return [at_least("kl loss", mean, 1e-9, "the KL loss must be positive: look at its sign")]
-    advice = "the mean of the KL loss must be KL(policy || reference): look at its sign, and at which way round it is"
+    advice = "the mean of the KL loss must be KL(policy || reference): look at its sign, and at its direction"
     return [at_most("kl loss", abs(mean / exact - 1), 1e-6, advice)]
 
 
@@ -230,7 +230,7 @@ def update_checks(subject: Subject) -> list[Check]:
     whole = update.gradient()
     scale = whole.abs().max().clamp_min(1e-300)
     advice = "return one loss per token and let the module reduce: divide by the minibatch's count over all ranks"
-    checks = [at_least("gradient", whole.abs().max(), 1e-12, "no gradient reaches the weights: something is detached")]
+    checks = [at_least("gradient", whole.abs().max(), 1e-12, "no gradient reaches the weights: look for a detach")]
     for name, limits in (("micro-batches", MicroBatchLimits(3)), ("max tokens", MicroBatchLimits(None, 5))):
         checks.append(at_most(name, (update.gradient(limits=limits) - whole).abs().max() / scale, 1e-7, advice))
     ranks, said = update.over_ranks(update.gradient)

@@ -45,22 +45,22 @@ def state_checks(subject: Subject) -> list[Check]:
     validated, _ = moved_by(subject, validate)
     trained, module = moved_by(subject, train)
     advice = (
-        f"validation moves {', '.join(validated)}, which changes training: update state in on_rollout_end, or "
+        f"validation changes {', '.join(validated)}, which changes training: update state in on_rollout_end, or "
         "only while self.trainer.training is true"
     )
     checks = [at_most("validation state", effect(subject, validated), 0, advice)]
     kept = after_checkpoint(subject) if trained else {}
     lost = {name: value for name, value in trained.items() if not same(value, kept[name])}
     advice = (
-        f"a resumed run begins with another {', '.join(lost)}: save it in on_save_checkpoint, and restore it in "
+        f"a resumed run starts with a different {', '.join(lost)}: save it in on_save_checkpoint, and restore it in "
         "on_load_checkpoint"
     )
     checks.append(at_most("checkpoint", effect(subject, lost), 0, advice))
     held = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
-    advice = f"{', '.join(held)} keeps the graph of a past step, and with it that step's memory: detach what is kept"
+    advice = f"{', '.join(held)} keeps the graph of a past step, and with it that step's memory: detach stored tensors"
     checks.append(at_most("state graph", len(held), 0, advice))
     unread = unread_settings(subject.kind)
-    advice = f"nothing reads the setting {', '.join(unread)}: use it, or leave it out"
+    advice = f"the setting {', '.join(unread)} is never read: use it, or remove it"
     checks.append(at_most("settings read", len(unread), 0, advice))
     if getattr(module, "reference", None) is not None and not module.reference_moves:
         checks.append(reference_check(subject))
@@ -224,7 +224,7 @@ def reference_check(subject: Subject) -> Check:
     train(subject, module)
     after = [part for model in module.frozen_models() for part in model.parameters()]
     moved = sum(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    advice = "training changes the reference, whose log-probabilities are kept: declare reference_moves = True"
+    advice = "training changes the reference, but its log-probabilities are cached: declare reference_moves = True"
     return at_most("reference moves", moved, 0, advice)
 
 

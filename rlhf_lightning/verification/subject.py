@@ -131,7 +131,7 @@ class Subject:
                     raise
                 if fixed[1] in given:
                     raise SettingError(
-                        "class-sets-it", f"{kind.__name__} sets {fixed[1]} itself: leave it out"
+                        "class-sets-it", f"{kind.__name__} sets {fixed[1]} itself: do not give it"
                     ) from error
                 del settings[fixed[1]]
 
@@ -256,12 +256,12 @@ def without_leaves(given: Any) -> Any:
     return given._replace(**{name: part.clone() for name, part in leaves.items() if part.is_leaf})
 
 
-ENTROPY, SUM = "the policy's entropy", "the sum of the policy's log-probabilities of all ids"
+ENTROPY, SUM = "the policy's entropy", "the sum of the policy's log-probabilities of all tokens"
 WANTED = {
     "KL(policy || reference)": 1,
     "KL(reference || policy)": 1,
     ENTROPY: -1,
-    "the policy's mean log-probability of all ids": -1,
+    "the policy's mean log-probability of all tokens": -1,
     SUM: -1,
 }
 """Known statistics of tokens, and the sign with which a token loss should depend on them."""
@@ -357,8 +357,8 @@ def differentiated(given: Any) -> Sequence[str]:
         known = ", ".join(kind.__name__ for kind in DIFFERENTIATED)
         raise ContractError(
             "unknown-input",
-            f"the override point gets a {type(given).__name__}, and the contracts know {known}: derive it from one of "
-            "those, or declare checks of its own as contract",
+            f"the override point gets a {type(given).__name__}, but checks exist only for {known}: derive it from "
+            f"one of those, or declare its own checks as contract",
         )
     return names
 

@@ -139,7 +139,7 @@ def test_the_output_trains_sft(given, policy_folder, cache):
     [
         (["--keep", "top-k"], "keep=top-k needs top"),
         (["--keep", "threshold"], "keep=threshold needs threshold"),
-        (["--top", "3"], "top belongs to keep=top-k: keep=best does not take it"),
+        (["--top", "3"], "top applies only to keep=top-k, not to keep=best"),
         (["--keep", "top-k", "--top", "0"], "top is 0: it must be at least 1"),
         (["--n", "0"], "n is 0: it must be at least 1"),
         (["--keep", "threshold", "--threshold", "1e9"], "completions is kept"),

@@ -104,7 +104,7 @@ def test_a_damaged_manifest_is_renamed_and_the_run_resumes(content: str, trained
     (RUN / "manifest.json").write_text(content)
     assert run(RESUME).model.updates == 2 * UPDATES
     aside = next(RUN.glob("damaged.*.manifest.json"))
-    assert aside.read_text() == content and f"it is kept as {aside.name}" in capsys.readouterr().out
+    assert aside.read_text() == content and f"it is renamed to {aside.name}" in capsys.readouterr().out
     assert json.loads((RUN / "manifest.json").read_text())["sessions"][-1]["status"] == "finished"
 
 
@@ -130,7 +130,7 @@ def test_a_folder_named_last_ckpt_is_renamed_on_resume(trained: None, capsys: An
     assert run(RESUME).model.updates == 2 * UPDATES
     assert LAST.is_file()
     assert [path.read_text() for path in LAST.parent.glob("last.ckpt.*/notes")] == ["mine"]
-    assert "it is kept as last.ckpt." in capsys.readouterr().out
+    assert "it is renamed to last.ckpt." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/urandom", "pipe"])

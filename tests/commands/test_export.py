@@ -283,7 +283,7 @@ def test_a_pushed_run_has_a_model_card_with_its_provenance(policy_folder, data, 
 def test_invalid_push_arguments_are_refused(policy_folder, data, hub, capsys, monkeypatch):
     folder = fit("SFT", policy_folder)
     for flags, words in (
-        (["--public", "--out", "x"], "public is set without a repository"),
+        (["--public", "--out", "x"], "public is set, but no repository is given"),
         (["--push", "me/tuned"], "name the folder to write with --out"),
         (["--push", "me/tuned", "--out", "x", "--results", "none.md"], "there is no report none.md"),
     ):

@@ -142,7 +142,7 @@ def test_rows_without_a_prompt_are_counted_and_named(policy_folder, capsys):
     [
         (
             '{"question": "ab"}\n',
-            "has no usable prompt (1 rows: a column of its form is missing); its columns are question",
+            "has no usable prompt (1 rows: a required column is missing); its columns are question",
         ),
         ("", "prompts.jsonl has no usable prompt (it is empty); its columns are none"),
         (None, "there is no file prompts.jsonl"),

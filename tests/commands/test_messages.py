@@ -115,7 +115,7 @@ def test_missing_arguments_are_named_with_their_class(capsys):
         (["--trainer.precision", "16-mixed"], "use bf16-mixed or 32-true"),
         (["--trainer.strategy", "fsdp"], "ModelParallelStrategy"),
         (["--model", "OfflineModule", "--model.init_from", "x"], "model is an abstract base class"),
-        (["--ckpt_path", "last"], "finds nothing in a new run folder"),
+        (["--ckpt_path", "last"], "does not exist in a new run folder"),
         (["--ckpt_path", "nothing.ckpt"], "there is no checkpoint nothing.ckpt"),
     ],
 )

@@ -90,7 +90,8 @@ MISTAKES = {
     "the best checkpoint of a new run": (f"{DPO} --ckpt_path best", "--resume RUN"),
     "a misspelt option of a tool": ("quickstart --sed 1", "unrecognized arguments: --sed"),
     "a model as objective": ("fit --model org/model --data PreferenceDataModule", "--model.init_from org/model"),
-    "a short name of a model": ("fit --model gpt2 --data PreferenceDataModule", "goes to --model.init_from"),
+    "a short name of a model": ("fit --model gpt2 --data PreferenceDataModule", "give the model to start from as "
+    "--model.init_from"),
     "a file as DataModule": ("fit --model DPOModule --data pairs.jsonl", "--data.source pairs.jsonl"),
     "one hyphen": (f"{DPO} -model.beta 0.2", "two hyphens: --model.beta"),
     "a seed by its short name": (f"{DPO} --seed 3", "use --seed_everything"),
@@ -114,7 +115,7 @@ MISTAKES = {
     "a program as a config": ("fit --config scorers.py", "--model scorers.CLASS"),
     "a folder as a config": ("fit --config .", "is a folder"),
     "a misspelt part of a config": ("fit --config moodel.yaml", "the nearest is model"),
-    "no update": (DPO.replace("--trainer.max_steps 1", "--trainer.max_steps 0"), "nothing would be trained"),
+    "no update": (DPO.replace("--trainer.max_steps 1", "--trainer.max_steps 0"), "no update would be made"),
     "layers in one text": (f"{DPO} --model.lora.targets q_proj,v_proj", "such as '[q_proj, v_proj]'"),
     "a layer of another name": (f"{DPO} --model.lora.targets [q_proj,query]", "lora.targets names 'query'"),
     "a prompt without room": (f"{DPO} --data.max_length 9 --data.max_prompt_length 9", "smaller max_prompt_length"),
@@ -201,7 +202,7 @@ MISTAKES = {
     "a labeller of another name": ("loop --config recipe:labels/loop --labeller Ann", "there is no class Ann"),
     "less than no memory": ("plan --config recipe:dpo --model.init_from POLICY --memory -1", "the GB of a device"),
     "a scorer without arguments": (f"{SCORED}.careless", "careless(prompts, completions, **columns)"),
-    "a scorer that waits": (f"{SCORED}.later", "give a plain function"),
+    "a scorer that waits": (f"{SCORED}.later", "give a regular function"),
 }  # fmt: skip
 
 

@@ -65,6 +65,6 @@ def test_every_data_format_is_shown(write_rows, folder, capsys):
     assert "undesirable, 2 tokens" in told
     weighted = [MESSAGES[0], {**MESSAGES[1], "weight": 0.5}, *MESSAGES]
     _, told, _ = run(capsys, write_rows([{"messages": weighted}]), "--tokenizer", folder)
-    assert "2 rows, one for each learned turn" in told and "tokens, weight 0.5" in told
+    assert "2 rows, one for each trained turn" in told and "tokens, weight 0.5" in told
     _, told, _ = run(capsys, write_rows([{"prompt": "p"}]), "--tokenizer", folder, "--kind", "prompt")
     assert "prompt data" in told and json.dumps("completion") not in told

@@ -4,7 +4,6 @@ Moments are counted in calls of Python functions by a profiler, so they do not d
 """
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -18,12 +17,10 @@ from typing import Any
 
 import pytest
 from forked import forked
-from jsonargparse._common import parser_context
 from tiny_run import BASIC, UPDATES
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.cli import terminable
-from rlhf_lightning.commands.parsing import in_copied_context
 from rlhf_lightning.errors import TerminatedError
 
 FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
@@ -257,7 +254,7 @@ def test_annotate_exits_with_the_signal_status(number: int, monkeypatch: pytest.
         assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
         assert not half_made(), moment
         status, said, _ = run_with(["annotate", "export", "--store", "feedback.db", "--out", "labels.jsonl"])
-        assert status == 1 and ("there is no feedback store" in said or "holds nothing" in said), said
+        assert status == 1 and ("there is no feedback store" in said or "has no labels" in said), said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -320,26 +317,6 @@ def test_a_signal_in_a_destructor_still_ends_the_command(
             time.sleep(10)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not printed
-
-
-@pytest.mark.parametrize("raised", [KeyboardInterrupt(), TerminatedError(signal.SIGTERM)])
-def test_a_signal_closes_the_parsers_context_managers_in_their_own_context(
-    raised: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    printed: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", printed.append)
-
-    def left_open(argv: Any) -> None:
-        manager = parser_context(parent_parser=None)
-        manager.__enter__()
-        raise raised
-
-    with pytest.raises(type(raised)) as caught:
-        in_copied_context(left_open, [])
-    caught.value.__traceback__ = None
-    del caught
-    gc.collect()
     assert not printed
 
 

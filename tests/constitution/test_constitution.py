@@ -71,7 +71,7 @@ def test_the_fingerprint_depends_on_content_and_not_on_formatting(tmp_path):
         ({"revising": {}}, "revising must be a list"),
         ({"revising": [{"id": "kind", "critique": "What?"}]}, r"revising\[0\] has no revision"),
         ({"revising": [{"id": "a", "critique": " ", "revision": "b"}]}, r"revising\[0\].critique must be text"),
-        ({"comparing": SMALL["comparing"] * 2}, "comparing has the id 'kind' twice"),
+        ({"comparing": SMALL["comparing"] * 2}, "comparing has the duplicate id 'kind'"),
         ({"principles": []}, "principles is not known; known are name, version"),
         ({"comparings": []}, "comparings is not known: did you mean comparing?"),
         ({"revising": [], "comparing": [], "revision_examples": [], "comparison_examples": []}, "has no principles"),
@@ -79,7 +79,7 @@ def test_the_fingerprint_depends_on_content_and_not_on_formatting(tmp_path):
         ({"comparison_examples": [{**SMALL["comparison_examples"][0], "answer": "C"}]}, r"\[0\].answer must be A or B"),
         ({"wording": {"comparison": "{first} {second}"}}, "must hold {conversation}, {question}, {first} and {second}"),
         ({"wording": {"comparison": "{conversation}{question}{first}{second}{judge}"}}, "once each, and no other"),
-        ({"language": "de"}, "its language is 'de', and the default wording is English: wording must say human"),
+        ({"language": "de"}, "its language is 'de', and the default wording is English: wording must define human"),
     ],
 )  # fmt: skip
 def test_errors_name_the_file_and_the_key(tmp_path, changes, sentence):
@@ -92,7 +92,7 @@ def test_errors_name_the_file_and_the_key(tmp_path, changes, sentence):
     ("text", "sentence"),
     [
         ("name: !!python/object/apply:os.system ['touch ran']", "is invalid YAML"),
-        ("name: a\nname: b", "the key 'name' is there twice"),
+        ("name: a\nname: b", "the key 'name' occurs twice"),
         ("a: &x [1]\nb: *x", "it has an alias"),
         ("just text", "the file must be a mapping"),
         ("[" * 2000, "is invalid YAML"),

@@ -99,7 +99,7 @@ def test_rows_are_equal_for_equal_seeds_only(given):
     [
         (["--rounds", "0"], "rounds is 0: it must be between 1 and 31"),
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--server-model", "big"], "server_model and api_key belong to a server"),
+        (["--server-model", "big"], "server_model and api_key apply only to a server"),
         (["--model", "http://127.0.0.1:1"], "a server needs server_model"),
         (["--constitution", "no.yaml"], "there is no constitution 'no.yaml'"),
         (["--prompts", "no.jsonl"], "there is no file no.jsonl"),

@@ -88,7 +88,7 @@ def test_each_turn_is_trained_with_its_inference_time_context(thinking):
     found, report = learned(thinking, row)
     assert found == [(ASKED, first, first), (again, second, second)]
     assert (report.read, report.kept, report.split) == (1, 1, 1)
-    assert "1 became a row for each learned turn" in report.describe("rows")
+    assert "1 became one row for each trained turn" in report.describe("rows")
     assert learned(thinking, row, last_turn_only=True)[0] == [(again, second, second)]
 
 
@@ -100,7 +100,7 @@ def test_only_the_last_turn_of_a_multi_turn_completion_is_supervised(thinking):
     )
     assert chosen.startswith("Yo.<|im_end|>\n" + user("and?")) and chosen.endswith(said)
     assert said == "<think>\nB.\n</think>\n\nYa.<|im_end|>" and unsaid == "<think>\n\n</think>\n\nNo.<|im_end|>"
-    assert report.last_turn == 1 and "only the last turn is learned" in report.describe("rows")
+    assert report.last_turn == 1 and "only the last turn is trained on" in report.describe("rows")
 
 
 def test_both_sides_of_a_pair_have_the_inference_time_prompt(thinking):

@@ -46,7 +46,7 @@ def test_json_lines_are_read(line, row):
 def test_a_truncated_json_file_is_refused(tmp_path):
     with refused("invalid-json", "rows.json is not valid JSON in UTF-8: ", "line 1 column"):
         list(read_file(written(tmp_path, "rows.json", '[{"a": 1}, {"a":')))
-    with refused("invalid-json", "an object has a key twice"):
+    with refused("invalid-json", "an object has a duplicate key"):
         list(read_file(written(tmp_path, "rows.json", '[{"a": 1, "a": 2}]')))
     assert list(read_file(written(tmp_path, "rows.json", ""))) == []
 

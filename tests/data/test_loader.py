@@ -78,7 +78,7 @@ def test_resuming_with_other_data_is_refused(cache, write_rows, tmp_path):
     source = write_rows(SOURCE)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trainer(tmp_path, callbacks=[saving]).fit(Watcher(2), datamodule=SFTDataModule(source, batch_size=4))
-    with refused("other-data", "written on other data", "its position cannot be used here"):
+    with refused("other-data", "written with other data", "its position cannot be used here"):
         trainer(tmp_path).fit(
             Watcher(), datamodule=SFTDataModule(source, batch_size=5), ckpt_path=str(tmp_path / "saved" / "step=2.ckpt")
         )

@@ -258,7 +258,7 @@ def test_rows_that_the_template_refuses_are_counted(ready, write_rows):
         ({"batch_size": 0}, "setting-out-of-range", ["batch_size is 0: it must be at least 1"]),
         ({"num_workers": 10**21}, "setting-out-of-range", ["num_workers is", "between 0 and 1024"]),
         ({"eval_batch_size": 0}, "setting-out-of-range", ["eval_batch_size is 0: it must be at least 1"]),
-        ({"max_tokens": 0}, "setting-out-of-range", ["max_tokens is 0: it must be at least 1, or null for no bound"]),
+        ({"max_tokens": 0}, "setting-out-of-range", ["max_tokens is 0: it must be at least 1, or null for no limit"]),
         ({"max_length": 1}, "setting-out-of-range", ["max_length is 1: it must be at least 2"]),
         ({"max_length": 8, "max_prompt_length": 8}, "no-room-for-completion", ["max_prompt_length 8", "max_length 8"]),
         ({"streaming": True}, "stream-without-end", ["streaming needs steps_per_epoch"]),

@@ -143,7 +143,7 @@ def test_pairs_and_prompts_can_be_streamed(ready, write_rows):
 def test_resuming_another_stream_is_refused(ready, shards, write_rows):
     state = stream(ready, shards).train_dataloader().state_dict()
     other = stream(ready, write_rows([{"prompt": "p", "completion": "c"}])).train_dataloader()
-    with refused("other-data", "written on other data"):
+    with refused("other-data", "written with other data"):
         other.load_state_dict(state)
 
 

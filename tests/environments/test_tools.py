@@ -183,7 +183,7 @@ def test_invalid_calls_get_a_reply_and_a_penalty() -> None:
         'call: lookup(key="b")': ("error: lookup: there is no 'b' in the table", -0.2),
         "call: search(q=1)": ("error: there is no tool 'search'; the tools are calculator, lookup", -0.2),
         "call: lookup(name=1)": ("error: lookup: missing a required argument: 'key'", -0.2),
-        "call: lookup(": ('error: a call is written call: NAME(argument="value")', -0.2),
+        "call: lookup(": ('error: write a call as call: NAME(argument="value")', -0.2),
     }
     for text, (result, reward) in told.items():
         reply = tools.reply(episode(text))
@@ -270,7 +270,7 @@ def test_the_guessing_game_replies_and_rewards(reward: Any) -> None:
         reply = game.reply(Episode(row, messages, [], [], 0))
         heard.append(reply.text)
         paid.append(reply.reward)
-    assert heard == ["higher", "lower", "higher", "say a number from 1 to 16", "right"] and reply.done
+    assert heard == ["higher", "lower", "higher", "answer with a number from 1 to 16", "right"] and reply.done
     expected = [0.1, 0.1, 0.0, 0.0, 1.0]
     assert paid == pytest.approx(expected if reward == "turn" else [0.0] * 4 + [sum(expected)])
     cut = game.reply(Episode(row, messages[:2], [], [], 0, last=True))

@@ -205,7 +205,7 @@ def test_adapters_other_than_lora_are_refused(tmp_path: Path, policy_folder: str
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"alora_invocation_tokens": [7, 8]}, "sets alora_invocation_tokens, which changes how a model is forwarded"),
+        ({"alora_invocation_tokens": [7, 8]}, "sets alora_invocation_tokens, which changes the model's forward pass"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "sets layer_replication"),
         ({"bias": "all"}, "trains biases of its backbone"),
     ],
@@ -223,7 +223,7 @@ def test_lora_variants_with_another_forward_are_refused(
 def test_unadapted_experts_are_reported(caplog: Any) -> None:
     with caplog.at_level(logging.INFO):
         add_lora(build("granitemoe", AutoModelForCausalLM), LoraSettings(r=2), "CAUSAL_LM")
-    assert "GraniteMoeForCausalLM: all-linear adapts no fused experts" in caplog.text
+    assert "GraniteMoeForCausalLM: all-linear does not adapt fused experts" in caplog.text
     assert "lora.target_parameters: [experts.down_proj, experts.gate_up_proj]" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):

@@ -146,7 +146,7 @@ def test_a_memory_error_while_comparing_shapes_is_refused(tmp_path: Path) -> Non
         def from_pretrained(name: str, **options: Any) -> None:
             raise MemoryError if options else RuntimeError("set ignore_mismatched_sizes to True")
 
-    with refused("unreadable-model", "x: the weights have other shapes than config.json says"):
+    with refused("unreadable-model", "x: the shapes of the weights differ from config.json"):
         _from_pretrained("x", Kind, {})
 
 

@@ -139,7 +139,7 @@ def test_weights_that_fail_the_check_fall_back_and_are_then_refused(caplog: pyte
             found.logits = found.logits.roll(int(torch.randint(1, 100, (1,))), -1)
             return found
 
-    with refused("self-check-failed", "in torch.float32, whichever way they are computed"):
+    with refused("self-check-failed", "in torch.float32, for every way of computing them"):
         check_weights(CausalLM(Drifts(tiny_config(initializer_range=1.0))))
 
 

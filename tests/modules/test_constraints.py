@@ -173,7 +173,7 @@ def test_invalid_settings_are_refused(policy_folder: str) -> None:
         made(constraints={"cost": {"limit": 1.0, "method": "dual"}})
     with refused("gains-without-pid", "method pid"):
         made(constraints={"cost": {"limit": 1.0, "derivative": 1.0}})
-    with refused("multiplier-of-zero", "never moves"):
+    with refused("multiplier-of-zero", "never change 0"):
         made(constraints={"cost": {"limit": 1.0, "multiplier": 0.0}})
     with refused("not-a-number", "limit"):
         made(constraints={"cost": {"limit": "low"}})

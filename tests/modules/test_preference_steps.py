@@ -194,7 +194,7 @@ def test_metrics_are_weighted_over_pairs(policy_folder: str) -> None:
 def test_sorted_losses_refuse_weights_and_label_smoothing(name: str, policy_folder: str) -> None:
     with refused("pairs-without-weights", f"{name} matches pairs by rank"):
         fit(made(name, policy_folder), [preference_step(PAIRS, 3, weights=WEIGHTS)])
-    with refused("labels-are-certain", f"{name} takes labels as certain"):
+    with refused("labels-are-certain", f"{name} treats labels as certain"):
         made(name, policy_folder, label_smoothing=0.1)
 
 

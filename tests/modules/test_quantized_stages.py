@@ -203,7 +203,7 @@ def test_an_adapter_keeps_its_training_quantization(stages: dict[str, Trained], 
     full = SFTModule(init_from=base, lora=LoraSettings(r=4))
     full.configure_model()
     start = str(full.export(tmp_path / "full"))
-    with refused("other-quantization", "in full precision, and is to be used on one in nf4; set quantization to null"):
+    with refused("other-quantization", "in full precision, but is used on one in nf4; set quantization to null"):
         DPOModule(init_from=start, **NF4).configure_model()
     # A reward model on another quantisation than the policy's scores on a backbone of its own.
     policy = PPOModule(stages["reward"].folder, init_from=base, critic="adapter", lora=LoraSettings(r=4), **PPO)
@@ -224,5 +224,5 @@ def test_invalid_four_bit_settings_are_refused_before_weights_are_read(base: str
         SFTModule(init_from=base, from_scratch=True, **NF4)
     with refused("unknown-choice", "quantization is 'nf5'", "'nf4' or 'int8'"):
         load_policy(base, LoadSettings(quantization="nf5"), LoraSettings(r=4))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a reference that moves cannot be in nf4"):
+    with pytest.raises(ValueError, match="a moving reference cannot be in nf4"):
         TRDPOModule(init_from=base, **NF4).configure_model()

@@ -154,7 +154,7 @@ def test_the_remaining_count_includes_unsampled_prompts(policy_folder, monkeypat
     [
         (["--store", "labels.sqlite"], "the store labels.sqlite does not end in .db"),
         (["--store", "f.db", "--prompts", "p.jsonl"], "--prompts and --model go together"),
-        (["--store", "f.db", "--host", "0.0.0.0"], "name who may label (annotators ann,bob)"),
+        (["--store", "f.db", "--host", "0.0.0.0"], "name the annotators (annotators ann,bob)"),
         (["--store", "f.db", "--annotators", "ann,<b>"], "invalid annotator name '<b>'"),
         (["--store", "f.db", "--pairs", "absent.jsonl", "--port", "0"], "there is no file absent.jsonl"),
         (["--store", "f.db", "--port", "0", "--repeats", "1"], "repeats is 1"),

@@ -231,7 +231,7 @@ def test_skipped_items_are_replaced_by_new_samples(flags, capsys):
     assert len(items) > 24 and len({item.key for item in items}) == len(items)
     places = [(item.candidates[0].seed, item.candidates[0].episode) for item in items]
     assert places == sorted(set(places)), "sampling continues where it stopped, also after the last prompt"
-    assert "further pairs, since 3 of 8 labels are there" in capsys.readouterr().out
+    assert "further pairs; 3 of 8 labels are collected" in capsys.readouterr().out
 
 
 def test_a_round_without_further_pairs_continues_with_fewer_labels(flags, monkeypatch, capsys):
@@ -311,7 +311,7 @@ def test_flags_override_the_config_file(flags, capsys, monkeypatch):
     monkeypatch.setattr(flag_index, "is_stale", lambda: False)
     Path("loop.yaml").write_text("name: other\npool: 4\nlabels: 20\n")
     assert rlhf(["loop", "--config", "loop.yaml", *flags[1:]]) == 1
-    assert "pool is 4: it must be 8 or more, as 1 of 8 labels go to each pair" in capsys.readouterr().err
+    assert "pool is 4: it must be 8 or more, because each pair takes 1 of the 8 labels" in capsys.readouterr().err
     assert rlhf(["loop", "--config", "loop.yaml", "--labells", "3"]) == 2
     assert "the nearest is --labels" in capsys.readouterr().err
 
@@ -412,12 +412,12 @@ def test_the_page_shows_the_labels_left_in_the_round(tmp_path):
         for n in range(2):
             asked = store.next("ann")
             store.judge("ann", asked.id, f"a key of its own {n}", Answer("tie"))
-        assert supply.left(7) == 0 and "has its labels" in supply.state()
+        assert supply.left(7) == 0 and "has all its labels" in supply.state()
 
 
 def test_a_public_host_without_annotators_is_refused_before_sampling(flags, capsys):
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", "PeopleLabeller", "--labeller.host", "0.0.0.0", *flags[at + 4 :]]
     assert rlhf(flags) != 0
-    assert "name who may label (annotators ann,bob)" in capsys.readouterr().err
+    assert "name the annotators (annotators ann,bob)" in capsys.readouterr().err
     assert not Path("runs").exists()

@@ -154,7 +154,7 @@ def test_labels_can_be_filtered_by_annotator(make_store, ready, tmp_path):
                                       eval_source=[{"path": path, "annotators": ["bob", "cat"]}]))  # fmt: skip
     other = ready(PreferenceDataModule([{"path": path, "annotators": ["bob"]}]))
     assert data.fingerprint != other.fingerprint
-    with pytest.raises(ValueError, match="annotators is set, but pairs.jsonl is not a feedback store"):
+    with pytest.raises(ValueError, match="annotators applies only to feedback stores .*pairs.jsonl is not one"):
         PreferenceDataModule([{"path": "pairs.jsonl", "annotators": ["ann"]}])
     out = tmp_path / "bob.jsonl"
     assert export(path, str(out), annotators="bob, cat") == 0
@@ -256,7 +256,7 @@ def test_plain_pairs_are_exported_to_parquet(make_store, tmp_path):
         label(store, "ann", NEITHER)
     with refused("not-tabular", "do not fit one table", "write .jsonl instead"):
         export(str(store.path), str(out))  # a text and a list of messages in one column
-    with refused("no-usable-rows", "nothing of kind demonstration"):
+    with refused("no-usable-rows", "no labels of kind demonstration"):
         export(str(store.path), str(out), "demonstration")
     with refused("wrong-file-ending", "pairs.csv does not end in .jsonl or .parquet"):
         export(str(store.path), "pairs.csv")

@@ -88,9 +88,9 @@ def test_a_repeated_request_counts_once(make_store):
     asked, number = label(store, "ann", LEFT, key="k" * 16)
     assert store.judge("ann", asked.id, "k" * 16, LEFT) == number
     assert len(standing(store)) == 1
-    with pytest.raises(Conflict, match="judged this one already"):
+    with pytest.raises(Conflict, match="already judged this item"):
         store.judge("ann", asked.id, "other key 1234567", RIGHT)
-    with pytest.raises(NotAsked, match="not asked of you"):
+    with pytest.raises(NotAsked, match="not assigned to you"):
         store.judge("bob", asked.id, "third key 12345678", LEFT)
     with pytest.raises(JudgementRefused, match="another judgement"):
         store.judge("bob", asked.id, "k" * 16, LEFT)
@@ -130,15 +130,15 @@ def test_rows_cannot_be_changed_or_deleted(make_store):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Answer("ranking"), "ranks go with the verdict"),
-        (Answer("tie", (0, 1)), "ranks go with the verdict"),
+        (Answer("ranking"), "ranks are allowed only with the verdict"),
+        (Answer("tie", (0, 1)), "ranks are allowed only with the verdict"),
         (Answer("ranking", (0, 0)), "all ranks are equal"),
         (Answer("ranking", (0, 2)), "without gaps"),
         (Answer("ranking", (0, 1, 2)), "one for each of 2"),
         (Answer("better", (0, 1)), "the verdict 'better' is unknown; choose one of"),
         (Answer("ranking", (0, 1), strength=5), "between 1 and 4"),
-        (Answer("tie", strength=2), "a strength goes with the choice"),
-        (Answer("tie", edited="as it should be"), "needs its place"),
+        (Answer("tie", strength=2), "a strength is allowed only for a choice"),
+        (Answer("tie", edited="as it should be"), "and its position"),
         (Answer("tie", edited=" ", edited_place=0), "is empty"),
         (Answer("tie", edited="x" * 100_001, edited_place=0), "more than 100,000"),
         (Answer("tie", edited="x", edited_place=2), "the edited place is 2: it must be between 0 and 1"),

@@ -170,7 +170,7 @@ def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys, monkeypatch)
     ("flags", "sentence"),
     [
         (["--model.quantization", "nf4"], "quantization=nf4 keeps the weights frozen, so there is nothing to train"),
-        (["--model.dtype", "bfloat16"], "every weight is trained and would be kept in bf16"),
+        (["--model.dtype", "bfloat16"], "every weight is trained in bf16"),
         (
             ["--config", str(HARDWARE / "fsdp.yaml"), "--trainer.devices", "4"],
             "data_parallel_size=8 x tensor_parallel_size=1, but there are 4 ranks",

@@ -247,14 +247,14 @@ class Wrong(Talks):
         (lambda episodes: [Reply("w9", reward=10**400)] * len(episodes), "not a finite number"),
         (lambda episodes: [Reply("w9", reward=torch.ones(2))] * len(episodes), "not a finite number"),  # type: ignore[arg-type]
         (lambda episodes: [Reply("w9", reward=1j)] * len(episodes), "not a finite number"),  # type: ignore[arg-type]
-        (lambda episodes: [Reply("\ud800")] * len(episodes), "half a surrogate pair"),
+        (lambda episodes: [Reply("\ud800")] * len(episodes), "a lone surrogate"),
         (lambda episodes: [Reply(5)] * len(episodes), "the text 5"),  # type: ignore[arg-type]
         (lambda episodes: [Reply(messages=[5])] * len(episodes), "lacks a role"),  # type: ignore[list-item]
         (lambda episodes: [Reply(messages=5)] * len(episodes), "a list of turns"),  # type: ignore[arg-type]
         (lambda episodes: [Reply(messages=[{"content": "w9"}])] * len(episodes), "lacks a role"),
         (lambda episodes: [Reply("w9", turn="w9")] * len(episodes), "the turn 'w9'"),  # type: ignore[arg-type]
         (lambda episodes: [Reply(ids=[10**6])] * len(episodes), "token ids"),
-        (lambda episodes: [Reply(ids=[-1])] * len(episodes), "no token ids"),
+        (lambda episodes: [Reply(ids=[-1])] * len(episodes), "not token ids"),
     ],
 )
 def test_invalid_replies_are_refused(policy: CausalLM, given: Any, words: str) -> None:

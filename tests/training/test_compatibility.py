@@ -71,7 +71,7 @@ def test_tensor_parallelism_needs_a_plan_for_the_model(tmp_path: Path) -> None:
     folder = save_policy(tmp_path / "llama")
     two = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     check(trainer_with(two, 2), DPOModule(init_from=folder), SimpleNamespace(batch_size=4))
-    assert "an adapter hangs on" in refused(two, 2, DPOModule(init_from=folder, lora={"r": 2}))
+    assert "an adapter is attached to" in refused(two, 2, DPOModule(init_from=folder, lora={"r": 2}))
     four = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=4)
     assert "2 key and value heads" in refused(four, 4, DPOModule(init_from=folder))
     (tmp_path / "gpt2").mkdir()

@@ -173,7 +173,7 @@ def test_settings_incompatible_with_lag_are_refused(
 
 
 def test_lag_without_a_correction_warns(policy_folder: str, prompts: str, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="lag is 1, and nothing corrects"):
+    with pytest.warns(UserWarning, match="lag is 1, but nothing corrects"):
         train(module_of(policy_folder, lag=1), data_of(prompts, tmp_path, rollouts=1))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "lag is")

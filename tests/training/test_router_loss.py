@@ -63,7 +63,7 @@ def test_router_loss_works_with_coupled_losses(tmp_path: Path) -> None:
 
 def test_router_loss_is_refused_where_unsupported(tmp_path: Path) -> None:
     module = SFTModule(init_from=save_policy(tmp_path / "dense"), router_aux_loss_coef=0.01)
-    with refused("no-router", "records no logits of routers; set router_aux_loss_coef to 0"):
+    with refused("no-router", "records no router logits; set router_aux_loss_coef to 0"):
         fit(module, [demonstration_step([([5, 6], [7, EOS])])])
     with refused("router-loss-in-rl", "set it to 0"):
         GRPOModule(init_from=str(tmp_path / "dense"), scorer="length", router_aux_loss_coef=0.01)

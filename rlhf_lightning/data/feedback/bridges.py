@@ -186,7 +186,9 @@ def _name(user: Any) -> str:
 
 
 def _unreadable(value: Any) -> DataError:
-    return DataError("unreadable-answer", f"an answer cannot be read: a {type(value).__name__} where an object belongs")
+    return DataError(
+        "unreadable-answer", f"an answer cannot be read: found a {type(value).__name__}, expected an object"
+    )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ MARK = 0x524C4846  # "RLHF"
 VERSION = 2
 
 TABLES = """
--- One row. The id tells this store from every other; the salt keeps sides and repeats from being predicted.
+-- One row. The id identifies this store; the salt makes display order and repeats unpredictable.
 CREATE TABLE store (id TEXT NOT NULL, salt TEXT NOT NULL) STRICT;
 
 CREATE TABLE items (
@@ -89,7 +89,8 @@ CREATE TABLE judgements (
 CREATE INDEX judgements_of_an_assignment ON judgements (assignment);
 CREATE INDEX judgements_of_an_annotator ON judgements (annotator);
 
--- Judgements that stand. The plus keeps the planner off the index of undoes, which it takes to be unique for NULL too.
+-- Judgements that were not undone. The plus stops the planner from using the index of undoes, which it assumes to be
+-- unique for NULL too.
 CREATE VIEW live AS
     SELECT j.*, a.item, a.repeat, a.shown
     FROM judgements j JOIN assignments a ON a.id = j.assignment
@@ -196,7 +197,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
     if version != VERSION:
         raise DataError(
             "store-version",
-            f"{path} is a feedback store of version {version}, and this release reads version "
+            f"{path} is a feedback store of version {version}, but this release reads version "
             f"{VERSION}; use the release that wrote it",
         )
 
@@ -224,7 +225,7 @@ def item_of(connection: sqlite3.Connection, number: int) -> Item:
     where = f"item {number}"
     row = connection.execute("SELECT prompt, columns FROM items WHERE id = ?", [number]).fetchone()
     if row is None:
-        raise _damaged(where, "is missing, and a judgement names it")
+        raise _damaged(where, "is missing, but a judgement refers to it")
     prompt, columns = _text_or_turns(row[0], where, "prompt"), _plain(row[1], where, "columns")
     if not isinstance(columns, dict):
         raise _damaged(where, "has columns that are not a mapping of names to values")

@@ -131,7 +131,7 @@ class Answer:
                 f"the verdict {self.verdict!r} is unknown; choose one of {', '.join(get_args(Verdict))}",
             )
         if (self.verdict == "ranking") != (self.ranks is not None):
-            raise JudgementRefused("ranks-without-ranking", "ranks go with the verdict ranking, and with no other")
+            raise JudgementRefused("ranks-without-ranking", "ranks are allowed only with the verdict ranking")
         if self.ranks is not None:
             levels = sorted(set(self.ranks))
             if len(self.ranks) != count or levels != list(range(len(levels))):
@@ -143,16 +143,14 @@ class Answer:
                 raise JudgementRefused("all-ranks-equal", "all ranks are equal; use the verdict tie")
         if self.strength is not None and (self.verdict != "ranking" or count > 2):
             raise JudgementRefused(
-                "strength-without-choice", "a strength goes with the choice between two completions only"
+                "strength-without-choice", "a strength is allowed only for a choice between two completions"
             )
         if self.strength is not None and not 1 <= self.strength <= STRENGTHS:
             raise JudgementRefused(
                 "invalid-strength", f"the strength is {self.strength}: it must be between 1 and {STRENGTHS}"
             )
         if (self.edited is None) != (self.edited_place is None):
-            raise JudgementRefused(
-                "edit-without-place", "an edited completion needs its place, and a place needs its completion"
-            )
+            raise JudgementRefused("edit-without-place", "an edited completion and its position must be given together")
         if self.edited is not None and not self.edited.strip():
             raise JudgementRefused("empty-edit", "the edited completion is empty")
         if self.edited is not None and len(self.edited) > LONGEST_TEXT:
