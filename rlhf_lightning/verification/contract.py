@@ -147,7 +147,7 @@ def verify(
                     with world.unsigned():  # a column may weight pairs instead of labelling them
                         found = converge(subject.fresh(), world, steps_of(kind), judge=judge_of(subject))
             control = measured_control(subject, found)
-            advice = "true labels must earn more gold reward than uninformative labels"
+            advice = "training on true labels must give more gold reward than training on uninformative labels"
             checks.append(at_least("control", control, 1e-4, advice))
             if found is not None:
                 checks += [*target_checks(subject, found), export_check(module, world)]
@@ -308,7 +308,7 @@ def with_twins_target(subject: Subject, found: Convergence) -> Convergence:
     name = shipped.kind.__name__
     # A loss other than that of the base class may be a mistake: it is reported, but its target is not taken over.
     if not (hasattr(kind, "adapter") or shipped.kind in kind.__mro__):
-        said = f"; its gradient is {factor:.4g} times that of {name}: if that is meant, derive from it"
+        said = f"; its gradient is {factor:.4g} times that of {name}: if this is intended, derive from it"
         return found._replace(law=found.law + said)
     target, _, distance = judged(shipped.fresh(), subject.world, found.policy, found.outputs)
     if target is None:

@@ -64,11 +64,11 @@ def pairing_checks(module: Any, rollout: Rollout) -> list[Check]:
     blind = module.pairs(rollout._replace(scores=unscored))
     used = torch.cat([blind.chosen, blind.rejected])
     return [
-        at_most("best is chosen", wrong.sum(), 0, "chosen must outscore rejected, both samples of one prompt"),
+        at_most("best is chosen", wrong.sum(), 0, "chosen must have a higher score than rejected, both of one prompt"),
         at_least("pair label", least, 0.5, "target is the probability that chosen is better"),
         at_most("every pair", abs(len(pairs.chosen) - residual), 0, "each prompt whose samples differ gives one pair"),
         at_most("ties", len(level.chosen), 0, "samples with equal scores must form no pair"),
-        at_most("no score", (used == 0).sum(), 0, "a sample without a score is neither better nor worse"),
+        at_most("no score", (used == 0).sum(), 0, "a sample without a score must not enter a pair"),
     ]
 
 
@@ -80,7 +80,7 @@ def three_samples_check(module: Any, rollout: Rollout) -> Check:
     found = list(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True))
     wrong = 4 - len({chosen // 3 for chosen, _ in found})
     wrong += sum(one // 3 != other // 3 or bool(scores[one] <= scores[other]) for one, other in found)
-    return at_most("best of three", wrong, 0, "of each prompt's samples a better one is chosen over a worse one")
+    return at_most("best of three", wrong, 0, "for each prompt, chosen must be a better sample than rejected")
 
 
 def missing_end_check(subject: Subject) -> Check:
@@ -93,7 +93,7 @@ def missing_end_check(subject: Subject) -> Check:
         "missing end",
         (drawn.scores.double() - wanted).abs().max(),
         1e-3,
-        "missing_eos_penalty must lower the score that pairs are made by: take scores from collector.judge",
+        "missing_eos_penalty must lower the score that is used to form pairs: take scores from collector.judge",
     )
 
 
@@ -139,7 +139,7 @@ def drawing_check(subject: Subject) -> Check:
         "drawn from",
         worst,
         5.0,
-        "deviations of the frequency of a completion: who samples, and at which temperature?",
+        "standard errors of the frequency of a completion: check which model samples, and at which temperature",
         power=min(powers),  # with another model, or half the temperature
     )
 
@@ -149,7 +149,7 @@ def update_checks(subject: Subject) -> list[Check]:
     whole = step_gradient(subject, subject.fresh(moved=True))
     scale = float(whole.abs().max())
     advice = "return one loss per pair and let the module reduce: divide by the pairs of all ranks and micro-batches"
-    checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: something is detached")]
+    checks = [at_least("gradient", scale, 1e-12, "no gradient reaches the weights: look for a detach")]
     for name, limits in (("micro-batches", MicroBatchLimits(4)), ("max tokens", MicroBatchLimits(None, 9))):
         found = step_gradient(subject, subject.fresh(moved=True), limits=limits)
         checks.append(at_most(name, (found - whole).abs().max() / max(scale, 1e-300), 1e-7, advice))
@@ -204,7 +204,8 @@ def opponent_check(subject: Subject) -> Check:
         "opponent",
         torch.maximum(off, alike * GAMES**0.5).max(),
         5.0,
-        "deviations of the frequency of a completion from the mixture's, or of the opponent's correlation with the "
+        "standard errors of the frequency of a completion from that of the mixture, or of the opponent's correlation "
+        "with the "
         "policy's samples: mix the logits of every token, and give the opponent random numbers of its own",
         power=power,  # with the policy or the reference instead
     )

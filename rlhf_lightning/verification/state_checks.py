@@ -270,4 +270,4 @@ def export_check(module: Any, world: EnumerableWorld) -> Check:
                 if error.code != "non-finite-weights":
                     raise
                 residual = trained.new_tensor(float("inf"))
-    return at_most("export", residual, 1e-5, "the exported folder must give the same numbers")
+    return at_most("export", residual, 1e-5, "the exported model must give the same outputs")
