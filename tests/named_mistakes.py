@@ -105,7 +105,7 @@ WORDS = {
     "HalfTheScore": "0.5 x score on the last token",
     # pairs and opponents from samples
     "WorstIsChosen": "chosen must have a higher score than rejected",
-    "PairedAcrossPrompts": "both samples of one prompt",
+    "PairedAcrossPrompts": "both of one prompt",
     "SampledTooCold": "at which temperature",
     "ExploresWithThePolicy": "which model samples",
     "ReferenceIsItself": "the reference must be the model that training started from",

@@ -171,7 +171,7 @@ class PenaltyPaidTokenByToken(NashMDModule):
         super().__init__(**{**kwargs, "mixture": 1.0, "kl_place": "loss", "kl_estimator": "k2"})
 
 
-@caught_by("best of three", "a better one is chosen over a worse one")
+@caught_by("best of three", "chosen must be a better sample than rejected")
 class RejectedOfTheFirstPrompt(OnlineDPOModule):
     """A row within its prompt is taken for a row of the rollout: in the small world, no pair is left."""
 
