@@ -254,7 +254,8 @@ def commands() -> str:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main(given)
         lines += [f"## rlhf {name}", "", f"{command.help[0].upper()}{command.help[1:]}.", ""]
-        lines += ["```text", printed.getvalue().strip(), "```", ""]
+        shown = printed.getvalue().replace(" \b", "")  # on a terminal, jsonargparse's backspace deletes the space
+        lines += ["```text", shown.strip(), "```", ""]
     if width is None:
         del os.environ["COLUMNS"]
     else:

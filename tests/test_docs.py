@@ -50,6 +50,7 @@ def test_pages_build_with_strict_links(tmp_path):
     one_page = re.sub(r"<[^>]+>", "", (tmp_path / "ppo-on-one-page" / "index.html").read_text())
     assert "def ppo_update(" in one_page, "the page of PPO does not show the file's code"
     assert not [page for page in pages if "\\|" in page.read_text()], "a table shows the escape of its separator"
+    assert not [page for page in pages if "\b" in page.read_text()], "a page shows a terminal's control character"
     first = re.compile(r"<h1.*?</h1>\s*<p>After this page you ", re.DOTALL)
     assert not [page for page in tmp_path.rglob("index.html") if not first.search(page.read_text())]
     foreign = r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"'
