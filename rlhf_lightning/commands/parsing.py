@@ -56,7 +56,7 @@ def in_copied_context(cli: Callable[[Sequence[str]], CLI], argv: Sequence[str]) 
 
 
 def load_yaml(text: str) -> Any:
-    """Read a config or value as jsonargparse does; refuse duplicate keys; resolve scorers' and engines' short names."""
+    """Read a config or value as jsonargparse does; refuse duplicate keys; resolve short names of shipped classes."""
     if len(text) > LONG_VALUE or "\n" in text:
         refuse_large_yaml(text)
     if "\n" in text:
@@ -66,7 +66,7 @@ def load_yaml(text: str) -> Any:
 
 
 def with_full_paths(value: Any) -> Any:
-    """Replace the short names of shipped scorers and engines in settings by their import paths.
+    """Replace the short names of shipped scorers, engines and environments in settings by their import paths.
 
     jsonargparse resolves short names of modules and DataModules, but not those of classes within an open setting.
     """
@@ -85,10 +85,11 @@ def with_full_paths(value: Any) -> Any:
 def _short_paths() -> dict[str, str]:
     from rlhf_lightning.sampling.engines import SamplingEngine
     from rlhf_lightning.scoring import Scorer
+    from rlhf_lightning.types import Environment
 
-    scorers = {name: f"rlhf_lightning.scoring.{name}" for name in shipped_classes("rlhf_lightning.scoring", Scorer)}
-    engines = shipped_classes("rlhf_lightning.sampling", SamplingEngine)
-    return scorers | {name: f"{kind.__module__}.{name}" for name, kind in engines.items()}
+    rooms = {"scoring": Scorer, "sampling": SamplingEngine, "environments": Environment}
+    found = [shipped_classes(f"rlhf_lightning.{room}", base) for room, base in rooms.items()]
+    return {name: f"{kind.__module__}.{name}" for shipped in found for name, kind in shipped.items()}
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))

@@ -11,6 +11,7 @@ from tiny_run import BASIC
 from rlhf_lightning.commands.flags import NestedFlag, configs_first, flags, put_nested, split_nested
 from rlhf_lightning.commands.parsing import with_full_paths
 from rlhf_lightning.commands.train import main, run
+from rlhf_lightning.environments import load_environment
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.slot_engine import load_engine
 from rlhf_lightning.scoring import load_scorer
@@ -18,13 +19,13 @@ from rlhf_lightning.scoring import load_scorer
 MODEL = ["--model", "GRPOModule", "--model.init_from", "x", "--data", "PromptDataModule", "--data.source", "y"]
 
 
-def printed(capsys, *argv):
+def printed(capsys, *argv, part="model"):
     capsys.readouterr()
     with pytest.raises(SystemExit) as status:
         main(["fit", *argv, "--print_config"])
     told = capsys.readouterr()
     assert status.value.code == 0, told.err
-    return yaml.safe_load(told.out)["model"]["init_args"]
+    return yaml.safe_load(told.out)[part]["init_args"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,24 @@ def test_short_names_of_shipped_classes_work_at_every_depth(scorer, in_file, pol
     found = printed(capsys, "--config", "grpo.yaml", *given)
     assert isinstance(load_engine(found["engine"]), GenerateEngine)
     assert type(load_scorer(found["scorer"])) is type(load_scorer(scorer))
+
+
+TOOLS = {"class_path": "ToolEnvironment", "init_args": {"tools": ["calculator"]}}
+RETRIED = {"class_path": "FaultTolerantEnvironment", "init_args": {"environment": TOOLS, "retries": 1}}
+
+
+@pytest.mark.parametrize("environment", [TOOLS, RETRIED, "GuessTheNumber", {"class_path": "GuessTheNumber"}])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_short_names_of_shipped_environments_work_at_every_depth(environment, in_file, policy_folder, capsys):
+    arguments = {"source": "rows.jsonl"} | ({"environment": environment} if in_file else {})
+    config = {
+        "model": {"class_path": "GRPOModule", "init_args": {"init_from": policy_folder, "scorer": "ZeroScorer"}},
+        "data": {"class_path": "PromptDataModule", "init_args": arguments},
+    }
+    Path("grpo.yaml").write_text(yaml.safe_dump(config))
+    text = environment if isinstance(environment, str) else json.dumps(environment)
+    found = printed(capsys, "--config", "grpo.yaml", *([] if in_file else ["--data.environment", text]), part="data")
+    assert type(load_environment(found["environment"])) is type(load_environment(environment))
 
 
 def test_import_paths_of_user_classes_are_unchanged():
