@@ -1,4 +1,4 @@
-"""Words with which `rlhf verify` describes the mistake of each wrong class, as a mistake or in a check's advice."""
+"""Phrases with which `rlhf verify` describes the mistake of each wrong class."""
 
 WORDS = {
     # pairs

@@ -1,4 +1,4 @@
-"""Right objectives that say nothing of the checks (no ``means_it``), as people write them who have not read them."""
+"""Right objectives without ``means_it``, as written by users who do not know the checks."""
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class RootLengthDPO(DPOModule):
 
 @right
 class ReverseKLOfLabels(DPOModule):
-    """EXO with the label in place of a smoothed one: not linear in the label, with the label's log-odds as optimum."""
+    """EXO with the label instead of a smoothed label: not linear in the label; the optimum is the label's log-odds."""
 
     no_target = "certain labels have no optimum"
 
@@ -115,7 +115,7 @@ class TeacherAndData(GKDModule):
 
 @right
 class RewardsToGo(OnPolicyDistillationModule):
-    """The teacher's word for the rest of the completion, less its mean over the rollout."""
+    """The teacher's log-ratio for the rest of the completion, minus its mean over the rollout."""
 
     target_of = OnPolicyDistillationModule
 
@@ -128,7 +128,7 @@ class RewardsToGo(OnPolicyDistillationModule):
 
 @right
 class UncertainTokens(DrGRPOModule):
-    """2506.01939: the tokens of highest entropy alone."""
+    """2506.01939: only the tokens with the highest entropy."""
 
     no_target = "which tokens are learned from depends on the minibatch"
     needs_minibatch = True
@@ -155,7 +155,7 @@ class SuccessRates(CriticFreeModule):
 
 @right
 class ShortIsGood(GRPOModule):
-    """A price on length is part of the reward."""
+    """A length penalty is part of the reward."""
 
     no_target = "short completions are preferred"
 
@@ -175,7 +175,7 @@ class RobustCritic(PPOModule):
 
 @right
 class CriticOfThePaper(PPOModule):
-    """PPO whose value loss has no half (1707.06347, Eq. 9)."""
+    """PPO whose value loss has no factor 1/2 (1707.06347, Eq. 9)."""
 
     target_of = PPOModule
 
@@ -197,7 +197,7 @@ class CriticAtLambdaOne(PPOModule):
 
 @right
 class BaselineThatFollows(CriticFreeModule):
-    """REINFORCE with the moving mean of all scores as baseline, which a checkpoint keeps."""
+    """REINFORCE with the moving mean of all scores as baseline, which is saved in checkpoints."""
 
     target_of = CriticFreeModule
 
@@ -236,7 +236,7 @@ class EveryPair(OnlineDPOModule):
 
 @right
 class SureVerdicts(KTOModule):
-    """KTO's logistic sibling whose rows say how sure their verdict is, from 1/2 to 1."""
+    """A logistic variant of KTO whose rows have a label confidence from 1/2 to 1."""
 
     no_target = "no closed form: the reference point is that of the policy"
     data_columns = ("sureness",)
@@ -250,7 +250,7 @@ class SureVerdicts(KTOModule):
 
 @right
 class SureBinary(BCOModule):
-    """BCO weighted by a sureness that moves rows of both kinds towards each other."""
+    """BCO weighted by a confidence that moves desirable and undesirable rows towards each other."""
 
     value_at_reference = None
     no_target = "no closed form: delta is that of the policy"
@@ -263,7 +263,7 @@ class SureBinary(BCOModule):
 
 
 class Tilted(OnPolicyDistillationModule):
-    """Distillation of whole completions that earn a score too, by its share."""
+    """Distillation of whole completions, mixed with a score in a given proportion."""
 
     needs_group = True
 
@@ -285,12 +285,12 @@ class Tilted(OnPolicyDistillationModule):
 
 @right
 class TiltedByScores(Tilted):
-    """With leave-one-out as baseline."""
+    """With a leave-one-out baseline."""
 
 
 @right
 class TiltedByTheGroup(Tilted):
-    """With the group's mean as baseline."""
+    """With the group mean as baseline."""
 
     def advantages(self, rollout, rewards):
         total = self.gains(rollout)
@@ -302,7 +302,7 @@ class TiltedByTheGroup(Tilted):
 
 
 class Probed(SFTModule):
-    """Demonstrations weighted by a probe of the last layer's states, which learns their scores."""
+    """Demonstrations weighted by a probe of the last layer's states that is trained on their scores."""
 
     no_target = "no closed form: the demonstrations are tilted by bounded weights"
     data_columns = ("score",)
@@ -341,7 +341,7 @@ class ProbeGated(Probed):
 
 @right
 class DrawsOfK(CriticFreeModule):
-    """Pass@k (2508.10751): a completion gets the chance that k draws which contain it hold a right one."""
+    """Pass@k (2508.10751): a completion gets the probability that k samples including it contain a right one."""
 
     no_target = "the chance of one right completion of k is maximised"
 

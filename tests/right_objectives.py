@@ -1,4 +1,6 @@
-"""Objectives that are right, from papers or with habits that look like mistakes: `rlhf verify` must refuse none."""
+"""Right objectives, from papers or with unusual details that look like mistakes: `rlhf verify` must accept all of
+them.
+"""
 
 from typing import Any
 
@@ -51,7 +53,7 @@ class RDPO(DPOModule):
 
 @right
 class ODPO(DPOModule):
-    """ODPO (2402.10571): the rated margin is an offset that the gap has to exceed."""
+    """ODPO (2402.10571): the rated margin is an offset that the margin must exceed."""
 
     target_of = DPOModule
 
@@ -96,7 +98,7 @@ class AlphaPO(SimPOModule):
 
 @right
 class FocalDPO(DPOModule):
-    """Easy pairs count less: the weight is detached, so that the loss is not a plain function."""
+    """Easy pairs have less weight: the weight is detached, so the gradient is not that of the loss value."""
 
     no_target = "no closed form: weights depend on the policy"
     means_it = {"gradcheck": "the weight is detached"}
@@ -119,7 +121,7 @@ class GradientOfDPO(DPOModule):
 
 @right
 class TwiceDPO(DPOModule):
-    """Another scale of the loss, which the learning rate absorbs."""
+    """The loss multiplied by a constant, which is equivalent to another learning rate."""
 
     def pair_loss(self, pair):
         return 2.0 * super().pair_loss(pair)
@@ -127,7 +129,7 @@ class TwiceDPO(DPOModule):
 
 @right
 class DPOInLogSpace(DPOModule):
-    """DPO by logaddexp, with whitespace of one's own."""
+    """DPO with logaddexp, with unusual whitespace."""
 
     def pair_loss(self, pair):
         zero = torch.zeros_like(pair.margin)
@@ -136,7 +138,7 @@ class DPOInLogSpace(DPOModule):
 
 @right
 class DPOByHand(DPOModule):
-    """DPO from token log-probabilities, without any of the properties."""
+    """DPO from token log-probabilities, without the input's properties."""
 
     def pair_loss(self, pair):
         won = (pair.policy_chosen_logprobs - pair.reference_chosen_logprobs).where(pair.chosen_mask, 0.0).sum(-1)
@@ -157,7 +159,7 @@ class BrierDPO(DPOModule):
 
 @right
 class SphericalDPO(DPOModule):
-    """The spherical score is proper too."""
+    """The spherical score, another proper scoring rule."""
 
     target_of = DPOModule
 
@@ -168,7 +170,7 @@ class SphericalDPO(DPOModule):
 
 @right
 class MetricsInTheLoss(DPOModule):
-    """A loss that returns metrics, one of them per token."""
+    """A loss that returns metrics, including one per token."""
 
     def pair_loss(self, pair):
         chosen, _ = pair.token_logratios
@@ -177,7 +179,7 @@ class MetricsInTheLoss(DPOModule):
 
 @right
 class ExpectedMarginFromData(DPOModule):
-    """Regresses the margin on a number of the data (REBEL on fixed pairs)."""
+    """Regresses the margin on a data column (REBEL on fixed pairs)."""
 
     data_columns = ("gap",)
     target_of = DPOModule
@@ -192,7 +194,7 @@ class ExpectedMarginFromData(DPOModule):
 
 @right
 class FocalSFT(SFTModule):
-    """Tokens that are known already teach less: (1 - p)^2, detached."""
+    """Tokens that are already likely have less weight: (1 - p)^2, detached."""
 
     no_target = "no closed form: the weights are the policy's own probabilities"
     means_it = {"gradcheck": "the weight is detached"}
@@ -203,7 +205,7 @@ class FocalSFT(SFTModule):
 
 @right
 class ClippedSFT(SFTModule):
-    """DFT with a floor under the weight."""
+    """DFT with a lower bound on the weight."""
 
     no_target = "no closed form"
     means_it = {"gradcheck": "the weight is detached"}
@@ -225,7 +227,7 @@ class HalfKTO(KTOModule):
 
 @right
 class HingeReward(RewardModule):
-    """A hinge on the gap of scores of pairs, that of rank 0 less the other's."""
+    """A hinge loss on the score difference of pairs, rank 0 minus the other."""
 
     no_target = "flat minima"
     means_it = dict.fromkeys(("direction", "list direction", "ties"), "a pair that is far enough has no gradient")
@@ -239,7 +241,7 @@ class HingeReward(RewardModule):
 
 @right
 class LargeScores(RewardModule):
-    """Scores in hundreds: the gap counts in units of 100."""
+    """Scores in units of 100: the score difference is divided by 100."""
 
     no_target = "the declared rewards are in other units"
 
@@ -249,7 +251,7 @@ class LargeScores(RewardModule):
 
 @right
 class SmoothedSteps(ProcessRewardModule):
-    """Cross-entropy by hand."""
+    """Cross-entropy, written out."""
 
     def process_loss(self, scores):
         return F.binary_cross_entropy_with_logits(scores.scores, scores.labels, reduction="none")
@@ -277,7 +279,7 @@ class TotalVariation(GKDModule):
 
 @right
 class CentredDistillation(OnPolicyDistillationModule):
-    """A baseline over the rollout is subtracted from the teacher's word."""
+    """A baseline over the rollout is subtracted from the teacher's log-ratio."""
 
     means_it = dict.fromkeys(("own token", "agreement"), "a baseline over the rollout is subtracted")
 
@@ -319,7 +321,7 @@ class VESPO(GRPOModule):
 
 @right
 class LUSPO(GSPOModule):
-    """LUSPO (2602.05261): GSPO whose completions count by their length."""
+    """LUSPO (2602.05261): GSPO whose completions are weighted by length."""
 
     no_target = "solved for other aggregations alone"
 
@@ -341,7 +343,7 @@ class DPPO(DrGRPOModule):
 
 @right
 class IcePop(GRPOModule):
-    """IcePop: tokens on which the engine is far from the trainer teach nothing."""
+    """IcePop: tokens with a large difference between engine and trainer are masked."""
 
     target_of = GRPOModule
 
@@ -352,7 +354,7 @@ class IcePop(GRPOModule):
 
 @right
 class OffPolicyMask(GRPOModule):
-    """DeepSeek-V3.2: completions with A < 0 that the policy has left teach nothing."""
+    """DeepSeek-V3.2: completions with A < 0 that became unlikely are masked."""
 
     target_of = GRPOModule
     means_it = {"pull back": "completions with A < 0 that are far off are masked"}
@@ -366,7 +368,7 @@ class OffPolicyMask(GRPOModule):
 
 @right
 class HighEntropyTokens(DrGRPOModule):
-    """2506.01939: the tokens of highest entropy alone."""
+    """2506.01939: only the tokens with the highest entropy."""
 
     no_target = "which tokens are learned from depends on the minibatch"
     means_it = dict.fromkeys(("ratio one", "pull back"), "tokens of low entropy teach nothing")
@@ -413,7 +415,7 @@ class OPO(CriticFreeModule):
 
 @right
 class PassAtK(CriticFreeModule):
-    """Pass@k for k = 2 (2505.15201): a completion gets the group's best less the best without it."""
+    """Pass@k for k = 2 (2505.15201): a completion gets the group's best score minus the best score without it."""
 
     no_target = "the best of two samples is rewarded"
 
@@ -440,7 +442,7 @@ class DecoupledGAE(PPOModule):
 
 @right
 class SoftGatePPO(PPOModule):
-    """SAPO's gate in PPO: nothing is clipped, and far tokens fade."""
+    """SAPO's gate in PPO: nothing is clipped; tokens with extreme ratios lose weight."""
 
     def __init__(self, scorer: Any, **kwargs: Any) -> None:
         super().__init__(scorer=scorer, objective="soft_gate", **kwargs)
@@ -448,7 +450,7 @@ class SoftGatePPO(PPOModule):
 
 @right
 class TanhGatePPO(PPOModule):
-    """Another soft gate, written as an objective of one's own."""
+    """Another soft gate, written as a custom objective."""
 
     target_of = PPOModule
 
@@ -458,7 +460,7 @@ class TanhGatePPO(PPOModule):
 
 @right
 class LengthShaping(RLOOModule):
-    """A price per token of a completion is part of the score."""
+    """A penalty per token is part of the score."""
 
     no_target = "short completions are preferred"
     means_it = {"kl penalty": "length is priced at any score", "score slot": "the price is part of the score"}
@@ -469,7 +471,7 @@ class LengthShaping(RLOOModule):
 
 @right
 class HotPPO(PPOModule):
-    """PPO at temperature .7."""
+    """PPO at temperature 0.7."""
 
     no_target = "at another temperature the optimum is another"
 
@@ -480,7 +482,7 @@ class HotPPO(PPOModule):
 
 @right
 class PPOAtLambda(PPOModule):
-    """PPO at lambda .9."""
+    """PPO at lambda 0.9."""
 
     target_of = PPOModule
 
@@ -500,7 +502,7 @@ class BaselineOfTheRollout(CriticFreeModule):
 
 @right
 class RanksAsScores(GRPOModule):
-    """Only the order of scores in a group counts."""
+    """Advantages depend only on the order of scores in a group."""
 
     no_target = "only the order of the scores counts"
 
@@ -510,7 +512,7 @@ class RanksAsScores(GRPOModule):
 
 @right
 class TokensWeighedByPlace(CriticFreeModule):
-    """Earlier tokens count more, which aggregation says."""
+    """Earlier tokens have more weight, which is set in aggregation."""
 
     no_target = "tokens are weighed by their place"
     means_it = {"ratio one": "tokens are weighed by their place"}
@@ -545,7 +547,7 @@ class AdvantagesByHand(CriticFreeModule):
 
 @right
 class WeightedOnlineDPO(OnlineDPOModule):
-    """Pairs count by the gap of their scores."""
+    """Pairs are weighted by their score difference."""
 
     no_target = "pairs are weighed by their gap"
 

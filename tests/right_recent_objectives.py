@@ -1,4 +1,6 @@
-"""Right objectives from papers of 2024 to 2026 whose losses clip, select, or rest elsewhere than the shipped ones."""
+"""Right objectives from papers of 2024 to 2026 whose losses clip, select, or converge differently from the shipped
+ones.
+"""
 
 import math
 
@@ -28,7 +30,7 @@ from rlhf_lightning.types import Loss
 
 @right
 class ProximalSFT(SFTModule):
-    """PSFT (2508.17784): a ratio clipped at 1 + 0.28 against a frozen probability stands in place of the likelihood."""
+    """PSFT (2508.17784): the likelihood is replaced by a ratio to a frozen probability, clipped at 1 + 0.28."""
 
     no_target = "no closed form: tokens that are already likelier are clipped"
 
@@ -39,7 +41,7 @@ class ProximalSFT(SFTModule):
 
 @right
 class SelectedTokens(SFTModule):
-    """Rho-1 (2404.07965) in miniature: the half of each row's tokens with the highest loss alone."""
+    """Rho-1 (2404.07965) in miniature: only the half of each row's tokens with the highest loss."""
 
     no_target = "which tokens are learned from depends on the policy"
 
@@ -53,7 +55,7 @@ class SelectedTokens(SFTModule):
 
 @right
 class SimPER(DPOModule):
-    """SimPER (2502.00883): inverse perplexities in place of a logistic loss."""
+    """SimPER (2502.00883): inverse perplexities instead of a logistic loss."""
 
     no_target = "no closed form"
 
@@ -64,7 +66,7 @@ class SimPER(DPOModule):
 
 @right
 class CalibratedDPO(DPOModule):
-    """Cal-DPO (2412.14516): both implicit rewards are drawn to +-1/2 besides."""
+    """Cal-DPO (2412.14516): both implicit rewards are also regressed on +-1/2."""
 
     no_target = "no closed form: rewards are drawn to constants"
 
@@ -75,7 +77,7 @@ class CalibratedDPO(DPOModule):
 
 @right
 class FocalPreference(DPOModule):
-    """FocalPO (2501.06645): pairs that the policy has wrong count less."""
+    """FocalPO (2501.06645): pairs that the policy ranks wrongly have less weight."""
 
     no_target = "no closed form: confident pairs are weighted"
 
@@ -97,7 +99,7 @@ class HeldNearTheReference(DPOModule):
 
 @right
 class UnpairedOdds(KTOModule):
-    """A classifier of the implicit reward: no reference point at all."""
+    """A classifier of the implicit reward, without a reference point."""
 
     no_target = "no closed form"
     needs_mismatched = False
@@ -109,7 +111,7 @@ class UnpairedOdds(KTOModule):
 
 @right
 class PairwiseHinge(RewardModule):
-    """A hinge on the gap of scores, soft labels included."""
+    """A hinge loss on the score difference, with soft labels."""
 
     no_target = "a hinge has many minima"
 
@@ -124,7 +126,7 @@ class PairwiseHinge(RewardModule):
 
 @right
 class RankedSteps(ProcessRewardModule):
-    """PQM (2410.11287) in miniature: right steps of a completion are lifted above its wrong ones."""
+    """PQM (2410.11287) in miniature: right steps of a completion must score above its wrong steps."""
 
     no_target = "only the order of a completion's steps is learned"
 
@@ -138,7 +140,7 @@ class RankedSteps(ProcessRewardModule):
 
 @right
 class LikeliestIdsRenormalised(GKDModule):
-    """The teacher's 20 likeliest ids, renormalised for both."""
+    """The teacher's 20 most likely tokens, renormalised for both models."""
 
     no_target = "ids behind the likeliest are free"
 
@@ -153,7 +155,7 @@ class LikeliestIdsRenormalised(GKDModule):
 
 @right
 class TaperedOffPolicy(CriticFreeModule):
-    """TOPR (2503.14286): bad completions are weighted by a ratio of at most 1, good ones by 1."""
+    """TOPR (2503.14286): completions with negative advantage are weighted by a ratio of at most 1, the others by 1."""
 
     target_of = CriticFreeModule
 
@@ -176,7 +178,7 @@ class GradientOutsideTheClip(GRPOModule):
 
 @right
 class LengthWeightedBaseline(CriticFreeModule):
-    """OPO (2505.23585): the baseline weighs rewards by length."""
+    """OPO (2505.23585): the baseline weights rewards by length."""
 
     no_target = "in groups of two the baseline depends on the sample"
 
@@ -191,7 +193,7 @@ class LengthWeightedBaseline(CriticFreeModule):
 
 @right
 class TruncatedImportance(DrGRPOModule):
-    """TIS of the engine's mismatch, written out: old / behaviour, at most 2."""
+    """Truncated importance sampling for the engine, written out: old / behaviour, at most 2."""
 
     target_of = DrGRPOModule
 
@@ -203,7 +205,7 @@ class TruncatedImportance(DrGRPOModule):
 
 @right
 class DualClip(GRPOModule):
-    """Bad tokens whose ratio is above 3 are given up (1912.09729)."""
+    """Tokens with negative advantage and a ratio above 3 are masked (1912.09729)."""
 
     target_of = GRPOModule
 
@@ -215,7 +217,7 @@ class DualClip(GRPOModule):
 
 @right
 class LogCoshCritic(PPOModule):
-    """PPO whose critic learns by log-cosh."""
+    """PPO with a log-cosh loss of the critic."""
 
     target_of = PPOModule
 
@@ -226,7 +228,7 @@ class LogCoshCritic(PPOModule):
 
 @right
 class OnlineIPO(OnlineDPOModule):
-    """Online pairs under IPO's squared loss."""
+    """Online pairs with IPO's squared loss."""
 
     no_target = "the squared loss weighs pairs by how often they are drawn"
 
@@ -239,7 +241,7 @@ class OnlineIPO(OnlineDPOModule):
 
 @right
 class BoundedDPO(DPOModule):
-    """Bounded DPO (2506.07492): a setting of its own has the name of one of PPO's."""
+    """Bounded DPO (2506.07492): one of its settings has the same name as a setting of PPO."""
 
     no_target = "no closed form: the rejected side is a mixture with the reference"
     ranges = {"lam": "(0, 1)"}
@@ -256,7 +258,7 @@ class BoundedDPO(DPOModule):
 
 @right
 class ImitatesWhatIsGood(KTOModule):
-    """ULMA (2312.02554): a likelihood for good rows, which needs no reference."""
+    """ULMA (2312.02554): a likelihood term for good rows, which needs no reference."""
 
     no_target = "imitation has no reference"
     needs_mismatched = False
@@ -268,7 +270,7 @@ class ImitatesWhatIsGood(KTOModule):
 
 @right
 class GroupRegression(CriticFreeModule):
-    """GVPO (2504.19599): log-ratios of a group are regressed on its scores; advantages are not read."""
+    """GVPO (2504.19599): log-ratios of a group are regressed on its scores; advantages are not used."""
 
     no_target = "each rollout is one proximal step from the policy that sampled it"
     needs_minibatch = True
@@ -291,7 +293,7 @@ class GroupRegression(CriticFreeModule):
 
 @right
 class OnlineSPPO(OnlineDPOModule):
-    """SPPO (2405.00675) on samples of the policy, with soft labels of the scorer."""
+    """SPPO (2405.00675) on samples of the policy, with soft labels from the scorer."""
 
     no_target = "log-ratios follow win rates against the policy's own samples"
 
@@ -308,7 +310,7 @@ class OnlineSPPO(OnlineDPOModule):
 
 @right
 class RobustRegression(DPOModule):
-    """REBEL (2404.16767) on fixed pairs with Huber's loss: the gap of the data's scores takes the label's place."""
+    """REBEL (2404.16767) on fixed pairs with Huber's loss: the score difference in the data replaces the label."""
 
     data_columns = ("gap",)
     target_of = DPOModule
@@ -319,7 +321,7 @@ class RobustRegression(DPOModule):
 
 @right
 class EloScores(RewardModule):
-    """Scores in points of Elo: 400 points are a factor of 10 in the odds."""
+    """Scores on the Elo scale: 400 points are a factor of 10 in the odds."""
 
     no_target = "the declared rewards are in other units"
 
@@ -340,12 +342,12 @@ class WithInstruction(GKDModule):
 
 @right
 class InstructionBefore(WithInstruction):
-    """It stands before the prompt."""
+    """The instruction is placed before the prompt."""
 
 
 @right
 class HintBehind(WithInstruction):
-    """It stands behind the prompt."""
+    """The instruction is placed after the prompt."""
 
     def joined(self, prompt, instruction):
         return torch.cat([prompt, instruction])
@@ -353,7 +355,7 @@ class HintBehind(WithInstruction):
 
 @right
 class OtherSolution(SelfDistillationModule):
-    """The teacher reads the best sibling's answer."""
+    """The teacher reads the best other completion of the prompt."""
 
     no_target = "the teacher reads other completions"
 
@@ -372,7 +374,7 @@ class OtherSolution(SelfDistillationModule):
 
 @right
 class FailuresAlone(SelfDistillationModule):
-    """Completions that succeeded are left as they are."""
+    """Successful completions are not trained on."""
 
     target_of = SelfDistillationModule
 
@@ -383,7 +385,7 @@ class FailuresAlone(SelfDistillationModule):
 
 @right
 class WeighedByConfidence(DPOModule):
-    """Pairs weigh by the annotator's confidence, a number of the data."""
+    """Pairs are weighted by the annotator's confidence, a data column."""
 
     target_of = DPOModule
     data_columns = ("confidence",)

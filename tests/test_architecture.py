@@ -75,12 +75,12 @@ def relative(path: Path) -> str:
 
 
 def room_of(path: Path) -> str:
-    """The first folder below the package, or the module itself."""
+    """Return the first folder below the package, or the module itself."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and dotted name of everything a file imports; ``from a import b`` counts as ``a.b``."""
+    """Return line and dotted name of everything a file imports; ``from a import b`` counts as ``a.b``."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -92,7 +92,7 @@ def imported_modules(tree: ast.AST) -> list[tuple[int, str]]:
 
 
 def imports_at_module_level(tree: ast.AST) -> list[str]:
-    """What importing the file imports at once: everything outside functions and ``if TYPE_CHECKING``."""
+    """Return the imports that run when the file is imported: all except those in functions and ``if TYPE_CHECKING``."""
     found = []
     for node in ast.iter_child_nodes(tree):
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -145,7 +145,7 @@ def test_rooms_have_no_import_cycle():
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=relative)
 def test_functional_is_pure(path):
-    """Tensors in, tensors out: no framework, nothing printed, nothing moved between devices or waited for."""
+    """Functions map tensors to tensors: no framework, no output, no device transfer or synchronisation."""
     tree = ast.parse(path.read_text())
     outside = {
         "lightning",
@@ -172,7 +172,7 @@ def test_functional_is_pure(path):
 
 
 def casts(call: ast.Call) -> bool:
-    """Whether a ``.to(...)`` changes the precision alone."""
+    """Return whether a ``.to(...)`` changes only the precision."""
     kind = re.compile(r"dtype|promote_types|torch\.(float|bfloat|double|half|int|long|bool)")
     return bool(call.args) and all(kind.search(ast.unparse(argument)) for argument in call.args) and not call.keywords
 
@@ -210,7 +210,7 @@ def inherited_docstrings():
 
 
 def described_above(sources: list[str]) -> dict[str, set[str]]:
-    """By class the methods that its bases describe: an override of one of them needs no docstring of its own."""
+    """Return, by class, the methods documented in its bases: overrides of these need no docstring."""
     classes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
     bases = {node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases] for node in classes}
     own = {node.name: {part.name for part in node.body if is_described(part)} for node in classes}
@@ -235,7 +235,7 @@ def test_everything_public_has_a_docstring(path, inherited_docstrings):
 
 
 def undescribed(body: list[ast.stmt], inherited: dict[str, set[str]], owner: str = "") -> list[str]:
-    """Line and name of public classes, functions and methods without a docstring, their own or a base's."""
+    """Return line and name of public classes, functions and methods without an own or inherited docstring."""
     missing = []
     for node in body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
@@ -258,7 +258,7 @@ def test_the_docstring_check_detects_a_missing_docstring():
 
 
 def needs_none(node: ast.stmt) -> bool:
-    """Overloads and setters are described where the function itself is."""
+    """Overloads and setters are documented with the function itself."""
     return any(
         ast.unparse(decorator).endswith(("overload", ".setter")) for decorator in getattr(node, "decorator_list", [])
     )
@@ -332,7 +332,7 @@ def private_overrides(sources: dict[str, str]) -> list[str]:
 
 
 def test_no_private_name_is_overridden_across_files():
-    """What a class in another file replaces is an override point: it has a public name and is described."""
+    """A method that a class in another file overrides is an override point: it needs a public name and a docstring."""
     found = private_overrides({relative(path): path.read_text() for path in FILES})
     assert not found, "\n".join(found)
 
@@ -346,7 +346,7 @@ def test_the_private_override_check_detects_an_override():
 
 
 def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
-    """Private names of other packages that a file reaches for, in attributes and in strings."""
+    """Return the private names of other packages that a file uses, in attributes and in strings."""
     named = {"_replace", "_asdict", "_fields", "_make"}
     found = []
     for node in ast.walk(tree):
@@ -379,7 +379,7 @@ def test_private_names_of_other_packages_are_used_only_in_compat():
 
 
 CONVERTED = {path.stem for path in PACKAGE.iterdir()} - {"__init__", "__main__", "cli"}
-"""Rooms whose own refusals all carry a code."""
+"""Rooms in which every raised error has a code."""
 
 CONTROL_FLOW = {
     ("tokenization/sandbox.py", "OutOfBounds"),
@@ -424,7 +424,7 @@ def coded_names(trees: Iterable[ast.AST]) -> set[str]:
 
 
 def uncoded_raises(tree: ast.AST, coded: set[str]) -> list[tuple[int, str]]:
-    """Line and name of what a file raises without a code; an exception at hand may be raised again."""
+    """Return line and name of errors that a file raises without a code; re-raising a caught exception is allowed."""
     caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
     found = []
     for node in ast.walk(tree):
@@ -468,7 +468,7 @@ def test_the_error_code_check_detects_a_missing_code():
 
 
 def test_the_import_check_detects_every_form_of_import():
-    """The reading above finds imports in functions, under conditions and in every spelling."""
+    """The check finds imports in functions, under conditions and in every form."""
     tree = ast.parse(
         "def f():\n    from rlhf_lightning import modules\nif True:\n    import rlhf_lightning.data.prompts as d\n"
     )
@@ -495,11 +495,11 @@ BUILDING_BLOCKS = {
     "rl_overoptimization_fit": "evaluation: over-optimisation",
     "rl_peak": "evaluation: over-optimisation",
 }
-"""Public functions of functional/ that are kept although nothing uses them yet, and what for."""
+"""Public functions of functional/ that nothing uses yet, with the reason for keeping them."""
 
 
 def test_every_function_is_used():
-    """Tests do not count: a formula that only its test calls is code without a user."""
+    """Uses in tests do not count: a formula that only its test calls is unused."""
     used: set[str] = set()
     for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -543,7 +543,7 @@ IMPORTS_BY_OWN_NAME = {
 
 
 def imports_by_name(tree: ast.AST) -> bool:
-    """Whether a file imports a module whose name is a value."""
+    """Return whether a file imports a module by a computed name."""
     names = ("import_module", "__import__")
     return any(
         getattr(node.func, "id", getattr(node.func, "attr", "")) in names

@@ -1,4 +1,4 @@
-"""`rlhf`: the table of commands, what is imported when, and how a failure is said."""
+"""Test `rlhf`: the table of commands, lazy imports, and error messages."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ ALL = {**cli.TRAINING_COMMANDS, **cli.TOOL_COMMANDS}
 
 @pytest.fixture
 def command(monkeypatch):
-    """Adds the command ``try`` and returns a list of what it was called with; its function can be set."""
+    """Add the command ``try``, whose function can be set; return the list of its calls."""
     calls: list = []
     module = types.ModuleType("tried")
     module.main = lambda argv: calls.append(argv)
@@ -174,7 +174,7 @@ def test_out_of_memory_names_the_settings_to_lower():
 
 
 def test_help_imports_neither_torch_nor_lightning(tmp_path):
-    """In a process of its own: what this one has imported would hide it."""
+    """Run in a separate process, because this process has already imported the packages."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = (
         "import os, sys; from rlhf_lightning.cli import main; status = main(['--help']); "
@@ -203,7 +203,7 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
 
 
 def test_error_output_is_printable(monkeypatch, capsys):
-    """What a sentence quotes may come from a model's folder, a file or a server, and by way of another package."""
+    """Quoted text may come from a model folder, a file or a server, also through another package."""
 
     def fails(argv):
         raise ValueError("cannot read \x1b[2J\u202eevil\u200b")

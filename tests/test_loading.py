@@ -1,4 +1,4 @@
-"""One way from what a user named to an object: what is taken, and the refusals."""
+"""Test loading of objects from user-given specs: accepted forms, and errors."""
 
 import json
 import sys

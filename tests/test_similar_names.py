@@ -1,4 +1,4 @@
-"""Test which known name an unknown name is taken for, and the hints when none is similar."""
+"""Test which known name an unknown name is resolved to, and the hints when none is similar."""
 
 import pytest
 

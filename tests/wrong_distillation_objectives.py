@@ -1,4 +1,4 @@
-"""Distillations with one mistake each, and the check that must notice it: the companion of `wrong_objectives`."""
+"""Distillation objectives with one mistake each, and the check that must detect it; see `wrong_objectives`."""
 
 import torch
 from wrong_objectives import caught_by

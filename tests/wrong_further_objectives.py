@@ -1,4 +1,4 @@
-"""Objectives with one mistake each where only a closer look shows it, and the check that must notice it."""
+"""Objectives with one hard-to-see mistake each, and the check that must detect it."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Objectives with one mistake each, of the kinds that people make, and the check that must notice it."""
+"""Objectives with one common mistake each, and the check that must detect it."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ CAUGHT_BY: dict[type, str] = {}
 """The check that must fail, by class."""
 
 NAMED: dict[type, str] = {}
-"""Words that the reason must have, by class."""
+"""Words that the reason must contain, by class."""
 
 
 def caught_by(check: str, words: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Objectives on the policy's own samples with one mistake each, and the check that must notice it."""
+"""Objectives on the policy's own samples with one mistake each, and the check that must detect it."""
 
 from dataclasses import replace
 from functools import partial
@@ -173,7 +173,7 @@ class PenaltyPaidTokenByToken(NashMDModule):
 
 @caught_by("best of three", "chosen must be a better sample than rejected")
 class RejectedOfTheFirstPrompt(OnlineDPOModule):
-    """A row within its prompt is taken for a row of the rollout: in the small world, no pair is left."""
+    """An index within a prompt is used as an index into the rollout: in the small world, no pair is left."""
 
     def pairs(self, rollout):
         found = super().pairs(rollout)

@@ -1,4 +1,4 @@
-"""Process reward models with one mistake each, and the check that must notice it: see `wrong_objectives`."""
+"""Process reward models with one mistake each, and the check that must detect it: see `wrong_objectives`."""
 
 import torch
 from wrong_objectives import caught_by

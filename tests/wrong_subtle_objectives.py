@@ -1,4 +1,4 @@
-"""Objectives with one subtle mistake each that leaves most numbers plausible, and the check that must notice it."""
+"""Objectives with one subtle mistake each that leaves most numbers plausible, and the check that must detect it."""
 
 import torch
 import torch.nn.functional as F

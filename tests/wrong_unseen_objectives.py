@@ -1,4 +1,4 @@
-"""Wrong objectives of kinds that no earlier page has; most of them say that no target is known."""
+"""Wrong objectives of further kinds; most of them declare that no target is known."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ class ReferenceOfChosenForBoth(DPOModule):
 
 @caught_by("padding", "or by a slice")
 class SlicedByTheLength(DPOModule):
-    """Takes the first n columns of a row for its n tokens, which hold for rows without a hole alone."""
+    """Treats the first n columns of a row as its n tokens, which is right only for rows without gaps."""
 
     def implicit_reward(self, pairs):
         sums = []
@@ -156,7 +156,7 @@ class BaselineOfTheNextGroup(DrGRPOModule):
 
 @caught_by("pull back", "must keep its gradient")
 class FarTokensPushedOn(GRPOModule):
-    """A dual clip that turns the sign round."""
+    """A dual clip with the wrong sign."""
 
     no_target = "none"
 

@@ -69,7 +69,7 @@ def table_of(outcomes: Sequence[dict[str, Any]], fronts: Sequence[str]) -> dict[
 
 
 def main() -> int:
-    """Run the probes, print the table and the broken ones, and write the results."""
+    """Run the probes, print the table and the failed probes, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "ci"), default="all")
     parser.add_argument("--front", nargs="*", default=list(FRONTS), choices=list(FRONTS))

@@ -42,7 +42,7 @@ def best_of_n(
     Each line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct).
     SFTDataModule reads the file; supervised fine-tuning on it is one round of RAFT (Dong et al., arXiv 2304.06767).
     --keep random is a control: fine-tuning on own samples without selection. Empty completions are never kept.
-    With --environment a demonstration is a whole episode; the policy's turns are learned.
+    With --environment a demonstration is a whole episode; the policy's turns are trained on.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.

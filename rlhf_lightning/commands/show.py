@@ -1,4 +1,4 @@
-"""``rlhf show``: show the tokens of rows, which of them are learned, and why rows are dropped."""
+"""``rlhf show``: show the tokens of rows, which of them are trained on, and why rows are dropped."""
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
@@ -62,7 +62,7 @@ def show(
     split: str = "train",
     html: str | None = None,
 ) -> int:
-    """Show the tokens of rows, coloured by whether they are learned, with weights, truncation and dropped rows.
+    """Show the tokens of rows, coloured by whether they are trained on, with weights, truncation and dropped rows.
 
     Args:
         data: a file, glob, folder or Hub name, as for training.

@@ -130,7 +130,7 @@ class Report:
         tokens: supervised tokens of the kept rows.
         escaped: kept rows whose text spells a control token, which is encoded as plain characters.
         merged: kept rows whose prompt and completion the tokenizer would encode differently if joined.
-        split: kept conversations that became one row per learned turn, because the template rewrites earlier turns.
+        split: kept conversations that became one row per trained turn, because the template rewrites earlier turns.
         last_turn: kept rows with several learned turns, if only the last is used.
         turns_cut: kept conversations with more than 256 learned turns; later turns are left out.
         assistant_first: kept rows that begin with the assistant; turns before the first user turn are context.

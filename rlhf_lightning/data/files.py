@@ -59,7 +59,7 @@ RawRow = dict[str, Any] | Unreadable
 
 
 class _DuplicateKey(Exception):
-    """An object has a key twice."""
+    """An object has a duplicate key."""
 
 
 def read_file(file: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:

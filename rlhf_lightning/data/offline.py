@@ -19,10 +19,10 @@ from rlhf_lightning.types import DemonstrationBatch, PreferenceBatch, ProcessBat
 
 class SFTDataModule(AlignmentDataModule):
     """Demonstrations: ``messages`` or ``conversations``, ``prompt`` + ``completion``, ``input`` + ``output``,
-    ``instruction`` (+ ``input``) + ``output``, or ``text`` alone (every token after the first is learned).
+    ``instruction`` (+ ``input``) + ``output``, or ``text`` alone (every token after the first is trained on).
 
-    In a conversation every assistant turn is learned, with its end token. If the chat template rewrites earlier turns,
-    each learned turn becomes a row with its own prompt.
+    In a conversation every assistant turn is trained on, with its end token. If the chat template rewrites earlier
+    turns, each trained turn becomes a row with its own prompt.
 
     Args:
         source: source of the demonstrations; see `AlignmentDataModule` for this and all other arguments.

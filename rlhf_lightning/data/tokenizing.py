@@ -84,7 +84,7 @@ class Outcome(NamedTuple):
         truncated: which of ``prompt`` and ``completion`` lost tokens.
         escaped: whether one of its texts spells a control token.
         merged: whether the tokenizer would encode prompt and completion differently if joined.
-        split: whether each learned turn became a row.
+        split: whether each trained turn became a row.
         last_turn: whether only the last of several learnable turns is learned.
         turns_cut: whether learned turns beyond the first 256 are left out.
         assistant_first: whether its conversation begins with the assistant.
@@ -105,7 +105,7 @@ class Outcome(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """One prompt with its completions, rendered: a whole row, or one learned turn of a row."""
+    """One prompt with its completions, rendered: a whole row, or one trained turn of a row."""
 
     texts: list[Rendered]
     context: Prompt | None
@@ -128,7 +128,7 @@ class Encoder:
         separator: text between two steps, if the completions of a row are the steps of one completion.
         rendered: whether plain text was written by a chat template, so that control tokens in it are real.
         slots: numeric columns that the objective asks for, by their new names.
-        turnwise: whether a conversation may become one row per learned turn.
+        turnwise: whether a conversation may become one row per trained turn.
         last_turn_only: whether only the assistant's last turn is learned.
         hands_on: whether further columns are used later (by a scorer).
         prefix: instruction to add to each prompt, in the system turn or as a paragraph before plain text.

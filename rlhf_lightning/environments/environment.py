@@ -64,7 +64,7 @@ class FaultTolerantEnvironment:
     """Wrap an environment and retry its faults; after the last attempt the run ends or the episode is dropped.
 
     A fault is an exception, a process that dies, a timeout, or a return value that is not a valid `Reply`. A dropped
-    episode has no score, so it is not learned from; ``rollout/score_missing`` counts it.
+    episode has no score, so it is not trained on; ``rollout/score_missing`` counts it.
 
     With ``seconds`` each reply comes from another process, which is killed at the time limit; the environment must be
     importable there, and its state must be in the episode. Without ``seconds``, replies come from ``threads`` threads;

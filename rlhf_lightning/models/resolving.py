@@ -41,7 +41,7 @@ def resolve_folder(name: str) -> str:
     """Return a name that transformers can load: Hub ids and folders unchanged, a .gguf file converted once.
 
     Raises:
-        MissingError: ``name`` looks like a path and nothing is there.
+        MissingError: ``name`` looks like a path, but nothing exists there.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":

@@ -41,7 +41,7 @@ class FaultTolerant(ScorerGroup):
     Args:
         scorer: a spec for `load_scorer`, a Scorer or a function; with ``seconds`` it must be picklable.
         on_fault: action after the last attempt. "raise" ends the run with the scorer's own message; "drop" gives no
-            score, so that the completion is not learned from; "zero" scores it 0, for faults caused by the completion.
+            score, so that the completion is not trained on; "zero" scores it 0, for faults caused by the completion.
         retries: further attempts for completions without a score.
         wait: wait before the first retry, seconds; doubles each time.
         seconds: time limit of one completion, without the start of its process; null sets none.

@@ -161,7 +161,7 @@ class Monitor(ScorerGroup):
     flagged.
 
     Actions: ``penalty`` subtracts ``penalty`` from the score of a flagged completion; ``screen`` removes its score, so
-    that it is not learned from; ``stop`` ends the run after a rollout with a share of flagged completions of at least
+    that it is not trained on; ``stop`` ends the run after a rollout with a share of flagged completions of at least
     ``stop_at``; ``watch`` only logs.
 
     Metrics: ``monitor_flagged``. With ``truth`` (which never changes a score) also ``hack_rate``, and the monitor's

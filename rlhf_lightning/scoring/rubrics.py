@@ -66,7 +66,7 @@ class RubricScorer(Scorer):
         judge_args: further arguments of the judge, such as ``model`` and ``read`` of a server.
         criteria: the rubric of all rows: a list, or a JSON file with a list; null reads the column ``rubric`` of each
             row. A criterion is a text, or {criterion: ..., weight: ..., name: ...}; a rubric may also be one text.
-        gold: a second judge, whose score is the part ``gold``; it is logged and not learned from.
+        gold: a second judge, whose score is the part ``gold``; it is logged and not trained on.
         gold_args: further arguments of the second judge.
         aggregation: "explicit" asks one question per criterion, "implicit" one per completion.
         dropout: probability of leaving out each criterion in a training rollout; at least one criterion is kept. The

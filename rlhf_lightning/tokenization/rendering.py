@@ -2,7 +2,7 @@
 
 The text of a prompt and its completion is the chat template's own rendering of the conversation. The prompt is rendered
 with its generation prompt. The completion is the rest of the rendering that includes the answer. Some templates rewrite
-earlier turns once the conversation continues (they drop old thoughts); then every learned turn gets its own prompt, see
+earlier turns once the conversation continues (they drop old thoughts); then every trained turn gets its own prompt, see
 `render_turns`.
 
 Spellings of control tokens in a content are replaced by guards before rendering (U+E000, a number, U+E001), so that

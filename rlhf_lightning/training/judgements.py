@@ -47,7 +47,7 @@ class PartSettings:
 
     Args:
         weights: weight of each part by name: a number, or the name of a data column with a number for each row. Parts
-            without a weight are logged and not learned from. null keeps the scorer's own score.
+            without a weight are logged and not trained on. null keeps the scorer's own score.
         conditions: condition under which a part counts, by part name, such as {short: "correct >= 1"}; otherwise the
             part is 0.
         normalize: order of summing and standardising. "sum_then_group" sums the parts, and the objective's own baseline

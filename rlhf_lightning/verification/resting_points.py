@@ -20,7 +20,7 @@ from scipy.special import log_expit, log_softmax
 from rlhf_lightning.verification.population import Array, Population
 
 STILL = 1e-9
-"""Largest component of a mean update that counts as zero."""
+"""Threshold below which a component of a mean update counts as zero."""
 
 Coefficients = Callable[[Array, Array, Population, Any], Array]
 """Coefficient c of each token, from policy (completions,), log-ratios (completions, length), problem and module."""

@@ -136,7 +136,7 @@ LISTED = {"class_path": "Ensemble", "init_args": {"scorers": [{"class_path": "Ze
 @pytest.mark.parametrize("scorer", [SUM, TOLERANT, LISTED, "ZeroScorer"])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_short_names_of_shipped_classes_work_at_every_depth(scorer, in_file, policy_folder, capsys):
-    """In a file, as a flag, alone, nested, and in a list."""
+    """Short names work in a file, as a flag, nested, and in a list."""
     arguments = {"init_from": policy_folder, "engine": {"class_path": "GenerateEngine"}}
     config = {
         "model": {"class_path": "GRPOModule", "init_args": arguments | ({"scorer": scorer} if in_file else {})},

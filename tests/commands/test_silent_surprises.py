@@ -43,7 +43,7 @@ def test_switching_between_on_policy_objectives_keeps_run_settings() -> None:
 
 
 def test_a_raised_bound_on_resume_replaces_the_other_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    """Three steps, within an epoch of eight; then more steps than an epoch has."""
+    """Train three steps of an epoch of eight, then raise the limit beyond one epoch."""
     run(["fit", *BASIC, "--run_name", "raised", "--trainer.max_steps", "3"])
     resumed = run(["fit", "--resume", "runs/raised", "--trainer.max_steps", str(UPDATES + 2)])
     assert resumed.model.updates == UPDATES + 2

@@ -92,7 +92,7 @@ def test_beta_dpo_statistics_move_a_tenth_of_the_way_from_zero():
 
 
 def test_beta_dpo_keeps_typical_pairs_and_never_lets_beta_vanish():
-    """The pair at 4 deviations has a weight of e^-8, against e^0 and e^-2 of the others: it is dropped."""
+    """The pair at 4 standard deviations has weight e^-8, the others e^0 and e^-2, so it is dropped."""
     margin = torch.tensor([0.2, 1.2, -1.8], dtype=torch.float64)
     left_out = []
     for seed in range(300):

@@ -15,7 +15,7 @@ EXAMPLE = [
     [NAN, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NAN],
     [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NAN],
 ]
-"""Four observers on twelve units, from the paper, which gives its alphas to three digits."""
+"""Krippendorff's example of four observers and twelve units; the paper gives alpha to three digits."""
 
 
 @pytest.mark.parametrize(("metric", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])

@@ -72,7 +72,7 @@ def changed(parts: Any, change: Any, least: int) -> Any:
 
 
 def padded(parts: Any, left: int, right: int) -> Any:
-    """Return the same tuple with padding cells added to its grids."""
+    """Return the same tuple with padding positions added to its tensors."""
     return changed(parts, lambda grid: F.pad(grid, (left, right)), 2)
 
 

@@ -1,7 +1,7 @@
 """Build every decoder family of the installed transformers in small, and compare our code paths with its own forward.
 
-``python tests/models/families.py`` measures all of them and writes docs/families.md; names of families or of columns as
-arguments measure these alone.
+``python tests/models/families.py`` measures all of them and writes docs/families.md; arguments restrict the measurement
+to the named families or columns.
 """
 
 import copy
@@ -70,7 +70,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
 }  # fmt: skip
-"""Settings that a config's defaults lack, where no model can be built of them alone."""
+"""Settings for configs whose defaults are not enough to build a model."""
 
 NOT_SMALL = {
     "blt": "its patcher, encoder and decoder have configs whose widths depend on each other",
@@ -113,7 +113,7 @@ ONE_EACH = Sequences(TREE.prompts, TREE.completions[:3], (0, 1, 2), TREE.supervi
 
 
 def names() -> list[str]:
-    """Every name that transformers builds a causal language model for."""
+    """Every model type for which transformers has a causal language model."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -155,7 +155,9 @@ def sampled(policy: CausalLM, prompts: list[torch.Tensor], slots: int | None = N
 
 
 def trained(policy: CausalLM) -> float:
-    """0 if every adapted layer of the text model gets a gradient; layers of towers and of unchosen experts may not."""
+    """Return 0 if every adapted layer of the text model gets a gradient; image layers and unselected experts are
+    exempt.
+    """
     policy(padded_layout(TREE)).logprobs.sum().backward()
     weights = [(key, w) for key, w in policy.model.named_parameters() if w.requires_grad and "lora_" in key]
     given = [key for key, w in weights if w.grad is not None and bool(w.grad.any())]
@@ -180,7 +182,9 @@ def rewarded(name: str, folder: Path) -> float:
 
 
 def valued(policy: CausalLM, lora: LoraSettings) -> float:
-    """How far a shared critic's values are from its head's product with the trunk's states of each sequence alone."""
+    """Return the difference of a shared critic's values from its head applied to the hidden states of single
+    sequences.
+    """
     critic = add_critic(policy, lora)
     torch.nn.init.normal_(critic.score.weight)
     with torch.no_grad():
@@ -196,7 +200,7 @@ def valued(policy: CausalLM, lora: LoraSettings) -> float:
 
 
 def quantized(folder: Path, lora: LoraSettings) -> float:
-    """How far an adapter on a backbone of 4 bits is from that model's own forward; it must get gradients too."""
+    """Return the difference of an adapter on a 4-bit backbone from the model's own forward; check its gradients."""
     policy = load_policy(str(folder), LoadSettings(quantization="nf4"), lora)
     check_weights(policy)
     trained(policy)
@@ -205,7 +209,7 @@ def quantized(folder: Path, lora: LoraSettings) -> float:
 
 
 def reloaded(policy: CausalLM, folder: Path) -> float:
-    """How far an exported folder is, as transformers loads it."""
+    """Return the difference of the exported folder, loaded by transformers, from the policy."""
     export_policy(policy, tiny_tokenizer(), folder)
     again = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     with torch.no_grad():
@@ -218,7 +222,7 @@ def reloaded(policy: CausalLM, folder: Path) -> float:
 
 
 def cell(measure: Callable[[], float]) -> str:
-    """``right``, how wrong, or the code of a refusal."""
+    """Return ``right``, the size of the error, or the code of a refusal."""
     try:
         found = measure()
     except ModelError as error:
@@ -229,7 +233,7 @@ def cell(measure: Callable[[], float]) -> str:
 
 
 def measure(name: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> dict[str, str]:
-    """Every column of a family, and ``path``: how it is forwarded and decoded."""
+    """Return every column of a family, and ``path``: its forward and decoding methods."""
     if name in NOT_SMALL:
         return {"path": f"not built small: {NOT_SMALL[name]}"}
     build(name, AutoModelForCausalLM).save_pretrained(folder / "whole")
@@ -264,7 +268,7 @@ def measure(name: str, folder: Path, columns: tuple[str, ...] = COLUMNS) -> dict
 
 
 def partly_refused(found: Mapping[str, str]) -> bool:
-    """Whether a family that loads is right but for a column that is refused, the reward head not counted."""
+    """Whether a loaded family is right except for one refused column, not counting the reward head."""
     refused = any(value.startswith("refused") for column, value in found.items() if column != "reward head")
     return refused and not found["path"].startswith("refused") and not wrong(found)
 
@@ -295,7 +299,7 @@ together, in batches of `equal` lengths, or `uncached`. The last column is an ad
 
 
 def page(table: Mapping[str, Mapping[str, str]]) -> str:
-    """The page of measured families."""
+    """Return the page of measured families."""
     built = {n: f for n, f in table.items() if not f["path"].startswith("not built")}
     refused = sum(f["path"].startswith("refused") for f in built.values())
     faulty = sum(bool(wrong(f)) for f in built.values())

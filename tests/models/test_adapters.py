@@ -68,7 +68,7 @@ def test_adapter_switches_can_be_nested(policy_folder: str) -> None:
 
 
 def test_pefts_set_adapter_would_freeze_the_critic(policy_folder: str) -> None:
-    """The reason for a switch of one's own; when this fails, peft has learnt to leave requires_grad alone."""
+    """The reason for the package's own switch; if this fails, peft no longer changes requires_grad."""
     policy = with_critic(policy_folder)
     trained = trainable(policy)
     with policy.model.disable_adapter():
@@ -108,7 +108,7 @@ def test_an_adapter_of_another_architecture_is_refused(policy_folder: str, tmp_p
 
 
 def test_activation_checkpointing_recomputes_with_the_adapter_of_the_forward(policy_folder: str) -> None:
-    """One backward pass through three forward passes with different adapters, long after switching back."""
+    """One backward pass through three forward passes with different adapters, after switching back."""
     found = []
     for checkpointing in (False, True):
         policy = with_critic(policy_folder, LoadSettings(activation_checkpointing=checkpointing)).train()

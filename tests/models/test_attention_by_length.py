@@ -25,7 +25,7 @@ def by_lengths(
     query: Tensor, key: Tensor, value: Tensor, asking: Tensor, seen: Tensor, longest_asking: int, longest_seen: int, *,
     scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False, at_the_end: bool = True,
 ) -> Tensor:  # fmt: skip
-    """A kernel as documented; with ``at_the_end`` false the first cells of a piece and of what it sees are in line."""
+    """A kernel as documented; with ``at_the_end`` false, queries and keys of a piece are aligned at their start."""
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
     assert int(asking.diff().max()) == longest_asking and int(seen.diff().max()) == longest_seen
     parts = []

@@ -75,7 +75,7 @@ def test_matches_are_ones_on_greedy_completions(policy: CausalLM) -> None:
 
 
 def noisy_pads(layout: Layout, lengths: list[int], extra: int) -> Layout:
-    """The same rows, wider, with random tokens in the free cells."""
+    """The same rows with wider padding that contains random tokens."""
     rows, width = layout.input_ids.shape
     ids = torch.randint(0, VOCABULARY, (rows, width + extra), generator=torch.Generator().manual_seed(1))
     for row, length in enumerate(lengths):

@@ -60,7 +60,7 @@ def test_compiled_layers_give_the_same_gradients(folder: str) -> None:
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
 def test_the_number_of_graphs_does_not_depend_on_shapes(folder: str, lora: Any, quick: None) -> None:
-    """What makes a kind: gradient or none, one row or several, a mask or none, adapters on or off."""
+    """A kind of pass depends on: gradient, one row or several, attention mask, active adapters."""
     sizes = [(1, None), (2, 1), (3, None), (4, 2)]
     steps = [preference_step(random_pairs(count, seed=count), micro) for count, micro in sizes]
     assert len({tuple(step.micro_batches[0].sequences.lengths) for step in steps}) == len(steps)

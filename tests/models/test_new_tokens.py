@@ -1,4 +1,4 @@
-"""Test new tokens, stop tokens, vocabularies of other sizes, and rows beyond a switch of rotary positions."""
+"""Test new tokens, stop tokens, vocabularies of different sizes, and rows beyond the LongRoPE switch length."""
 
 import json
 from pathlib import Path

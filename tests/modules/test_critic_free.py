@@ -342,7 +342,7 @@ def test_invariants_are_logged_as_metrics(policy_folder: str) -> None:
 
 
 class LateScoreModule(modules.RLOOModule):
-    """Puts the score one token early."""
+    """Adds the score one token too early."""
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         return super().shape_rewards(rollout).roll(-1, dims=1)

@@ -185,7 +185,7 @@ def test_a_custom_objective_of_twenty_lines_trains(policy_folder: str) -> None:
 
 
 class ReferenceFreeModule(DPOModule):
-    """Needs no reference, weighs by length, and tells more than its loss."""
+    """Needs no reference, weights by length, and returns metrics."""
 
     needs_reference = False
 

@@ -93,7 +93,7 @@ def test_pairs_are_best_against_worst_without_ties() -> None:
 
 
 def logprobs_of(by_reference: bool = False) -> PreferenceLogprobs:
-    """Margin 0.7, policy's sums -10 (chosen) and -11 (rejected), labelled 0.8."""
+    """A pair with margin 0.7, policy log-probabilities -10 (chosen) and -11 (rejected), and label 0.8."""
     columns = [torch.tensor([[value]], dtype=torch.float64) for value in (-10.0, -11.0, -10.5, -10.8)]
     mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     by = torch.tensor([by_reference])
@@ -184,7 +184,7 @@ def test_scores_rise_and_constant_scores_change_nothing(policy_folder: str, name
 
 
 def _repeated(batch: PromptBatch, times: int) -> PromptBatch:
-    """The same questions several times, each with episodes and groups of its own."""
+    """The same questions several times, each with its own episodes and groups."""
     count, groups = len(batch.prompts), int(batch.group.max()) + 1
     return batch._replace(
         prompts=batch.prompts * times,

@@ -48,7 +48,7 @@ def nothing(prompts: Any, completions: list[str], **columns: Any) -> list[float]
 
 
 class KeepingModule(PPOModule):
-    """Keeps its rollouts."""
+    """Records its rollouts."""
 
     def collect(self, *batches: PromptBatch) -> Rollout:
         found = super().collect(*batches)
@@ -167,7 +167,7 @@ def test_at_the_first_update_the_ratio_is_1_and_the_kl_0(policy_folder: str, lor
 
 
 def worked_rollout(values: list[float], more: int = 0) -> Rollout:
-    """The worked episode of three tokens, and one of a single token."""
+    """The hand-computed episode of three tokens, and an episode of one token."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
     rows = len(mask)
     second = [0.5, *([0.25] if more else [])]
@@ -515,7 +515,7 @@ def test_counters_and_rollout_metrics_by_hand(policy_folder: str, many_ends: tup
 
 
 class ShortAnswersModule(PPOModule):
-    """An objective of one's own: each token costs, and the policy loss is plain REINFORCE."""
+    """A custom objective: each token has a cost, and the policy loss is plain REINFORCE."""
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         return super().shape_rewards(rollout) - 0.2 * rollout.completion_mask

@@ -86,7 +86,9 @@ class CopiesModule(PPOModule):
 
 
 def in_double(module: Any) -> Any:
-    """The module in double precision: twelve updates enlarge what rounding leaves. Scores stay in single precision."""
+    """The module in double precision, because twelve updates amplify rounding errors. Scores stay in single
+    precision.
+    """
     load = module.load_models
 
     def load_in_double() -> None:
@@ -236,7 +238,7 @@ def test_a_checkpoint_has_only_policy_and_critic_adapters(checkpoint: tuple[Any,
 def test_folder_and_checkpoint_contain_only_trained_weights(
     checkpoint: tuple[Any, Path], stages: dict[str, str], tmp_path: Path
 ) -> None:
-    """Weights of the adapter, and of the checkpoint those of both adapters and the head with Adam's two moments."""
+    """The folder has the adapter's weights; the checkpoint has both adapters and the head, with Adam's two moments."""
     module, path = checkpoint
     folder = module.export(tmp_path / "ppo")
     stored = load_file(folder / "adapter_model.safetensors")

@@ -20,7 +20,7 @@ N_CHOSEN, N_REJECTED = [5, 6, 4], [5, 4, 8]
 
 
 def spread(totals: list[float], lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
-    """Tokens of unequal size that sum to the totals, and their mask."""
+    """Token log-probabilities of different sizes that sum to the totals, and their mask."""
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     shares = torch.where(mask, torch.arange(1.0, width + 1, dtype=torch.float64), 0.0)
     return torch.tensor(totals, dtype=torch.float64)[:, None] * shares / shares.sum(-1, keepdim=True), mask
@@ -72,7 +72,7 @@ def on_the_first_token(logprobs: PreferenceLogprobs) -> PreferenceLogprobs:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"LDDPOModule"}))
 def test_losses_depend_only_on_sequence_logprobs(name: str) -> None:
-    """The worked numbers of tests/functional stand on the first token; this carries them to any completion."""
+    """The worked numbers of tests/functional use one token; this test extends them to any completion."""
     losses = values(unloaded(name), fixture())
     assert losses.shape == (3,)
     torch.testing.assert_close(values(unloaded(name), on_the_first_token(fixture())), losses)
@@ -175,7 +175,7 @@ def test_beta_dpo_adapts_beta_to_the_margins() -> None:
 
 
 def test_beta_dpo_ignores_non_finite_margins() -> None:
-    """The update is skipped for its gradient; what moves with the margins must not be NaN from then on."""
+    """The update is skipped because of its gradient; the running margin statistics must not become NaN."""
     module = unloaded("BetaDPOModule", keep=0.67)
     module.margin_mean, module.margin_std = 0.2, 0.3
     spoilt = fixture()
@@ -197,7 +197,7 @@ def test_beta_dpo_filters_pairs_and_validation_keeps_its_statistics() -> None:
 
 
 class OnlyOneOrder(DPOModule):
-    """Its loss of the swapped pair is infinite, and so is its slope."""
+    """Its loss of the swapped pair and the gradient of that loss are infinite."""
 
     def pair_loss(self, pair: PreferenceLogprobs) -> Loss:
         loss = -torch.log(pair.margin.clamp_min(0.0))
@@ -205,7 +205,7 @@ class OnlyOneOrder(DPOModule):
 
 
 def test_a_zero_weight_order_may_have_an_infinite_loss() -> None:
-    """0 * inf is NaN, in the loss and in its gradient: the side must not be computed, or with other values."""
+    """0 * inf is NaN, in the loss and in its gradient: so that side must not be computed, or only with other values."""
     module = OnlyOneOrder(init_from="nowhere")
     margin = torch.tensor([0.5, -0.25, 2.0], dtype=torch.float64)
     for target in ([1.0, 0.0, 1.0], [1.0, 1.0, 1.0]):

@@ -61,7 +61,7 @@ def moved(module: Any) -> Any:
 
 
 class WPOBCOPairModule(modules.WPOWeighting, modules.BCOPairModule):
-    """Weighs pairs by the policy and couples them: what WPO asks of the forward has to reach a coupled step."""
+    """Weights pairs by the policy and couples them: the statistics that WPO requests must reach a coupled step."""
 
 
 def labelled(kind: type[DPOModule], micro: int | None) -> Step[Any]:
@@ -373,7 +373,7 @@ WORTH = torch.randn(WORDS, generator=torch.Generator().manual_seed(17))
 
 
 def judged_pairs(count: int, seed: int, told: bool = True) -> list[Any]:
-    """Pairs of answers of four words; ``told`` whether the label follows their worth, or a coin."""
+    """Pairs of answers of four words; ``told``: whether the label follows their value or is random."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _ in range(count):

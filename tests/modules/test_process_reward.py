@@ -31,7 +31,7 @@ from rlhf_lightning.types import Loss, ProcessBatch, ProcessScores, Step
 
 
 class ScoreOfTokens(nn.Module):
-    """A reward model that scores a position by the token there: one free number for each token."""
+    """A reward model that scores a position by its token, with one free parameter per token."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()
@@ -62,7 +62,9 @@ def process_step(rows: list[tuple[list[int], list[list[int]], list[float]]], mic
 
 
 def with_scores(judged: list[Judged], **settings: Any) -> tuple[ProcessRewardModule, list[Any]]:
-    """A module whose steps have exactly these scores; each step is a filler token, worth 9, and one of its own."""
+    """A module whose steps have exactly these scores; each step is a filler token with score 9 and a token of its
+    own.
+    """
     module = settings.pop("kind", ProcessRewardModule)(init_from="unread", **settings)
     flat = [score for scores, _ in judged for score in scores]
     module.reward_model, module._models_loaded = ScoreOfTokens([*flat, 9.0]), True
@@ -109,7 +111,7 @@ def test_the_gradient_equals_that_of_the_weighted_mean_over_steps(micro: int | N
 
 
 class OnlyFirstErrors(ProcessRewardModule):
-    """Steps behind the first wrong one are not learned from."""
+    """Steps after the first wrong step are not trained on."""
 
     def process_loss(self, scores: ProcessScores) -> Loss:
         kept = (scores.position == 0).float()
@@ -136,7 +138,7 @@ def test_a_rank_without_rows_joins_with_loss_zero() -> None:
 
 
 def judged_rows(count: int, seed: int = 0) -> list[Any]:
-    """Rows of one to three steps of words, the separator a word of its own (w20), the end token last."""
+    """Rows of one to three steps of words; the separator is the word w20, and the end token comes last."""
     rows = []
     for number in range(count):
         parts = random_rows(1 + number % 3, seed=seed + 10 * number, completion=4)
@@ -210,7 +212,7 @@ def test_the_exported_model_scores_steps_as_the_trained_one(
 
 
 def test_predictions_pair_each_step_with_its_label(policy_folder: str, write_rows: Any, cache: Any) -> None:
-    """The module says the separator, the DataModule writes it, and predictions give each step its label back."""
+    """The module sets the separator, the DataModule writes it, and predictions pair each step with its label."""
     rows = [{"prompt": f"w{30 + i}", "completions": ["w7", "w8 w9"], "labels": [True, i % 2 == 0]} for i in range(6)]
     module = ProcessRewardModule(init_from=policy_folder, step_separator=" w20 ", learning_rate=1e-3)
     data = ProcessDataModule(write_rows(rows), eval_rows=2, batch_size=2, micro_batch_size=1)
@@ -233,7 +235,7 @@ def test_training_reaches_full_step_accuracy(policy_folder: str) -> None:
 
 
 def test_scores_are_log_odds_without_bias(tmp_path: Path) -> None:
-    """Also where training starts from a reward model whose scores are relative to its demonstrations."""
+    """This also holds if training starts from a reward model with a score bias."""
     module = ProcessRewardModule(init_from=save_reward_model(tmp_path / "reward", score_bias=3.0))
     fit(module, [process_step(ROWS)])
     assert module.reward_model.bias == 0.0

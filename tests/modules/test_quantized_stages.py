@@ -47,13 +47,13 @@ PPO: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose matrices are whole blocks of 64, with weights as narrow as a trained model's."""
+    """A model whose matrix sizes are multiples of 64, with weights of the size of a trained model's."""
     folder = tmp_path_factory.mktemp("blocks") / "policy"
     return save_policy(folder, hidden_size=64, intermediate_size=128, initializer_range=0.08)
 
 
 class Trained:
-    """A stage that was trained: its module, what it logged, and its folder."""
+    """A trained stage: its module, its logged metrics, and its folder."""
 
     def __init__(self, module: Any, steps: list[Any], folder: Path) -> None:
         self.module, self.log = module, MetricsLog()

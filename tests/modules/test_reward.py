@@ -31,7 +31,7 @@ from rlhf_lightning.types import Loss, RankedScores
 
 
 class ScoreTable(nn.Module):
-    """A reward model that scores a completion by its last token: one free number for each token."""
+    """A reward model that scores a completion by its last token, with one free parameter per token."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_soft_labels_and_margins_affect_the_gradient() -> None:
 
 
 class BestOnlyModule(RewardModule):
-    """An objective of its own, with a metric."""
+    """A custom objective with a metric."""
 
     def ranking_loss(self, scores: RankedScores) -> Loss:  # type: ignore[override]
         best = torch.stack([scores.scores[(scores.group == g) & (scores.ranks == 0)].mean() for g in range(2)])
@@ -160,7 +160,7 @@ def test_a_custom_reward_objective_trains_and_logs_its_metrics() -> None:
 
 
 class RecordedModule(RewardModule):
-    """Remembers the scores of the best-ranked completions of each training step."""
+    """Records the scores of the best-ranked completions of each training step."""
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         if torch.is_grad_enabled():

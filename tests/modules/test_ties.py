@@ -1,4 +1,4 @@
-"""Ties, from rows that people have voted on to reward models that read them."""
+"""Test ties, from votes in the data to reward models that train on them."""
 
 import math
 
@@ -77,7 +77,7 @@ def test_davidson_loss_by_hand():
 
 
 def test_davidson_recovers_the_generating_scores():
-    """The population: every pair of four completions, won, lost and tied as often as the model says."""
+    """The population: every pair of four completions, with the win, loss and tie probabilities of the model."""
     scores, share = torch.tensor([0.9, 0.1, -0.4, -0.6], dtype=torch.float64), 0.4
     nu = 2 * share / (1 - share)
     module, _ = with_scores([([0.0] * 4, [0] * 4)], kind=DavidsonModule, tie_share=share)

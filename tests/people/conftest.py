@@ -27,7 +27,7 @@ def ranked_item(number: int, count: int = 4) -> Item:
 
 
 def label(store: FeedbackStore, annotator: str, answer: Answer | Callable[[Any], Answer], key: str = "") -> Any:
-    """Judge what comes next; returns the assignment and the row number."""
+    """Judge the next item; return the assignment and the row number."""
     asked = store.next(annotator)
     assert asked is not None, f"nothing is left for {annotator}"
     said = answer(asked) if callable(answer) else answer

@@ -76,7 +76,7 @@ def test_several_models_can_be_named(flags, monkeypatch):
 
 
 def test_annotate_labels_and_exports_end_to_end(policy_folder, monkeypatch, capsys):
-    """The server itself is replaced by a client that labels everything and goes."""
+    """The server is replaced by a client that labels everything and disconnects."""
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("ab", "cd", "ef")))
 
     def label_all(server, sockets):
@@ -103,7 +103,7 @@ def test_annotate_labels_and_exports_end_to_end(policy_folder, monkeypatch, caps
 
 
 def test_items_are_ordered_by_reward_model_uncertainty(reward_folder, monkeypatch, capsys):
-    """The order in which items are given out is that of the reward model's doubt."""
+    """Items are assigned in the order of the reward model's uncertainty."""
     rows = [{"prompt": f"q {n}", "chosen": "yes" * (n + 1), "rejected": "no" * (5 - n)} for n in range(5)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scorer, doubts = LearnedScorer(reward_folder), {}
@@ -128,7 +128,7 @@ def test_items_are_ordered_by_reward_model_uncertainty(reward_folder, monkeypatc
 
 
 def test_the_remaining_count_includes_unsampled_prompts(policy_folder, monkeypatch, capsys):
-    """And the columns that training will not take from the file are named."""
+    """Columns of the file that training ignores are named too."""
     rows = [{"prompt": f"p {n}", "chosen": "a", "margin": 1, "topic": "t"} for n in range(5)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen = []

@@ -1,4 +1,4 @@
-"""Records of Argilla and Label Studio: read, written, and the same after both."""
+"""Test import and export of Argilla and Label Studio records, and their round trip."""
 
 import json
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_a_store_survives_export_and_import(make_store, tool, tmp_path):
         again = records_of(connection, tool, NO_LIMIT)
 
     def told(many):
-        """Judgements with the place of their item among those judged: a store numbers items with gaps."""
+        """Return judgements with the index of their item among judged items, because store numbers have gaps."""
         places = {number: place for place, number in enumerate(sorted({one.item for one in many}))}
         return sorted((one.annotator, places[one.item], one.verdict, one.ranks) for one in many)
 

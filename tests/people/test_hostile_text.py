@@ -12,7 +12,7 @@ from rlhf_lightning.people.hostile_text import completion_shown, shown_text, to_
 
 
 class Seen(HTMLParser):
-    """Text of a page as a browser draws it, with list numbers."""
+    """Text of a page as a browser renders it, with list numbers."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ def seen(html):
 
 
 def core(text):
-    """Everything but white space and what Markdown uses as markup."""
+    """Everything except white space and Markdown markup."""
     return "".join(one for one in text if not one.isspace() and one not in "\\`*_#>-+|~:=.)")
 
 
@@ -42,7 +42,7 @@ IGNORABLE = [
     *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x2800, 0x3164, *range(0xFE00, 0xFE10), 0xFEFF, 0xFFA0,
     *range(0xFFF0, 0xFFFC), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B), *range(0xE0000, 0xE1000),
 ]  # fmt: skip
-"""Code points that Unicode lets a program draw as nothing, the braille blank, and the controls of direction."""
+"""Code points that may be rendered as nothing, the braille blank, and direction controls."""
 
 
 def test_every_invisible_character_is_escaped():

@@ -43,12 +43,12 @@ PAIR = (Candidate("a"), Candidate("b"))
 
 
 def gold(prompt, completion):
-    """Vowels are what is wanted."""
+    """Score completions by their vowels."""
     return sum(letter in "aeiou" for letter in completion) / 6
 
 
 class LaterLabeller(Labeller):
-    """Prefers what comes later in the alphabet; an AI that is asked once for each pair would look like this."""
+    """Prefers the completion that comes later in the alphabet, like an AI labeller that is asked once per pair."""
 
     def label(self, store, count, more):
         while store.labels() < count:
@@ -75,7 +75,7 @@ def flags(policy_folder, monkeypatch, tmp_path):
 
 
 def steps_of(folder):
-    """What is the same for the same loop: everything but times, and the folders that carry them."""
+    """Return everything that must be equal for the same loop: all files except times and the folders named by them."""
     steps = json.loads((folder / "state.json").read_text())["steps"]
     return {
         name: {
@@ -253,7 +253,7 @@ def test_a_damaged_state_file_is_refused(tmp_path, text):
 
 
 def test_resuming_with_edited_files_is_refused(tmp_path):
-    """By what they hold: a comment changes nothing."""
+    """Files are compared by content; a comment changes nothing."""
     settings = {}
     for name in loop_steps.FILES:
         settings[name] = str(tmp_path / f"{name}.{'yaml' if 'config' in name else 'jsonl'}")
@@ -272,7 +272,7 @@ def test_resuming_with_edited_files_is_refused(tmp_path):
 
 
 def test_a_loop_with_ppo_and_an_ensemble_needs_no_gold_reward(flags, policy_folder):
-    """A labeller of one's own, PPO, two reward models that say what to ask next, each round from the one before."""
+    """Use a custom labeller, PPO, and two reward models for selection; each round starts from the previous one."""
     at = flags.index("--labeller")
     flags = [*flags[:at], "--labeller", f"{__name__}.LaterLabeller", *flags[at + 4 : -4], *flags[-2:]]
     more = ["--policy-config", "ppo.yaml", "--members", "2", "--select", "disagreement", "--start", "latest"]
@@ -346,7 +346,7 @@ def test_the_loop_waits_for_human_labels(tmp_path, capsys):
 
 
 def skipper(port, skips, count):
-    """Somebody who skips so many pairs and then judges; in a thread."""
+    """An annotator, in a thread, who skips the given number of pairs and then judges."""
 
     def work():
         page = Page(f"http://127.0.0.1:{port}")
@@ -404,7 +404,9 @@ def test_a_port_in_use_is_refused_before_sampling(flags, capsys):
 
 
 def test_the_page_shows_the_labels_left_in_the_round(tmp_path):
-    """Labels that the round wants, however many pairs are sampled; then that another round may come."""
+    """The page shows the labels that the round needs, for any number of sampled pairs; then it announces another
+    round.
+    """
     with FeedbackStore(tmp_path / "f.db", Policy(repeats=0.0)) as store:
         store.add(Item(f"q {n}", PAIR) for n in range(9))
         supply = Supply(store, 2, lambda: False)

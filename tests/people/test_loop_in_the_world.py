@@ -1,4 +1,4 @@
-"""Labels of simulated annotators make a better policy: the shipped loop in the assistant world, at its real size."""
+"""Labels of simulated annotators improve the policy: the shipped loop in the assistant world, at full size."""
 
 import json
 from pathlib import Path

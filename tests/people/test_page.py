@@ -73,7 +73,7 @@ def enter(browser, address, name, width=1280, **context):
 
 
 def judged(store, count):
-    """The judgements, once there are so many: the page saves in the background."""
+    """Wait for a number of judgements, because the page saves in the background, and return them."""
     for _ in range(600):
         with store.reading() as connection:
             if len(found := judgements_of(connection)) == count:
@@ -83,7 +83,7 @@ def judged(store, count):
 
 
 def press(page, *keys):
-    """Press keys one after the other, waiting for what each saves."""
+    """Press keys one after the other, waiting until each is saved."""
     for key in keys:
         page.keyboard.press(key)
         page.wait_for_selector("body:not(.busy)")

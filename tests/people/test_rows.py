@@ -1,4 +1,4 @@
-"""From judgements to rows, by value, and from a store to batches and runs."""
+"""Test conversion of judgements to rows, and of a store to batches and runs."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ FORM_COLUMNS = [
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "demonstration", "prompt"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_prompt_columns_cannot_overwrite_label_columns(make_store, ready, kind, count):
-    """Columns of the prompt file never change what people said or how a row trains."""
+    """Columns of the prompt file never change labels or the training of a row."""
     plain, filled = ({"topic": "t"}, {"topic": "t", **{name: "from the file" for name in FORM_COLUMNS}})
     filled |= {"weight": 9.0, "margin": 3.0, "preference": 0.1, "label": False, "ranks": [1, 0, 0], "labels": [0]}
     modules = {"preference": PreferenceDataModule, "unpaired": UnpairedDataModule, "demonstration": SFTDataModule}
@@ -125,7 +125,7 @@ def test_edited_completions_become_demonstrations(make_store):
 
 
 def test_reliability_downweights_random_annotators(make_store):
-    """Four agree on every item; the fifth says the opposite of them half of the time, and takes nothing away."""
+    """Four annotators agree on every item; the fifth contradicts them half of the time, without changing the result."""
     store = make_store(24, annotators=5)
     for n in range(24):
         for name in "abcd":
@@ -140,7 +140,7 @@ def test_reliability_downweights_random_annotators(make_store):
 
 
 def test_labels_can_be_filtered_by_annotator(make_store, ready, tmp_path):
-    """Trained on some and evaluated on others: a split by annotators."""
+    """Train on some annotators and evaluate on others."""
     store = make_store(2, annotators=3)
     for _ in range(2):
         for name, answer in (("ann", prefer(0)), ("bob", prefer(1)), ("cat", prefer(1))):
@@ -263,7 +263,7 @@ def test_plain_pairs_are_exported_to_parquet(make_store, tmp_path):
 
 
 def test_reward_model_and_dpo_train_from_the_store(make_store, policy_folder, tmp_path, monkeypatch):  # noqa: F811
-    """config.yaml has the row number and the manifest its fingerprint; run again later, it is the same run."""
+    """config.yaml has the row number and the manifest the fingerprint, so a later rerun gives the same result."""
     from rlhf_lightning.commands.train import run
 
     monkeypatch.chdir(tmp_path)

@@ -134,7 +134,7 @@ def test_cross_site_requests_are_refused(make_client):
                "http://localhost:8765/", "http://a@localhost:8765", "null", "", "http://localhost:99999999"],
 )  # fmt: skip
 def test_requests_with_another_origin_are_refused(make_client, origin):
-    """By scheme, host and port; an invalid address counts as another site."""
+    """Origins are compared by scheme, host and port; an invalid origin counts as another site."""
     client = make_client(1)
     answer = client.post("/api/undo", json={"key": "k" * 16}, headers={"origin": origin})
     assert (answer.status_code, answer.headers["x-content-type-options"]) == (403, "nosniff")
@@ -187,7 +187,7 @@ def test_cookies_are_secure_over_https(make_store):
 
 
 def test_a_stale_page_cannot_judge_items_of_another_store(make_client, make_store):
-    """As over two rounds of a loop, whose assignments have the same numbers."""
+    """In two rounds of a loop, assignments have the same numbers."""
     client, other = make_client(2), TestClient(make_app(make_store(2, name="round_1.db")), base_url=SITE)
     other.post("/api/enter", json={"name": "ann"})
     mine, theirs = item_of(client), item_of(other)
@@ -389,7 +389,7 @@ def test_results_show_agreement_of_two_annotators(make_client, make_store):
 
 
 def labelled(make_client, *answers):
-    """A client who has judged one pair after the other."""
+    """A client that has judged several pairs."""
     client = make_client(len(answers))
     for number, answer in enumerate(answers):
         assert judge(client, item_of(client), key=f"key {number} of 16 or more", **answer).is_success
@@ -445,7 +445,7 @@ def test_only_the_owner_sees_all_labels(make_client, tmp_path):
 
 
 def test_the_printed_training_command_runs(make_store, policy_folder):
-    """A pasted command: it names the store and the policy that wrote most of the completions."""
+    """The printed command names the store and the policy that wrote most of the completions."""
     from rlhf_lightning.commands.train import run
 
     items = [
@@ -466,7 +466,7 @@ def test_the_printed_training_command_runs(make_store, policy_folder):
 
 @pytest.mark.parametrize("labels", [200, pytest.param(5000, marks=pytest.mark.slow)])
 def test_eight_concurrent_annotators_store_each_label_once(make_store, labels):
-    """Every request is sent twice, as a page does whose answer got lost; two of the pairs are ranked lists."""
+    """Every request is sent twice, as a page does after a lost response; two of the items are ranked lists."""
     store = make_store([*(pair(n) for n in range(labels // 4 - 2)), *(ranked_item(n) for n in range(2))], annotators=4)
     app, confirmed, failures = make_app(store), [], []
 

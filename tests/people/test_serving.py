@@ -18,7 +18,7 @@ START = b"POST /api/enter HTTP/1.1\r\nhost: localhost\r\ncontent-type: applicati
 
 @pytest.fixture
 def port(make_store, monkeypatch):
-    """A page whose requests have a second to arrive, and two to be answered."""
+    """A page with time limits of one second for a request and two seconds for its response."""
     monkeypatch.setattr(web_server, "REQUEST_SECONDS", 1.0)
     monkeypatch.setattr(web_server, "RESPONSE_SECONDS", 2.0)
     monkeypatch.setattr(web_server, "MOST_CONNECTIONS", 8)
@@ -33,7 +33,7 @@ def connect(port):
 
 
 def everything(connection):
-    """What the server says until it closes the connection."""
+    """Return what the server sends until it closes the connection."""
     said = b""
     try:
         while more := connection.recv(65536):
@@ -161,7 +161,7 @@ globalThis.fetch = async (path) => {
     [([500], 1), ([503], 1), ([400], 1), ([403], 1), ([0, 0, 500], 3), ([0], 6), ([401], 2)],
 )
 def test_the_page_retries_without_a_response_and_stops_after_an_error(tmp_path, answers, calls):
-    """401 goes to the door; the clock of this browser stops after five waits."""
+    """Status 401 leads to the login page; the clock of this browser stops after five waits."""
     script = tmp_path / "page.js"
     ending = "\nsetImmediate(() => console.log(JSON.stringify({ calls, said: at('status').textContent })));"
     script.write_text(BROWSER + (PAGE / "assets" / "annotate.js").read_text().replace('"use strict";', "") + ending)

@@ -23,7 +23,7 @@ def no_more():
 
 
 def gold(prompt, completion):
-    """Good completions are worth a tenth more."""
+    """Good completions score 0.1 more."""
     return 0.6 if completion.startswith("good") else 0.5
 
 

@@ -226,7 +226,7 @@ def test_two_paths_of_one_file_share_a_lock(tmp_path):
 
 
 def test_display_order_and_repeats_are_unpredictable(make_store, tmp_path):
-    """From the seed, the name and the numbers of the items, that is; a store keeps its salt."""
+    """The order depends on the seed, the name and the item numbers; a store keeps its salt."""
 
     def shown(name, **policy):
         store = make_store(64, name=name, **policy)
@@ -368,7 +368,7 @@ def test_store_names_and_revisions_are_parsed():
 
 
 def test_confirmed_labels_survive_a_kill(make_store, tmp_path):
-    """A process labels and says so through a pipe, until it is killed in the middle of it."""
+    """A process labels and reports each label through a pipe, until it is killed."""
     make_store(2000).close()
     reader, writer = os.pipe()
     child = os.fork()
@@ -399,7 +399,7 @@ def test_confirmed_labels_survive_a_kill(make_store, tmp_path):
 
 @pytest.mark.parametrize("asked", [FeedbackStore.next, FeedbackStore.progress, FeedbackStore.labels])
 def test_request_cost_grows_at_most_linearly_with_labels(asked, make_store):
-    """In steps of SQLite's machine, which no other process disturbs."""
+    """Cost is counted in steps of SQLite's virtual machine, which other processes do not affect."""
 
     def steps(labels: int) -> int:
         store = make_store(labels + 1, annotators=2)

@@ -1,4 +1,4 @@
-"""Plans by value: micro-batches as the data cuts them, moments, ranks, and what makes a run fit."""
+"""Test plans by value: micro-batches as in training, phases, ranks, and suggestions that make a run fit."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def test_ddp_adds_buckets_and_fsdp_shards_replicated_state():
 
 
 def test_sharded_sizes_equal_those_of_the_real_strategy():
-    """torch's own FSDP2 cuts the real model over three ranks, where a fake process group stands for the others."""
+    """torch's FSDP2 shards the real model over three ranks; a fake process group replaces the other ranks."""
     import torch.distributed as dist
     from tiny_models import tiny_config
     from torch.distributed.device_mesh import init_device_mesh
@@ -183,7 +183,7 @@ def test_sharded_sizes_equal_those_of_the_real_strategy():
 
 
 def test_a_step_takes_six_flops_per_weight_and_token():
-    """Two forward and four backward, attention and head separately (Kaplan et al. 2020)."""
+    """Two FLOPs forward and four backward per weight and token; attention and head separately (Kaplan et al. 2020)."""
     rows = Rows(groups=4, completions=1, prompt=1, completion=1023)
     found = sum(plan(replace(LLAMA, rows=rows)).flops.values())
     matrices = 8_030_261_248 - 128256 * 4096 - 65 * 4096

@@ -1,4 +1,4 @@
-"""Compare every figure of the memory estimate with the real model in torch."""
+"""Compare every value of the memory estimate with the real model in torch."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def sequences(shared: bool) -> Sequences:
-    """Three rows of twenty cells: alone, or a prompt of four with two completions of eight behind it."""
+    """Three rows of twenty tokens: single sequences, or a prompt of four with two completions of eight."""
     each, size = (2, 8) if shared else (1, 16)
     return Sequences(
         prompts=tuple(torch.arange(4) + row for row in range(ROWS)),
@@ -46,7 +46,7 @@ def sequences(shared: bool) -> Sequences:
 
 
 def kept_by_autograd(how: Pass, targets: str | list[str], layers: int = 3) -> int:
-    """Bytes of all storages that autograd holds after a forward pass, the weights' own left out."""
+    """Return the bytes of all storages that autograd saves after a forward pass, excluding the weights."""
     config = LlamaConfig(num_hidden_layers=layers, **SIZES)
     kind = "eager" if how.eager else "sdpa"
     dtype = torch.bfloat16 if how.weight_bytes == BF16 else torch.float32
@@ -102,7 +102,7 @@ def test_activation_estimates_equal_what_autograd_saves(precision, rank, checkpo
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16 weights, mixed"])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["up_proj"]], ids="+".join)
 def test_lora_saves_only_inputs_of_adapted_projections(targets, precision):
-    """Block for block; the first one, behind a frozen embedding, keeps less."""
+    """Compare block by block; the first block, after a frozen embedding, saves less."""
     how = Pass(rank=RANK, targets=frozenset(targets), **PRECISIONS[precision])
     block = DecoderSizes.of(LlamaConfig(**SIZES))
     one_more = kept_by_autograd(how, targets, layers=4) - kept_by_autograd(how, targets, layers=3)

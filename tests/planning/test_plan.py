@@ -249,7 +249,7 @@ print(json.dumps(found))
 
 
 def test_measured_memory_is_within_20_percent_of_the_plan(tmp_path):
-    """All four stages on twelve million weights; most of what is compared is activations and moments."""
+    """Run all four stages on twelve million weights; most of the memory is activations and optimizer moments."""
     AutoModelForCausalLM.from_config(tiny_config(**SMALL)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     words = [" ".join(f"w{6 + (row + place) % 100}" for place in range(PROMPT - 1)) for row in range(40)]

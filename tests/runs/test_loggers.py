@@ -1,4 +1,4 @@
-"""A run is one folder with every logger, and tables reach each logger that takes them."""
+"""Every logger gives one run folder, and tables reach each logger that supports them."""
 
 import csv
 import sys
@@ -148,7 +148,7 @@ def test_samples_are_logged_as_table_or_text():
 
 
 class Client:
-    """MLflow's client, as far as tables go."""
+    """The table methods of MLflow's client."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

@@ -24,7 +24,7 @@ from rlhf_lightning.runs.run import RunFolder
 def fit(
     callback: RunCheckpoint, module: SlopeModule | None = None, epochs: int = 1, callbacks: Sequence[Callback] = ()
 ) -> list[str]:
-    """Train and return the names in the checkpoint folder, but for the links."""
+    """Train and return the names in the checkpoint folder, except links."""
     module = module or SlopeModule(learning_rate=0.1)
     trainer = Trainer(
         max_epochs=epochs, logger=False, callbacks=[callback, *callbacks], enable_progress_bar=False,
@@ -46,7 +46,7 @@ def test_checkpoints_every_n_updates_and_after_validation():
 
 
 def test_checkpoints_are_saved_only_at_the_end_of_a_rollout():
-    """Three updates a step: the periods fall inside rollouts, the saves on their ends."""
+    """With three updates per step, periods end inside rollouts, but checkpoints are saved at the ends of rollouts."""
     names = fit(
         RunCheckpoint(every_n_updates=4, keep_last=None, after_validation=False), RolloutModule(learning_rate=0.1)
     )
@@ -78,7 +78,7 @@ def test_the_newest_checkpoints_are_kept_and_last_is_linked():
 
 
 def test_the_best_checkpoint_is_kept_besides_the_newest():
-    """The second epoch is the best and would be forgotten by age."""
+    """The second epoch is the best and would be deleted by age."""
     losses = [0.9, 0.2, 0.7, 0.8]
     callback = RunCheckpoint(keep_last=1, keep_best=1)
 
@@ -97,7 +97,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest():
     ("monitor", "mode", "best"), [("val/score", None, 8), ("val/score", "max", 16), (None, None, 16)]
 )
 def test_default_and_given_monitor_and_mode(monitor, mode, best):
-    """Without val/loss the score ranks, and more of it is better; of a metric that is named less is, by default."""
+    """Without val/loss, the highest score is best; for a given metric, lower is better by default."""
     scores = [0.1, 0.9, 0.5]
 
     class Scored(SlopeModule):
@@ -180,7 +180,7 @@ def test_invalid_periods_are_refused(arguments, sentence):
 
 
 def test_files_are_replaced_atomically(monkeypatch):
-    """Whoever reads while it is written sees the old text; a writer that dies leaves it."""
+    """A reader sees the old text during a write; a writer that dies leaves the old text."""
     path = Path("manifest.json")
     write_text(path, "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

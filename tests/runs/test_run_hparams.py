@@ -21,7 +21,7 @@ TAGS = {
 
 
 def hparams_in(folder):
-    """Settings, in the order of the tab, and metric names."""
+    """Return settings in the order of the tab, and metric names."""
     content = events_of(folder).PluginTagToContent("hparams")
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content[TAGS["experiment"]]).experiment
     start = plugin_data_pb2.HParamsPluginData.FromString(content[TAGS["start"]]).session_start_info

@@ -1,4 +1,4 @@
-"""Test progress: plain lines without a terminal, and correct figures."""
+"""Test progress: plain lines without a terminal, and correct values."""
 
 import re
 
@@ -14,7 +14,7 @@ from rlhf_lightning.runs.progress import clock_time
 
 
 class Clock:
-    """A second passes with every training step."""
+    """Each training step takes one second of simulated time."""
 
     def __init__(self):
         self.now = 0.0
@@ -41,7 +41,7 @@ def fit(module, seconds, **settings):
 
 
 def test_a_progress_line_is_printed_every_n_seconds(capsys):
-    """Two tokens a step and a second a step: 2 tokens/s, and as many seconds left as steps."""
+    """Each step takes two tokens and one second: 2 tokens/s, and one second left per step."""
     fit(SlopeModule(learning_rate=0.1), seconds=3, max_epochs=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
     assert [line.split()[1] for line in lines] == ["3/16", "6/16", "9/16", "12/16", "15/16", "16/16"]
@@ -55,7 +55,7 @@ def test_a_long_run_prints_few_lines(capsys):
 
 
 def test_max_steps_bounds_the_number_of_rollouts(capsys):
-    """Three updates a rollout and at most 12 updates: four steps."""
+    """Three updates per rollout and at most 12 updates give four steps."""
 
     class Counted(RolloutModule):
         updates_per_step = 3
@@ -67,7 +67,7 @@ def test_max_steps_bounds_the_number_of_rollouts(capsys):
 
 
 def test_a_terminal_gets_one_line_updated_in_place(capsys, monkeypatch):
-    """Other lines are printed above it; it is drawn again in place, and stays when the run ends."""
+    """Other lines are printed above it; it is redrawn in place, and stays when the run ends."""
     monkeypatch.setattr(progress_module.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     run(["fit", *BASIC, "--trainer.max_epochs", "2"])

@@ -1,4 +1,4 @@
-"""Sampled answers: what is asked when, what reaches samples.jsonl and TensorBoard's text tab."""
+"""Test sample tables: which prompts are sampled when, samples.jsonl, and TensorBoard's text tab."""
 
 import pytest
 import tiny_run

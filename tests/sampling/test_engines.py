@@ -246,7 +246,7 @@ def test_malformed_completions_are_refused(
 def test_token_ids_outside_the_vocabulary_are_refused(
     policy: CausalLM, server: SmallServer, ids: Any, named: bool
 ) -> None:
-    """Given as ids, or in the places of the tokens' texts."""
+    """The invalid id is given as an id or as a token name."""
     table: dict[str, Any] = {"token_logprobs": [-1.0]}
     if named:
         table["tokens"] = [f"token_id:{token}" for token in ids] if isinstance(ids, list) else ids
@@ -436,7 +436,7 @@ def test_a_dead_server_is_dropped_with_a_warning(policy: CausalLM, policy_folder
 
 
 def check_text_server(url: str, name: str, policy: CausalLM, folder: str) -> None:
-    """What a server writes greedily is what the policy does, and what it draws is scored as the policy scores it."""
+    """Check that a server's greedy completions and the log-probabilities of its samples equal the policy's."""
     engine = RemoteEngine(url, name, tokenizer=folder, requests=2, timeout=60)
     greedy = draw(engine, policy, (EOS,), temperature=0.0)
     expected = draw(SlotEngine(), policy, (EOS,), temperature=0.0)
@@ -463,8 +463,9 @@ def test_a_prompt_whose_text_tokenizes_differently_is_refused(policy: CausalLM, 
 
 @pytest.mark.drill
 def test_a_transformers_server_works(policy: CausalLM, policy_folder: str) -> None:
-    """``transformers serve`` where its further packages are installed, here or at RLHF_SERVE_PYTHON; a small server
-    that takes and returns the same where they are not."""
+    """Use ``transformers serve`` if its packages are installed, here or at RLHF_SERVE_PYTHON; otherwise an equivalent
+    small server.
+    """
     python = os.environ.get("RLHF_SERVE_PYTHON") or (sys.executable if is_serve_available() else None)
     command = None if python is None else shutil.which("transformers", path=str(Path(python).parent))
     if command is None:

@@ -24,7 +24,7 @@ KEY = "sk-proj-Tq7xVb2mKz9LcWd4"
 
 @contextmanager
 def answering(reply: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Serve raw bytes: ``reply`` is called with each connection once its request is there."""
+    """Serve raw bytes: ``reply`` is called with each connection after its request has arrived."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(16)
@@ -65,7 +65,7 @@ def body(content: bytes | str, status: str = "200 OK") -> Callable[[socket.socke
 
 
 def dripping(text: bytes, after: bytes = b"") -> Callable[[socket.socket], None]:
-    """Send ``after`` at once, then ``text`` again and again, a byte at a time."""
+    """Send ``after`` at once, then ``text`` repeatedly, one byte at a time."""
 
     def reply(connection: socket.socket) -> None:
         connection.sendall(after)
@@ -212,7 +212,7 @@ def test_server_messages_are_escaped_for_the_terminal() -> None:
 
 
 def test_every_error_message_is_printable() -> None:
-    """Whoever wrote the text that a message quotes: a file, a model's folder, a row, a person."""
+    """The quoted text may come from a file, a model folder, a row or a person."""
     error = ModelError("some-code", f"the file {HOSTILE} is\nunreadable: Überraschung, 数学 and a\ttab")
     assert all(character.isprintable() or character in "\n\t" for character in str(error))
     assert "Überraschung, 数学 and a\ttab" in str(error) and "\\u202eevil" in str(error)

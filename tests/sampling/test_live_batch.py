@@ -1,4 +1,4 @@
-"""Completions that are asked for at any time equal those of the SlotEngine; prompts are scored like the model's own."""
+"""Completions requested at any time equal those of the SlotEngine; prompt log-probabilities equal the model's."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ from rlhf_lightning.sampling.slot_engine import sample
 
 
 class Kept(LiveCompletion):
-    """Keeps its tokens; stops by itself after ``stop_after``."""
+    """Records its tokens; stops after ``stop_after`` tokens."""
 
     def __init__(self, *args, stop_after=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ def policy(policy_folder):
 
 @pytest.fixture
 def running(policy):
-    """Start a batch of some slots on a thread."""
+    """Start a batch with the given number of slots on a thread."""
     begun = []
 
     def start(slots=3, model=policy):
@@ -66,7 +66,9 @@ WAYS = [SamplingSettings(12), SamplingSettings(7, temperature=0), SamplingSettin
 
 @pytest.mark.parametrize("decoding", [None, "batches", "equal", "uncached"])
 def test_completions_equal_those_of_the_slot_engine(policy, running, decoding, monkeypatch):
-    """Other settings, seeds and lengths in one batch, more completions than slots, and new ones while it runs."""
+    """One batch has different settings, seeds and lengths, more completions than slots, and new requests while it
+    runs.
+    """
     monkeypatch.setattr(policy, "decoding", decoding)
     lot, asked = random.Random(0), []
     for number in range(14):

@@ -23,7 +23,7 @@ from rlhf_lightning.sampling.slot_engine import sample
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(12, seed=21, prompt=10)]
 EPISODES = torch.arange(100, 112)
 ENDS = (3, *range(10, 25))
-"""So many end tokens that completions end at all kinds of lengths."""
+"""Many end tokens, so that completions have many different lengths."""
 
 
 @pytest.fixture(scope="module")

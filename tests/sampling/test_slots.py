@@ -1,4 +1,4 @@
-"""Test the engine's slots: entering and leaving rows, tokens read, and unchanged episodes."""
+"""Test the engine's slots: rows entering and leaving, forward passes, and unchanged episodes."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -91,7 +91,7 @@ def naive(model: CausalLM) -> list[list[int]]:
 
 
 class Passes:
-    """Records the shape of what each forward reads."""
+    """Records the input shape of each forward pass."""
 
     def __init__(self, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[int, int]] = []
@@ -115,7 +115,7 @@ class Passes:
 
     @property
     def steps(self) -> list[int]:
-        """Rows of each pass that read one token a row."""
+        """Number of rows of each decode pass."""
         return [rows for (rows, tokens), width in zip(self.shapes, self.widths, strict=True) if width > tokens]
 
 
@@ -180,7 +180,7 @@ def test_each_distinct_prompt_is_prefilled_once(
 def test_prompts_with_a_common_prefix_are_prefilled_in_one_packed_row(
     policy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the logits and the cached keys and values of padded rows."""
+    """Logits and cached keys and values equal those of padded rows."""
     words = torch.arange(20, 60)
     prompts = [torch.cat([words[:12], row]) for row in (words[20:21], words[30:39], words[21:24], words[:1])]
     prompts += [words[5:9], words[7:22]]

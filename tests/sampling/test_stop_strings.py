@@ -29,7 +29,7 @@ from rlhf_lightning.types import Episode, MultiTurn, Reply
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
 EPISODES = torch.arange(20, 29)
 STOPS = ("7 w", "w55", "3 w1")
-"""The first and the last end inside a token: 'w87 w4' holds both the end of a token and the begin of the next."""
+"""The first and the last end inside a token: 'w87 w4' contains the end of a token and the beginning of the next."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def draw(engine: SamplingEngine, policy: CausalLM, ends: Sequence[int], **settin
 
 
 def cut(whole: Completions) -> list[list[int]]:
-    """Whole completions up to the token whose text completes a stop string, found token by token."""
+    """Return completions truncated after the token that completes a stop string, searched token by token."""
     tokenizer, found = tiny_tokenizer(), []
     for ids in whole.ids:
         counts = (n for n in range(1, len(ids) + 1) if any(stop in tokenizer.decode(ids[:n]) for stop in STOPS))
@@ -67,7 +67,7 @@ def as_lists(drawn: Completions) -> list[list[int]]:
 
 
 class Unaware(SlotEngine):
-    """An engine that knows of end tokens alone."""
+    """An engine that supports only end tokens."""
 
     keeps_turns = False
 

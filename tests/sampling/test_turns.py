@@ -35,7 +35,7 @@ EPISODES = torch.arange(40, 40 + len(PROMPTS))
 
 
 class Talks:
-    """Replies with as many tokens as the turn has, and ends with a turn of an even last token."""
+    """Replies with as many tokens as the turn has, and ends the episode after a turn with an even last token."""
 
     def __init__(self, reward: float = 1.0) -> None:
         self.reward, self.batches = reward, []
@@ -68,7 +68,9 @@ def as_lists(drawn: Completions) -> list[list[int]]:
 
 
 def naive(model: CausalLM, most: int = 4, budget: int = 10**6) -> list[tuple[list[int], list[bool], bool]]:
-    """Each token after a forward over the whole text so far, at the address of its position in the episode."""
+    """Sample each token from a forward pass over the whole text, with the random number of its position in the
+    episode.
+    """
     found = []
     for prompt, number in zip(PROMPTS, EPISODES, strict=True):
         ids: list[int] = []
@@ -228,7 +230,7 @@ def test_on_progress_counts_whole_episodes(policy: CausalLM) -> None:
 
 
 class Wrong(Talks):
-    """Returns something else than replies."""
+    """Returns values other than replies."""
 
     def __init__(self, given: Any) -> None:
         self.given = given

@@ -1,4 +1,4 @@
-"""A real vLLM server: its log-probabilities, both ways to hand weights over, and what the probe catches."""
+"""Test a real vLLM server: its log-probabilities, both ways to sync weights, and the errors that the probe detects."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ pytestmark = [
 
 @contextmanager
 def serving(model: str, *flags: str, log: Path) -> Iterator[str]:
-    """Start ``rlhf serve-vllm`` on a free port; the address, once it answers."""
+    """Start ``rlhf serve-vllm`` on a free port; return the address when it responds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,7 +67,7 @@ def draw(engine: RemoteEngine, model: CausalLM, **settings: Any) -> Completions:
 
 
 def gap(model: CausalLM, drawn: Completions) -> float:
-    """The largest difference of the server's log-probabilities to the policy's own."""
+    """Return the largest difference between the server's and the policy's log-probabilities."""
     own = scored(model, PROMPTS, drawn.ids, 0.9)
     return max(float((one - other).abs().max()) for one, other in zip(drawn.logprobs, own, strict=True))
 
@@ -133,7 +133,7 @@ def test_vllm_samples_and_syncs_full_weights(tmp_path: Path, tied: bool) -> None
 @pytest.mark.real
 @pytest.mark.parametrize("untied", [True, False])
 def test_vllm_serves_smollm2_with_tied_and_untied_head(tmp_path: Path, untied: bool) -> None:
-    """A server started without ``--folder`` ties the head: it loads it again, or the run stops."""
+    """A server started without ``--folder`` ties the head: it reloads the head, or the run stops."""
     found = sorted((CACHE / "models").glob("SmolLM2-135M-Instruct*"))
     if not found:
         pytest.skip("SmolLM2 is not in the cache: make real-smoke puts it there")

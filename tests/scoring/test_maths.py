@@ -1,4 +1,4 @@
-"""Final answers by value: where they are, what they are worth, and text that tries to trick or hang the parser."""
+"""Test final answers: extraction, parsing, and text that tries to trick or hang the parser."""
 
 import json
 import os

@@ -48,7 +48,9 @@ def test_flagged_completions_are_penalised_dropped_or_only_logged(action, expect
 
 
 def test_precision_recall_and_auroc_by_hand():
-    """Hacks are the first (0.1) and the fourth (0.6); honest are 0.7, 0.0, and one that the monitor cannot judge."""
+    """Hacks are the first (0.1) and the fourth (0.6); honest completions have 0.7, 0.0, and one without a monitor
+    score.
+    """
     scorer = Monitor(length, suspicion, truth=hacks)
     ask(scorer)
     found = taken(scorer)

@@ -1,4 +1,4 @@
-"""Forms of adapters, and models that compute their logits themselves, on several ranks: the same as on one."""
+"""Test that adapter forms, and models with their own logits, train on several ranks as on one."""
 
 from pathlib import Path
 from typing import Any

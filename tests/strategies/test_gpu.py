@@ -1,8 +1,8 @@
-"""What needs a GPU: that it takes the steps a CPU takes, and what only it has (4-bit kernels, memory, generators).
+"""Test on a GPU: the same updates as on a CPU, and GPU features (4-bit kernels, memory, generators).
 
     make test ARGS="-m gpu -n 0"
 
-Everywhere else these tests are left out; asked for by name on a machine without a GPU, they skip and say so.
+Other runs exclude these tests; selected on a machine without a GPU, they are skipped with the reason.
 """
 
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_variable_length_attention_equals_blockwise_attention(dtype: torch.dtype
 
 @pytest.mark.parametrize("family", ["sft-lora", "dpo", "ppo-shared", "grpo"])
 def test_fsdp_on_one_gpu_trains_identically(policy_folder: str, family: str) -> None:
-    """FSDP2 and its NCCL group, as far as one device can test them."""
+    """Test FSDP2 and its NCCL group, as far as one device allows."""
     name, settings = FAMILIES[family]
     found = train(name, policy_folder, strategy="fsdp", accelerator=GPU, **settings)
     assert_equal([found], train(name, policy_folder, **settings))
@@ -146,7 +146,7 @@ def test_half_precision_training_is_close_to_fp32(policy_folder: str, family: st
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose matrices are whole blocks of 64."""
+    """A model whose matrix sizes are multiples of 64."""
     folder = tmp_path_factory.mktemp("blocks") / "policy"
     return save_policy(folder, hidden_size=64, intermediate_size=128, initializer_range=0.08)
 

@@ -55,9 +55,9 @@ def alone(name: str, folder: str, settings: str) -> dict[str, Any]:
 
 
 def assert_equal(found: list[dict[str, Any]], expected: dict[str, Any], bound: float = 1e-9) -> None:
-    """Hold every gradient and weight to a relative bound, and what was drawn to equality.
+    """Compare every gradient and weight within a relative bound, and samples exactly.
 
-    Metrics are logged in fp32, so that they agree to 1e-6 at best; to the bound, where scores are fp32 already.
+    Metrics are logged in fp32, so they agree to 1e-6 at best, or to the bound if scores are already fp32.
     """
     for part in ("gradients", "weights"):
         assert found[0][part].keys() == expected[part].keys() and expected[part]

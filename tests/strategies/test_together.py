@@ -25,7 +25,7 @@ LORA = {"r": 2}
 
 @functools.cache
 def plain(name: str, folder: str) -> dict[str, torch.Tensor]:
-    """One process, one micro-batch, each row with its prompt, never interrupted."""
+    """Train in one process and one micro-batch, unpacked and without interruption."""
     return rank_cases.together(name, folder, "auto", None, lora=LORA, pack_rows=False, **OBJECTIVES[name])
 
 
@@ -52,7 +52,7 @@ def test_combined_features_equal_the_plain_run(
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_plain_run_changes_the_weights(policy_folder: str, name: str) -> None:
-    """Comparing weights that do not move would prove nothing."""
+    """A comparison of unchanged weights would show nothing."""
     begun = rank_cases.together(name, policy_folder, "auto", None, steps=1, lora=LORA, **OBJECTIVES[name])
     for weight, value in plain(name, policy_folder).items():
         assert float((value - begun[weight]).norm()) > 1e-4, weight

@@ -1,4 +1,4 @@
-"""Two hosts, made of network namespaces: a run over both ends when the wire is cut, and continues when it is back.
+"""Two hosts, made of network namespaces: a run on both ends if the network fails, and resumes when it is back.
 
 A rank that waits for another gives up after the strategy's ``timeout``; the run then ends on both hosts within
 `ENDS_WITHIN` seconds of the cut.
@@ -20,10 +20,10 @@ from tiny_models import random_pairs, save_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 30
-"""Seconds for which a rank waits for another, as the strategy is told."""
+"""Seconds for which a rank waits for another, as set in the strategy."""
 
 ENDS_WITHIN = TIMEOUT + 60
-"""Seconds after which no process may be left: the wait, and leaving on a slow machine."""
+"""Seconds after which no process may be left: the timeout, plus the exit on a slow machine."""
 
 STEPS = 60
 NEEDS_ROOT = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 
 
 def command_of(stage: str, folder: Path) -> list[str]:
-    """A run of `STEPS` updates, saved at each fourth."""
+    """A run of `STEPS` updates, with a checkpoint every fourth update."""
     pairs = random_pairs(2 * STEPS, seed=1)
     rows = [
         {

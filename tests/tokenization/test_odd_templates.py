@@ -1,4 +1,4 @@
-"""Unusual chat templates: assistant turns are learned as the template writes them, or the row is dropped."""
+"""Test unusual chat templates: assistant turns are trained on as rendered, or the row is dropped."""
 
 from collections.abc import Sequence
 from typing import Any

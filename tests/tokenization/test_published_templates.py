@@ -1,4 +1,4 @@
-"""Published chat templates: the learned text equals that of `apply_chat_template` in transformers.
+"""Test published chat templates: the text that is trained on equals that of `apply_chat_template` in transformers.
 
 The templates are not part of this repository. RLHF_CHAT_TEMPLATES names a folder of .jinja files. By default,
 ``chat_templates`` in the cache is read, which `make chat-templates` fills.
@@ -87,7 +87,7 @@ def as_read(tokenizer, messages):
 
 
 def text_of(tokenizer, rendered):
-    """Return the text that is learned from, after checking that its ids decode to the rendered text."""
+    """Return the text that is trained on, after checking that its ids decode to the rendered text."""
     encoded = encode_rendered(tokenizer, [rendered])[0]
     closing = len(rendered.closing)
     ids = encoded.ids[:-closing] if closing else encoded.ids
@@ -99,7 +99,7 @@ OPENED = re.compile(r"<think>\s*\Z")
 
 
 def check_turns(name, messages, tools=None):
-    """Compare every learned turn with transformers; return how it was compared, or why the row is refused."""
+    """Compare every trained turn with transformers; return how it was compared, or why the row is refused."""
     tokenizer = tokenizer_of(name)
     given = [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
     try:

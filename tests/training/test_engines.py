@@ -31,7 +31,7 @@ def settings_of(folder: str, **changes: Any) -> dict[str, Any]:
 
 
 class RecordedGRPO(modules.GRPOModule):
-    """Keeps what each policy loss was given, and what came of it."""
+    """Records the inputs and outputs of each policy loss."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -72,7 +72,7 @@ def test_samples_of_a_server_are_weighted_by_its_logprobs(policy_folder: str, tm
 
 
 class RecordedPPO(modules.PPOModule):
-    """Keeps what each policy loss was given."""
+    """Records the inputs of each policy loss."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -132,7 +132,7 @@ def test_bypass_uses_the_engines_logprobs_as_old_logprobs(policy_folder: str, tm
 
 
 class Nucleus(SlotEngine):
-    """A user's engine that samples from a part of the vocabulary."""
+    """A user's engine that samples from a subset of the vocabulary."""
 
     exact = False
 

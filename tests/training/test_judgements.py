@@ -35,7 +35,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample deviation."""
+    """Return the sample standard deviation."""
     return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
 
 
@@ -68,7 +68,7 @@ def test_gdpo_normalization_by_hand() -> None:
 
 
 class Kept(GRPOModule):
-    """Keeps the rollout and the advantages of the last step."""
+    """Records the rollout and the advantages of the last step."""
 
     def advantages(self, rollout: Any, rewards: Tensor) -> Any:
         self.kept = rollout, super().advantages(rollout, rewards)
@@ -97,7 +97,7 @@ def test_grpo_with_group_then_sum_equals_gdpo(policy_folder: str) -> None:
 
 
 def even_words(prompts: Any, completions: Sequence[str], **columns: Any) -> list[Judgement]:
-    """Pays each word by its number, even ones alone; the rest of the score is 0.5."""
+    """Rewards each even word by its number; the rest of the score is 0.5."""
     found = []
     for text in completions:
         spans = [(one.start(), one.end(), int(one[1]) / 10) for one in re.finditer(r"w(\d*[02468])\b", text)]

@@ -1,4 +1,4 @@
-"""Rollouts sampled some versions ahead: the policy of each, resuming to the bit, and drawn again by a new worker."""
+"""Test rollouts sampled several versions ahead: their policy, bit-identical resume, and resampling by a new worker."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ def lengths(prompts: Any, completions: list[str], **columns: Any) -> list[float]
 
 
 class Recorded(modules.GRPOModule):
-    """Keeps the weights that each rollout was learned with, and the rollout."""
+    """Records each rollout and the weights at its update."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -80,7 +80,9 @@ def train(module: Recorded, data: PromptDataModule, callbacks: Any = (), ckpt_pa
 
 
 def check_versions(module: Recorded, lag: int) -> None:
-    """Each rollout was sampled from the weights of ``lag`` rollouts before, and not from those it was learned with."""
+    """Check that each rollout was sampled with the weights of ``lag`` rollouts earlier, not with those at its
+    update.
+    """
     assert len(module.seen) == ROLLOUTS
     for number, rollout in enumerate(module.seen):
         for version in {max(0, number - lag), number}:

@@ -1,4 +1,4 @@
-"""What users of Lightning do without thinking: each habit works, or is refused with the way to do it."""
+"""Test common Lightning usage: each works, or is refused with the remedy."""
 
 import copy
 import csv
@@ -332,7 +332,7 @@ class OwnLoss(SFTModule):
 
 
 class Automatic(SFTModule):
-    """Asks Lightning to take the steps."""
+    """Enables automatic optimization."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -347,7 +347,7 @@ class OwnClipping(SFTModule):
 
 
 class OwnRate(SFTModule):
-    """Sets a hyperparameter in place of the setting."""
+    """Changes hparams instead of the setting."""
 
     def configure_callbacks(self) -> list[pl.Callback]:
         self.hparams["learning_rate"] = 1.0
@@ -426,7 +426,7 @@ def test_a_hook_without_super_is_refused(policy_folder: str, base: Any, hook: st
 
 
 class Kept(SFTModule):
-    """Keeps a state of its own in checkpoints and forgets that of its base."""
+    """Saves its own state in checkpoints without calling super()."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["mine"] = 1
@@ -527,7 +527,7 @@ def test_lightnings_advertisements_are_silenced_in_scripts(text: str) -> None:
 
 
 def test_importing_a_module_prints_nothing() -> None:
-    """Some libraries log while they are imported: bitsandbytes misses kernels that training does not use."""
+    """Some libraries log during import: bitsandbytes reports missing kernels that training does not use."""
     code = "import rlhf_lightning\nrlhf_lightning.DPOModule, rlhf_lightning.PreferenceDataModule"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

@@ -16,7 +16,7 @@ EIGHT = len(GROUPED)
 
 
 def gap(*missing: int) -> Any:
-    """The usual score, but none for the completions of these rows."""
+    """Return the usual scores, but None for these rows."""
 
     def scorer(prompts: Any, completions: list[str], **columns: Any) -> list[float | None]:
         return [None if row in missing else score for row, score in enumerate(low_words(prompts, completions))]
@@ -61,7 +61,7 @@ def test_a_missing_score_enters_no_metric_or_gradient(policy_folder: str, name: 
 
 
 def test_a_lone_sibling_of_a_missing_score_has_gradient_zero(policy_folder: str) -> None:
-    """Groups of two: without row 0 row 1 is alone, and the rest of the gradient is that of the other groups."""
+    """Groups of two: without row 0, row 1 is alone in its group, and the gradient comes only from the other groups."""
     module = made("RLOOModule", policy_folder, gap(*range(EIGHT)), kl_coef=0.0, max_grad_norm=None)
     nothing = gradients_of_step(module, grouped(prompt_step(GROUPED)))
     assert not any(gradient.any() for gradient in nothing.values())
@@ -88,7 +88,7 @@ def test_missing_eos_rules_do_not_replace_a_missing_score(policy_folder: str, ru
 
 
 def dropped(module: Any, *rows: int) -> dict[str, torch.Tensor]:
-    """The gradient of a rollout without some of its prompts."""
+    """Return the gradient of a rollout without some of its prompts."""
     step = prompt_step(GROUPED)
     (batch,) = step.micro_batches
     kept = [row for row in range(EIGHT) if row not in rows]
@@ -102,7 +102,7 @@ def ppo(folder: str, scorer: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 @pytest.mark.parametrize("slot", ["end", "after_eos"])
 def test_ppo_ignores_a_completion_without_a_score(policy_folder: str, critic: str, slot: str) -> None:
-    """Neither policy, critic nor whitening use it, as if the completion had never been sampled."""
+    """Policy, critic and whitening ignore the completion, as if it had not been sampled."""
     settings: dict[str, Any] = {"critic": critic, "reward_slot": slot, "whiten_rewards": True, "entropy_coef": 0.1}
     found = gradients_of_step(ppo(policy_folder, gap(3, 6), **settings), prompt_step(GROUPED))
     expected = dropped(ppo(policy_folder, low_words, **settings), 3, 6)
@@ -125,7 +125,7 @@ def test_ppo_counts_unscored_completions_and_continues_without_any_score(policy_
 
 
 def sometimes(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-    """Fails wherever a rollout's completions 2 and 5 are among the asked."""
+    """Fails if completion 2 or 5 of a rollout is in the batch."""
     if len(completions) == EIGHT:
         scores = low_words(prompts, completions)
         return [float("nan") if row in (2, 5) else score for row, score in enumerate(scores)]

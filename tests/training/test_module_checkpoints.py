@@ -48,7 +48,7 @@ class Snapshot(pl.Callback):
 
 
 class ResumableData(StepData):
-    """Steps through the package's own loader, other ones in each epoch."""
+    """Yields steps through the package's loader, different in each epoch."""
 
     def train_dataloader(self) -> StepLoader:  # type: ignore[override]
         def steps(epoch: int) -> list[Any]:
@@ -63,7 +63,7 @@ def run(module: pl.LightningModule, steps: list[Any], ckpt_path: Path | None = N
 
 
 def saved(module: Any, steps: list[Any], path: Path) -> dict[str, Any]:
-    """The checkpoint that a fit on the steps leaves behind."""
+    """Fit on the steps and return the checkpoint."""
     fit(module, steps, callbacks=[Snapshot(len(steps), path)])
     return torch.load(path, weights_only=True)
 
@@ -95,7 +95,7 @@ def test_reference_and_scorer_are_not_in_checkpoints(policy_folder: str, reward_
 
 
 class CountingModule(SFTModule):
-    """Counts its rollouts in buffers, one of them in a module of its own."""
+    """Counts its rollouts in buffers, one of them in a submodule."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -1,4 +1,4 @@
-"""Another optimizer or scheduler: where it may come from, what is refused, what a resumed run takes of it."""
+"""Test custom optimizers and schedulers: accepted forms, refusals, and resume."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of(module: Any) -> dict[str, Any]:
-    """Settings of the first group when training has ended."""
+    """Return the settings of the first parameter group after training."""
     group = module.optimizers(use_pl_optimizer=False).param_groups[0]
     return {name: value for name, value in group.items() if name != "params"}
 

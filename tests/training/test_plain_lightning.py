@@ -1,4 +1,4 @@
-"""The modules under a plain Trainer, without the command line: what of Lightning works and resumes, what is refused."""
+"""Test modules under a plain Trainer, without the command line: supported and refused Lightning features."""
 
 import csv
 import re
@@ -58,7 +58,7 @@ def loader(family: str, count: int = STEPS) -> DataLoader:
 
 
 class Data(ResumableData):
-    """Other steps in each epoch, and held-out ones."""
+    """Yields different steps in each epoch, and held-out steps."""
 
     def __init__(self, family: str) -> None:
         super().__init__(steps_of(family), steps_of(family, 1))
@@ -74,7 +74,7 @@ def trained(family: str, folder: str, ckpt_path: Path | None = None, **trainer: 
 def assert_resumes(
     family: str, folder: str, tmp_path: Path, callbacks: Callable[[], list[Any]] = list, **trainer: Any
 ) -> Any:
-    """Compare a run that was cut off in the middle of its second epoch and resumed with one that was not."""
+    """Compare a run that was interrupted in its second epoch and resumed with an uninterrupted run."""
     settings = {"max_epochs": 2, **trainer}
     path = tmp_path / "middle.ckpt"
     whole = trained(family, folder, callbacks=[*callbacks(), Snapshot(STEPS + 1, path)], **settings)
@@ -268,7 +268,7 @@ def test_trainer_limits_and_switches_work(
 
 
 class Seen(pl.Callback):
-    """Notes the rows of each training step."""
+    """Records the rows of each training step."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, ...]] = []

@@ -79,7 +79,9 @@ def test_callbacks_get_loss_and_metrics_of_a_step() -> None:
 
 
 def test_a_reward_model_warns_about_prompts_in_another_format(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """Its folder tells the form; prompts of messages score otherwise than plain text. Two tokens end no completion."""
+    """The folder records the format; prompts as messages get other scores than plain text. Two tokens end no
+    completion.
+    """
     tokenizer = make_tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -42,7 +42,7 @@ def low_words(prompts: Any, completions: list[str], **columns: Any) -> list[floa
 
 
 class Precisions(pl.Callback):
-    """What the optimizer holds while it trains, and what torch draws new tensors in."""
+    """Records the dtypes of the optimizer state, and torch's default dtype."""
 
     def __init__(self) -> None:
         self.moments: set[torch.dtype] = set()
@@ -55,7 +55,7 @@ class Precisions(pl.Callback):
 
 
 class WatchedDPOModule(DPOModule):
-    """Notes the precision in which its loss is computed."""
+    """Records the precision in which its loss is computed."""
 
     def preference_loss(self, logprobs: PreferenceLogprobs) -> Tensor | Loss:
         loss = super().preference_loss(logprobs)
@@ -133,7 +133,7 @@ def test_pure_bf16_full_fine_tuning_is_refused_with_the_remedy(
 
 
 def test_updates_below_bf16_resolution_are_kept(policy_folder: str, tmp_path: Path) -> None:
-    """A thousandth of a weight is below bf16's resolution: what the folder holds has moved by it all the same."""
+    """A thousandth of a weight is below bf16's resolution: the exported weights must still include it."""
     module = SFTModule(init_from=policy_folder, lora=LORA, learning_rate=1e-5, lr_schedule="constant", warmup=0)
     module.configure_model()
     before = weights_of(module)

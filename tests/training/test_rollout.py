@@ -1,4 +1,4 @@
-"""What a rollout carries to the loss and to those who are told of its end."""
+"""Test the data that a rollout passes to the loss and to the hooks at its end."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def step(**columns: list[Any]) -> Step[Any]:
 
 
 class Careful(Scorer):
-    """Judges by a column, and keeps what it is told."""
+    """Scores by a column, and records its hook calls."""
 
     def __init__(self) -> None:
         self.told: list[dict[str, float]] = []
@@ -47,7 +47,7 @@ class Careful(Scorer):
 
 
 class Keeps(ReinforcePlusPlusModule):
-    """Keeps what its loss sees."""
+    """Records the inputs of its loss."""
 
     needs_minibatch = True
     needs_minibatch_logprobs = True
@@ -117,7 +117,7 @@ def test_policy_loss_sees_the_whole_minibatch(policy_folder: str) -> None:
 
 
 class Holes:
-    """Samples whose third token an environment wrote."""
+    """Return samples whose third token was written by an environment."""
 
     def draw(self, batches: Any) -> Any:
         samples = super().draw(batches)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What loggers are told, and that TensorBoard reads the same whichever way it was written."""
+"""Test logged values, and that TensorBoard reads the same values from both ways of writing."""
 
 import csv
 import math

@@ -13,7 +13,7 @@ STEP = demonstration_step(random_rows(2, seed=1))
 
 
 class RateKeeper:
-    """Writes down the learning rate of each update."""
+    """Records the learning rate of each update."""
 
     def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
         self.__dict__.setdefault("rates", []).append(self.optimizers().param_groups[0]["lr"])  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ OBJECTIVES = [kind for kind in vars(modules).values() if inspect.isclass(kind) a
 
 
 def numeric_settings(kind: type) -> Iterator[str]:
-    """Name the settings of a class and its bases whose annotation is of numbers."""
+    """Return the numeric settings of a class and its bases."""
     for base in kind.__mro__:
         if issubclass(base, AlignmentModule) and "__init__" in vars(base):
             for name, parameter in inspect.signature(base.__init__).parameters.items():
@@ -28,7 +28,7 @@ def numeric_settings(kind: type) -> Iterator[str]:
 
 
 def needed(kind: type) -> set[str]:
-    """Name the settings without a default of a class and of the bases that it hands them to."""
+    """Return the settings without a default of a class and of its bases."""
     parameters = (
         p
         for base in kind.__mro__

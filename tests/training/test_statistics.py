@@ -65,7 +65,7 @@ class SeenGRPOModule(modules.GRPOModule):
 
 
 class Widest(TorchDispatchMode):
-    """The most rows of any tensor that has a column for each token of the vocabulary."""
+    """Records the maximum number of rows of any tensor of vocabulary width."""
 
     rows = 0
 
@@ -114,7 +114,7 @@ def test_the_reference_cache_is_not_used(policy_folder: str, monkeypatch: Any, t
 
 
 def test_an_adapter_is_compared_with_its_backbone(policy_folder: str) -> None:
-    """At the start both are one: the KL and its gradient are 0, so the loss is the margin's alone."""
+    """At the start both are equal: the KL and its gradient are 0, so the loss depends only on the margin."""
     step = preference_step(random_pairs(4, seed=9))
     found = gradients_of_step(KLModule(init_from=policy_folder, lora=LORA, max_grad_norm=None), step)
 

@@ -40,11 +40,11 @@ OPTIMIZER: dict[str, Any] = {
     "warmup": 0.0,
     "max_grad_norm": 0.5,
 }
-"""A large epsilon keeps Adam from blowing rounding noise up into whole steps."""
+"""A large epsilon keeps Adam from amplifying rounding errors."""
 
 
 def in_double(module: pl.LightningModule) -> Any:
-    """Load a module's models and widen them, so that a comparison holds to 1e-9."""
+    """Load a module's models in double precision, so that comparisons hold to 1e-9."""
     module.configure_model()
     module.double()
     for frozen in module.frozen_models():
@@ -210,7 +210,7 @@ def test_a_coupled_loss_is_computed_over_the_whole_step(policy_folder: str, micr
 
 
 class ForgetfulModule(SortedMarginsModule):
-    """The same loss by a class that does not declare that it couples pairs."""
+    """The same loss in a class that does not declare that it couples pairs."""
 
     batch_coupled = False
 

@@ -1,4 +1,4 @@
-"""Losses of other projects: adapters in any file, the same checks, and the smallest input with a difference."""
+"""Test losses of other projects: adapters in any file, the same checks, and the smallest input with a difference."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The assistant world: its gold reward by hand, and every claim that makes it a real problem, by measurement."""
+"""The assistant world: its gold reward by hand, and measurements of its claimed properties."""
 
 import itertools
 import json
@@ -156,7 +156,7 @@ class TestAnnotators:
         assert all(content(row["chosen"]) != content(row["rejected"]) for row in pairs_train)
 
     def test_labels_follow_bradley_terry_on_the_gold_reward(self, pairs_train: list[dict]) -> None:
-        """Within bins of the predicted probability that the better one wins, it wins as often as predicted."""
+        """Within bins of predicted probability, the better completion wins as often as predicted."""
         won: dict[int, list[float]] = {}
         for row in pairs_train:
             prompt = content(row["prompt"])
@@ -192,7 +192,7 @@ class TestItIsARealProblem:
         assert 0.3 <= world.demonstrations_gold(world.demonstrations(2000)) <= 0.6
 
     def test_the_best_completion_that_ignores_the_prompt_earns_little(self, world: AssistantWorld) -> None:
-        """Over all the answers there are, up to the wording of a part (which the gold reward does not see)."""
+        """Checks all answers, up to wordings that the gold reward does not distinguish."""
         prompts = world.prompts("train")
         asked = Counter(read_request(prompt) for prompt in prompts)
         asking = {read_request(prompt): prompt for prompt in prompts}
@@ -218,7 +218,7 @@ class TestItIsARealProblem:
         assert 0.2 < best <= 0.4
 
     def test_hill_climbing_over_sentences_finds_no_better_constant_answer(self, world: AssistantWorld) -> None:
-        """Beyond the answers that writers give: any list of sentences, about any subject."""
+        """Searches any list of sentences about any subject, beyond the writers' answers."""
         sentences = [*text.COURTEOUS_OPENINGS[:2], *text.COURTEOUS_CLOSINGS[:2], text.FILLERS[0]]
         sentences += [s for kind in text.KINDS.values() for s in (kind.cores[0], kind.details[0])]
         sentences = [s.replace("{s}", subject) for s in sentences for subject in ("chess", "yoga")[: 1 + ("{s}" in s)]]
@@ -240,7 +240,7 @@ class TestItIsARealProblem:
     def test_a_bag_of_words_model_learns_little(
         self, world: AssistantWorld, pairs_train: list, pairs_test: list, with_prompt: bool, binary: bool
     ) -> None:
-        """A logistic model on the words' difference recovers at most 60 % of what can be known beyond chance."""
+        """A logistic model on the words' difference recovers at most 60 % of the achievable accuracy above chance."""
         index = {word: i for i, word in enumerate(vocabulary())}
         tokenizer = make_tokenizer()
 

@@ -197,7 +197,7 @@ def _unreadable(value: Any) -> DataError:
 def records_of(connection: sqlite3.Connection, tool: Tool, upto: int, annotators: Sequence[str] | None = None) -> list[
     dict[str, Any]
 ]:  # fmt: skip
-    """Return the items of a store with the judgements that stood at row ``upto``, excluding hidden repeats."""
+    """Return the items of a store with the judgements that were valid at row ``upto``, excluding hidden repeats."""
     judged: dict[int, list[StoredJudgement]] = {}
     for one in judgements_of(connection, upto):
         if not one.repeat and (annotators is None or one.annotator in annotators):

@@ -249,7 +249,7 @@ def items_of(connection: sqlite3.Connection) -> Iterator[Item]:
 
 
 def judgements_of(connection: sqlite3.Connection, upto: int = NO_LIMIT) -> list[StoredJudgement]:
-    """Return the judgements that stood at row ``upto``, in the order in which they were made.
+    """Return the judgements that were valid at row ``upto``, in the order in which they were made.
 
     Raises:
         DataError: a judgement is damaged.

@@ -37,7 +37,7 @@ def rows_of(
     labels: Labels = "mean",
     annotators: Sequence[str] | None = None,
 ) -> Iterator[Row]:
-    """Yield rows of one kind from the judgements that stood at row ``upto``, in item order.
+    """Yield rows of one kind from the judgements that were valid at row ``upto``, in item order.
 
     A row also carries the other columns of its prompt, except `TAKEN_COLUMNS`.
 
