@@ -19,8 +19,8 @@ TOP_LEVEL = set(
     "rlhf_lightning tests".split()
 )
 
-# What each room may import besides itself, written from the ground up. Satellites come after `commands`: their own
-# commands reuse its plumbing, and nothing of the core imports a satellite.
+# The rooms that each room may import, in import order. Satellites come after `commands`: their own commands reuse its
+# parsers, and the core imports no satellite.
 GROUND = set(
     "errors quiet deprecation atomic_files working_directory workers compat similar_names loading types "
     "micro_batches functional".split()
@@ -517,7 +517,7 @@ def test_every_function_is_used():
 
 
 # Nouns of the field that stand in several layers: the formula, the batch, the module, the check of one objective or
-# one thing. Any other file name stands once.
+# one thing. Any other file name is unique.
 NOUNS = {"audit", "distillation", "export", "loading", "offline"}
 
 

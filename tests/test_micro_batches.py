@@ -40,7 +40,7 @@ def test_the_number_of_micro_batches_is_at_most_that_of_greedy_filling(
         filled[-1].append(cost)
     cuts = cut_micro_batches(costs, MicroBatchLimits(max_tokens=most), packed=packed)
     assert len(cuts) == len(filled)
-    if cuts:  # and the largest micro-batch has no more cells
+    if cuts:  # and the largest micro-batch has no more positions
         largest = max(cells_of([costs[row] for row in cut], packed) for cut in cuts)
         assert largest <= max(cells_of(part, packed) for part in filled)
 
@@ -48,7 +48,10 @@ def test_the_number_of_micro_batches_is_at_most_that_of_greedy_filling(
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        (MicroBatchLimits(max_tokens=16), [[1], [4], [2, 3, 0]]),  # 12 cells at most; filling in order would need 16
+        (
+            MicroBatchLimits(max_tokens=16),
+            [[1], [4], [2, 3, 0]],
+        ),  # 12 positions; filling in order needs 16
         (MicroBatchLimits(max_tokens=5), [[1], [4], [2], [3], [0]]),
         (MicroBatchLimits(micro_batch_size=2), [[1], [4, 2], [3, 0]]),
     ],

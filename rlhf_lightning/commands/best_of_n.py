@@ -181,7 +181,7 @@ class SelectionReport(NamedTuple):
     length_shift: float  # mean tokens of the demonstrations minus those of all samples
 
     def describe(self) -> str:
-        """Return three lines of text."""
+        """Return the statistics as three lines of text."""
         longer = "longer" if self.length_shift >= 0 else "shorter"
         return (
             f"kept {self.kept:,} completions: {self.acceptance:.1%} of the samples, for {self.answered:.1%} of the "

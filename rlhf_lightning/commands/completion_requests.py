@@ -72,8 +72,8 @@ class Asked:
     settings: SamplingSettings | None  # sampling settings; None if no token is requested
     n: int  # completions of each prompt
     seed: int | None  # seed of the request; None: the server chooses a seed
-    stops: tuple[str, ...]  # texts that end a completion
-    end_ids: frozenset[int]  # tokens that end a completion
+    stops: tuple[str, ...]  # stop strings
+    end_ids: frozenset[int]  # stop tokens
     top: int | None  # most probable tokens reported with each token of a completion; None reports no log-probabilities
     prompt_top: int | None  # the same for the tokens of the prompts
     chat: bool  # whether the answer is a message

@@ -131,8 +131,8 @@ class Report:
         escaped: kept rows whose text spells a control token, which is encoded as plain characters.
         merged: kept rows whose prompt and completion the tokenizer would encode differently if joined.
         split: kept conversations that became one row per trained turn, because the template rewrites earlier turns.
-        last_turn: kept rows with several learned turns, if only the last is used.
-        turns_cut: kept conversations with more than 256 learned turns; later turns are left out.
+        last_turn: kept rows with several assistant turns, if only the last is used.
+        turns_cut: kept conversations with more than 256 trained turns; later turns are left out.
         assistant_first: kept rows that begin with the assistant; turns before the first user turn are context.
         unused: kept rows with a column, or a key of a turn, that is not used; by its name.
     """

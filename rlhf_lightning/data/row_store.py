@@ -109,7 +109,7 @@ class RowStore:
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if RowStore.load(folder) is None:  # damaged; otherwise another process was faster
+                if RowStore.load(folder) is None:  # if it is not damaged, another process wrote it first
                     shutil.rmtree(folder)
                     os.rename(temporary, folder)
         finally:

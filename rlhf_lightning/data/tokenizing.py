@@ -85,8 +85,8 @@ class Outcome(NamedTuple):
         escaped: whether one of its texts spells a control token.
         merged: whether the tokenizer would encode prompt and completion differently if joined.
         split: whether each trained turn became a row.
-        last_turn: whether only the last of several learnable turns is learned.
-        turns_cut: whether learned turns beyond the first 256 are left out.
+        last_turn: whether only the last of several assistant turns is trained on.
+        turns_cut: whether trained turns beyond the first 256 are left out.
         assistant_first: whether its conversation begins with the assistant.
         unused: columns and keys of turns that are not used.
     """
@@ -129,7 +129,7 @@ class Encoder:
         rendered: whether plain text was written by a chat template, so that control tokens in it are real.
         slots: numeric columns that the objective asks for, by their new names.
         turnwise: whether a conversation may become one row per trained turn.
-        last_turn_only: whether only the assistant's last turn is learned.
+        last_turn_only: whether only the assistant's last turn is trained on.
         hands_on: whether further columns are used later (by a scorer).
         prefix: instruction to add to each prompt, in the system turn or as a paragraph before plain text.
     """

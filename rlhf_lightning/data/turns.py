@@ -63,7 +63,7 @@ def messages_of(value: Any) -> list[Message]:
         raise RowRefused("malformed_messages")
     turns = [made for turn in value if (made := _message(turn)) is not None]
     tools, *later = [tools_of(turn.get("tools")) for turn in value]
-    if any(later):  # such tools would only hold from that turn on
+    if any(later):  # such tools would apply only from that turn on
         raise RowRefused("bad_tool_call")
     if turns and tools:
         turns[0]["tools"] = tools
@@ -346,7 +346,7 @@ def pair_of(row: Row, explicit: bool) -> tuple[Prompt, list[Any]]:
         both = [messages_of(chosen), messages_of(rejected)]
         if explicit and all(turns and turns[0]["role"] == "assistant" for turns in both):
             return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]
-        prompt, completions = _common_turns(*both)  # some sets repeat the prompt in both columns
+        prompt, completions = _common_turns(*both)  # some data sets repeat the prompt in both columns
         return _agreed(row["prompt"], prompt) if explicit else prompt, completions
     if explicit:
         return prompt_of(row["prompt"]), [completion_of(chosen), completion_of(rejected)]

@@ -36,7 +36,7 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
             f"quantization={kind} needs bitsandbytes, which is not installed; install it, or set quantization to null",
         )
     if kind == "int8":
-        # bitsandbytes warns at every product that inputs are cast to half precision, as was asked for.
+        # bitsandbytes warns at every product that inputs are cast to half precision, which is intended.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

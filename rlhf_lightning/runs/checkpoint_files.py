@@ -304,7 +304,7 @@ def _restore_replaced(folder: Path) -> None:
         if not path.exists():
             try:
                 aside.rename(path)
-            except FileNotFoundError:  # another rank was faster
+            except FileNotFoundError:  # another rank renamed it first
                 continue
 
 

@@ -37,8 +37,8 @@ class Rendered(NamedTuple):
         before: the end of the preceding text.
         closing: ids to append, supervised, unless the text ends with them.
         opening: ids to prepend, unless the text begins with them.
-        last_turn: whether only the last of several learnable turns is learned.
-        turns_cut: whether learned turns after the first `MOST_TURNS` are left out.
+        last_turn: whether only the last of several assistant turns is trained on.
+        turns_cut: whether trained turns after the first `MOST_TURNS` are left out.
     """
 
     spans: tuple[Span, ...]

@@ -238,7 +238,7 @@ def measured_control(subject: Subject, found: Convergence | None = None) -> floa
     world, steps = subject.world, steps_of(subject.kind)
     found = converge(subject.fresh(), world, steps) if found is None else found
     control = found.gold_after - converge(subject.fresh(), world, steps, shuffled=True).gold_after
-    if control < 1e-4:  # methods that read rewards as success rates, or that learn from the ratings of pairs
+    if control < 1e-4:  # methods that treat rewards as success rates, or that learn from the ratings of pairs
         with world.success_rates() if issubclass(subject.kind, OnPolicyModule) else world.rated():
             return subject.short_run(False) - subject.short_run(True)
     return control

@@ -109,7 +109,7 @@ def advantage_checks(case: Case) -> list[Check]:
         return gain[::2].mean() - gain[1::2].mean()
 
     gain = raised(scores, 1.0)
-    if float(gain) < 1e-9:  # methods that read rewards as success rates
+    if float(gain) < 1e-9:  # methods that treat rewards as success rates
         gain = raised(scores.sigmoid(), 0.2)
     advice = "a higher score must give a higher advantage"
     checks = [*mask_checks(case), at_least("advantage sign", gain, 1e-9, advice)]
@@ -353,7 +353,7 @@ def kl_penalty_checks(subject: Subject) -> list[Check]:
         free = subject.fresh(moved=True)
         free.kl_coef = 0.0
         moved -= kl_of_training(subject, free)
-    if moved > -1e-6:  # methods that read rewards as success rates
+    if moved > -1e-6:  # methods that treat rewards as success rates
         moved = kl_of_training(subject, subject.fresh(moved=True), 1.0)
     advice = (
         "with equal scores the KL to the reference must fall: look at the KL's sign and at the advantage it is part of"

@@ -34,7 +34,7 @@ def test_the_token_budget_includes_padding():
 
 
 def test_rows_of_a_step_are_split_evenly_over_ranks():
-    # 8 + 1 short rows against 2 long rows: the same number of micro-batches, and about as many cells on each rank.
+    # 8 + 1 short rows against 2 long rows: ranks get equally many micro-batches and about equally many positions.
     lengths = [8, 8, 2, 2, 2, 2, 2, 2, 2, 2]
     found = plan(lengths, batch_size=10, ranks=2, shuffle=False)
     assert [share.micro_batches for share in shares(found, 0)] == [((0, 1),), ((2, 3, 4, 5, 6, 7, 8, 9),)]

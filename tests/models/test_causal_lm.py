@@ -222,7 +222,7 @@ def test_the_reference_of_a_continued_adapter_is_the_loaded_adapter(policy_folde
     before = policy(layout).logprobs
     with policy.as_reference(), torch.no_grad():
         policy(layout)
-    before.sum().backward()  # the graph built before the switch still reaches the trained adapter, and it alone
+    before.sum().backward()  # the graph built before the switch still gives gradients to the trained adapter only
     assert {name for name, p in policy.named_parameters() if p.grad is not None} == trainable
     assert trainable and not any("reference" in name for name in trainable)
     policy.zero_grad()

@@ -112,7 +112,7 @@ def test_stop_tokens_and_generation_config_define_end_tokens(tmp_path: Path) -> 
     folder = save_policy(tmp_path / "base")
     file = Path(folder) / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, 4, 2, 0, 17, 999]}))
-    # of the generation config's only those that are special, and neither BOS nor padding
+    # from the generation config only special tokens, without BOS and padding
     assert end_token_ids(load_tokenizer(folder)) == (EOS, 4)
     tokenizer = load_tokenizer(folder, stop_tokens=["w9"])
     assert end_token_ids(tokenizer) == (EOS, 4, 9)
@@ -226,7 +226,7 @@ def test_completions_across_the_longrope_switch_equal_the_plain_model(tmp_path: 
 
 def test_rollouts_across_the_longrope_switch_are_refused(tmp_path: Path) -> None:
     limits = limits_of(load_policy(long_rope(tmp_path)).model)
-    check_rows(limits, tiny_tokenizer(), 5, torch.tensor([16, 30]))  # fixed rows are learned on both sides
+    check_rows(limits, tiny_tokenizer(), 5, torch.tensor([16, 30]))  # fixed rows may be on both sides of the switch
     check_rows(limits, tiny_tokenizer(), 5, torch.tensor([16, 12]), sampled=8)
     check_rows(limits, tiny_tokenizer(), 5, torch.tensor([30]), sampled=8)
     with refused("rope-switch", "so that rows end within 16 tokens"):

@@ -46,7 +46,7 @@ def test_cached_rows_are_read_back_exactly(tmp_path: Path) -> None:
 def test_cache_keys_cover_everything_that_logprobs_depend_on() -> None:
     changed = [
         sequences([([5, 6], [7, 8, 2])]),
-        sequences([([5], [6, 7, 8, 2])]),  # the same ids, parted elsewhere
+        sequences([([5], [6, 7, 8, 2])]),  # the same ids with another prompt length
         sequences([([5, 6], [7, 8, 3])]),
         sequences([([5, 6], [7, 8, 2])], supervised=[[True, False, True]]),
     ]
@@ -114,7 +114,7 @@ def test_concurrent_writers_keep_the_first_value(tmp_path: Path) -> None:
     first, second = (ReferenceCache(tmp_path / "rows.sqlite") for _ in range(2))
     grid = torch.ones(layout.completion_mask.shape) * layout.completion_mask
     first.write(ROWS, grid)
-    second.write(ROWS, 2 * grid)  # the first one stays: all ranks go by the same numbers
+    second.write(ROWS, 2 * grid)  # the first value is kept, so that all ranks use the same values
     for cache in (first, second):
         found = cache.read(ROWS, layout.completion_mask, torch.float32)
         assert found is not None and torch.equal(found, grid)

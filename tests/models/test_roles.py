@@ -72,7 +72,7 @@ def test_a_reward_model_on_the_policys_backbone_scores_as_on_its_own(policy: Cau
     assert float(scorer.score_sequences(ROWS).std()) > 0.1
     assert torch.equal(policy(LAYOUT).logprobs, logprobs)
     assert {n for n, p in policy.named_parameters() if p.requires_grad} == trained
-    moved(policy, seed=9)  # however far the policy moves
+    moved(policy, seed=9)  # for any change of the policy
     torch.testing.assert_close(scorer.score_sequences(ROWS), own_scores(reward_adapter), atol=1e-5, rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_frozen_models_are_loaded_in_frozen_dtype(policy_folder: str, reward_fol
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert scorer.score_sequences(ROWS).dtype == reference(LAYOUT).logprobs.dtype == torch.float32
     own = Reference(policy, policy_folder, settings, own=True).copy
-    assert own is not None and own.model.dtype == torch.float32  # one that moves cannot afford rounding
+    assert own is not None and own.model.dtype == torch.float32  # a moving reference needs full precision
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_scores_rise_only_if_scores_are_not_shuffled(policy_folder: str, name: s
 
     rising = last_scores(low_words) / 3
     last_scores(shuffled)
-    # ReMax scores its greedy completions too: every call counts, the last three rollouts hold either number of them.
+    # ReMax also scores greedy completions, so it makes more calls; the last three rollouts cover both counts.
     control = sum(gold[-3:]) / 3
     assert rising > 0.65, rising
     assert control < rising - 0.1, (control, rising)
@@ -507,7 +507,7 @@ def test_only_an_objective_that_clips_reports_a_clip_fraction() -> None:
     ):  # fmt: skip
         metrics = as_loss(module_of(name, kl_coef=0.0, **settings).policy_loss(moved_logprobs(1.0))).metrics
         assert not [metric for metric in metrics if "clip" in metric]
-    # All tokens of a GSPO completion have its one ratio, here 1, which no clip holds.
+    # All tokens of a GSPO completion have the same ratio, here 1, which is not clipped.
     metrics = as_loss(module_of("GSPOModule").policy_loss(moved_logprobs(1.0))).metrics
     assert float(metrics["clip_fraction"].sum()) == 0
 

@@ -326,7 +326,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(policy_folder: str, tmp_pat
         module.configure_model()
     longer = tiny_tokenizer()
     longer.add_tokens(["w120"])
-    check_same_vocabulary(tiny_tokenizer(), longer, "longer")  # what follows the end is cut off
+    check_same_vocabulary(tiny_tokenizer(), longer, "longer")  # tokens after the end are removed
 
 
 @pytest.mark.parametrize("name", ["beta", "on_policy_fraction"])

@@ -314,7 +314,7 @@ def test_a_resumed_run_restores_the_reference_of_its_round(policy_folder: str, t
     assert (resumed.rollouts, resumed.updates) == (whole.rollouts, whole.updates) == (10, 10)
     assert_same(weights_of(resumed), weights_of(whole), rtol=0, atol=1e-7)
     assert_same(reference_weights(resumed), reference_weights(whole), rtol=0, atol=1e-7)
-    # The check can fail: without its reference the run goes elsewhere.
+    # The check can fail: without its reference the run gives another result.
     saved = torch.load(path, weights_only=True)
     assert saved["reference"].keys() <= reference_weights(whole).keys() and len(saved["reference"])
     del saved["reference"]
@@ -356,7 +356,7 @@ def test_xpo_draws_the_second_sample_from_the_reference(policy_folder: str, lora
     expected = [(own, theirs)[row % 2][row].tolist() for row in range(8)]
     assert [ids.tolist() for ids in drawn.sequences.completions] == expected
     assert [ids.tolist() for ids in own] != [ids.tolist() for ids in theirs]
-    fit(module, [questions(2, 200)])  # the invariants hold each sample against the model that drew it
+    fit(module, [questions(2, 200)])  # the invariants compare each sample with the model that sampled it
 
 
 @LORAS

@@ -204,7 +204,7 @@ def test_after_eos_puts_the_score_on_its_own_position() -> None:
     rewards = module.shape_rewards(rollout)
     torch.testing.assert_close(rewards, torch.tensor([[-0.01, 0.005, -0.0025, 1.0], [0.0, 2.0, 0.0, 0.0]]))
     advantages, returns = module.advantages(rollout, rewards)[:2]
-    # One advantage for each token, one value target more.
+    # One advantage per token, and one more value target.
     alone = 0.0 + 0.25 - 0.5 + 0.95 * (2.0 - 0.25)
     torch.testing.assert_close(advantages, torch.tensor([[0.63446875, 0.573125, 0.3875], [alone, 0.0, 0.0]]))
     expected = torch.tensor([[0.93446875, 0.973125, 0.9875, 1.0], [alone + 0.5, 2.0, 0.0, 0.0]])
@@ -288,7 +288,7 @@ def test_the_minibatches_of_an_epoch_are_a_permutation_of_the_episodes(policy_fo
 def test_early_stop_kl_ends_the_epochs_of_a_rollout(policy_folder: str, limit: float | None, updates: int) -> None:
     module = ppo(policy_folder, ppo_epochs=4, mini_batch_size=4, early_stop_kl=limit, learning_rate=1e-2)
     fit(module, rollouts(1))
-    assert module.updates == updates  # the first minibatch sees no move yet, the second sees the first one's
+    assert module.updates == updates  # only the second minibatch sees a changed policy
     assert module.rollouts == 1 and module.episodes == 8
 
 
@@ -555,7 +555,7 @@ def test_predictions_include_logprobs(policy_folder: str) -> None:
     assert rows is not None and [row["prompt"] for row in rows[0]] == ["a", "b"]
     for row, prompt in zip(rows[0], PROMPTS, strict=False):
         ids = [int(word[1:]) for word in row["completion"].split()]
-        if len(ids) == 6:  # nothing but words, so the text tells the ids
+        if len(ids) == 6:  # only words, so the text determines the ids
             with torch.no_grad():
                 expected = float(plain_logprobs(module.policy.model, prompt, ids, 0.7).sum())
             assert row["logprob"] == pytest.approx(expected, abs=1e-4)

@@ -129,7 +129,7 @@ def test_wpo_weights_pairs_by_policy_likelihood() -> None:
             "rejected_log_collisions": parts.policy_rejected_logprobs,
         }
     )
-    # Each chosen token is twice as likely as two draws agree, so the pair's weight is 2: capped at 1 unless asked not.
+    # Each chosen token has twice the collision probability, so the pair's weight is 2; it is capped at 1 by default.
     dpo = values(unloaded("DPOModule"), parts)
     torch.testing.assert_close(values(unloaded("WPOModule"), one), dpo)
     torch.testing.assert_close(values(unloaded("WPOModule", max_pair_weight=None), one), 2 * dpo)

@@ -324,7 +324,7 @@ def test_a_resumed_tr_dpo_run_restores_its_reference(
     saved = torch.load(path, weights_only=True)
     queries = {QUERY, QUERY.replace("1", "0")}  # nothing else of the reference moves with this adapter
     assert set(saved["reference"]) == (queries if lora else set(reference_weights(whole)))
-    # The check can fail: without its reference the run goes elsewhere.
+    # The check can fail: without its reference the run gives another result.
     del saved["reference"]
     torch.save(saved, path)
     forgetful = run(tr_dpo(policy_folder, lora, **settings), path)
@@ -393,7 +393,7 @@ def short_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 HELD_OUT = judged_pairs(192, seed=1)
 TAUGHT = {
-    "DiscoPOPModule": {"temperature": 1.0},  # at its own it starts by shrinking margins, see its docstring
+    "DiscoPOPModule": {"temperature": 1.0},  # at its default setting it first shrinks margins, see its docstring
     "SPPOModule": {"beta": 0.1},
     "APODownModule": {"learning_rate": 1e-2},  # chosen falls too, so that margins grow slowly
 }
@@ -408,6 +408,6 @@ def test_held_out_accuracy_rises_only_with_true_labels(name: str, short_folder: 
         settings = {"learning_rate": 5e-3, "lr_schedule": "linear", "warmup": 0, **TAUGHT.get(name, {})}
         fit(module := made(name, short_folder, **settings), steps)
         accuracy[told] = evaluate(module, [preference_step(HELD_OUT)])["val/reward_accuracy"]
-    # A coin's hits among 192 have a deviation of 0.036; the pairs share their words, so that errors go together.
+    # Random guesses on 192 pairs have a standard error of 0.036; the pairs share words, so errors are correlated.
     assert accuracy[True] > 0.75, accuracy
     assert 0.3 < accuracy[False] < 0.7, accuracy

@@ -86,14 +86,14 @@ def test_steps_have_equal_weight_in_long_and_short_completions(micro: int | None
     found = evaluate(module, [process_step(rows, micro)])
     assert found["val/loss"] == pytest.approx(sum(LOSSES) / 6, abs=1e-6)
     assert found["val/step_accuracy"] == pytest.approx(5 / 6)
-    # Two completions hold an error: the first's is found, the second's is not; the right one passes.
+    # Two completions contain an error: the first error is found, the second is not; the right completion passes.
     assert found["val/first_error_found"] == 0.5 and found["val/right_accepted"] == 1.0
     assert found["val/first_error_f1"] == pytest.approx(2 * 0.5 / 1.5)
 
 
 def test_a_score_of_0_counts_as_wrong() -> None:
     module, rows = with_scores([([0.0, 1.0, 1.0], [1.0, 1.0, 0.5])])
-    assert evaluate(module, [process_step(rows)])["val/step_accuracy"] == 0.5  # an even label is on neither side
+    assert evaluate(module, [process_step(rows)])["val/step_accuracy"] == 0.5  # a label of 0.5 is on neither side
 
 
 @pytest.mark.parametrize("micro", [None, 1, 2])

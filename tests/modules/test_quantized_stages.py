@@ -205,12 +205,12 @@ def test_an_adapter_keeps_its_training_quantization(stages: dict[str, Trained], 
     start = str(full.export(tmp_path / "full"))
     with refused("other-quantization", "in full precision, but is used on one in nf4; set quantization to null"):
         DPOModule(init_from=start, **NF4).configure_model()
-    # A reward model on another quantisation than the policy's scores on a backbone of its own.
+    # A reward model with another quantisation than the policy's uses its own backbone.
     policy = PPOModule(stages["reward"].folder, init_from=base, critic="adapter", lora=LoraSettings(r=4), **PPO)
     policy.configure_model()
     assert type(policy.scorer.model) is ScalarModel  # type: ignore[attr-defined]
     assert quantization_of(unwrapped(policy.scorer.model.model)) == "nf4"  # type: ignore[attr-defined]
-    # Merged, it is whole weights in full precision like any other.
+    # Merged, it is an ordinary full-precision model.
     assert quantization_of(load_policy(folder).model) is None
     assert evaluate(SFTModule(init_from=folder), [demonstration_step(ROWS)])["val/loss"] == pytest.approx(
         stages["sft"].log.column("train/loss")[-1], rel=0.2

@@ -254,7 +254,7 @@ def test_a_reward_model_continues_the_policy_adapter_and_exports_an_adapter(poli
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     fit(module, [ranked_step(GROUPS)] * 3)
     for folder in (module.export(tmp_path / "reward"), tmp_path / "again"):
-        if not folder.exists():  # continued once more, without a step: the head and the zero of its scores come along
+        if not folder.exists():  # continued again without a step: the head and the score bias are loaded too
             module = RewardModule(init_from=str(tmp_path / "reward"), lora=LoraSettings(r=4))
             module.configure_model()
             module.export(folder)

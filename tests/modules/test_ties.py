@@ -50,11 +50,11 @@ def test_pandalm_ties_are_read_and_trained_on(kind, policy_folder, shared_data, 
     source = str(shared_data("pandalm_ties.jsonl"))
     module, data, trainer = data_for(kind, policy_folder, source, batch_size=16, max_length=64)
     found = torch.cat([batch.target for batch in batches(module, data, trainer)])
-    dropped = data.report.dropped  # some pairs say the same, word for word or in this vocabulary
+    dropped = data.report.dropped  # some pairs are equal, as text or in this vocabulary
     assert data.report.read == 65 and data.report.kept == len(found) >= 40
     same = {"identical_completions", "identical_after_truncation"}
     assert same < set(dropped) == {*same, "empty_completion"} and dropped["empty_completion"] == 2
-    votes = {0.5, 0.6667}  # three votes, at least two of them for neither
+    votes = {0.5, 0.6667}  # three votes, at least two of them for a tie
     assert {round(share, 4) for share in found.tolist()} == votes and float((found == 0.5).float().mean()) > 0.6
     assert module.updates == math.ceil(len(found) / 16)
 

@@ -143,7 +143,7 @@ def test_the_remaining_count_includes_unsampled_prompts(policy_folder, monkeypat
 
     monkeypatch.setattr(uvicorn.Server, "run", look)
     flags = ["--store", "f.db", "--port", "0", "--max-new-tokens", "6", "--ahead", "1", "--repeats", "0"]
-    for _ in range(2):  # the second server finds what the first one sampled
+    for _ in range(2):  # the second server finds the samples of the first
         assert rlhf(["annotate", *flags, "--prompts", "prompts.jsonl", "--model", policy_folder]) == 0
     assert seen == [5, 5]
     assert "training on the store leaves out chosen, margin" in capsys.readouterr().out

@@ -128,12 +128,12 @@ def cut(argv, number, holder, name, times):
 
 
 KILLS = [
-    (loop_steps, "write_lines", 1),  # the first policy was evaluated, and no record says so
+    (loop_steps, "write_lines", 1),  # the first policy was evaluated, but this is not recorded
     (FeedbackStore, "add", 1),
     (FeedbackStore, "judge", 3),
     (FeedbackStore, "next", 4),
     (ModelExport, "on_train_batch_end", 1),  # in the middle of the reward model
-    (ModelExport, "on_train_end", 1),  # it is there, and no record says so
+    (ModelExport, "on_train_end", 1),  # the output exists, but this is not recorded
     (loop_steps, "write_text", 1),  # between two steps
     (ModelExport, "on_train_batch_end", 2),  # in the middle of the policy
     (loop, "win_rate", 1),

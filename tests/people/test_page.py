@@ -126,7 +126,7 @@ def test_an_edited_completion_is_stored(browser, serve):
     press(page, "ArrowLeft", "e")
     left = page.input_value("textarea")
     page.fill("textarea", "")
-    page.keyboard.type("t, b and 1: much better")  # letters that would judge, were they not being written
+    page.keyboard.type("t, b and 1: much better")  # letters that are shortcuts outside a text field
     press(page, "Control+Enter", "4")
     (one,) = judged(store, 1)
     assert (one.edited, one.strength, one.picked_left) == ("t, b and 1: much better", 4, True)
@@ -144,7 +144,7 @@ def test_scripts_in_texts_do_not_run(browser, serve):
     assert "[4](javascript:window.owned=3)" in page.inner_text("#candidates")
     page.wait_for_timeout(300)
     assert page.evaluate("window.owned") is None and page.locator("#work img, #work iframe, #work a").count() == 0
-    # The policy is a second wall: even a tag that got in would not run.
+    # The content security policy is a second defence: even an unescaped tag would not run.
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.owned = 5\">')")
     page.wait_for_timeout(300)
     assert page.evaluate("window.owned") is None

@@ -110,8 +110,8 @@ def test_single_completions_become_unpaired_rows(make_store):
     found = [(row["completion"], row["label"], row["weight"]) for row in rows(store, "unpaired")]
     assert found == [
         ("good 0", True, 1.0), ("poor 0", False, 1.0),
-        ("good 1", False, 0.5), ("poor 1", False, 0.5),  # of two, one said bad and one said nothing
-        ("answer 0", True, 1.0), ("answer 2", False, 1.0),  # the middle one says nothing, as do ties
+        ("good 1", False, 0.5), ("poor 1", False, 0.5),  # of two annotators, one said bad and one had no opinion
+        ("answer 0", True, 1.0), ("answer 2", False, 1.0),  # the middle one carries no information, like ties
     ]  # fmt: skip
 
 

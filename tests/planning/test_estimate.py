@@ -74,7 +74,7 @@ def test_packed_prompts_are_counted_once():
     assert micro_batch(PAIRS, 1, True) == (8, 40, 160, True, 1)
     assert micro_batch(PAIRS, 1, False) == (16, 30, 160, False, 1)
     group = Rows(groups=2, completions=8, prompt=1000, completion=500, parts_groups=True)
-    # 2,048 cells hold two completions behind the prompt, so each prompt is written four times.
+    # 2,048 tokens fit two completions after the prompt, so each prompt is repeated four times.
     assert micro_batch(group, 1, True) == (8, 2000, 8000, True, 1)
 
 

@@ -23,7 +23,7 @@ from rlhf_lightning.planning.memory import (
 from rlhf_lightning.types import Sequences
 
 ROWS, WIDTH, RANK = 3, 20, 5
-# No two sizes alike, so that none can stand in for another.
+# All sizes differ, so that a mix-up is detected.
 SIZES = {
     "vocab_size": 70,
     "hidden_size": 48,

@@ -370,7 +370,7 @@ def test_full_weights_are_synced_with_an_untied_head(tied: tuple[CausalLM, Path]
             nudge(model)
         draw(engine, model)
         draw(engine, model)
-        assert len(server.bodies("/collective_rpc")) == 3  # the last draw was of the weights before
+        assert len(server.bodies("/collective_rpc")) == 3  # the last sample used the previous weights
         order = [route for route, _ in server.requests if route in ("/pause", "/collective_rpc", "/resume")]
         assert order[:3] == ["/pause", "/collective_rpc", "/resume"]
         with refused("server-holds-policy", "a frozen model was to be sampled from"):

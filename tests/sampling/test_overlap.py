@@ -242,7 +242,7 @@ def test_a_signal_ends_a_process_whose_environment_hangs(tmp_path: Path, seconds
     process.send_signal(number)
     assert process.wait(timeout=60) != 0
     started = [int(one) for one in file.read_text().split()]
-    if seconds == "0":  # a thread's child is the environment's own business
+    if seconds == "0":  # the environment is responsible for child processes of threads
         os.kill(started[1], signal.SIGKILL)
     while not all(map(has_ended, started)):
         assert time.monotonic() < deadline

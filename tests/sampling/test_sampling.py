@@ -180,7 +180,7 @@ def test_top_p_keeps_the_smallest_set_of_that_probability(policy: CausalLM) -> N
     assert set(counts) == set(kept) and size > 2
     share = ordered.values[:size] / ordered.values[:size].sum()
     assert stats.chisquare([counts[t] for t in kept], (share * 2000).tolist()).pvalue > 0.01
-    # What is reported stays the policy's own log-probability, not the truncated distribution's.
+    # The reported value is the policy's own log-probability, not that of the truncated distribution.
     for ids, logprobs in zip(drawn.ids[:20], drawn.logprobs, strict=False):
         assert float(logprobs[0]) == pytest.approx(float(probabilities[ids[0]].log()), abs=1e-5)
 
@@ -252,7 +252,7 @@ def test_blockwise_inverse_cdf_equals_the_full_one(vocabulary: int) -> None:
     probabilities = torch.rand(64, vocabulary, generator=generator).pow(4)
     probabilities[:, torch.rand(vocabulary, generator=generator) < 0.5] = 0.0
     probabilities[:, vocabulary // 2] = 1e-6
-    probabilities = probabilities.double()  # so that no number falls on the border of two tokens
+    probabilities = probabilities.double()  # so that no number falls on the boundary of two tokens
     cumulative = probabilities.cumsum(-1)
     edges = torch.tensor([1e-9, 0.5, 1 - 1e-12])
     numbers = torch.cat([edges, torch.rand(61, generator=generator)]).double()

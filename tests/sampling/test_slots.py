@@ -135,7 +135,7 @@ def test_precomputed_random_numbers_belong_to_their_tokens(
     whole = as_lists(draw(policy, slots))
     monkeypatch.setattr(slot_engine, "AHEAD", ahead)
     assert as_lists(draw(policy, slots)) == whole
-    assert max(len(ids) for ids in whole) > 2 * 7  # each row continues with numbers of its own further ahead
+    assert max(len(ids) for ids in whole) > 2 * 7  # each row continues with its own random numbers
 
 
 def test_episodes_vary_and_logprobs_do_not_depend_on_slots(model: CausalLM) -> None:

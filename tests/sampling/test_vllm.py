@@ -153,7 +153,7 @@ def test_vllm_serves_smollm2_with_tied_and_untied_head(tmp_path: Path, untied: b
             drawn = draw(engine, model)
             print(f"SmolLM2 after an update: {gap(model, drawn):.2e}, probe {engine.sync_error:.2e}")
             assert gap(model, drawn) < 1e-3
-        except ServerError as refusal:  # a tied head may be left behind, but never in silence
+        except ServerError as refusal:  # a tied head may be stale, but this must be detected
             assert not untied and refusal.code in ("server-disagrees", "stale-server")
             print(refusal)
         print(f"hand-over, probe and rollout: {time.monotonic() - started:.1f} s")

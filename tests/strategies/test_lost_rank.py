@@ -22,7 +22,7 @@ def own_pool() -> Iterator[RankPool]:
 def test_other_ranks_exit_and_name_the_lost_rank(
     own_pool: RankPool, policy_folder: str, name: str, strategy: str, rank: int
 ) -> None:
-    own_pool.run(2, "here")  # started, so that what follows is the run alone
+    own_pool.run(2, "here")  # started before, so that only the run is timed
     began = time.monotonic()
     (said,) = own_pool.lose(2, "lose", rank=rank, name=name, folder=policy_folder, strategy=strategy)
     print(f"{name}, {strategy}: ended {time.monotonic() - began:.1f} s after the start")

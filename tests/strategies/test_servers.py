@@ -29,7 +29,7 @@ def test_a_server_samples_for_all_ranks(
             engine={"class_path": path, "init_args": given}, sampler_correction="token_truncate", double=False,
         )  # fmt: skip
         handed = server.bodies("/v1/load_lora_adapter" if lora else "/collective_rpc")
-    each = 2 if lora and strategy == "ddp" else 1  # ranks of an unsharded adapter hand it over themselves
+    each = 2 if lora and strategy == "ddp" else 1  # ranks of an unsharded adapter send it themselves
     assert len(handed) == 2 * each
     for one in found:
         assert one["drawn"] and one["log"]["invariant/sync_error"] < 1e-4

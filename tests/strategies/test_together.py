@@ -16,7 +16,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 SAVINGS: dict[str, dict[str, Any]] = {"chunked-head": {"chunk_tokens": 3}, "token-budget": {}}
 BUDGET: dict[str, dict[str, Any]] = {
-    "DPOModule": {"accumulation": 4},  # its rows were cut by the DataModule
+    "DPOModule": {"accumulation": 4},  # its rows were split by the DataModule
     "PPOModule": {"max_tokens": 24},
     "GRPOModule": {"max_tokens": 24},
 }

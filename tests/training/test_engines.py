@@ -60,7 +60,7 @@ def test_samples_of_a_server_are_weighted_by_its_logprobs(policy_folder: str, tm
         )
         fit(module, [step_of_groups(), step_of_groups()], callbacks=[log])
         loaded = server.bodies("/v1/load_lora_adapter")
-    assert len(loaded) == 2  # the second rollout is of the adapter that the first has changed
+    assert len(loaded) == 2  # the second rollout is sampled from the adapter after the first update
     for logprobs, values in module.seen:
         mask, sampler = logprobs.completion_mask, logprobs.behaviour_logprobs
         assert sampler is not None

@@ -189,7 +189,7 @@ def test_faults_stop_the_run_or_drop_their_episodes(policy_folder: str) -> None:
     module = run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty(), on_fault="drop", threads=3))
     ((rollout, means),) = module.ended
     assert rollout.scores.isnan().tolist() == [False, True] * 3 and means["score_missing"] == 0.5
-    assert float(module.row["train/grad_norm"]) == 0.0  # one scored sample of each prompt has nothing to compare with
+    assert float(module.row["train/grad_norm"]) == 0.0  # one scored sample per prompt has no baseline
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])

@@ -142,7 +142,7 @@ def test_a_scorer_that_returns_nan_is_refused_everywhere(policy_folder: str) -> 
 
 def test_scorer_metrics_are_logged_with_the_rollout(policy_folder: str) -> None:
     total = WeightedSum({"low": low_words, "some": gap(1)}, weights={"low": 2.0}, missing="skip")
-    total(["p"] * 3, ["w1", "w2", "w3"])  # somebody else's completions count in no rollout
+    total(["p"] * 3, ["w1", "w2", "w3"])  # completions outside the rollout enter no rollout metric
     module = made("GRPOModule", policy_folder, total)
     row = logged(module)
     low, some = row["rollout/score_low"], row["rollout/score_some"]

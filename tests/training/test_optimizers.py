@@ -145,7 +145,7 @@ def test_a_resumed_run_uses_the_new_settings() -> None:
         0.2 * (1 - 8 / 9)
     )
     state = resumed.trainer.optimizers[0].state[resumed.model.line.weight]
-    assert state["step"] == 9  # the moments are those of the run before, one update on
+    assert state["step"] == 9  # the moments are those of the previous run, one update later
     assert before["state"][0]["step"] == 8
 
 
