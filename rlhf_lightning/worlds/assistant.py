@@ -217,7 +217,7 @@ def _manner(care: Care, rng: random.Random) -> str | None:
 
 
 def _draw(prompt: str, rng: random.Random, care: Care | None = None) -> AnswerPlan:
-    """Return a random answer to ``prompt`` by a writer with the given or a random care."""
+    """Return a random answer to ``prompt`` by a writer with the given level of care, or a random one."""
     asked = read_request(prompt)
     care = care or rng.choices(CARES, [c.weight for c in CARES])[0]
     kind = asked.kind if rng.random() < care.kind else _other(text.KINDS, asked.kind, rng)
