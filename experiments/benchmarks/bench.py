@@ -294,7 +294,7 @@ def compare(rev: str) -> None:
     packages = {record["package"] for record in records if record["commit"] == full and not record["changed"]}
     before = [record for record in records if record["package"] in packages or record["package"].startswith(rev)]
     after = [record for record in records if record["package"] == now]
-    for side, what in ((before, rev), (after, "the package of now")):
+    for side, what in ((before, rev), (after, "the current package")):
         if not side:
             raise SystemExit(f"no record of {what} is in {HISTORY}: run `make bench` there")
     if len({record["machine"] for record in (*before, *after)}) > 1:

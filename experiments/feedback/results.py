@@ -45,7 +45,7 @@ def main() -> None:
         if file.is_file():
             found[name] = json.loads(file.read_text())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    parts = ["# Feedback: what was measured", f"`python experiments/feedback/results.py`. Machine: {machine}."]
+    parts = ["# Feedback: measurements", f"`python experiments/feedback/results.py`. Machine: {machine}."]
     write_markdown(arguments.page, "\n\n".join([*parts, *(PARTS[name][1](found[name]) for name in found)]) + "\n")
     print(f"wrote {arguments.page}")
 

@@ -276,7 +276,7 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
     if whole := model.peft_config[POLICY].modules_to_save:
         raise SettingError(
             "adapter-critic-whole-modules",
-            f"critic='adapter' cannot share a backbone of which the policy fully trains {', '.join(whole)}; use "
+            f"critic='adapter' cannot share a backbone in which the policy fully trains {', '.join(whole)}; use "
             "critic='separate'",
         )
     start = AdapterWeights(model.peft_config[POLICY], adapter_weights(model, POLICY), None)

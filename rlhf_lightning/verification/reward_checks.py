@@ -224,7 +224,7 @@ def list_checks(subject: Subject, certain: RankedScores) -> list[Check]:
     best = scores + sign * 0.1 * (lists.ranks == 0)
     gain = losses - subject.values(module, lists._replace(scores=best))
     return [
-        at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must need a larger gap"),
+        at_least("rated margin", (rated - plain).min().detach(), -1e-9, "a rated margin must require a larger gap"),
         at_most("ties", (alike - losses).abs().max().detach(), 1e-9, "members that tie must be treated alike"),
         at_most(
             "list order",
