@@ -83,13 +83,16 @@ def with_full_paths(value: Any) -> Any:
 
 @cache
 def _short_paths() -> dict[str, str]:
+    from rlhf_lightning import environments, sampling, scoring
     from rlhf_lightning.sampling.engines import SamplingEngine
     from rlhf_lightning.scoring import Scorer
     from rlhf_lightning.types import Environment
 
-    rooms = {"scoring": Scorer, "sampling": SamplingEngine, "environments": Environment}
-    found = [shipped_classes(f"rlhf_lightning.{room}", base) for room, base in rooms.items()]
-    return {name: f"{kind.__module__}.{name}" for shipped in found for name, kind in shipped.items()}
+    paths = {}
+    for room, base in ((scoring, Scorer), (sampling, SamplingEngine), (environments, Environment)):
+        for name, kind in shipped_classes(room.__name__, base).items():
+            paths[name] = f"{room.__name__ if hasattr(room, name) else kind.__module__}.{name}"
+    return paths
 
 
 set_loader("yaml", load_yaml, (yaml.YAMLError,))

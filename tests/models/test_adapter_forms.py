@@ -155,7 +155,7 @@ def test_a_shared_critic_is_refused_if_whole_modules_are_trained(tmp_path: Path)
     export_policy(policy, tiny_tokenizer(), tmp_path / "adapter")
     settings = LoadSettings()
     model = load_reward_hf_model(str(tmp_path / "base"), settings)
-    with refused("unsupported-adapter", "trains lm_head whole"):
+    with refused("unsupported-adapter", "trains lm_head in full"):
         add_lora(model, LoraSettings(), "SEQ_CLS", start_from=str(tmp_path / "adapter"))
 
 

@@ -128,7 +128,7 @@ def test_a_weight_of_the_wrong_shape_is_refused(tmp_path: Path, policy_folder: s
     shutil.copytree(policy_folder, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text()) | {"vocab_size": VOCABULARY + 8}
     (tmp_path / "x" / "config.json").write_text(json.dumps(config))
-    with refused("unreadable-model", "model.embed_tokens.weight has the shape (120, 32)", "it is (128, 32)"):
+    with refused("unreadable-model", "model.embed_tokens.weight has the shape (120, 32)", "config.json says (128, 32)"):
         load_policy(str(tmp_path / "x"))
 
 
@@ -191,7 +191,7 @@ def test_missing_weights_are_refused(tmp_path: Path, policy_folder: str) -> None
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with refused("incomplete-weights", "lacks weights for model.layers.1.mlp.up_proj.weight: it is not a whole"):
+    with refused("incomplete-weights", "lacks weights for model.layers.1.mlp.up_proj.weight: it is not a complete"):
         load_policy(str(folder))
 
 

@@ -224,7 +224,7 @@ def test_new_labels_do_not_change_a_started_run(labelled, ready):
 def test_invalid_stores_are_refused(tmp_path, labelled):
     with pytest.raises(FileNotFoundError, match="there is no feedback store"):
         PreferenceDataModule(str(tmp_path / "absent.db"))
-    with pytest.raises(ValueError, match="read whole"):
+    with pytest.raises(ValueError, match="cannot be streamed"):
         PreferenceDataModule(str(labelled.path), streaming=True, steps_per_epoch=1)
     with pytest.raises(ValueError, match="is 'median'; choose one of mean, reliability"):
         PreferenceDataModule([{"path": str(labelled.path), "labels": "median"}])

@@ -115,7 +115,7 @@ def test_scale_batch_size_tunes_only_the_micro_batch_size(policy_folder: str, tm
 
 
 def test_scale_batch_size_without_a_datamodule_is_refused(policy_folder: str) -> None:
-    with refused("batch-size-finder", "micro_batch_size is tuned"):
+    with refused("batch-size-finder", "micro_batch_size can be tuned"):
         quiet_trainer(callbacks=[lightning.BatchSizeFinder()]).fit(sft(policy_folder), DataLoader(ROWS))  # type: ignore[arg-type]
 
 

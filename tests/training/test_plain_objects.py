@@ -99,5 +99,5 @@ def test_a_reward_model_warns_about_prompts_in_another_format(tmp_path: Path, re
     recwarn.clear()
     trainer().fit(ppo, datamodule=chats)
     told = [str(warning.message) for warning in recwarn]
-    assert any("written as plain text, and these are messages" in text and "as_chat to false" in text for text in told)
+    assert any("written as plain text, but these are messages" in text and "as_chat to false" in text for text in told)
     assert any("were truncated: raise it" in text for text in told)
