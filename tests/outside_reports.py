@@ -192,7 +192,7 @@ def whole_conversations(_: Path) -> None:
 @report(
     "NVIDIA-NeMo/Megatron-Bridge#3359",
     "without `{% generation %}` in the template the loss falls on the whole conversation",
-    "only the assistant's turns are learned, by any template",
+    "only the assistant's turns are trained on, by any template",
 )
 def assistant_alone(_: Path) -> None:
     ((_, _, said),), _counts = learned(tokenizer_with(CHATML), {"messages": turns("a", "b", "c", "d")})

@@ -26,7 +26,7 @@ def holds(policies: dict[str, Any]) -> dict[str, bool]:
 
 
 def page(world: dict[str, Any] | None, smollm2: dict[str, Any] | None) -> str:
-    """Return the page. Parts that have not been run are named as such."""
+    """Return the results as Markdown. Parts that have not been run are named as such."""
     parts = ["# Constitutional AI", "`make constitution` runs all of this and writes this page."]
     parts += world_part(world) if world else ["The hazard world has not been run."]
     parts += smollm2_part(smollm2) if smollm2 else ["SmolLM2 has not been run."]

@@ -39,7 +39,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def document(report: dict[str, Any]) -> str:
-    """Return the page."""
+    """Return the report as Markdown."""
     kind = "Shortened run: it shows that it runs, not that it learns. " if report["smoke"] else ""
     scores = report["rollout_scores"]
     thirds = [scores[start : start + 10] for start in range(0, len(scores), 10)]

@@ -270,7 +270,7 @@ def headline(report: dict[str, Any]) -> str:
 HOW_TO_READ = """## How to read this
 
 - **Gold reward** is the truth of this world, from 0 to 1. No stage is trained on it. Compare policies by it.
-- **Score** (the proxy score) is what the reward model gives. PPO maximises it: outside this world, the gold reward is
+- **Score** (the proxy score) is the reward model's output. PPO maximises it: outside this world, the gold reward is
   unknown.
 - **KL** is measured from the SFT policy, in nats per completion. It says how far a policy has moved.
 - **Over-optimisation** is a rising score with a falling gold reward: the policy writes what the reward model likes and

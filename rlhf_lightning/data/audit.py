@@ -213,7 +213,7 @@ class Audit:
         keys = list(map(key_of, normal))
         labels = str((row.ranks, row.target, row.columns.get("labels") if self.kind == "process" else None))
         asked, *said = [sum(map(len, part)) for part in texts]
-        encoded = max(outcome.encoded, key=_length, default=None)  # for rows per learned turn, the longest
+        encoded = max(outcome.encoded, key=_length, default=None)  # for rows per trained turn, the longest
         if encoded is not None:
             asked, said = len(encoded.prompt), list(map(len, encoded.completions))
         return RowFacts(

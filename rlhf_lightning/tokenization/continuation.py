@@ -14,7 +14,7 @@ from rlhf_lightning.tokenization.templates import TurnsRefused, apply_template
 from rlhf_lightning.types import Message
 
 MOST_TURNS = 256
-"""Maximum number of learned turns of a conversation: each needs renderings of everything before it."""
+"""Maximum number of trained turns of a conversation: each needs renderings of everything before it."""
 
 
 class Span(NamedTuple):

@@ -31,7 +31,7 @@ from rlhf_lightning.types import Message, Prompt
 
 
 class RenderedTurn(NamedTuple):
-    """A learned turn as a prompt and a completion, or several turns with consistent contexts.
+    """A trained turn as a prompt and a completion, or several turns with consistent contexts.
 
     Attributes:
         context: the messages of the prompt.
@@ -100,16 +100,16 @@ def render_answers(
 def render_turns(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], last_turn_only: bool = False, first: int = 0
 ) -> list[RenderedTurn]:
-    """Render a conversation in which the assistant's turns are learned, unless their ``weight`` is 0.
+    """Render a conversation in which the assistant's turns are trained on, unless their ``weight`` is 0.
 
     The turns form one prompt and one completion if the template renders the conversation consistently at each of them
-    and their weights are equal. Otherwise each learned turn has its own prompt. Learned turns after the first
+    and their weights are equal. Otherwise each trained turn has its own prompt. Trained turns after the first
     `MOST_TURNS` are left out.
 
     Args:
         tokenizer: the policy's tokenizer.
-        turns: the conversation, at least up to the last learned turn.
-        last_turn_only: whether to learn only the last learned turn.
+        turns: the conversation, at least up to the last trained turn.
+        last_turn_only: whether to learn only the last trained turn.
         first: index of the first turn that may be learned; earlier turns are context.
 
     Raises:
