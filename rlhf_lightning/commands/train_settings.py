@@ -286,7 +286,7 @@ class SettingsCLI(LightningCLI):
             if now != then:
                 return (
                     f"{part}.seed is {now}, and the run that is resumed was started with {then}: a run keeps its row "
-                    f"order and its random numbers; leave the seed out, or start a new run"
+                    "order and its random numbers; leave the seed out, or start a new run"
                 )
         if config.seed_everything != before.get("seed_everything"):
             announce(

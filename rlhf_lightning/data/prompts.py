@@ -76,7 +76,7 @@ class PromptDataModule(AlignmentDataModule):
             raise SettingError(
                 "uneven-split",
                 f"batch_size is {self.batch_size} and samples_per_prompt {samples_per_prompt}: batch_size counts "
-                f"episodes and must be a multiple of samples_per_prompt",
+                "episodes and must be a multiple of samples_per_prompt",
             )
         if pretraining_batch_size is not None and pretraining_batch_size < 1:
             raise SettingError(

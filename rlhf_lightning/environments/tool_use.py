@@ -190,7 +190,7 @@ def description_of(tool: Callable[..., Any]) -> dict[str, Any]:
             raise SettingError(
                 "tool-undescribed",
                 f"the argument {argument.name} of the tool {name} is a {hints[argument.name]}, which a call cannot "
-                f"express: use str, int, float, bool, list, dict, Literal, or a union of them",
+                "express: use str, int, float, bool, list, dict, Literal, or a union of them",
             )
         properties[argument.name] = {**schema_of(hints[argument.name]), **_about(about, argument.name)}
         if argument.default is argument.empty:

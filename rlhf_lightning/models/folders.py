@@ -168,7 +168,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             raise ModelError(
                 "foreign-kernel",
                 f"{file} asks for {key} {value!r}, but a model folder may not choose kernels; remove it, and choose "
-                f"one with --model.attn_implementation",
+                "one with --model.attn_implementation",
             )
         number = isinstance(value, int) and not isinstance(value, bool)
         if number and (value > LARGEST**2 or (value > MANY_LAYERS and re.search(r"layers?$|blocks?$", key))):

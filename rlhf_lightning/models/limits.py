@@ -69,7 +69,7 @@ def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) 
         raise ModelError(
             "tokenizer-larger-than-model",
             f"a prompt holds token id {largest}, but {limits.name} has {limits.tokens} embeddings: the tokenizer "
-            f"belongs to another model; use the model's own",
+            "belongs to another model; use the model's own",
         )
     longest = max(map(len, prompts), default=0) + new_tokens
     if limits.positions is not None and longest > limits.positions:
@@ -101,7 +101,7 @@ def check_rows(
             "tokenizer-larger-than-model",
             f"the data holds token {tokenizer.convert_ids_to_tokens(largest_id)!r} (id {largest_id}), but "
             f"{limits.name} has {limits.tokens} embeddings: the tokenizer ({len(tokenizer)} tokens) is another "
-            f"model's; use the model's own",
+            "model's; use the model's own",
         )
     longest = int(lengths.max()) if len(lengths) else 0
     if limits.positions is not None and longest > limits.positions:

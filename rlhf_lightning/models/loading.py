@@ -72,7 +72,7 @@ class LoadSettings:
             raise SettingError(
                 "quantized-from-scratch",
                 f"quantization is {self.quantization!r} and from_scratch true: quantized weights are frozen, but new "
-                f"weights must be trained; train from scratch without quantization first",
+                "weights must be trained; train from scratch without quantization first",
             )
 
     @property

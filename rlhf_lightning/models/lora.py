@@ -222,7 +222,7 @@ def refuse_impossible_lora(model: Any, lora: LoraSettings) -> None:
         raise SettingError(
             "impossible-lora",
             f"lora.modules_to_save fully trains {', '.join(lora.modules_to_save)} in {model.dtype}, where small "
-            f"updates would vanish; set dtype: float32",
+            "updates would vanish; set dtype: float32",
         )
 
 
@@ -309,13 +309,13 @@ def _refuse_other_lora(lora: LoraSettings, config: Any, start_from: str) -> None
         raise ModelError(
             "unsupported-adapter",
             f"the adapter in {start_from} trains biases of its backbone (bias: {config.bias}), so the backbone could "
-            f"not be the reference; merge it first (rlhf export --merge true)",
+            "not be the reference; merge it first (rlhf export --merge true)",
         )
     if str(config.init_lora_weights).startswith(CHANGES_BACKBONE):
         raise ModelError(
             "unsupported-adapter",
             f"the adapter in {start_from} was drawn by {config.init_lora_weights}, which changes its backbone, so no "
-            f"other adapter or reference could share it; merge it first (rlhf export --merge true)",
+            "other adapter or reference could share it; merge it first (rlhf export --merge true)",
         )
     own = {name: getattr(config, theirs) for name, theirs in LoraSettings.theirs.items()}
     fresh = LoraSettings()

@@ -52,7 +52,7 @@ def resolve_folder(name: str) -> str:
         raise MissingError(
             "no-model",
             f"{name} is a file; give the model's folder. A run exports one (runs/NAME/version_N/model); `rlhf "
-            f"export` writes one from a checkpoint",
+            "export` writes one from a checkpoint",
         )
     if path.is_dir():
         if (export := newest_export(path)) is not None:
@@ -259,7 +259,7 @@ def load_base_of_adapter(folder: str, base: str | None = None) -> str:
         raise MissingError(
             "no-model",
             f"{error}; it is the backbone of the adapter in {folder}: set base_model_name_or_path in its "
-            f"adapter_config.json to its folder or Hub id on this machine",
+            "adapter_config.json to its folder or Hub id on this machine",
         ) from None
     expected, found = backbone_record(folder).get("fingerprint"), fingerprint(name)
     if expected and found and expected != found:

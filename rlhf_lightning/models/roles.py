@@ -270,7 +270,7 @@ def add_critic(policy: CausalLM, lora: LoraSettings, start_from: str | None = No
         raise ModelError(
             "other-backbone",
             f"critic='adapter' cannot start from {start_from}: it is not an adapter trained on the policy's "
-            f"backbone; use critic='separate', or leave critic_init out to start from the policy",
+            "backbone; use critic='separate', or leave critic_init out to start from the policy",
         )
     model = policy.model
     if whole := model.peft_config[POLICY].modules_to_save:

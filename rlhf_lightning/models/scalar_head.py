@@ -112,7 +112,7 @@ def _read(module: nn.Module, ids: Tensor, **options: Any) -> Any:
             raise ModelError(
                 "tokenizer-larger-than-model",
                 f"a row holds token id {largest}, but {name} has {rows} embeddings: the tokenizer belongs to another "
-                f"model; use the model's own",
+                "model; use the model's own",
             ) from error
         positions = options.get("position_ids")
         length = ids.shape[1] if positions is None else int(positions.max()) + 1

@@ -173,7 +173,7 @@ def examine(model: Any, scores: bool = False, lora: LoraSettings | None = None) 
     if not checked.pads_rows:
         lines.append(
             f"{name}: {what} in padded rows differ from those of single sequences by {told(gap)}; sequences of "
-            f"different lengths are forwarded separately"
+            "different lengths are forwarded separately"
         )
     if trees and checked.pads_rows:
         gap = max(_gap(checked, part, _packed(part)) for part in ((EXAMPLES,) if scores else (ONE_EACH, EXAMPLES)))
@@ -372,7 +372,7 @@ def _check_policy(policy: CausalLM) -> None:
         raise ModelError(
             "sharded-lengths",
             f"{name}: each length needs its own forward pass, so ranks with other lengths would block while weights "
-            f"are sharded; train it without sharding",
+            "are sharded; train it without sharding",
         )
     paths = get_args(LogitsPath)
     first = None

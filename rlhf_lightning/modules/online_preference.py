@@ -184,7 +184,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
             raise SettingError(
                 "parts-groups",
                 f"mini_batch_size is {self.mini_batch_size} which would split the {samples} samples of a prompt: set "
-                f"it "
+                "it "
                 "to a multiple of data.samples_per_prompt",
             )
 

@@ -179,7 +179,7 @@ class PPOModule(OnPolicyModule):
         if isinstance(scorer, EncoderScorer) or tokenizer.get_vocab() != self.tokenizer.get_vocab():
             rank_zero_info(
                 f"the critic starts from {self.init_from}, since the reward model {folder} has another tokenizer "
-                f"than the policy"
+                "than the policy"
             )
             return None
         return str(folder)

@@ -96,7 +96,7 @@ class LoopState:
             raise StateError(
                 "damaged-state",
                 f"{self.path} does not contain the steps, settings and files of a loop: restore it from a copy, or "
-                f"give "
+                "give "
                 "another --name",
             )
         self.steps = parts[0]

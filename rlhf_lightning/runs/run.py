@@ -183,7 +183,7 @@ def checked_run_name(name: str) -> str:
             "invalid-run-name",
             f"run_name is {name!r}, but each run gets the next version number of its name: leave out {parts[-1]}, or "
             "continue "
-            f"that run with --resume",
+            "that run with --resume",
         )
     if not all(re.fullmatch(r"[\w][\w.\-=+]{0,199}", part) for part in parts):
         raise SettingError(

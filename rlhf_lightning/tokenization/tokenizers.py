@@ -108,7 +108,7 @@ def _refuse_lost_spaces(tokenizer: PreTrainedTokenizerBase, name: str | Path) ->
         raise ModelError(
             "tokenizer-loses-spaces",
             f"the tokenizer {str(name)!r} loses spaces ('a b' is read as 'ab'): its tokenizer.json does not match "
-            f"the tokenizer_class in tokenizer_config.json; set that to PreTrainedTokenizerFast",
+            "the tokenizer_class in tokenizer_config.json; set that to PreTrainedTokenizerFast",
         )
 
 

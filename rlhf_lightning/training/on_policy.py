@@ -492,7 +492,7 @@ class OnPolicyModule(RolloutModule):
             raise SettingError(
                 "group-of-one",
                 f"{type(self).__name__} with these settings compares completions of one prompt, but each prompt has "
-                f"only one: set data.samples_per_prompt to 2 or more",
+                "only one: set data.samples_per_prompt to 2 or more",
             )
 
     def checked_rewards(self, rollout: Rollout) -> Tensor:

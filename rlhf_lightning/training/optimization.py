@@ -280,7 +280,7 @@ def check_same_kinds(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             raise StateError(
                 "another-optimizer",
                 f"the checkpoint was trained with the {part} {before[part]}, whose state {now[part]} cannot load: "
-                f"resume with the same class, or start a new run from the exported model (model.init_from)",
+                "resume with the same class, or start a new run from the exported model (model.init_from)",
             )
 
 

@@ -137,7 +137,7 @@ class RolloutModule(AlignmentModule):
             raise SettingError(
                 "router-loss-in-rl",
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, but {type(self).__name__} learns from "
-                f"samples, and this loss would change their routing independently of their scores; set it to 0",
+                "samples, and this loss would change their routing independently of their scores; set it to 0",
             )
         self.score_rule = ScoreRule(parts, constraints)
         if self.score_rule.normalizes and not self.normalizes_scores:
@@ -196,7 +196,7 @@ class RolloutModule(AlignmentModule):
             raise SettingError(
                 "engine-without-logprobs",
                 f"{type(engine).__name__} does not report log-probabilities, so its samples cannot be corrected: use "
-                f"it only for evaluation",
+                "it only for evaluation",
             )
         if self.sampler_correction is None:
             correctable = "set model.sampler_correction (token_truncate is usual), or "
@@ -229,7 +229,7 @@ class RolloutModule(AlignmentModule):
             rank_zero_warn(
                 f"The reward model was trained on prompts written as {trained}, but these are {given}, so its scores "
                 f"may be meaningless: set data.as_chat to {str(trained == 'messages').lower()} or train it on "
-                f"prompts in that format."
+                "prompts in that format."
             )
 
     def place_frozen_models(self) -> None:
@@ -528,8 +528,8 @@ class RolloutModule(AlignmentModule):
             self._truncation_told = True
             rank_zero_warn(
                 f"Only {rollout['rollout/eos_rate']:.0%} of the episodes were ended by the environment; the others "
-                f"reached model.max_new_tokens, data.max_turns or data.max_episode_tokens: raise the one that is too "
-                f"low."
+                "reached model.max_new_tokens, data.max_turns or data.max_episode_tokens: raise the one that is too "
+                "low."
                 if "rollout/turns" in rollout
                 else f"Only {rollout['rollout/eos_rate']:.0%} of the completions ended before "
                 f"model.max_new_tokens={self.sampling.max_new_tokens}; the others were truncated: raise it."

@@ -103,7 +103,7 @@ def check_hooks(module: Any) -> None:
             raise ContractError(
                 "hook-without-super",
                 f"{owner.__name__}.{name} does not call super().{name}(...), so the work of {type(module).__name__} "
-                f"in that hook would be lost: call it",
+                "in that hook would be lost: call it",
             )
 
 
@@ -127,7 +127,7 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
         yield (
             "automatic-optimization",
             f"{type(module).__name__} sets automatic_optimization to True, but the module takes its own steps, one "
-            f"for all micro-batches: leave it False",
+            "for all micro-batches: leave it False",
         )
     for name in NEVER_CALLED:
         if getattr(type(module), name) is not getattr(LightningModule, name):
@@ -160,7 +160,7 @@ def trainer_refusals(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]
             yield (
                 "learning-rate-finder",
                 f"the loss of {type(module).__name__} does not depend on the learning rate alone, because each "
-                f"rollout has other data: compare the score of short runs with different model.learning_rate",
+                "rollout has other data: compare the score of short runs with different model.learning_rate",
             )
         if isinstance(callback, BatchSizeFinder):
             yield from tune_micro_batches(trainer, callback)
@@ -186,13 +186,13 @@ def tune_micro_batches(trainer: Trainer, finder: BatchSizeFinder) -> Iterator[tu
         yield (
             "batch-size-finder",
             f"{tuned_setting(finder)} cannot be tuned: the batch size is that of an optimizer step and changes "
-            f"training. Give a DataModule of rlhf_lightning.data, whose micro_batch_size can be tuned",
+            "training. Give a DataModule of rlhf_lightning.data, whose micro_batch_size can be tuned",
         )
         return
     if tuned_setting(finder) == "batch_size":
         set_tuned_setting(finder, "micro_batch_size")
         rank_zero_info(
-            f"data.micro_batch_size is tuned, because it changes only memory; data.batch_size stays "
+            "data.micro_batch_size is tuned, because it changes only memory; data.batch_size stays "
             f"{data.batch_size}, because it changes training"
         )
     if data.micro_batch_size is None:
@@ -247,7 +247,7 @@ def check_evaluation_loaders(trainer: Trainer) -> None:
         raise SettingError(
             "several-loaders",
             f"{len(found)} validation loaders are given, but their metrics would be averaged together: give one to "
-            f"fit, "
+            "fit, "
             "and call trainer.validate for each of the others",
         )
 

@@ -189,7 +189,7 @@ def input_mistake(right: Any, own: Any) -> str:
         if wanted.shape != given.shape:
             return (
                 f"{label} has the shape {tuple(given.shape)} instead of {tuple(wanted.shape)}: too many or too few "
-                f"tokens"
+                "tokens"
             )
         if wanted.dtype == torch.bool:
             if bool((wanted != given).any()):

@@ -22,7 +22,7 @@ def offline_checks(subject: Subject) -> list[Check]:
     if given is None:  # the whole loss is in `loss_sum`
         subject.notes.append(
             f"{subject.kind.__name__} computes its loss in loss_sum and never calls {subject.overridden}: checks of "
-            f"single rows, tokens and slopes are skipped; move the loss there to enable them"
+            "single rows, tokens and slopes are skipped; move the loss there to enable them"
         )
         return cut_checks(subject, rated(batch))
     checks = [*input_checks(subject, given, batch), *cut_checks(subject, rated(batch))]

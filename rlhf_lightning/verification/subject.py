@@ -358,7 +358,7 @@ def differentiated(given: Any) -> Sequence[str]:
         raise ContractError(
             "unknown-input",
             f"the override point gets a {type(given).__name__}, but checks exist only for {known}: derive it from "
-            f"one of those, or declare its own checks as contract",
+            "one of those, or declare its own checks as contract",
         )
     return names
 
