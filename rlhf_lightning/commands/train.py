@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flags import flags, with_underscores
-from rlhf_lightning.commands.parsing import usage_error
+from rlhf_lightning.commands.parsing import in_copied_context, usage_error
 from rlhf_lightning.commands.train_settings import SettingsCLI, announce
 from rlhf_lightning.compat import setting_of
 from rlhf_lightning.errors import MissingError, RlhfError
@@ -255,10 +254,8 @@ def main(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> RlhfCLI:
     """Run a training command in this process; the result has ``.trainer``, ``.model`` and ``.folder``."""
     silence_libraries()
-    # jsonargparse keeps its parser in a context variable, and with it the models and Adam's moments. In a copied
-    # context they are freed together with the result, before the next run in this process.
     with callers_random_state():
-        return contextvars.copy_context().run(RlhfCLI, resumed(with_underscores(argv)))
+        return in_copied_context(RlhfCLI, resumed(with_underscores(argv)))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
-from rlhf_lightning.commands.parsing import PlainParser
+from rlhf_lightning.commands.parsing import PlainParser, in_copied_context
 from rlhf_lightning.commands.train_settings import SettingsCLI
 from rlhf_lightning.errors import check_range
 from rlhf_lightning.loading import flat_settings, read_config
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     silence_libraries()
     argv = with_underscores(argv)
-    cli = contextvars.copy_context().run(PlanCLI, ["fit", *argv, *placeholders(argv)])
+    cli = in_copied_context(PlanCLI, ["fit", *argv, *placeholders(argv)])
     settings = cli.config_init.fit
     setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
     found = plan(setup)

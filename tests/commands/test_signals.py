@@ -4,6 +4,7 @@ Moments are counted in calls of Python functions by a profiler, so they do not d
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ from typing import Any
 
 import pytest
 from forked import forked
+from jsonargparse._common import parser_context
 from tiny_run import BASIC, UPDATES
 
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.cli import terminable
+from rlhf_lightning.commands.parsing import in_copied_context
 from rlhf_lightning.errors import TerminatedError
 
 FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
@@ -317,6 +320,26 @@ def test_a_signal_in_a_destructor_still_ends_the_command(
             time.sleep(10)
     finally:
         signal.signal(signal.SIGINT, before)
+    assert not printed
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), TerminatedError(signal.SIGTERM)])
+def test_a_signal_closes_the_parsers_context_managers_in_their_own_context(
+    raised: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    def left_open(argv: Any) -> None:
+        manager = parser_context(parent_parser=None)
+        manager.__enter__()
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        in_copied_context(left_open, [])
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
     assert not printed
 
 
