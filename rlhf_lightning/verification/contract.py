@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +36,7 @@ from rlhf_lightning.verification.distillation_checks import (
     self_distillation_checks,
 )
 from rlhf_lightning.verification.foreign_checks import foreign_checks
-from rlhf_lightning.verification.mistakes import is_certain
+from rlhf_lightning.verification.mistakes import is_certain, settings_of
 from rlhf_lightning.verification.offline_checks import offline_checks
 from rlhf_lightning.verification.on_policy_checks import on_policy_checks
 from rlhf_lightning.verification.online_checks import online_checks, opponent_check
@@ -102,9 +104,10 @@ class Verification(NamedTuple):
 
 @cache
 def world_and_folder() -> tuple[EnumerableWorld, str]:
-    """Return the verification world and its policy folder, created once per process."""
-    world = small_world()
-    return world, world.write(Path(tempfile.mkdtemp(prefix="rlhf_verify_")) / "policy")
+    """Return the verification world and its policy folder, created once per process and deleted at its end."""
+    world, folder = small_world(), tempfile.mkdtemp(prefix="rlhf_verify_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return world, world.write(Path(folder) / "policy")
 
 
 def verify(
@@ -144,7 +147,7 @@ def verify(
             if with_convergence:
                 found = with_twins_target(subject, converge(module, world, steps_of(kind), judge=judge_of(subject)))
                 if kind.data_columns and found.target is not None and not found.distance <= REACHED:
-                    with world.unsigned():  # a column may weight pairs instead of labelling them
+                    with settings_of(world, signed_columns=False):  # columns may weight pairs instead of labelling them
                         found = converge(subject.fresh(), world, steps_of(kind), judge=judge_of(subject))
             control = measured_control(subject, found)
             advice = "training on true labels must give more gold reward than training on uninformative labels"
@@ -239,7 +242,8 @@ def measured_control(subject: Subject, found: Convergence | None = None) -> floa
     found = converge(subject.fresh(), world, steps) if found is None else found
     control = found.gold_after - converge(subject.fresh(), world, steps, shuffled=True).gold_after
     if control < 1e-4:  # methods that treat rewards as success rates, or that learn from the ratings of pairs
-        with world.success_rates() if issubclass(subject.kind, OnPolicyModule) else world.rated():
+        on_policy = issubclass(subject.kind, OnPolicyModule)
+        with settings_of(world, **{"rewards": world.rewards.sigmoid()} if on_policy else {"rates_pairs": True}):
             return subject.short_run(False) - subject.short_run(True)
     return control
 

@@ -361,16 +361,16 @@ def logit_mistakes(given: DistillationLogits) -> Iterator[Mistake]:
 
 
 @contextlib.contextmanager
-def settings_of(module: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a module within a block."""
-    before = {name: getattr(module, name) for name in values}
+def settings_of(owner: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of a module or a world within a block."""
+    before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
-        setattr(module, name, value)
+        setattr(owner, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(module, name, value)
+            setattr(owner, name, value)
 
 
 def with_setting(losses: Losses, given: Any, module: Any, **settings: Any) -> Tensor:

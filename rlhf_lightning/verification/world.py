@@ -7,9 +7,8 @@ is reference * exp(reward / beta), normalised.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,11 +125,6 @@ class EnumerableWorld:
         visited = mass.sum(-1, keepdim=True) > 0
         return torch.where(visited, mass.log().clamp_min(IMPOSSIBLE), self.reference_table)
 
-    def optimal_policy(self, beta: float) -> Tensor:
-        """Return the policy that maximises E[reward] - beta KL(policy || reference), shape (prompts, completions)."""
-        weights = self.problem.reference * torch.exp((self.rewards - self.rewards.amax(-1, keepdim=True)) / beta)
-        return weights / weights.sum(-1, keepdim=True)
-
     def expected_reward(self, policy: Tensor) -> float:
         """Return the mean over prompts of the policy's expected reward."""
         return float((policy * self.rewards).sum(-1).mean())
@@ -160,33 +154,6 @@ class EnumerableWorld:
     def safe(self) -> Tensor:
         """Whether each completion is safe: its reward is above the prompt's mean; bool, (prompts, completions)."""
         return self.rewards > self.rewards.mean(-1, keepdim=True)
-
-    @contextlib.contextmanager
-    def success_rates(self) -> Iterator[None]:
-        """Squash the rewards into (0, 1) within a block, for methods that read rewards as success probabilities."""
-        before, self.rewards = self.rewards, self.rewards.sigmoid()
-        try:
-            yield
-        finally:
-            self.rewards = before
-
-    @contextlib.contextmanager
-    def unsigned(self) -> Iterator[None]:
-        """Make columns of pairs hold the absolute reward gap within a block, like an annotator's confidence."""
-        self.signed_columns = False
-        try:
-            yield
-        finally:
-            self.signed_columns = True
-
-    @contextlib.contextmanager
-    def rated(self) -> Iterator[None]:
-        """Make the rated margin of pairs the absolute reward gap within a block; elsewhere pairs are unrated."""
-        self.rates_pairs = True
-        try:
-            yield
-        finally:
-            self.rates_pairs = False
 
     # -- folders ------------------------------------------------------------------------------------------------------
 

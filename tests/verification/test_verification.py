@@ -1,6 +1,9 @@
 """`rlhf verify`: every shipped objective passes, and the intended check catches every wrong objective."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,6 +289,20 @@ def test_a_class_without_a_target_exits_3(capsys: pytest.CaptureFixture[str]):
 def test_invalid_classes_exit_2_with_a_code(arguments: list[str], code: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["verify", f"{__name__}.{arguments[0]}", *arguments[1:]]) == 2
     assert code in capsys.readouterr().err
+
+
+def test_an_interrupted_verification_leaves_no_temporary_folder(tmp_path: Path):
+    code = (
+        "import os, signal, tempfile\n"
+        "from rlhf_lightning.verification.contract import world_and_folder\n"
+        "world_and_folder()\n"
+        "print(os.listdir(tempfile.gettempdir()))\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "rlhf_verify_" in done.stdout and "KeyboardInterrupt" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_statistical_checks_report_their_power():

@@ -16,6 +16,7 @@ from rlhf_lightning.modules import IterativeDPOModule, OnlineDPOModule, PPOModul
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.training.pairs import tilted
 from rlhf_lightning.types import PromptBatch, Step
 from rlhf_lightning.verification.world import END, EnumerableWorld
 
@@ -62,7 +63,7 @@ def test_padding_and_kv_cache_do_not_change_probabilities(world: EnumerableWorld
 
 
 def test_the_optimum_is_the_tilted_reference(world: EnumerableWorld) -> None:
-    best = world.optimal_policy(0.5)
+    best = tilted(world.problem, 0.5)
     value = world.expected_reward(best) - 0.5 * world.kl(best)
     partition = (world.problem.reference * torch.exp(world.rewards / 0.5)).sum(-1).log().mean() * 0.5
     assert value == pytest.approx(float(partition))
@@ -109,7 +110,7 @@ def test_sampled_ppo_converges_close_to_the_optimum(world: EnumerableWorld, fold
     module.trainer = quiet_trainer()
     fit(module, steps)
     reached = world.probabilities(module.policy.model.model.table.weight.detach())
-    distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)
+    distance = 0.5 * (reached - tilted(world.problem, beta)).abs().sum(-1)
     assert float(distance.max()) < 0.05, distance
 
 
@@ -137,13 +138,13 @@ def test_sampled_online_preference_methods_converge_close_to_the_optimum(
     steps = [Step((paired_questions(world, 64, i),), 256, 0) for i in range(80)]
     fit(module, steps)
     reached = world.probabilities(module.policy.model.model.table.weight.detach())
-    distance = 0.5 * (reached - world.optimal_policy(beta)).abs().sum(-1)
+    distance = 0.5 * (reached - tilted(world.problem, beta)).abs().sum(-1)
     assert float(distance.max()) < 0.05, distance
 
 
 def test_the_teacher_folder_matches_its_table(tmp_path):
     world = EnumerableWorld(prompts=2, tokens=4, max_new_tokens=3, seed=1)
-    torch.testing.assert_close(world.problem.teacher, world.optimal_policy(1.0))
+    torch.testing.assert_close(world.problem.teacher, tilted(world.problem, 1.0))
     assert world.expected_reward(world.problem.teacher) > world.expected_reward(world.problem.reference)
     model = load_policy(world.write_teacher(tmp_path / "teacher"))
     rows = [(prompt, index) for prompt in range(2) for index in range(len(world.completions))]
