@@ -80,6 +80,16 @@ def check_prompts(model: Any, prompts: Sequence[torch.Tensor], new_tokens: int) 
         )
 
 
+def room_after(model: Any, prompts: Sequence[torch.Tensor]) -> list[int | None]:
+    """Return how many tokens a Hugging Face model can read after each prompt; None for any number.
+
+    The limit is that of learned positions, or the length at which the rotation of all positions changes.
+    """
+    limits = limits_of(model)
+    ends = [end for end in (limits.positions, limits.switch) if end is not None]
+    return [min((end - len(prompt) for end in ends if end > len(prompt)), default=None) for prompt in prompts]
+
+
 def check_rows(
     limits: Limits, tokenizer: PreTrainedTokenizerBase, largest_id: int, lengths: torch.Tensor, sampled: int = 0
 ) -> None:

@@ -149,6 +149,14 @@ class Turns:
             _Open(prompt, {**{name: values[row] for name, values in columns.items()}, "prompt": prompt}, int(number))
             for row, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
         ]
+        self._budgets = [rules.max_tokens] * len(self._open)
+
+    def limit(self, most: Sequence[int | None]) -> None:
+        """Limit the tokens of each episode after its first prompt, in addition to ``rules.max_tokens``."""
+        self._budgets = [
+            min((one for one in pair if one is not None), default=None)
+            for pair in zip(self._budgets, most, strict=True)
+        ]
 
     def ids(self, row: int) -> list[int]:
         """Return the tokens of an episode after its first prompt: the policy's turns and the replies."""
@@ -156,7 +164,7 @@ class Turns:
 
     def room(self, row: int, most: int) -> int:
         """Return the maximum length of an episode's next turn in tokens, at most ``most``."""
-        budget = self.rules.max_tokens
+        budget = self._budgets[row]
         return most if budget is None else min(most, budget - len(self._open[row].ids))
 
     @property
@@ -224,7 +232,7 @@ class Turns:
         if reply.done or last:
             return False
         messages, ids = self._encoded(one, reply)
-        if self.rules.max_tokens is not None and len(one.ids) + len(ids) >= self.rules.max_tokens:
+        if self.room(row, len(ids) + 1) <= len(ids):
             return False
         one.hear(ids, messages)
         return True

@@ -16,7 +16,7 @@ from rlhf_lightning import tokenization
 from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import padded_layout, select
-from rlhf_lightning.models.limits import check_prompts
+from rlhf_lightning.models.limits import check_prompts, room_after
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.scalar_head import unwrapped
@@ -100,6 +100,11 @@ class Completions(NamedTuple):
         return self._replace(
             texts=tuple(tokenization.completion_text(tokenizer, ids[start:].tolist()) for ids, start in pairs)
         )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens that the policy wrote in each completion."""
+        return [len(ids) for ids in self.ids] if self.learned is None else [int(mask.sum()) for mask in self.learned]
 
     def asked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the context of each text: the prompt, and with an environment also the turns before the last one."""
@@ -201,6 +206,8 @@ class SamplingEngine(ABC):
         refuse_empty(prompts)
         if isinstance(model, CausalLM):
             check_prompts(model.model, prompts, settings.max_new_tokens)
+            if turns is not None:
+                turns.limit(room_after(model.model, prompts))
         ends = end_ids if isinstance(end_ids, Ends) else Ends(end_ids)
         request = SamplingRequest(prompts, episodes, settings, seed, ends, on_progress, mixture, turns)
         if turns is None or self.keeps_turns:
@@ -260,28 +267,32 @@ class SamplingEngine(ABC):
             )
 
     def _turn_by_turn(self, model: CausalLM, request: SamplingRequest, turns: Turns) -> Completions:
-        """Sample one turn of all open episodes per call; each call reads the conversations from the beginning."""
-        count = len(request.prompts)
+        """Sample one turn of all open episodes at a time; each turn reads the conversations from the beginning.
+
+        Episodes with equal room for a turn share a call, so that no request exceeds the model's context.
+        """
+        count, limit = len(request.prompts), request.settings.max_new_tokens
         rows, logprobs = list(range(count)), [torch.zeros(0)] * count
+        said: list[list[int]] = [[]] * count
+        whole = [False] * count
         while rows:
-            heard = [torch.tensor(turns.ids(row), dtype=torch.long) for row in rows]
-            room = [turns.room(row, request.settings.max_new_tokens) for row in rows]
-            asked = request._replace(
-                prompts=[torch.cat([request.prompts[row], ids]) for row, ids in zip(rows, heard, strict=True)],
-                episodes=request.episodes[rows],
-                settings=replace(request.settings, max_new_tokens=max(room)),
-                on_progress=None,
-                turns=None,
-                starts=torch.tensor([len(ids) for ids in heard]),
-            )
-            drawn = self.complete(model, asked).cut(request.end_ids)
-            said = [ids[:most].tolist() for ids, most in zip(drawn.ids, room, strict=True)]
-            for place, row in enumerate(rows):
-                unlearned = torch.zeros(len(heard[place]) - len(logprobs[row]))
-                logprobs[row] = torch.cat([logprobs[row], unlearned, drawn.logprobs[place][: room[place]]])
-            rows_drawn = zip(drawn.finished.tolist(), drawn.ids, room, strict=True)
-            whole = [done and len(ids) <= most for done, ids, most in rows_drawn]
-            going = turns.replies(rows, said, whole)
+            for most in sorted({turns.room(row, limit) for row in rows}):
+                group = [row for row in rows if turns.room(row, limit) == most]
+                heard = [torch.tensor(turns.ids(row), dtype=torch.long) for row in group]
+                asked = request._replace(
+                    prompts=[torch.cat([request.prompts[row], ids]) for row, ids in zip(group, heard, strict=True)],
+                    episodes=request.episodes[group],
+                    settings=replace(request.settings, max_new_tokens=most),
+                    on_progress=None,
+                    turns=None,
+                    starts=torch.tensor([len(ids) for ids in heard]),
+                )
+                drawn = self.complete(model, asked).cut(request.end_ids)
+                for place, row in enumerate(group):
+                    unlearned = torch.zeros(len(heard[place]) - len(logprobs[row]))
+                    logprobs[row] = torch.cat([logprobs[row], unlearned, drawn.logprobs[place]])
+                    said[row], whole[row] = drawn.ids[place].tolist(), bool(drawn.finished[place])
+            going = turns.replies(rows, [said[row] for row in rows], [whole[row] for row in rows])
             if request.on_progress is not None and not all(going):
                 request.on_progress(going.count(False))
             rows = [row for row, more in zip(rows, going, strict=True) if more]

@@ -83,7 +83,7 @@ class ContinuousBatchingEngine(SamplingEngine):
         device = next(model.parameters()).device
         devices = [device] if device.type == "cuda" else []
         with inference_mode_of(model), _own_generation_config(model.model), torch.random.fork_rng(devices):
-            torch.manual_seed(request_seed(request.seed, int(request.episodes[0])))
+            torch.manual_seed(request_seed(request.seed, int(request.episodes[0]), int(request.first_positions[0])))
             found = model.model.generate_batch(
                 [prompt.tolist() for prompt in prompts],
                 generation_config=config,

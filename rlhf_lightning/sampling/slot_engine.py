@@ -88,7 +88,7 @@ class _Run:
         self.on_progress, self.turns = request.on_progress, request.turns
         like = next(model.parameters())[:0]
         self.device = like.device
-        self.episodes = request.episodes.to(self.device)
+        self.episodes, self.starts = (part.to(self.device) for part in (request.episodes, request.first_positions))
         self.ends = np.array(list(request.end_ids), dtype=np.int64)
         self.texts = request.end_ids
         self.said: list[list[int]] = [[] for _ in prompts]  # the current turn of each episode, for stop strings
@@ -343,7 +343,7 @@ class _Run:
         owners, starts = (torch.from_numpy(part).to(self.device).unsqueeze(-1) for part in (rows, places))
         positions = starts + torch.arange(self.ahead, device=self.device)
         episodes = self.episodes[owners].expand_as(positions)
-        self.numbers[owners, positions] = uniform(self.seed, episodes, positions)
+        self.numbers[owners, positions] = uniform(self.seed, episodes, positions + self.starts[owners])
 
 
 class _Unwritten(NamedTuple):

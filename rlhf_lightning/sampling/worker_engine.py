@@ -32,6 +32,7 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
 from rlhf_lightning.sampling.slot_engine import SlotEngine
+from rlhf_lightning.tokenization import Ends
 
 ATTEMPTS = 3
 """Maximum number of workers that try a job before the job fails."""
@@ -128,10 +129,12 @@ class _Worker:
         self.jobs += 1
         given, result = self.folder / f"job-{self.jobs}.safetensors", self.folder / f"result-{self.jobs}.safetensors"
         prompts = [request.prompts[row].cpu() for row in rows]
+        chosen = torch.tensor(rows, dtype=torch.long)
         tensors = {
             "ids": torch.cat(prompts),
             "counts": torch.tensor([len(prompt) for prompt in prompts]),
-            "episodes": request.episodes.cpu()[torch.tensor(rows, dtype=torch.long)].contiguous(),
+            "episodes": request.episodes.cpu()[chosen].contiguous(),
+            "starts": request.first_positions.cpu()[chosen].contiguous(),
         }
         save_file(tensors, given)
         return self.pool.submit(self._run, {**job, "prompts": str(given), "result": str(result)}).result
@@ -238,10 +241,12 @@ def _sample(model: CausalLM, job: Mapping[str, Any]) -> None:
     device = next(model.parameters()).device.type
     low = job["autocast"]
     context = nullcontext() if low is None else torch.autocast(device, getattr(torch, low.removeprefix("torch.")))
+    asked = SamplingRequest(
+        prompts, given["episodes"], SamplingSettings(**job["settings"]), job["seed"], Ends(job["ends"]), None, None,
+        starts=given["starts"],
+    )  # fmt: skip
     with context:
-        drawn = SlotEngine().sample(
-            model, prompts, given["episodes"], SamplingSettings(**job["settings"]), job["seed"], job["ends"]
-        )
+        drawn = SlotEngine().complete(model, asked)
     assert drawn.entropies is not None
     save_file(
         {

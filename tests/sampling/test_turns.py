@@ -19,14 +19,16 @@ from transformers import (
 )
 
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling import slot_engine
 from rlhf_lightning.sampling.conversation import Turns
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
-from rlhf_lightning.sampling.generate_engine import GenerateEngine
+from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.slot_engine import SlotEngine
+from rlhf_lightning.sampling.worker_engine import WorkerEngine
 from rlhf_lightning.types import Episode, MultiTurn, Reply
 
 LIMIT, ENDS = 6, (3, *range(10, 40))
@@ -109,9 +111,9 @@ def mistral() -> CausalLM:
     return CausalLM(MistralForCausalLM(config))
 
 
-def gpt2() -> CausalLM:
+def gpt2(positions: int = 64) -> CausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 120, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    sizes = {"vocab_size": 120, "n_positions": positions, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return CausalLM(GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)))
 
 
@@ -177,6 +179,34 @@ def test_a_server_gets_one_seed_per_turn(policy_folder: str) -> None:
     assert drawn.learned is not None and not all(bool(mask.all()) for mask in drawn.learned)
     for mine, theirs, mask in zip(drawn.logprobs, scored(model, PROMPTS, drawn.ids, 0.9), drawn.learned, strict=True):
         torch.testing.assert_close(mine, torch.where(mask, theirs, 0.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_worker_processes_draw_the_same_episodes(policy_folder: str) -> None:
+    model, engine = load_policy(policy_folder), WorkerEngine(workers=2, threads=1)
+    engine.prepare(policy_folder, LoadSettings(), None, 1)
+    ours, theirs = converse(SlotEngine(), model), converse(engine, model)
+    assert as_lists(theirs) == as_lists(ours) and torch.equal(theirs.finished, ours.finished)
+    assert max(len(one.ends) for one in ours.transcripts) > 2
+
+
+def test_continuous_batching_has_other_random_numbers_in_each_turn(
+    policy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    converse(ContinuousBatchingEngine(), load_policy(policy_folder))
+    assert len(seeds) == len(set(seeds)) > 2
+
+
+@pytest.mark.parametrize("engine", [SlotEngine(), GenerateEngine()])
+def test_an_episode_ends_at_the_models_last_position(engine: SamplingEngine) -> None:
+    model = gpt2(positions=24).eval()
+    drawn = converse(engine, model, rules=MultiTurn(Talks(), max_turns=9))
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(PROMPTS, drawn.ids, strict=True)]
+    assert max(lengths) == 24 and bool((~drawn.finished[torch.tensor(lengths) == 24]).all())
+    assert as_lists(drawn) == as_lists(converse(SlotEngine(), model, rules=MultiTurn(Talks(), max_turns=9)))
 
 
 def test_only_replies_and_last_tokens_are_prefilled_between_turns(
