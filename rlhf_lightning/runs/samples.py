@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from rlhf_lightning.runs.run import aligned, check_period, passes_multiple, run_
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.scoring.faults import ScorerFailedError
+from rlhf_lightning.scoring.judges.judge import turn_text
 from rlhf_lightning.scoring.scorer import BadScoresError, MissingColumnError, ask_scorer, unmoved
-from rlhf_lightning.types import Message, Prompt
+from rlhf_lightning.types import Prompt
 
 UNSCORABLE = (TypeError, KeyError, BadScoresError, MissingColumnError, ScorerFailedError, ServerError)
 LONGEST_CELL = 600
@@ -115,7 +115,7 @@ class SampleTable(Callback):
         settings = self.settings(aligned(module).sampling)
         answers = aligned(module).answer(self.prompts, settings, self.seed, **conversation)
         scores = self._scores(module, answers)
-        finished, lengths = map(bool, answers.finished), map(len, answers.ids)
+        finished, lengths = map(bool, answers.finished), answers.lengths
         columns = zip(self.prompts, answers.texts, scores, finished, lengths, strict=True)
         names = ("prompt", "completion", "score", "finished", "length")
         rows: list[dict[str, Any]] = [{"update": updates, **dict(zip(names, row, strict=True))} for row in columns]
@@ -162,13 +162,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def as_text(prompt: Prompt) -> str:
     """Return a prompt as text, with one line for each turn of a conversation."""
-    return prompt if isinstance(prompt, str) else "\n".join(map(_turn_as_text, prompt))
-
-
-def _turn_as_text(turn: Message) -> str:
-    calls = [call["function"] for call in turn.get("tool_calls") or ()]
-    written = [f"{one['name']}({json.dumps(one['arguments'], ensure_ascii=False)})" for one in calls]
-    return f"{turn['role']}: {' '.join([str(turn['content']), *written]).strip()}"
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in prompt)
 
 
 def cell(text: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import SettingError
+from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import select
@@ -27,6 +27,9 @@ from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.judgements import ScoreRule, with_objective
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
+
+ENVIRONMENT = "environment"
+"""Name of the part that holds the sum of the environment's rewards; NaN if it failed."""
 
 
 class Samples(NamedTuple):
@@ -60,7 +63,7 @@ class Samples(NamedTuple):
     @property
     def lengths(self) -> Tensor:
         """Number of tokens sampled from the policy in each completion, shape (episodes,)."""
-        return torch.tensor([int(mask.sum()) for mask in self.sequences.supervised])
+        return torch.tensor(self.completions.lengths)
 
     @property
     def turns(self) -> Tensor | None:
@@ -247,9 +250,16 @@ def with_environment(judged: Judgements, completions: Completions) -> Judgements
 
     The sum is the part ``environment``. An episode in which the environment failed has no score. The environment's
     feedback is placed before the scorer's.
+
+    Raises:
+        ContractError: ``reserved-part``: a part of the scorer has this name.
     """
     if not completions.transcripts:
         return judged
+    if ENVIRONMENT in judged.parts:
+        raise ContractError(
+            "reserved-part", f"the scorer calls a part {ENVIRONMENT!r}, the name of the environment's reward: rename it"
+        )
     total = torch.tensor([one.reward for one in completions.transcripts], dtype=torch.float32)
     given = judged.token_rewards or (torch.zeros(0),) * len(total)
     moved = [one.token_rewards() for one in completions.transcripts]
@@ -257,7 +267,7 @@ def with_environment(judged: Judgements, completions: Completions) -> Judgements
         own + torch.nn.functional.pad(row[: len(own)], (0, len(own) - len(row[: len(own)])))
         for own, row in zip(moved, given, strict=True)
     )
-    parts = {**judged.parts, "environment": total}
+    parts = {**judged.parts, ENVIRONMENT: total}
     pairs = zip([one.feedback for one in completions.transcripts], judged.feedback or (None,) * len(total), strict=True)
     said = tuple("\n".join(filter(None, pair)) or None for pair in pairs)
     return judged._replace(
@@ -438,6 +448,8 @@ def measure_samples(meter: Meter, rollout: Rollout, scored: bool = True) -> None
     meter.add("rollout/completion_length", lengths.double())
     if rollout.turns is not None:
         meter.add("rollout/turns", rollout.turns.double())
+    if ENVIRONMENT in rollout.parts:
+        meter.add("rollout/environment_failed", rollout.parts[ENVIRONMENT].isnan().double())
 
 
 def with_score_std(means: dict[str, float], prefix: str = "rollout/") -> dict[str, Any]:

@@ -203,6 +203,23 @@ def test_criteria_dropout_applies_only_to_training_rollouts() -> None:
         RubricScorer(judge, dropout=1.0)
 
 
+def test_a_judge_reads_tool_calls_and_their_results() -> None:
+    class Reads(ByCriterion):
+        def __call__(self, questions: Any) -> list[JudgeAnswer]:
+            self.read = questions[0].messages[-1]["content"]
+            return super().__call__(questions)
+
+    judge = Reads()
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    turns = [
+        {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]  # fmt: skip
+    RubricScorer(judge, criteria=["kind"])([turns], ["It is 3."])
+    said = 'Human: 1 + 2?\n\nAssistant: add({"a": 1, "b": 2})\n\nTool: 3\n\nAssistant: It is 3.'
+    assert judge.read.startswith(said)
+
+
 def test_invalid_rubrics_are_refused(tmp_path: Path) -> None:
     for wrong in ([], [{"weight": 1.0}], [{"criterion": "kind", "weight": "high"}], [{"criterion": "a", "weight": 0}]):
         with refused("wrong-rubric"):

@@ -24,7 +24,7 @@ from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
 from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
 from rlhf_lightning.sampling.slot_engine import SlotEngine
-from rlhf_lightning.types import Episode, MultiTurn, Reply, Rollout, Step
+from rlhf_lightning.types import Episode, Judgement, MultiTurn, Reply, Rollout, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(3, seed=81) for _ in range(2)]
 SETTINGS: dict[str, Any] = {
@@ -189,7 +189,16 @@ def test_faults_stop_the_run_or_drop_their_episodes(policy_folder: str) -> None:
     module = run(GRPOModule, policy_folder, FaultTolerantEnvironment(Faulty(), on_fault="drop", threads=3))
     ((rollout, means),) = module.ended
     assert rollout.scores.isnan().tolist() == [False, True] * 3 and means["score_missing"] == 0.5
+    assert means["environment_failed"] == 0.5 == module.row["rollout/environment_failed"]
     assert float(module.row["train/grad_norm"]) == 0.0  # one scored sample per prompt has no baseline
+
+
+def test_a_part_named_like_the_environments_reward_is_refused(policy_folder: str) -> None:
+    def scorer(prompts: Any, completions: Any, **columns: Any) -> list[Judgement]:
+        return [Judgement(0.0, {"environment": 1.0}) for _ in completions]
+
+    with refused("reserved-part", "'environment'"):
+        run(GRPOModule, policy_folder, scorer=scorer)
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])

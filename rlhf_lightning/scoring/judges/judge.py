@@ -280,10 +280,17 @@ def as_turns(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
 
 
+def turn_text(turn: Message) -> str:
+    """Return the content of a turn, followed by its tool calls as ``name({"argument": value})``."""
+    calls = [call["function"] for call in turn.get("tool_calls") or ()]
+    written = [f"{one['name']}({json.dumps(one['arguments'], ensure_ascii=False)})" for one in calls]
+    return " ".join([str(turn["content"]), *written]).strip() if calls else str(turn["content"])
+
+
 def as_text(messages: Sequence[Message], wording: Wording) -> str:
     """Return a conversation as a transcript that ends with the beginning of an assistant turn."""
-    names = {"user": wording.human, "assistant": wording.assistant}
-    said = [f"{names.get(turn['role'], wording.system)}: {turn['content']}" for turn in messages]
+    names = {"user": wording.human, "assistant": wording.assistant, "tool": "Tool"}
+    said = [f"{names.get(turn['role'], wording.system)}: {turn_text(turn)}" for turn in messages]
     if messages and messages[-1]["role"] != "assistant":
         said.append(f"{wording.assistant}:")
     return "\n\n".join(said)
