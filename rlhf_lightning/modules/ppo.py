@@ -125,12 +125,18 @@ class PPOModule(OnPolicyModule):
         )
         self.load_reference_and_scorer()
         if self.critic_kind == "separate":
-            self.critic = self._load_critic(self.critic_init or self._start_from(self.scorer))
+            self.critic = self._load_critic(self.critic_init or self._start_from(self._objective_scorer()))
         for place, name in enumerate(self.score_rule.multipliers if self.cost_critics else ()):
             member = getattr(self.scorer, "scorers", {}).get(name)
             self.add_module(f"cost_critic_{place}", self._load_critic(self._start_from(member), -1.0))
         if self.critic_kind == "adapter":
             self.critic = self._add_critic()
+
+    def _objective_scorer(self) -> Any:
+        """Return the scorer; of a combined scorer with constraints, the only member whose score is not a cost."""
+        costs, members = self.score_rule.multipliers, getattr(self.scorer, "scorers", {})
+        rest = [member for name, member in members.items() if name not in costs]
+        return rest[0] if costs and len(rest) == 1 else self.scorer
 
     def _add_critic(self) -> ScalarModel:
         """Add the critic to the policy's backbone; it starts from the reward model if that shares the backbone."""

@@ -14,11 +14,21 @@ from conftest import refused
 from rank_cases import low_words_at_a_cost, share_of_words
 from test_rollout_objectives_of_users import at_end, clipped, critic_loss, gae, loaded, plain_values, step, whitened
 from tiny_folders import one_thread, policy_folder
-from tiny_models import MetricsLog, doubled, evaluate, fit, gradients_of_step, plain_logprobs, weights_of
+from tiny_models import (
+    MetricsLog,
+    doubled,
+    evaluate,
+    fit,
+    gradients_of_step,
+    plain_logprobs,
+    save_reward_model,
+    weights_of,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.modules import GRPOModule, OnlineDPOModule, PPOModule
+from rlhf_lightning.scoring import WeightedSum
 from rlhf_lightning.training.judgements import Constraint, Multiplier
 
 __all__ = ["one_thread", "policy_folder"]
@@ -86,6 +96,18 @@ def test_the_gradient_equals_that_of_the_constrained_objective(policy_folder: st
         assert largest > 1e-4
         for name, slope in slopes.items():
             torch.testing.assert_close(found[prefix + name], slope, rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_critics_start_from_the_reward_model_and_from_minus_the_cost_model(policy_folder: str, tmp_path: Path) -> None:
+    folders = {name: save_reward_model(tmp_path / name, seed=seed) for name, seed in (("helpful", 3), ("cost", 4))}
+    scorer = WeightedSum(folders, weights={"cost": 0.0})
+    module = PPOModule(init_from=policy_folder, scorer=scorer, constraints={"cost": COST}, cost_critics=True)
+    module.configure_model()
+    for critic, name, sign in ((module.critic, "helpful", 1.0), (module.cost_critic_0, "cost", -1.0)):
+        model = AutoModelForSequenceClassification.from_pretrained(folders[name])
+        assert torch.equal(critic.model.score.weight, sign * model.score.weight) and bool(model.score.weight.any())
+        trunk, expected = critic.model.state_dict(), model.state_dict()
+        assert all(torch.equal(trunk[part], expected[part]) for part in expected if "layers.0" in part)
 
 
 def test_micro_batches_do_not_change_the_gradient(policy_folder: str) -> None:
