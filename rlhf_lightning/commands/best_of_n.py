@@ -3,6 +3,7 @@
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
 def best_of_n(
     model: str,
-    scorer: str,
+    scorer: dict[str, Any] | str,
     prompts: str,
     out: str,
     n: int = 8,
@@ -41,12 +42,12 @@ def best_of_n(
 
     Each line has prompt, completion, score, n and unique (the share of the prompt's samples that are distinct).
     SFTDataModule reads the file; supervised fine-tuning on it is one round of RAFT (Dong et al., arXiv 2304.06767).
-    --keep random is a control: fine-tuning on own samples without selection. Empty completions are never kept.
-    With --environment a demonstration is a whole episode; the policy's turns are trained on.
+    --keep random is a control: fine-tuning on own samples without selection. Empty completions and completions without
+    a score are never kept. With --environment a demonstration is a whole episode; the policy's turns are trained on.
 
     Args:
         model: folder of a policy (weights or adapter), .gguf file or hub id.
-        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        scorer: scores the completions: folder of a reward model, function, or {class_path: ..., init_args: ...}.
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
         out: JSONL file of demonstrations to write; it is created only when complete.
         n: completions per prompt.
@@ -83,8 +84,9 @@ def best_of_n(
         raise DataError(
             "no-usable-rows",
             f"none of {len(rows)} completions is kept: {sum(not row['finished'] for row in rows)} were truncated at "
-            f"max_new_tokens, and the best score is {max(row['score'] for row in rows):.4g}; raise max_new_tokens, set "
-            "keep_unfinished, or lower the threshold",
+            f"max_new_tokens, {len(rows) - len(scores_of(rows))} have no score, and the best score is "
+            f"{max(scores_of(rows), default=math.nan):.4g}; raise max_new_tokens, set keep_unfinished, or lower the "
+            "threshold",
         )
     write_lines(Path(out), (demonstration(row, groups[place]) for place, row in kept))
     print(f"{out}: {said}\n{report_of(groups, [row for _, row in kept]).describe()}")
@@ -114,9 +116,7 @@ def selected(
     ``groups`` are the samples of each prompt; ``seed`` breaks ties. The other arguments are those of `best_of_n`.
     """
     lot = random.Random(seed)
-    usable = [
-        [row for row in group if row["completion"].strip() and (row["finished"] or keep_unfinished)] for group in groups
-    ]
+    usable = [[row for row in group if _is_usable(row, keep_unfinished)] for group in groups]
     if keep == "random":
         chosen = [(place, lot.choice(rows)) for place, rows in enumerate(usable) if rows]
     else:
@@ -133,23 +133,38 @@ def selected(
             chosen = [(place, row) for place, row in chosen if row["score"] >= threshold]
     distinct: dict[str, tuple[int, Row]] = {}
     for place, row in chosen:
-        distinct.setdefault(json.dumps([row["prompt"], row["completion"]]), (place, row))
+        distinct.setdefault(json.dumps([row["prompt"], _written(row)]), (place, row))
     return sorted(list(distinct.values())[:top], key=lambda one: one[0])
+
+
+def _is_usable(row: Row, keep_unfinished: bool) -> bool:
+    return bool(row["completion"].strip()) and row["score"] is not None and (row["finished"] or keep_unfinished)
+
+
+def _written(row: Row) -> Any:
+    """Return the text of a completion, or all turns of an episode."""
+    return row.get("turns", row["completion"])
+
+
+def scores_of(rows: Sequence[Row]) -> list[float]:
+    """Return the scores of the completions that have one."""
+    return [row["score"] for row in rows if row["score"] is not None]
 
 
 def why_none(left: Sequence[Sequence[Row]], keep: Keep, threshold: float | None, keep_unfinished: bool) -> str:
     """Explain why some prompts have no demonstration, and what to change; ``left`` are their samples."""
-    reasons = {"truncated": 0, "empty": 0, "low": 0, "alike": 0}
+    reasons = {"truncated": 0, "empty": 0, "unscored": 0, "low": 0, "alike": 0}
     for group in left:
         written = [row for row in group if row["completion"].strip()]
-        usable = [row for row in written if row["finished"] or keep_unfinished]
-        best = max((row["score"] for row in usable), default=0.0)
-        low = keep == "top-k" or (threshold is not None and best < threshold)
-        name = "empty" if not written else "truncated" if not usable else "low" if low else "alike"
-        reasons[name] += 1
+        whole = [row for row in written if row["finished"] or keep_unfinished]
+        best = max(scores_of(whole), default=None)
+        low = keep == "top-k" or (threshold is not None and best is not None and best < threshold)
+        missing = "empty" if not written else "truncated" if not whole else "unscored"
+        reasons[missing if best is None else "low" if low else "alike"] += 1
     words = {
         "truncated": "all samples were truncated (raise max_new_tokens or set keep_unfinished)",
         "empty": "all samples are empty",
+        "unscored": "no sample has a score",
         "low": "scores are too low (lower the threshold, or raise top)",
         "alike": "another row has the same prompt and completion",
     }
@@ -160,11 +175,11 @@ def why_none(left: Sequence[Sequence[Row]], keep: Keep, threshold: float | None,
 def demonstration(row: Row, group: Sequence[Row]) -> Row:
     """Return a selected completion as a demonstration."""
     about = {"score": row["score"], "n": len(group), "unique": _distinct(group) / len(group)}
-    return {"prompt": row["prompt"], "completion": row.get("turns", row["completion"]), **about}
+    return {"prompt": row["prompt"], "completion": _written(row), **about}
 
 
 def _distinct(rows: Sequence[Row]) -> int:
-    return len({row["completion"] for row in rows})
+    return len({json.dumps(_written(row)) for row in rows})
 
 
 class SelectionReport(NamedTuple):
@@ -206,8 +221,8 @@ def report_of(groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> Selection
         answered=len({json.dumps(row["prompt"]) for row in kept}) / len({json.dumps(row["prompt"]) for row in rows}),
         unique=mean([_distinct(group) / len(group) for group in groups]),
         finished=mean([float(row["finished"]) for row in rows]),
-        mean_score=mean([row["score"] for row in rows]),
-        best_score=mean([max(row["score"] for row in group) for group in groups]),
+        mean_score=mean(scores_of(rows)),
+        best_score=mean([max(found) for group in groups if (found := scores_of(group))]),
         kept_score=mean([row["score"] for row in kept]),
         length_shift=mean([row["length"] for row in kept]) - mean([row["length"] for row in rows]),
     )

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
 def evaluate(
     models: Sequence[str],
     prompts: str,
-    scorer: str | None = None,
+    scorer: dict[str, Any] | str | None = None,
     judge: str | None = None,
     judge_args: dict[str, Any] | None = None,
     question: str | None = None,
@@ -49,7 +49,7 @@ def evaluate(
     Args:
         models: folders of policies (weights or adapters), .gguf files or hub ids.
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
-        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        scorer: scores the completions: folder of a reward model, function, or {class_path: ..., init_args: ...}.
         judge: folder of a language model, address of a server, or class; compares each model with the baseline.
         judge_args: arguments of the judge's class: --judge_args.NAME VALUE.
         question: question to the judge about two answers.
@@ -84,7 +84,7 @@ def evaluate(
             kept = policy if name == baseline else sampling.load(baseline)[0]
         score = None if scorer is None else scorer_beside(scorer, policy)
         print(f"{name}: {len(asked) * samples} completions", flush=True)
-        found[name] = sampled(policy, tokenizer, asked, samples, sampling, score, scorer or "")
+        found[name] = sampled(policy, tokenizer, asked, samples, sampling, score, scorer)
         add_kl(found[name], policy, kept, tokenizer, sampling.temperature)
     summaries = {name: summary(rows, samples, correct, sampling.seed) for name, rows in found.items()}
     comparisons = compared(found, samples, sampling.seed, judge, judge_args, question)
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def sampled(
-    policy: Any, tokenizer: Any, asked: Any, samples: int, sampling: SamplingArguments, score: Any, scorer: str
+    policy: Any, tokenizer: Any, asked: Any, samples: int, sampling: SamplingArguments, score: Any, scorer: Any
 ) -> list[dict[str, Any]]:
     """Return a row for each completion of a policy, with its token ids."""
     from rlhf_lightning.commands.generate import Speed, completions

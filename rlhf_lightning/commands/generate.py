@@ -140,7 +140,7 @@ def generate(
     prompts: str,
     out: str,
     samples: int = 1,
-    scorer: str | None = None,
+    scorer: dict[str, Any] | str | None = None,
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
 ) -> int:
@@ -156,7 +156,7 @@ def generate(
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
         out: JSONL file to write; it is created only when complete.
         samples: completions per prompt.
-        scorer: folder of a reward model, or import path of a function, that scores the completions.
+        scorer: scores the completions: folder of a reward model, function, or {class_path: ..., init_args: ...}.
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
     """
@@ -168,7 +168,7 @@ def generate(
     hint_at_template(rows, tokenizer)
     score = None if scorer is None else scorer_beside(scorer, policy)
     speed = Speed(len(rows) * samples)
-    answers = completions(policy, tokenizer, rows, samples, sampling, speed, score, scorer or "")
+    answers = completions(policy, tokenizer, rows, samples, sampling, speed, score, scorer)
     write_lines(Path(out), answers)
     print(f"{out}: {speed.finish()}")
     return 0
@@ -204,7 +204,7 @@ def hint_at_template(rows: "Sequence[tuple[Prompt, dict[str, Any]]]", tokenizer:
         )
 
 
-def scorer_beside(spec: str, policy: "CausalLM") -> Any:
+def scorer_beside(spec: dict[str, Any] | str, policy: "CausalLM") -> Any:
     """Load a scorer onto the policy's device."""
     from rlhf_lightning.scoring import load_scorer
 
@@ -219,10 +219,13 @@ def completions(
     sampling: SamplingArguments,
     speed: "Speed",
     score: Any = None,
-    scorer_name: str = "",
+    spec: dict[str, Any] | str | None = None,
     with_ids: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per completion, in the order of the prompts. Sample s of prompt p is episode p * samples + s."""
+    """Yield a row per completion, in the order of the prompts. Sample s of prompt p is episode p * samples + s.
+
+    ``spec`` is how the user named the scorer ``score``.
+    """
     import torch
 
     from rlhf_lightning import tokenization
@@ -230,6 +233,7 @@ def completions(
     from rlhf_lightning.scoring.scorer import Judgements, ask_scorer
 
     ends = tokenization.end_token_ids(tokenizer)
+    name = f"scorer {spec!r}" if isinstance(spec, str) else type(score).__name__
     engine, settings, rules = sampling.make_engine(), sampling.settings(), sampling.multi_turn()
     if rules is not None:
         rows = [(rules.environment.reset({**columns, "prompt": prompt}), columns) for prompt, columns in rows]
@@ -250,13 +254,13 @@ def completions(
         texts = list(drawn.texts)
         judged = Judgements(torch.zeros(0)).plain()
         if score is not None:
-            judged = ask_scorer(score, drawn.asked(first), texts, further, f"scorer {scorer_name!r}").plain()
-        speed.tokens += sum(len(ids) for ids in drawn.ids)
+            judged = ask_scorer(score, drawn.asked(first), texts, further, name).plain()
+        speed.tokens += sum(drawn.lengths)
         for index, ((prompt, columns), text) in enumerate(zip(owners, texts, strict=True)):
             row: dict[str, Any] = {
                 "prompt": prompt, "sample": index % samples, "completion": text,
                 "logprob": float(drawn.logprobs[index].sum()), "finished": bool(drawn.finished[index]),
-                "length": len(drawn.ids[index]),
+                "length": drawn.lengths[index],
             }  # fmt: skip
             if score is not None:
                 row["score"] = judged[index].score

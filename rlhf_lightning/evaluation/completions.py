@@ -40,6 +40,13 @@ def distinct_ngrams(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
+def written(row: Row) -> str:
+    """Return the text of a completion; of an episode with an environment, all turns after the prompt."""
+    from rlhf_lightning.runs.samples import as_text as turns_text
+
+    return turns_text(row["turns"]) if "turns" in row else str(row["completion"])
+
+
 def prompt_numbers(rows: Sequence[Row], samples: int) -> list[int]:
     """Return the number of each row's prompt; the samples of a prompt are adjacent."""
     return [place // samples for place in range(len(rows))]
@@ -178,12 +185,15 @@ def judged_both_ways(
 
 
 def ask_judge(judge: Judge, rows: Sequence[Row], baseline: Sequence[Row], question: str = QUESTION) -> Judged:
-    """Ask a judge to compare completions with the baseline's of the same prompt and sample, in both orders."""
+    """Ask a judge to compare completions with the baseline's of the same prompt and sample, in both orders.
+
+    Of episodes with an environment, the judge compares all turns.
+    """
     pairs = list(zip(rows, baseline, strict=True))
-    asked = [(row["prompt"], row["completion"], base["completion"]) for row, base in pairs]
+    asked = [(row["prompt"], written(row), written(base)) for row, base in pairs]
     forward, swapped, failed = judged_both_ways(judge, asked, question)
     there = ~failed.any(0)
-    same = [row["completion"] == base["completion"] for row, base in pairs]
+    same = [first == second for _, first, second in asked]
     found = torch.where(there, verdict(forward, swapped), math.nan)
     found = torch.where(torch.tensor(same), 0.5, found)  # equal texts are always a tie
     differ = there & ~torch.tensor(same)
@@ -204,7 +214,10 @@ def by_prompt(models: Mapping[str, Sequence[Row]], samples: int) -> list[dict[st
     return [
         {
             "prompt": prompt_text(first[start]["prompt"]),
-            "sides": [(name, rows[start : start + samples]) for name, rows in models.items()],
+            "sides": [
+                (name, [{**row, "completion": written(row)} for row in rows[start : start + samples]])
+                for name, rows in models.items()
+            ],
         }
         for start in range(0, len(first), samples)
     ]

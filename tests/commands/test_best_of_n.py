@@ -64,6 +64,22 @@ def test_a_repeated_prompt_gives_no_duplicate_row():
     assert kept("best", groups=[GROUPS[1], GROUPS[1]]) == [("q", "x")]
 
 
+def test_completions_without_a_score_are_left_out():
+    groups = [[sample("p", "a", None), sample("p", "b", 1.0)], [sample("q", "c", None), sample("q", "d", None)]]
+    for keep, further in (("best", {}), ("random", {}), ("threshold", {"threshold": 0.0}), ("top-k", {"top": 9})):
+        assert kept(keep, groups=groups, **further) == [("p", "b")]
+    found = report_of(groups, [groups[0][1]])
+    assert found.mean_score == found.best_score == found.kept_score == 1.0
+    assert "1: no sample has a score" in why_none(groups[1:], "best", None, False)
+
+
+def test_episodes_with_equal_last_turns_differ():
+    turns = [[{"role": "assistant", "content": said}, {"role": "assistant", "content": "4"}] for said in ("2+2", "3+1")]
+    groups = [[{**sample("p", "4", 1.0), "turns": one} for one in turns]]
+    assert kept("threshold", threshold=1.0, groups=groups) == [("p", "4")] * 2
+    assert report_of(groups, groups[0]).unique == 1.0
+
+
 def test_report_values_by_hand():
     chosen = [row for _, row in selected(GROUPS, "best", None, None, False, 0)]
     found = report_of(GROUPS, chosen)
@@ -120,6 +136,23 @@ def test_samples_equal_those_of_rlhf_generate(given, policy_folder, capsys):
     told = capsys.readouterr().out
     assert "kept 2 completions: 20.0% of the samples, for 100.0% of the prompts" in told
     assert f"{sum(row['score'] for row in samples) / 10:.4g} of all samples" in told
+
+
+def test_a_cautious_scorer_selects(given, policy_folder):
+    Path("my_scores.py").write_text(
+        "def sure(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n\n\n"
+        "def unsure(prompts, completions, **columns):\n    return [10.0 * len(text) for text in completions]\n"
+    )
+    members = ["my_scores.sure", "my_scores.unsure"]
+    cautious = {"class_path": "Ensemble", "init_args": {"scorers": members, "penalty": 2}}
+    given[given.index("--scorer") + 1] = json.dumps(cautious)
+    assert rlhf(["generate", *given[:-1], "--out", "all.jsonl", "--samples", "5"]) == 0
+    assert rlhf(["best-of-n", *given, "--out", "demos.jsonl", "--n", "5"]) == 0
+    samples = [row for row in rows_of(Path("all.jsonl")) if row["completion"].strip()]
+    for row in rows_of(Path("demos.jsonl")):
+        mine = [one for one in samples if one["prompt"] == row["prompt"]]
+        assert len(row["completion"]) == min(len(one["completion"]) for one in mine), "the mean prefers the longest"
+        assert row["score"] == pytest.approx(5.5 * len(row["completion"]) - 2 * 4.5 * len(row["completion"]))
 
 
 def test_the_output_trains_sft(given, policy_folder, cache):

@@ -50,6 +50,26 @@ def test_invalid_flags_are_refused(policy_folder, prompts, flags, code):
         main([policy_folder, "--prompts", prompts, *flags])
 
 
+def test_a_judge_and_the_page_get_all_turns_of_an_episode(policy_folder, plain_folder, monkeypatch, tmp_path):
+    Path("g.jsonl").write_text("".join(json.dumps({"prompt": "guess:", "secret": n}) + "\n" for n in (3, 7)))
+    Path("judges.py").write_text(
+        "seen = []\n\n\ndef turns(prompt, text):\n    seen.append(text)\n    return float(text.count('user: '))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = [policy_folder, plain_folder, "--prompts", "g.jsonl", "--max_new_tokens", "8", "--max_turns", "3"]
+    argv += ["--environment", "GuessTheNumber", "--engine", "faulty_environment.ManyEnds", "--judge", "SimulatedJudge"]
+    assert main([*argv, "--judge_args.gold_reward", "judges.turns"]) == 0
+    rows = [json.loads(line) for line in Path("evaluation/completions.jsonl").read_text().splitlines()]
+    assert max(len(row["turns"]) for row in rows) > 1
+    import judges
+
+    assert "user: answer with a number from 1 to 16" in Path("evaluation/report.html").read_text()
+    for row in rows:
+        assert "\n".join(f"{turn['role']}: {turn['content']}" for turn in row["turns"]) in judges.seen
+        said = [turn for turn in row["turns"] if turn["role"] == "assistant"]
+        assert row["length"] <= 8 * len(said), "replies do not count"
+
+
 def test_an_environment_gives_turns_and_scores(policy_folder):
     Path("g.jsonl").write_text("".join(json.dumps({"prompt": "guess:", "secret": n}) + "\n" for n in (3, 7)))
     argv = [policy_folder, "--prompts", "g.jsonl", "--max_new_tokens", "4", "--max_turns", "2"]
