@@ -143,6 +143,13 @@ def setting_of(cli: Any, settings: Any, name: str) -> Any:
     return cli._get(settings, name)
 
 
+def run_subcommand(cli: Any, subcommand: str) -> None:
+    """Run a subcommand as LightningCLI does; a subclass overrides this method."""
+    from lightning.pytorch.cli import LightningCLI
+
+    LightningCLI._run_subcommand(cli, subcommand)
+
+
 # -- TensorBoard 2.21 and its writer in torch 2.13, under Lightning 2.6.6's logger ------------------------------------
 
 
@@ -256,7 +263,7 @@ def bypasses_adapters(model: Any, name: str) -> bool:
     return False
 
 
-# -- torch 2.13 and datasets 4 ----------------------------------------------------------------------------------------
+# -- torch 2.13 and datasets 5 ----------------------------------------------------------------------------------------
 
 
 def allow_graphs(count: int) -> None:
@@ -265,6 +272,12 @@ def allow_graphs(count: int) -> None:
 
     settings: Any = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, count)
+
+
+def changes_in_place(tensor: Any) -> int:
+    """Return how often a tensor was changed in place."""
+    count: int = tensor._version
+    return count
 
 
 def memory_format_encoding() -> Any:

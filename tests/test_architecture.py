@@ -345,30 +345,42 @@ def test_the_private_override_check_detects_an_override():
     assert private_overrides(sources) == ["b.py: C._y"]
 
 
+def private_definitions(tree: ast.AST) -> set[str]:
+    """Return the functions, classes, variables and attributes of ``self`` that a file defines."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            found.add(node.attr)
+    return found
+
+
 def foreign_private_names(tree: ast.AST, own: set[str]) -> list[str]:
-    """Return the private names of other packages that a file uses, in attributes and in strings."""
-    named = {"_replace", "_asdict", "_fields", "_make"}
+    """Return the private names of other packages that a file uses, in attributes and in strings.
+
+    ``own`` are the names that this package defines. Only ``self`` may have one that another file defines, in a base
+    class: another object's may be another package's.
+    """
+    here = private_definitions(tree) | {"_replace", "_asdict", "_fields", "_make"}
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own | named:
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in here:
+            if ast.unparse(node.value) == "self" and node.attr in own:
+                continue
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            if private(str(name)) and name not in own:
+            if private(str(name)) and name not in here:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
 
 
 def test_private_names_of_other_packages_are_used_only_in_compat():
     trees = {path: ast.parse(path.read_text()) for path in FILES}
-    own = set()
-    for node in (node for tree in trees.values() for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            own.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            own.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
-            own.add(node.attr)
+    own = set().union(*map(private_definitions, trees.values()))
     wrong = [
         f"{relative(path)} {found}"
         for path, tree in trees.items()
@@ -376,6 +388,11 @@ def test_private_names_of_other_packages_are_used_only_in_compat():
         for found in foreign_private_names(tree, own)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_private_name_check_detects_a_name_of_another_package():
+    tree = ast.parse("class A:\n    def f(self, x):\n        self._a = self._b\n        x._a, x._b, getattr(x, '_b')")
+    assert foreign_private_names(tree, {"_b"}) == ["line 4: x._b", "line 4: getattr(x, '_b')"]
 
 
 CONVERTED = {path.stem for path in PACKAGE.iterdir()} - {"__init__", "__main__", "cli"}

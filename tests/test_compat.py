@@ -2,6 +2,7 @@
 
 import inspect
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from tiny_models import tiny_config
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, MixtralConfig, MixtralModel
 
 from rlhf_lightning import compat
 from rlhf_lightning.commands.train import RlhfCLI
@@ -131,6 +133,23 @@ def test_lightning_keeps_the_period_attributes_of_model_checkpoint() -> None:
     assert compat.checkpoint_period(ModelCheckpoint())[0] == 0, "ModelCheckpoint has another default period"
 
 
+def test_lightning_keeps_the_name_that_a_batch_size_finder_tunes() -> None:
+    finder = BatchSizeFinder(batch_arg_name="rows")
+    assert compat.tuned_setting(finder) == "rows", "BatchSizeFinder keeps batch_arg_name elsewhere"
+    compat.set_tuned_setting(finder, "others")
+    used = inspect.getsource(BatchSizeFinder.scale_batch_size)
+    assert finder._batch_arg_name == "others" and "_batch_arg_name" in used, "BatchSizeFinder no longer reads the name"
+
+
+def test_lightnings_rich_bar_describes_epochs_with_the_changed_method() -> None:
+    bar: Any = RichProgressBar()
+    bar._trainer = SimpleNamespace(max_epochs=-1)
+    compat.describe_endless_epochs(bar)
+    assert bar._get_train_description(0).strip() == "Epoch 0", "RichProgressBar._get_train_description changed"
+    calls = inspect.getsource(RichProgressBar).count("_get_train_description(")
+    assert calls > 1, "RichProgressBar no longer calls _get_train_description"
+
+
 def test_lightning_keeps_the_mesh_size_attributes() -> None:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     assert compat.mesh_sizes(strategy) == (2, 1), "ModelParallelStrategy keeps its sizes elsewhere"
@@ -141,6 +160,10 @@ def test_lightning_cli_has_the_used_methods() -> None:
     assert list(inspect.signature(LightningCLI._get).parameters)[1:3] == ["config", "key"], "LightningCLI._get changed"
     parsers = compat.subcommand_parsers(SimpleNamespace(_subcommand_parsers={"fit": 1}))
     assert parsers == {"fit": 1}
+    ran: list[dict[str, Any]] = []
+    trainer = SimpleNamespace(fit=lambda **given: ran.append(given))
+    compat.run_subcommand(SimpleNamespace(trainer=trainer, _prepare_subcommand_kwargs=lambda _: {"model": 1}), "fit")
+    assert ran == [{"model": 1}], "LightningCLI._run_subcommand no longer calls the trainer's method"
     stand_in = SimpleNamespace(_get=lambda settings, name: settings[name])
     assert compat.setting_of(stand_in, {"model": 2}, "model") == 2
     names = {*vars(RlhfCLI), *vars(SettingsCLI)}
@@ -166,14 +189,32 @@ def test_jsonargparse_lists_its_options_and_their_types() -> None:
 
 
 def test_transformers_names_the_attention_kernel_of_a_model() -> None:
-    from tiny_models import tiny_config
-    from transformers import LlamaForCausalLM
-
     model = LlamaForCausalLM(tiny_config())
     assert compat.uses_sdpa(model), "_supports_sdpa or config._attn_implementation changed"
     model.set_attn_implementation("eager")
     assert not compat.uses_sdpa(model), "config._attn_implementation no longer follows set_attn_implementation"
     assert not compat.is_stateful(model), "_is_stateful changed"
+
+
+def test_transformers_names_the_routers_of_a_mixture_of_experts() -> None:
+    sizes = {"num_local_experts": 2, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
+    found = compat.router_recorder(MixtralModel(MixtralConfig(**sizes, **heads)))
+    assert found is not None and issubclass(found[0], torch.nn.Module), "_can_record_outputs names routers otherwise"
+    assert compat.router_recorder(LlamaModel(tiny_config())) is None
+
+
+def test_transformers_overwrites_the_pad_row_of_some_classes() -> None:
+    model = LlamaForCausalLM(tiny_config())
+    assert compat.erases_pad_row(model) is False, "LlamaForCausalLM._init_weights draws loaded embeddings again"
+
+
+def test_peft_keeps_the_adapters_of_fully_trained_modules() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model = get_peft_model(layers, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    wrapper = next(part for part in model.modules() if isinstance(part, ModulesToSaveWrapper))
+    assert compat.wrapper_holds(wrapper, "default"), "ModulesToSaveWrapper._adapters changed"
+    assert not compat.wrapper_holds(wrapper, "other")
 
 
 def test_peft_keeps_the_adapter_switch_of_a_layer() -> None:
@@ -187,6 +228,10 @@ def test_peft_keeps_the_adapter_switch_of_a_layer() -> None:
 def test_torch_and_datasets_keep_the_used_private_names() -> None:
     compat.allow_graphs(1)
     assert torch._dynamo.config.recompile_limit >= 1, "torch._dynamo.config.recompile_limit is gone"
+    copies = [torch.zeros(2, dtype=torch.bfloat16)]
+    compat.copy_each(copies, [torch.ones(2)])
+    assert copies[0].tolist() == [1, 1], "torch._foreach_copy_ no longer converts the precision"
+    assert compat.changes_in_place(copies[0].add_(1)) > 1, "Tensor._version no longer counts changes"
     assert "TORCH_CONTIGUOUS_FORMAT" in compat.memory_format_encoding().__members__, "_MEM_FORMAT_ENCODING changed"
     one, other = Dataset.from_dict({"x": [1]}), Dataset.from_dict({"x": [2]})
     assert compat.dataset_fingerprint(one) != compat.dataset_fingerprint(other), "Dataset._fingerprint changed"
@@ -216,3 +261,9 @@ def test_peft_exposes_the_layers_used_by_fused_kernels() -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type="mamba"))
     assert compat.bypasses_adapters(model, "layers.0.mixer.out_proj"), "peft: the check of Mamba's layers has moved"
     assert not compat.bypasses_adapters(model, "layers.0.mixer.in_proj")
+
+
+def test_every_function_of_compat_is_tested_here() -> None:
+    functions = [name for name, value in vars(compat).items() if inspect.isfunction(value)]
+    text = Path(__file__).read_text()
+    assert functions and not [name for name in functions if f"compat.{name}(" not in text]

@@ -14,14 +14,14 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.commands.flags import flags, with_underscores
 from rlhf_lightning.commands.parsing import in_copied_context, usage_error
 from rlhf_lightning.commands.train_settings import SettingsCLI, announce
-from rlhf_lightning.compat import setting_of
+from rlhf_lightning.compat import run_subcommand, setting_of
 from rlhf_lightning.errors import MissingError, RlhfError
 from rlhf_lightning.loading import import_path, read_config
 from rlhf_lightning.quiet import silence_libraries
@@ -206,7 +206,7 @@ class RlhfCLI(SettingsCLI):
             if checkpoint is not None:
                 check_contents(checkpoint, resumes=subcommand == "fit")
             try:
-                LightningCLI._run_subcommand(self, subcommand)
+                run_subcommand(self, subcommand)
             except Exception as error:
                 if checkpoint is not None:
                     refuse_misfit(error, checkpoint)

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlhf_lightning.compat import copy_each
+from rlhf_lightning.compat import changes_in_place, copy_each
 from rlhf_lightning.models.scalar_head import trunk, unwrapped
 
 
@@ -117,7 +117,7 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in the given precision; the cast is cached on the tensor and shared by all layers that read it."""
     if x.dtype == dtype:
         return x
-    key = (dtype, torch.is_grad_enabled(), None if x.is_inference() else x._version)
+    key = (dtype, torch.is_grad_enabled(), None if x.is_inference() else changes_in_place(x))
     kept: Any = getattr(x, "low_rank_cast", None)
     if kept is None or kept[0] != key:
         kept = x.low_rank_cast = (key, x.to(dtype))  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.compat import changes_in_place
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.verification.cases import narrowed, widened
 from rlhf_lightning.verification.subject import (
@@ -71,7 +72,7 @@ def overwritten(given: Any, run: Callable[[Any], Any]) -> int:
     """Return how many tensors of an input a function overwrites; later terms and the metrics read these tensors."""
     kept = given._replace(**{name: part.clone() for name, part in given._asdict().items() if isinstance(part, Tensor)})
     run(kept)
-    return sum(part._version > 0 for part in kept if isinstance(part, Tensor))
+    return sum(changes_in_place(part) > 0 for part in kept if isinstance(part, Tensor))
 
 
 def lost_slopes(function: Any, leaves: list[Tensor]) -> int:
