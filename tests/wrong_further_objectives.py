@@ -239,6 +239,15 @@ class NextColumnIsTheNextToken(PPOModule):
         return Advantages(advantages, torch.where(mask, advantages + values, 0.0))
 
 
+@caught_by("holes")
+class LengthUpToTheLastColumn(GSPOModule):
+    def ratio(self, logprobs):
+        mask, places = logprobs.completion_mask, torch.arange(1, logprobs.logprobs.shape[1] + 1)
+        d = (logprobs.logprobs - logprobs.old_logprobs).sum(-1, keepdim=True) / (mask * places).amax(-1, keepdim=True)
+        own = logprobs.logprobs - logprobs.logprobs.detach()
+        return (d.detach() + own).clamp(-20, 20).exp()
+
+
 @caught_by("loss padding")
 class RatioOverTheWidth(GSPOModule):
     def ratio(self, logprobs):

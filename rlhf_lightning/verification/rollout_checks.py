@@ -130,8 +130,9 @@ def ratio_check(case: Case) -> Check:
 
 
 def holes_check(case: Case) -> Check:
-    """Check that environment tokens between the policy's tokens change no reward and no advantage."""
-    module, rollout, width = case.module, case.rollout, case.rollout.completion_mask.shape[1]
+    """Check that environment tokens between the policy's tokens change no reward, no advantage and no ratio."""
+    module, rollout, mask = case.module, case.rollout, case.rollout.completion_mask
+    given, width = case.moved_by(0.1), mask.shape[1]
     if getattr(module, "credit", "") == "turn" or getattr(module, "turn_gamma", 1) != 1:
         said = "not measured: a gap starts a new turn, which these settings treat separately"
         return at_most("holes", 0.0, 1e-9, said)
@@ -144,6 +145,10 @@ def holes_check(case: Case) -> Check:
         largest = max(largest, float(found[:, place : place + 2].abs().max()))
         kept = rewards if rewards.dim() < 2 else narrowed(rewards, place, 2)
         largest = max(largest, float((kept - case.rewards).abs().max()))
+        if given.minibatch is None:  # else the ratio may read all episodes of the step
+            ratio = narrowed(module.ratio(widened(given, place, 2)._replace(rollout=wide)), place, 2)
+            changed = torch.where(mask, ratio - module.ratio(given), 0.0)
+            largest = max(largest, float(changed.detach().abs().max()))
     advice = "environment tokens are masked inside a row: carry values across them, and do not index adjacent columns"
     return at_most("holes", largest, 1e-9, advice)
 
