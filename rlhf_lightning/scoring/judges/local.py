@@ -26,7 +26,7 @@ SPELLINGS = '{}| {}|({}| ({}|{})| {})|({})| ({})|{}.| {}.|{}:| {}:|"{}|*{}|**{}'
 """Ways to write a letter as one token; all spellings that the tokenizer has are summed."""
 
 SHARED_AT_LEAST = 16
-"""Minimum length of a common prefix, tokens, for which a separate forward pass pays off."""
+"""Minimum number of saved tokens for which a separate forward pass over common prefixes pays off."""
 
 
 def context_length(model: CausalLM) -> int | None:
@@ -81,9 +81,9 @@ class LocalJudge:
     """Local language model that is asked for a letter; its probabilities are read, and nothing is sampled.
 
     The answer is prefilled ("The better answer is ("). The next-token probabilities of all spellings of A, and of B,
-    are summed. The LM head is applied only to the last position of a question. The common prefix of a batch (the
-    examples) is prefilled once. With reasoning the model first writes the reasoning, by greedy decoding. A model
-    without a chat template reads a transcript.
+    are summed. The LM head is applied only to the last position of a question. A common prefix is prefilled once: that
+    of all questions (examples), or that of the questions about one prompt. With reasoning the model first writes the
+    reasoning, by greedy decoding. A model without a chat template reads a transcript.
 
     Args:
         model: folder (full weights or an adapter), .gguf file or hub id; or a loaded model, with its tokenizer.
@@ -145,7 +145,9 @@ class LocalJudge:
                 [len(encoded[place]) for place in fit], MicroBatchLimits(max_tokens=self.max_tokens)
             ):
                 rows = [fit[place] for place in cut]
-                for row, (first, second) in zip(rows, self._letters([encoded[row] for row in rows]), strict=True):
+                prompts = [repr(questions[row].prompt) for row in rows]
+                letters = self._letters([encoded[row] for row in rows], prompts)
+                for row, (first, second) in zip(rows, letters, strict=True):
                     answers[row] = JudgeAnswer(first, second, said[row])
         return answers
 
@@ -165,39 +167,58 @@ class LocalJudge:
                 said[place] = text if self.tokenizer.chat_template else first_paragraphs(text, questions[place].wording)
         return said
 
-    def _letters(self, rows: list[Tensor]) -> list[tuple[float, float]]:
+    def _letters(self, rows: list[Tensor], prompts: list[str]) -> list[tuple[float, float]]:
         """Return the log-probabilities of the two letters after each row of token ids."""
-        logprobs = next_logits(self.model, rows).log_softmax(-1)
+        logprobs = next_logits(self.model, rows, prompts).log_softmax(-1)
         first, second = (option_logprobs(logprobs[:, ids.to(logprobs.device)]) for ids in self.letters)
         return list(zip(first.tolist(), second.tolist(), strict=True))
 
 
-def next_logits(model: CausalLM, rows: Sequence[Tensor]) -> Tensor:
+def next_logits(model: CausalLM, rows: Sequence[Tensor], groups: Sequence[Any] | None = None) -> Tensor:
     """Return the logits of the token after each row, shape (rows, vocabulary).
 
-    The common prefix of all rows (a judge's examples) is prefilled once. The rest is padded on the left, so that the
-    last position predicts the next token of every row.
+    A common prefix is prefilled once: that of all rows, or those of the groups, whichever saves more tokens. The rest
+    is padded on the left, so that the last position predicts the next token of every row.
 
     Args:
         model: the model.
         rows: token ids of each row, int64; no row may be empty.
+        groups: the group of each row, such as its prompt; None for one group.
     """
     device = next(model.parameters()).device
-    shared, cache = shared_length(rows), None
-    if shared >= SHARED_AT_LEAST:
-        cache = DynamicCache(config=model.model.config)
-        prefix = rows[0][:shared].unsqueeze(0).to(device)
-        model(DecodingStep(prefix, torch.ones_like(prefix), torch.arange(shared, device=device).unsqueeze(0), cache))
-        cache.batch_repeat_interleave(len(rows))
-    start = shared if cache is not None else 0
-    lengths = torch.tensor([len(ids) - start for ids in rows]).unsqueeze(-1)
+    found = [shared_prefixes(rows, named) for named in ([0] * len(rows), groups) if named is not None]
+    saved = [sum(len(prefixes[owner]) for owner in owners) - sum(map(len, prefixes)) for prefixes, owners in found]
+    cache = DynamicCache(config=model.model.config)
+    repeats = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)  # recurrent states cannot be shared
+    if max(saved) < SHARED_AT_LEAST or not repeats:
+        input_ids, mask, positions = left_padded(rows)
+        return model(DecodingStep(input_ids.to(device), mask.to(device), positions.to(device)))
+    prefixes, owners = found[saved.index(max(saved))]
+    owner, (input_ids, shared, positions) = torch.tensor(owners), left_padded(prefixes)
+    model(DecodingStep(input_ids.to(device), shared.to(device), positions.to(device), cache))
+    cache.batch_select_indices(owner.to(device))
+    starts = shared.sum(-1)[owner]
+    input_ids, mask, positions = left_padded([ids[start:] for ids, start in zip(rows, starts.tolist(), strict=True)])
+    attended, positions = torch.cat([shared[owner], mask], -1), positions + starts.unsqueeze(-1)
+    return model(DecodingStep(input_ids.to(device), attended.to(device), positions.to(device), cache))
+
+
+def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ids of rows padded on the left, their mask and their positions; int64, shape (rows, longest)."""
+    lengths = torch.tensor([len(ids) for ids in rows]).unsqueeze(-1)
     width = int(lengths.max())
     mask = torch.arange(width) >= width - lengths
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    input_ids[mask] = torch.cat([ids[start:] for ids in rows]).long()
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0) + start
-    attended = torch.cat([torch.ones(len(rows), start, dtype=torch.long), mask.long()], -1)
-    return model(DecodingStep(input_ids.to(device), attended.to(device), positions.to(device), cache))
+    input_ids[mask] = torch.cat(list(rows)).long()
+    return input_ids, mask.long(), (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def shared_prefixes(rows: Sequence[Tensor], groups: Sequence[Any]) -> tuple[list[Tensor], list[int]]:
+    """Return the common prefix of each group of rows, and the index of each row's group."""
+    names = list(dict.fromkeys(groups))
+    owners = [names.index(name) for name in groups]
+    members = [[ids for ids, owner in zip(rows, owners, strict=True) if owner == place] for place in range(len(names))]
+    return [some[0][: shared_length(some)] for some in members], owners
 
 
 def shared_length(rows: Sequence[Tensor]) -> int:

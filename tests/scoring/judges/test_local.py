@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import make_tiny_tokenizer, refused
+from models.families import build
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.commands.generate import SamplingArguments
@@ -15,6 +17,7 @@ from rlhf_lightning.constitution.principles import (
 )
 from rlhf_lightning.constitution.revision import RevisionSettings, revise
 from rlhf_lightning.models import resolving
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring.judges import CritiqueJudge, LocalJudge, LocalWriter, load_judge
 from rlhf_lightning.scoring.judges.judge import Judge, JudgeAnswer, Pair, Question, Written, as_text
@@ -87,6 +90,27 @@ def test_a_common_prefix_is_prefilled_once(judge, monkeypatch):
         torch.testing.assert_close(found, next_logits(judge.model, rows), rtol=1e-5, atol=1e-5)
         alone = [judge.model.model(input_ids=ids.unsqueeze(0)).logits[0, -1] for ids in rows]
     torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_the_prefix_of_each_prompt_is_prefilled_once(judge, monkeypatch):
+    rows = [
+        torch.tensor([first] * size + rest) for first, size in ((9, 40), (8, 30)) for rest in ([5, 6, 7], [5, 6], [8])
+    ]
+    seen, logits = [], type(judge.model).logits
+    monkeypatch.setattr(type(judge.model), "logits", lambda *a: seen.append(len(a[1])) or logits(*a))
+    with torch.no_grad():
+        found = next_logits(judge.model, rows, ["a"] * 3 + ["b"] * 3)
+        alone = [judge.model.model(input_ids=ids.unsqueeze(0)).logits[0, -1] for ids in rows]
+    assert seen == [2, 6]
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_models_with_recurrent_states_share_no_prefix():
+    model = CausalLM(build("lfm2", AutoModelForCausalLM, vocab_size=120)).eval()
+    rows = [torch.tensor([9] * 40 + rest) for rest in ([5, 6, 7], [5, 6], [8])]
+    with torch.no_grad():
+        alone = [model.model(input_ids=ids.unsqueeze(0)).logits[0, -1] for ids in rows]
+        torch.testing.assert_close(next_logits(model, rows), torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_questions_over_max_length_get_no_answer(judge):
