@@ -95,6 +95,13 @@ def turn_discounts(completion_mask: Tensor, turn_gamma: float, gamma: float = 1.
     return torch.where(ends, gamma * turn_gamma, gamma)
 
 
+def last_turn_lengths(completion_mask: Tensor) -> Tensor:
+    """Return the number of tokens of each episode's last turn, int64, shape (episodes,); without a gap all tokens."""
+    starts = completion_mask & ~F.pad(completion_mask[:, :-1], (1, 0))
+    turn = starts.cumsum(-1)
+    return (completion_mask & (turn == turn.amax(-1, keepdim=True))).sum(-1)
+
+
 def turn_returns(rewards: Tensor, completion_mask: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Return the return of each turn, G_k = sum over j >= k of gamma^(j - k) r_j, r_j the sum of rewards in turn j.
 

@@ -22,10 +22,11 @@ from rlhf_lightning.functional.policy_gradient import (
     turn_returns,
 )
 from rlhf_lightning.loading import refuse_contradictions
-from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts, with_token_rewards
+from rlhf_lightning.training.collector import Samples, gathered_numbers, joined, select_prompts
 from rlhf_lightning.training.gathering import summed_over_ranks
 from rlhf_lightning.training.meter import moments_over_ranks
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.token_rewards import with_token_rewards
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout
 
 BaselineName = Literal["group_mean", "leave_one_out", "greedy", "none"]

@@ -30,11 +30,12 @@ from rlhf_lightning.models.roles import add_critic, belongs_to, load_policy, sca
 from rlhf_lightning.models.scalar_head import ScalarModel, vocabulary_rows
 from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.scoring.encoders import EncoderScorer
-from rlhf_lightning.training.collector import Samples, last_learned, with_token_rewards
+from rlhf_lightning.training.collector import Samples, last_learned
 from rlhf_lightning.training.judgements import OBJECTIVE
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.token_rewards import with_token_rewards
 from rlhf_lightning.types import (
     Advantages,
     CriticValues,

@@ -95,11 +95,15 @@ class Completions(NamedTuple):
 
     def decoded(self, tokenizer: PreTrainedTokenizerBase) -> Completions:
         """Return the completions with their texts."""
-        starts = [one.starts[-1] for one in self.transcripts] or [0] * len(self.ids)
-        pairs = zip(self.ids, starts, strict=True)
+        pairs = zip(self.ids, self.starts, strict=True)
         return self._replace(
             texts=tuple(tokenization.completion_text(tokenizer, ids[start:].tolist()) for ids, start in pairs)
         )
+
+    @property
+    def starts(self) -> list[int]:
+        """Index of the first token of each text; of an episode, of the policy's last turn."""
+        return [one.starts[-1] for one in self.transcripts] or [0] * len(self.ids)
 
     @property
     def lengths(self) -> list[int]:

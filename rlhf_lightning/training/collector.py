@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning import tokenization
-from rlhf_lightning.errors import ContractError, SettingError
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import select
@@ -26,10 +25,8 @@ from rlhf_lightning.scoring.scorer import Judgements, ask_scorer, checked_judgem
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.judgements import ScoreRule, with_objective
 from rlhf_lightning.training.meter import Meter
+from rlhf_lightning.training.token_rewards import ENVIRONMENT, placed, with_environment
 from rlhf_lightning.types import Advantages, LeftOut, PromptBatch, Rollout, Sequences
-
-ENVIRONMENT = "environment"
-"""Name of the part that holds the sum of the environment's rewards; NaN if it failed."""
 
 
 class Samples(NamedTuple):
@@ -222,59 +219,6 @@ class RolloutCollector:
         return ask_scorer(scorer, completions.asked(batch.texts), list(completions.texts), batch.columns, name)
 
 
-def placed(judged: Judgements, completions: Completions, tokenizer: PreTrainedTokenizerBase) -> Judgements:
-    """Convert span rewards to token rewards, and shift the last turn's token rewards behind the earlier turns.
-
-    A span's reward is added at the token with the span's last character, and subtracted from the completion's last
-    token. That token carries the score, and the score already includes the span rewards.
-    """
-    if not judged.span_rewards and not (judged.token_rewards and completions.transcripts):
-        return judged
-    starts = [one.starts[-1] for one in completions.transcripts] or [0] * len(completions.ids)
-    rewards = []
-    for row, (ids, start) in enumerate(zip(completions.ids, starts, strict=True)):
-        grid, said = torch.zeros(len(ids)), ids[start:].tolist()
-        own = judged.token_rewards[row][: len(said)] if judged.token_rewards else torch.zeros(0)
-        grid[start : start + len(own)] = own
-        for _, end, reward in judged.span_rewards[row] if judged.span_rewards else ():
-            read = range(1, len(said))  # search the first token after which the text is long enough
-            place = bisect_left(read, end, key=lambda count: len(tokenization.completion_text(tokenizer, said[:count])))
-            grid[start + place] += reward
-            grid[-1] -= reward
-        rewards.append(grid)
-    return judged._replace(token_rewards=tuple(rewards), span_rewards=())
-
-
-def with_environment(judged: Judgements, completions: Completions) -> Judgements:
-    """Add an environment's rewards: the sum is added to the score, and token rewards move it to the turns.
-
-    The sum is the part ``environment``. An episode in which the environment failed has no score. The environment's
-    feedback is placed before the scorer's.
-
-    Raises:
-        ContractError: ``reserved-part``: a part of the scorer has this name.
-    """
-    if not completions.transcripts:
-        return judged
-    if ENVIRONMENT in judged.parts:
-        raise ContractError(
-            "reserved-part", f"the scorer calls a part {ENVIRONMENT!r}, the name of the environment's reward: rename it"
-        )
-    total = torch.tensor([one.reward for one in completions.transcripts], dtype=torch.float32)
-    given = judged.token_rewards or (torch.zeros(0),) * len(total)
-    moved = [one.token_rewards() for one in completions.transcripts]
-    rewards = tuple(
-        own + torch.nn.functional.pad(row[: len(own)], (0, len(own) - len(row[: len(own)])))
-        for own, row in zip(moved, given, strict=True)
-    )
-    parts = {**judged.parts, ENVIRONMENT: total}
-    pairs = zip([one.feedback for one in completions.transcripts], judged.feedback or (None,) * len(total), strict=True)
-    said = tuple("\n".join(filter(None, pair)) or None for pair in pairs)
-    return judged._replace(
-        scores=judged.scores + total, parts=parts, token_rewards=rewards, feedback=said if any(said) else ()
-    )
-
-
 def _unchanged(completions: Completions) -> Completions:
     return completions
 
@@ -379,14 +323,6 @@ def last_learned(mask: Tensor) -> Tensor:
     return torch.where(mask, places, 0).amax(-1) if mask.shape[1] else mask.sum(-1)
 
 
-def with_token_rewards(rewards: Tensor, rollout: Rollout) -> Tensor:
-    """Add the token rewards that a scorer or an environment gave."""
-    given = rollout.token_rewards
-    if given is None:
-        return rewards
-    return rewards + torch.nn.functional.pad(given, (0, rewards.shape[1] - given.shape[1])).to(rewards)
-
-
 def select_episodes(rollout: Rollout, rows: Sequence[int], length: int | None = None) -> Rollout:
     """Return selected episodes of a rollout; groups keep their numbers.
 
@@ -434,13 +370,13 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def measure_samples(meter: Meter, rollout: Rollout, scored: bool = True) -> None:
-    """Record scores (if ``scored``) and their parts, the share of completions with an end token, and lengths."""
+    """Record scores (if ``scored``, or if an environment rewards), their parts, end tokens and lengths."""
     scores, finished, lengths = rollout.scores, rollout.finished, rollout.completion_mask.sum(-1)
     known = ~scores.isnan()
     for name, values in rollout.parts.items():
         meter.add(f"rollout/score_{name}", values, ~values.isnan())
         meter.add_interval(f"rollout/score_{name}", group_means(values, rollout.group))
-    if scored:
+    if scored or ENVIRONMENT in rollout.parts:
         meter.add("rollout/score", scores, known)
         meter.add("rollout/score_squared", scores.square(), known)
         meter.add("rollout/score_missing", (~known).double())

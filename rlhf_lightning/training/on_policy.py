@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import SettingError, undefined
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, KLEstimator, kl_estimate
-from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, overlong_penalty
+from rlhf_lightning.functional.policy_gradient import adapted_kl_coef, last_turn_lengths, overlong_penalty
 from rlhf_lightning.functional.surrogates import (
     AggregationName,
     CorrectionName,
@@ -38,12 +38,7 @@ from rlhf_lightning.functional.surrogates import (
 from rlhf_lightning.loading import refuse_contradictions
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.models.sharding import most_passes
-from rlhf_lightning.training.collector import (
-    Samples,
-    last_learned,
-    select_episodes,
-    without_unscored,
-)
+from rlhf_lightning.training.collector import Samples, last_learned, select_episodes, without_unscored
 from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
 from rlhf_lightning.training.module import as_loss
@@ -108,8 +103,8 @@ class OnPolicyModule(RolloutModule):
         sampler_normalise: divide the sampler correction's weights by their mean over the minibatch (verl).
         off_policy_threshold: skip completions with A < 0 whose mean of log old - log policy exceeds this, nats per
             token (DeepSeek-V3.2); null skips none.
-        overlong_buffer: tokens before max_new_tokens over which up to 1 is subtracted from the score (DAPO, Eq. 13);
-            null subtracts nothing.
+        overlong_buffer: tokens before max_new_tokens over which up to 1 is subtracted from the score (DAPO, Eq. 13); in
+            an environment, for the last turn; null subtracts nothing.
 
     Raises:
         SettingError: a setting is outside its range, or two settings contradict each other.
@@ -446,7 +441,7 @@ class OnPolicyModule(RolloutModule):
         scores = self.collector.ruled(scores, rollout.finished)
         if self.overlong_buffer is None:
             return scores
-        lengths = rollout.completion_mask.sum(-1)
+        lengths = last_turn_lengths(rollout.completion_mask)
         return scores + overlong_penalty(lengths, self.sampling.max_new_tokens, self.overlong_buffer)
 
     def reward_kl(self, rollout: Rollout) -> Tensor:
@@ -462,7 +457,9 @@ class OnPolicyModule(RolloutModule):
         drawn = super().draw(batches)
         if self.overlong_buffer is None:
             return drawn
-        penalty = overlong_penalty(drawn.lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+        found = drawn.completions
+        lengths = torch.tensor([len(ids) - start for ids, start in zip(found.ids, found.starts, strict=True)])
+        penalty = overlong_penalty(lengths, self.sampling.max_new_tokens, self.overlong_buffer)
         return drawn._replace(scores=drawn.scores + penalty)
 
     # -- the optimum --------------------------------------------------------------------------------------------------

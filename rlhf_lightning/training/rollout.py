@@ -30,7 +30,6 @@ from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import Judgements, ZeroScorer, learning, unmoved
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.collector import (
-    ENVIRONMENT,
     RolloutCollector,
     Samples,
     gathered_numbers,
@@ -495,7 +494,7 @@ class RolloutModule(AlignmentModule):
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
         """Record metrics of the rollout itself, before any update, in training and validation."""
-        measure_samples(meter, rollout, scored=not isinstance(self.scorer, ZeroScorer) or ENVIRONMENT in rollout.parts)
+        measure_samples(meter, rollout, scored=not isinstance(self.scorer, ZeroScorer))
         if rollout.entropy is not None:
             meter.add("rollout/entropy", rollout.entropy, rollout.completion_mask)
         for name, values in self.scorer.take_metrics().items():

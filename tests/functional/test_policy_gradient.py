@@ -12,6 +12,7 @@ from rlhf_lightning.functional.policy_gradient import (
     clipped_value_loss,
     discounted_returns,
     generalized_advantages,
+    last_turn_lengths,
     missing_eos_scores,
     rewards_after_end,
     token_rewards,
@@ -178,6 +179,11 @@ def test_generalized_advantages_are_discounted_sums_of_td_errors(seed):
 def test_before_any_update_ratios_are_one_and_kl_is_zero():
     logprobs = normal(0, 2, 3)
     assert approx_kl(logprobs, logprobs).sum().item() == 0
+
+
+def test_the_last_turn_is_the_last_run_of_the_mask():
+    masks = [[1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [0] * 8]
+    assert last_turn_lengths(torch.tensor(masks, dtype=torch.bool)).tolist() == [2, 1, 3, 0]
 
 
 def test_clipped_value_loss_takes_the_maximum():

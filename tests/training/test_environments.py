@@ -21,7 +21,12 @@ from torch import Tensor
 
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.environments import FaultTolerantEnvironment, conversing
-from rlhf_lightning.functional.policy_gradient import generalized_advantages, turn_discounts, turn_returns
+from rlhf_lightning.functional.policy_gradient import (
+    generalized_advantages,
+    last_turn_lengths,
+    turn_discounts,
+    turn_returns,
+)
 from rlhf_lightning.modules import CriticFreeModule, GRPOModule, PPOModule
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Episode, Judgement, MultiTurn, Reply, Rollout, Step
@@ -109,6 +114,16 @@ def test_turn_returns_are_rewards_to_go_of_whole_turns() -> None:
     returns, turn = turn_returns(rewards, MASK, 0.5)
     torch.testing.assert_close(returns, torch.tensor([[3.0, 4.0, 4.0], [2.5, 3.0, torch.nan]]), equal_nan=True)
     assert turn[0, MASK[0]].tolist() == [0, 0, 1, 2, 2] and turn[1, MASK[1]].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("parts", [None, {"normalize": "batch"}])
+def test_only_the_last_turn_can_be_overlong(policy_folder: str, parts: Any) -> None:
+    module = run(GRPOModule, policy_folder, overlong_buffer=4, parts=parts)
+    ((rollout, _),) = module.ended
+    turns = [int(last) for last in last_turn_lengths(rollout.completion_mask)]
+    expected = rollout.parts["environment"] + torch.tensor([min(max((1 - last) / 4, -1), 0) for last in turns])
+    torch.testing.assert_close(rollout.scores, expected)
+    assert rollout.turns.max() > 1 and len(set(turns)) > 1
 
 
 def test_turn_credit_compares_equal_turn_numbers_within_a_group(policy_folder: str) -> None:
