@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,6 +52,8 @@ class ResumeState:
         self._trainable_before: set[str] = set()
         self._random: list[Any] | None = None
         self._callers_random: dict[str, Any] | None = None
+        self._threads: int | None = None
+        self._callers_threads: int | None = None
         self.asked: dict[str, Any] | None = None
         self.asked_before: dict[str, Any] | None = None
 
@@ -81,12 +84,13 @@ class ResumeState:
         self._trained |= found  # a callback may have unfrozen some of them
 
     def saved(self, module: LightningModule) -> dict[str, Any]:
-        """Return names of trained weights, random states, and the optimizer's settings."""
+        """Return names of trained weights, random states, number of threads, and the optimizer's settings."""
         return {
             "sharded": module.device_mesh is not None,
             "trained": sorted(self.trained(module)),
             "trainable": sorted(trained_names(module)),
             "random": of_all_ranks(module, random_state(module.device)),
+            "threads": torch.get_num_threads(),
             "asked": self.asked,
         }
 
@@ -100,12 +104,12 @@ class ResumeState:
             if not checkpoint["sharded"] and module.trainer.state.fn == "fit":
                 raise StateError("another-strategy", f"{ANOTHER_STRATEGY}: the optimizer's state has another order")
             self.check_names(module, set(checkpoint["trained"]))
-        self._random = checkpoint["random"]
+        self._random, self._threads = checkpoint["random"], checkpoint.get("threads")
         self._trainable_before = set(checkpoint.get("trainable", ()))
         self.asked_before = checkpoint.get("asked")
 
     def begin(self, module: LightningModule, seed: int, updates: int) -> None:
-        """Restore frozen weights, data position and random states when a resumed training begins.
+        """Restore frozen weights, data position, random states and threads when a resumed training begins.
 
         Raises:
             StateError: ``another-world-size``: the number of ranks has changed, and the model has dropout.
@@ -118,6 +122,7 @@ class ResumeState:
         if states is None:
             return
         self._callers_random = random_state(module.device)
+        self._restore_threads()
         restore_loader_position(module.trainer)
         ranks = module.trainer.world_size
         if len(states) == ranks:
@@ -133,10 +138,24 @@ class ResumeState:
         seed_rank(seed, updates, module.global_rank)
 
     def end(self, module: LightningModule) -> None:
-        """Restore the random state that the caller of a resumed run had."""
+        """Restore the random state and the number of threads that the caller of a resumed run had."""
         state, self._callers_random = self._callers_random, None
         if state is not None:
             set_random_state(state, module.device)
+        threads, self._callers_threads = self._callers_threads, None
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+    def _restore_threads(self) -> None:
+        """Compute with as many threads as before, since the last bits of results on a CPU depend on their number."""
+        now, before = torch.get_num_threads(), self._threads
+        if before is not None and before != now:
+            self._callers_threads = now
+            torch.set_num_threads(before)
+            rank_zero_warn(
+                f"The run used {before} threads and is resumed with {now}: {before} are used again, since the last "
+                "bits of results depend on their number."
+            )
 
 
 def drop_untrained(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -169,6 +169,21 @@ def test_a_resumed_ppo_run_samples_and_learns_as_an_uninterrupted_one(
     assert resumed.tokens == whole.tokens
 
 
+def test_a_resumed_run_computes_with_as_many_threads_as_before(policy_folder: str, tmp_path: Path) -> None:
+    """The last bits of results on a CPU depend on the number of threads."""
+
+    class Threads(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            counts.append(torch.get_num_threads())
+
+    counts, path, steps = list[int](), tmp_path / "one.ckpt", [demonstration_step(ROWS)] * 2
+    assert saved(SFTModule(init_from=policy_folder), steps, path)["threads"] == 1
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match="used 1 threads and is resumed with 2: 1 are used again"):
+        run(SFTModule(init_from=policy_folder), steps, path, max_epochs=2, callbacks=[Threads()])
+    assert set(counts) == {1} and torch.get_num_threads() == 2
+
+
 def test_the_score_bias_is_restored(policy_folder: str, tmp_path: Path) -> None:
     step = ranked_step(ranked_pairs(random_pairs(4, seed=3)))
     path = tmp_path / "reward.ckpt"
