@@ -49,6 +49,9 @@ TOOL_COMMANDS = {
     "chat": Command("rlhf_lightning.commands.chat", "chat with a policy in the terminal"),
     "generate": Command("rlhf_lightning.commands.generate", "sample completions for a file of prompts"),
     "serve-vllm": Command("rlhf_lightning.commands.serve_vllm", "start a vLLM server for the rollouts of a run"),
+    "rollout-worker": Command(
+        "rlhf_lightning.commands.rollout_worker", "sample rollouts for a run on another GPU or host"
+    ),
     "best-of-n": Command(
         "rlhf_lightning.commands.best_of_n", "sample, score, and keep the best completions as demonstrations"
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import hmac
 import itertools
 import sys
 import time
@@ -32,7 +31,7 @@ from rlhf_lightning.commands.completion_requests import (
     shortened,
     token_ids,
 )
-from rlhf_lightning.commands.web_server import Guard, json_object
+from rlhf_lightning.commands.web_server import Guard, json_object, requiring_key
 from rlhf_lightning.errors import RlhfError, StateError, is_out_of_memory
 from rlhf_lightning.sampling.live_batch import LiveBatch, PromptScores, UnscoredPrompt
 
@@ -71,13 +70,7 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
         return JSONResponse(error_body(said, "out-of-memory" if memory else "failed", 500), 500)
 
     def with_key(handler: Any) -> Any:
-        async def checked(request: Request) -> Response:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if key is not None and not hmac.compare_digest(given, key.encode()):
-                raise HTTPException(401, "the request lacks the server's API key: Authorization: Bearer KEY")
-            return await handler(request)
-
-        return checked
+        return requiring_key(handler, key)
 
     app = Starlette(
         routes=[

@@ -1,8 +1,9 @@
-"""The web server of the annotation page and of `rlhf serve`: request filtering, time limits, and sockets."""
+"""The web server of the annotation page and of other commands: request filtering, time limits, and sockets."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import importlib.util
 import json
 import re
@@ -162,6 +163,19 @@ async def json_object(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict) or is_too_deep(body):
         raise HTTPException(400, "the request is not a JSON object, or is nested too deep")
     return body
+
+
+def requiring_key(handler: Any, key: str | None) -> Any:
+    """Return a route's handler that refuses requests without the key with status 401; None admits all requests."""
+    from starlette.exceptions import HTTPException
+
+    async def checked(request: Request) -> Any:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if key is not None and not hmac.compare_digest(given, key.encode()):
+            raise HTTPException(401, "the request lacks the server's API key: Authorization: Bearer KEY")
+        return await handler(request)
+
+    return checked
 
 
 async def _body_of(receive: Receive, largest: int) -> bytes | None:

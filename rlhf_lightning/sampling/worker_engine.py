@@ -1,7 +1,8 @@
-"""Sample in worker processes of this machine, which draw the same episodes as `SlotEngine`, while the trainer trains.
+"""Sample in worker processes, which draw the same episodes as `SlotEngine`, while the trainer trains.
 
-A worker loads the policy once, and then gets weights and prompts as files for each job. Its result depends only on the
-job. If a worker is killed, a new worker gets the job and returns the same result.
+The engine starts workers on this machine, or uses workers that were started with ``rlhf rollout-worker`` on any host.
+Weights and prompts reach a worker as files. A result depends only on its job. If a worker is lost, another worker gets
+the job and returns the same result.
 """
 
 from __future__ import annotations
@@ -12,53 +13,92 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.errors import SettingError, StateError, check_range
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
-from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
-from rlhf_lightning.sampling.slot_engine import SlotEngine
-from rlhf_lightning.tokenization import Ends
+from rlhf_lightning.models.resolving import fingerprint
+from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, spread
+from rlhf_lightning.sampling.json_server import JSONServer, ServerError
+from rlhf_lightning.workers import Threads
 
 ATTEMPTS = 3
-"""Maximum number of workers that try a job before the job fails."""
+"""Maximum number of processes on this machine that try a job before the job fails."""
+
+ANSWER_SECONDS = 60.0
+"""Time limit of a request to an address, seconds; a worker that still samples answers within a few seconds."""
+
+ABSENT_SECONDS = 10.0
+"""Time after which an address that did not answer is asked again, seconds."""
 
 
 class WorkerEngine(SamplingEngine):
     """Sample with the `SlotEngine` in worker processes; with ``model.lag`` they sample while the trainer trains.
 
     Episodes are those of the `SlotEngine`. Their last bits depend on the number of workers and of threads per worker
-    (by default the trainer's number): keep both to resume a run bit for bit.
+    (by default the trainer's number): keep both to resume a run bit for bit. It does not matter which worker samples.
 
     Args:
-        workers: number of processes; prompts are distributed over them by length.
+        workers: number of processes that the engine starts; prompts are distributed over them by length.
         threads: threads of each worker; null uses the trainer's number.
-        device: device of the workers, such as ``cuda:1``; null uses the trainer's device.
+        device: device of these processes, such as ``cuda:1``; null uses the trainer's device.
+        addresses: addresses of workers started with ``rlhf rollout-worker``, such as ``http://host:8100``, instead of
+            processes that the engine starts.
+        shared_folder: folder of these workers, which trainer and workers access under the same path.
+        timeout: longest time that the trainer waits for a rollout, seconds.
+        api_key: name of the environment variable with the workers' API key; null sends none.
+
+    Raises:
+        SettingError: a number is out of range, an address is invalid, or settings of the two kinds of workers are
+            combined.
     """
 
-    def __init__(self, workers: int = 1, threads: int | None = None, device: str | None = None) -> None:
-        for name, value in (("workers", workers), ("threads", threads)):
-            if value is not None and value < 1:
-                raise SettingError("setting-out-of-range", f"{name} is {value}: it must be at least 1")
-        self.count, self.threads, self.device = workers, threads, device
-        self.workers: list[_Worker] = []
+    def __init__(
+        self,
+        workers: int = 1,
+        threads: int | None = None,
+        device: str | None = None,
+        addresses: list[str] | None = None,
+        shared_folder: str | None = None,
+        timeout: float = 1800.0,
+        api_key: str | None = None,
+    ) -> None:
+        valid = workers >= 1 and (threads is None or threads >= 1)
+        check_range(valid, "each must be at least 1", workers=workers, threads=threads)
+        check_range(timeout > 0, "it must be positive", timeout=timeout)
+        if addresses is not None and (workers, device) != (1, None):
+            raise SettingError(
+                "workers-and-addresses",
+                f"workers is {workers} and device {device}, but with addresses the engine starts no process: leave "
+                "both out; --device of rlhf rollout-worker sets a worker's device",
+            )
+        if (addresses is None) != (shared_folder is None) or addresses == []:
+            raise SettingError(
+                "no-shared-folder",
+                f"addresses is {addresses} and shared_folder {shared_folder}: give the addresses of workers, and the "
+                "folder that they were started with, or leave out both",
+            )
+        self.threads, self.device, self.shared_folder, self.timeout = threads, device, shared_folder, timeout
+        self._servers = [JSONServer(url, ANSWER_SECONDS, retries=2, api_key=api_key) for url in addresses or ()]
+        self.count = len(self._servers) or workers
+        self.workers: list[_Process | _Address] = []
+        self._idle: SimpleQueue[_Process | _Address]  # created with the workers, since settings are copied before
+        self._pool, self._written, self._ended = Threads(self.count), 0, False
         self._loading: dict[str, Any] | None = None
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        self._versions = 0
         self._trained: set[str] = set()  # weights that were trainable at any time
 
     def prepare(self, init_from: str, settings: LoadSettings, lora: LoraSettings | None, versions: int) -> None:
@@ -72,38 +112,60 @@ class WorkerEngine(SamplingEngine):
         return self.start(model, request)()
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
+        """Write the current weights, and let the workers sample while the caller trains.
+
+        The returned function raises `StateError`: ``workers-late``, ``worker-died`` or ``worker-failed``.
+        """
         self.require_one_model(model, request)
         if not request.prompts:
             nothing = Completions((), (), torch.zeros(0, dtype=torch.bool), ())
             return lambda: nothing
-        job = self._job(model, request)
+        folder = self._opened(model)
+        job = self._job(model, request, folder)
         parts = spread([len(prompt) for prompt in request.prompts], self.count)
-        waiting = [worker.submit(job, request, rows) for worker, rows in zip(self.workers, parts, strict=False)]
+        jobs = [{**job, **_files_of(request, rows, folder, self._number())} for rows in parts]
+        waiting = [self._pool.submit(partial(self._run, one)) for one in jobs]
 
         def result() -> Completions:
-            found = [one() for one in waiting]
+            end = time.monotonic() + self.timeout
+            try:
+                found = [one.result(max(end - time.monotonic(), 0.0)) for one in waiting]
+            except TimeoutError:
+                raise self._late() from None
             Path(job["weights"]).unlink(missing_ok=True)
             return _assembled(found, parts, request.on_progress)
 
         return result
 
-    def _job(self, model: CausalLM, request: SamplingRequest) -> dict[str, Any]:
-        """Start workers if there are none, and write the trained weights for a job."""
+    def _opened(self, model: CausalLM) -> Path:
+        """Return the folder of this engine's files; the first call creates the folder and the workers."""
         if self._loading is None:
             raise StateError("worker-not-prepared", "WorkerEngine serves training runs: for commands use SlotEngine")
-        parameter = next(model.parameters())
         if self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix="rlhf-workers-")
-            folder = Path(self._files.name)
-            place = self.device or str(parameter.device)
-            self.workers = [_Worker(folder / str(n), {**self._loading, "device": place}) for n in range(self.count)]
-        self._versions += 1
-        weights = Path(self._files.name) / f"weights-{self._versions}.safetensors"
+            if self.shared_folder is not None:
+                Path(self.shared_folder).mkdir(parents=True, exist_ok=True)
+            self._files = tempfile.TemporaryDirectory(prefix="rlhf-workers-", dir=self.shared_folder)
+            self._loading |= {
+                "device": self.device or str(next(model.parameters()).device),
+                "fingerprint": fingerprint(model.source),
+                "run": self._files.name,  # another run may train other weights of the same model
+            }
+            processes = [] if self._servers else [_Process(self._files.name) for _ in range(self.count)]
+            self._idle = SimpleQueue()
+            self.workers = [*map(_Address, self._servers), *processes]
+            for worker in self.workers:
+                self._idle.put(worker)
+        return Path(self._files.name).absolute()
+
+    def _job(self, model: CausalLM, request: SamplingRequest, folder: Path) -> dict[str, Any]:
+        """Write the trained weights; return what all parts of a request have in common."""
         own = dict(model.model.named_parameters())
         self._trained |= {name for name, parameter in own.items() if parameter.requires_grad}
+        weights = folder / f"weights-{self._number()}.safetensors"
         save_file({name: own[name].detach().cpu().contiguous() for name in sorted(self._trained)}, weights)
-        kind = parameter.device.type
+        kind = next(model.parameters()).device.type
         return {
+            "loading": self._loading,
             "weights": str(weights),
             "settings": asdict(request.settings),
             "seed": request.seed,
@@ -112,66 +174,94 @@ class WorkerEngine(SamplingEngine):
             "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         }
 
-
-class _Worker:
-    """Worker process, started when a job arrives and restarted after it has died."""
-
-    def __init__(self, folder: Path, loading: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.loading = folder, loading
-        self.process: subprocess.Popen[bytes] | None = None
-        self.pool = ThreadPoolExecutor(max_workers=1)
-        self.jobs = 0
-        self.lock = threading.Lock()
-
-    def submit(self, job: Mapping[str, Any], request: SamplingRequest, rows: Sequence[int]) -> Callable[[], Any]:
-        """Queue a job for some prompts of a request; return a function that waits for its tensors."""
-        self.jobs += 1
-        given, result = self.folder / f"job-{self.jobs}.safetensors", self.folder / f"result-{self.jobs}.safetensors"
-        prompts = [request.prompts[row].cpu() for row in rows]
-        chosen = torch.tensor(rows, dtype=torch.long)
-        tensors = {
-            "ids": torch.cat(prompts),
-            "counts": torch.tensor([len(prompt) for prompt in prompts]),
-            "episodes": request.episodes.cpu()[chosen].contiguous(),
-            "starts": request.first_positions.cpu()[chosen].contiguous(),
-        }
-        save_file(tensors, given)
-        return self.pool.submit(self._run, {**job, "prompts": str(given), "result": str(result)}).result
+    def _number(self) -> int:
+        self._written += 1
+        return self._written
 
     def _run(self, job: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Give a job to idle workers until one returns its result; an address that is silent rests meanwhile."""
+        while not self._ended:
+            worker, rest = self._idle.get(), 0.0
+            try:
+                worker.sample(job)
+                break
+            except ServerError as error:
+                if error.code != "server-silent":
+                    raise
+                worker.trouble, rest = str(error), ABSENT_SECONDS
+                rank_zero_warn(f"{error}; the next free worker draws its episodes.")
+            finally:
+                timer = threading.Timer(rest, self._idle.put, [worker])
+                timer.daemon = True
+                timer.start()
+        else:
+            raise StateError("workers-late", "the run has ended")
+        found = load_file(job["result"])
+        for name in ("prompts", "result"):
+            Path(job[name]).unlink(missing_ok=True)
+        return found
+
+    def _late(self) -> StateError:
+        self._ended = True
+        for worker in self.workers:
+            worker.close()
+        said = "; ".join(worker.trouble for worker in self.workers if worker.trouble) or "they are still sampling"
+        return StateError(
+            "workers-late",
+            f"the rollout workers returned no episodes within {self.timeout:g} s ({said}): start workers that do not "
+            "answer again (rlhf rollout-worker), or raise the engine's timeout, and resume the run",
+        )
+
+
+class _Address:
+    """Worker started with ``rlhf rollout-worker``. It answers a job that it still samples with ``{"done": false}``."""
+
+    def __init__(self, server: JSONServer) -> None:
+        self.server, self.trouble = server, ""
+
+    def sample(self, job: Mapping[str, Any]) -> None:
+        answer = {"done": False}
+        while answer == {"done": False}:
+            answer = self.server.post("/sample", job)
+        self.trouble = ""
+        _check(answer, self.server.url)
+
+    def close(self) -> None:
+        """Leave the worker to its other trainers."""
+
+
+class _Process:
+    """Worker process on this machine, started when a job arrives and restarted after it has died."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.trouble, self.closed = folder, "", False
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def sample(self, job: Mapping[str, Any]) -> None:
         said = ""
         for _ in range(ATTEMPTS):
             if self.process is None or self.process.poll() is not None:
-                self._launch()
-            answer = self._exchange(job)
-            if answer == {"done": True}:
-                found = load_file(job["result"])
-                for name in ("prompts", "result"):
-                    Path(job[name]).unlink(missing_ok=True)
-                return found
+                self.process = self._launched()
+            answer = self._exchange(self.process, job)
             if answer is not None:
-                raise _failure(answer)
-            assert self.process is not None
+                _check(answer, f"pid {self.process.pid}")
+                return
             said = f"a rollout worker (pid {self.process.pid}) ended with status {self.process.wait()}"
+            if self.closed:
+                break
             rank_zero_warn(f"{said}; a new one draws its episodes again.")
         raise StateError("worker-died", f"{said}, {ATTEMPTS} times in a row on one job: see its last lines above")
 
-    def _launch(self) -> None:
-        command = [sys.executable, "-m", "rlhf_lightning.sampling.worker_engine"]
+    def _launched(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "rlhf_lightning.sampling.worker_process", self.folder]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
         )
-        answer = self._exchange(self.loading)
-        if answer is not None and answer != {"done": True}:
-            self.process.stdin.close()  # type: ignore[union-attr]  # ends the process
-            raise _failure(answer)
 
-    def _exchange(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _exchange(self, process: subprocess.Popen[bytes], message: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the worker's response; None if the worker has died."""
-        process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
@@ -180,9 +270,31 @@ class _Worker:
             line = b""
         return json.loads(line) if line else None
 
+    def close(self) -> None:
+        """Kill the process, which may hang."""
+        self.closed = True
+        if self.process is not None:
+            self.process.kill()
 
-def _failure(answer: Mapping[str, Any]) -> StateError:
-    return StateError("worker-failed", f"a rollout worker failed: {answer.get('error')}")
+
+def _check(answer: Any, worker: str) -> None:
+    if answer != {"done": True}:
+        said = answer.get("error") if isinstance(answer, dict) else answer
+        raise StateError("worker-failed", f"a rollout worker ({worker}) failed: {str(said)[:2000]}")
+
+
+def _files_of(request: SamplingRequest, rows: Sequence[int], folder: Path, number: int) -> dict[str, str]:
+    """Write some prompts of a request; return the names of the files of prompts and of the result."""
+    prompts, chosen = [request.prompts[row].cpu() for row in rows], torch.tensor(rows, dtype=torch.long)
+    tensors = {
+        "ids": torch.cat(prompts),
+        "counts": torch.tensor([len(prompt) for prompt in prompts]),
+        "episodes": request.episodes.cpu()[chosen].contiguous(),
+        "starts": request.first_positions.cpu()[chosen].contiguous(),
+    }
+    names = {name: str(folder / f"{name}-{number}.safetensors") for name in ("prompts", "result")}
+    save_file(tensors, names["prompts"])
+    return names
 
 
 def _assembled(
@@ -199,64 +311,3 @@ def _assembled(
     ordered = [rows[row] for row in range(len(rows))]
     ids, logprobs, entropies, finished = (tuple(row[n] for row in ordered) for n in range(4))
     return Completions(ids, logprobs, torch.stack(finished), entropies)
-
-
-# -- the worker -------------------------------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """Load the policy described in the first line, then sample job after job until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries must not be read as a response
-    model: CausalLM | None = None
-    for line in sys.stdin:
-        message = json.loads(line)
-        try:
-            if model is None:
-                model = _load(message)
-            else:
-                _sample(model, message)
-            answer: dict[str, Any] = {"done": True}
-        except Exception as error:  # noqa: BLE001 - the trainer raises it
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def _load(message: Mapping[str, Any]) -> CausalLM:
-    settings = {**message["settings"], "self_check": False}
-    settings["trust_remote_code"] = tuple(settings["trust_remote_code"])
-    lora = None if message["lora"] is None else LoraSettings(**message["lora"])
-    model = load_policy(message["init_from"], LoadSettings(**settings), lora)
-    return model.to(message["device"])
-
-
-def _sample(model: CausalLM, job: Mapping[str, Any]) -> None:
-    torch.set_num_threads(job["threads"])
-    own = dict(model.model.named_parameters())
-    with safe_open(job["weights"], "pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            own[name].copy_(file.get_tensor(name))
-    given = load_file(job["prompts"])
-    prompts = given["ids"].split(given["counts"].tolist())
-    device = next(model.parameters()).device.type
-    low = job["autocast"]
-    context = nullcontext() if low is None else torch.autocast(device, getattr(torch, low.removeprefix("torch.")))
-    asked = SamplingRequest(
-        prompts, given["episodes"], SamplingSettings(**job["settings"]), job["seed"], Ends(job["ends"]), None, None,
-        starts=given["starts"],
-    )  # fmt: skip
-    with context:
-        drawn = SlotEngine().complete(model, asked)
-    assert drawn.entropies is not None
-    save_file(
-        {
-            "ids": torch.cat(drawn.ids), "counts": torch.tensor([len(ids) for ids in drawn.ids]),
-            "logprobs": torch.cat(drawn.logprobs), "entropies": torch.cat(drawn.entropies),
-            "finished": drawn.finished.cpu(),
-        },
-        job["result"],
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,7 +1,9 @@
 """Test rollouts sampled several versions ahead: their policy, bit-identical resume, and resampling by a new worker."""
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_lightning import modules
+from rlhf_lightning.commands import rollout_worker
+from rlhf_lightning.commands.web_server import listen, served
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling import worker_engine
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.worker_engine import WorkerEngine
+from rlhf_lightning.sampling.worker_process import JobRunner
 from rlhf_lightning.types import Rollout
 
 ROLLOUTS = 5
@@ -79,6 +85,12 @@ def train(module: Recorded, data: PromptDataModule, callbacks: Any = (), ckpt_pa
     return module
 
 
+def check_equal(one: Recorded, other: Recorded) -> None:
+    """Check that two runs ended with the same bits."""
+    for name, value in weights_of(one).items():
+        assert torch.equal(value, weights_of(other)[name]), name
+
+
 def check_versions(module: Recorded, lag: int) -> None:
     """Check that each rollout was sampled with the weights of ``lag`` rollouts earlier, not with those at its
     update.
@@ -125,8 +137,7 @@ def test_a_lagged_run_resumes_bit_identically(policy_folder: str, prompts: str, 
     train(module_of(policy_folder, **settings), data_of(prompts, tmp_path), [Stop(2, path)])
     resumed = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path), ckpt_path=path)
     assert len(resumed.seen) == ROLLOUTS - 2
-    for name, value in weights_of(whole).items():
-        assert torch.equal(value, weights_of(resumed)[name]), name
+    check_equal(whole, resumed)
 
 
 class Kill(pl.Callback):
@@ -143,8 +154,7 @@ def test_episodes_of_a_killed_worker_are_sampled_again(policy_folder: str, promp
     here = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
     with pytest.warns(UserWarning, match="ended with status -9; a new one draws its episodes again"):
         there = train(module_of(policy_folder, engine=WorkerEngine(), **settings), data_of(prompts, tmp_path), [Kill()])
-    for name, value in weights_of(here).items():
-        assert torch.equal(value, weights_of(there)[name]), name
+    check_equal(here, there)
 
 
 @pytest.mark.slow
@@ -154,8 +164,92 @@ def test_workers_split_the_prompts_and_report_failures(policy_folder: str, promp
     for one, other in zip(whole.seen, shared.seen, strict=True):
         assert torch.equal(one.behaviour_logprobs.round(decimals=4), other.behaviour_logprobs.round(decimals=4))
     engine = WorkerEngine(device="nowhere")
-    with refused("worker-failed", "a rollout worker failed: RuntimeError", "nowhere"):
+    with refused("worker-failed", "a rollout worker", "failed: RuntimeError", "nowhere"):
         train(module_of(policy_folder, engine=engine), data_of(prompts, tmp_path, rollouts=1))
+
+
+@contextlib.contextmanager
+def started_worker(folder: Path, key: str | None = None) -> Iterator[str]:
+    """Serve a rollout worker from a thread; yield its address."""
+    folder.mkdir(exist_ok=True)
+    app = rollout_worker.make_app(JobRunner(folder, "cpu", ()), key)
+    with served(app, listen("127.0.0.1", 0)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the times that trainer and worker wait for each other."""
+    monkeypatch.setattr(rollout_worker, "HOLD_SECONDS", 0.001)  # so that trainers ask again
+    monkeypatch.setattr(worker_engine, "ABSENT_SECONDS", 0.1)
+    server = worker_engine.JSONServer
+    monkeypatch.setattr(worker_engine, "JSONServer", lambda *args, **given: server(*args, **given, wait=0.01))
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
+def test_a_worker_at_an_address_samples_the_same_episodes(
+    policy_folder: str, prompts: str, tmp_path: Path, lora: LoraSettings | None, impatient: None, monkeypatch: Any
+) -> None:
+    settings = {"lag": 1, "sampler_correction": "token_truncate", "lora": lora}
+    here = train(module_of(policy_folder, **settings), data_of(prompts, tmp_path))
+    monkeypatch.setenv("WORKER_KEY", "k" * 20)
+    folder = tmp_path / "shared"
+    with started_worker(folder, "k" * 20) as address:
+        engine = WorkerEngine(addresses=[address], shared_folder=str(folder), api_key="WORKER_KEY")
+        there = train(module_of(policy_folder, engine=engine, **settings), data_of(prompts, tmp_path))
+        check_equal(here, there)
+        assert [path.suffix for path in folder.rglob("*") if path.is_file()] == []
+        # The same worker serves a second run, with other trained weights and without a key.
+        unkeyed = WorkerEngine(addresses=[address], shared_folder=str(folder))
+        with refused("server-refused", "status 401", "API key"):
+            train(module_of(policy_folder, engine=unkeyed, **settings), data_of(prompts, tmp_path))
+        engine = WorkerEngine(addresses=[address], shared_folder=str(folder), api_key="WORKER_KEY")
+        check_equal(here, train(module_of(policy_folder, engine=engine, **settings), data_of(prompts, tmp_path)))
+
+
+def test_a_silent_address_is_left_out_until_it_answers(
+    policy_folder: str, prompts: str, tmp_path: Path, impatient: None
+) -> None:
+    settings = {"lag": 1, "sampler_correction": "token_truncate"}
+
+    def trained(*addresses: str) -> Recorded:
+        engine = WorkerEngine(addresses=list(addresses), shared_folder=str(tmp_path / "shared"))
+        return train(module_of(policy_folder, engine=engine, **settings), data_of(prompts, tmp_path))
+
+    with started_worker(tmp_path / "shared") as silent:
+        pass
+    with started_worker(tmp_path / "shared") as address:
+        both = trained(address, address)
+        with pytest.warns(UserWarning, match="gave no answer in 3 attempts.*the next free worker draws its episodes"):
+            check_equal(both, trained(silent, address))
+    engine = WorkerEngine(addresses=[silent, silent], shared_folder=str(tmp_path / "shared"), timeout=3.0)
+    with pytest.warns(UserWarning), refused("workers-late", "within 3 s", f"{silent}/sample gave no answer"):
+        train(module_of(policy_folder, engine=engine, **settings), data_of(prompts, tmp_path))
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_ends_the_run_at_the_time_limit(policy_folder: str, prompts: str, tmp_path: Path) -> None:
+    engine = WorkerEngine(timeout=0.01)
+    with refused("workers-late", "they are still sampling", "raise the engine's timeout"):
+        train(module_of(policy_folder, engine=engine), data_of(prompts, tmp_path, rollouts=1))
+    assert engine.workers[0].process.wait(30) == -9
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"workers": 0}, "setting-out-of-range"),
+        ({"timeout": 0.0}, "setting-out-of-range"),
+        ({"addresses": ["http://a:1"], "shared_folder": "x", "device": "cpu"}, "workers-and-addresses"),
+        ({"addresses": ["http://a:1"]}, "no-shared-folder"),
+        ({"addresses": [], "shared_folder": "x"}, "no-shared-folder"),
+        ({"shared_folder": "x"}, "no-shared-folder"),
+        ({"addresses": ["a:1"], "shared_folder": "x"}, "invalid-url"),
+    ],
+)
+def test_invalid_worker_settings_are_refused(settings: dict[str, Any], code: str) -> None:
+    with refused(code):
+        WorkerEngine(**settings)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The worker's side of `WorkerEngine`: load the policy of a job, set the job's weights, and sample its prompts.
+
+A job is JSON that names safetensors files with weights and prompts, and the file for the result. The result depends
+only on the job, so any worker may repeat it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rlhf_lightning.errors import DataError, ModelError
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.loading import LoadSettings
+from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.resolving import fingerprint
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.sampling.engines import SamplingRequest, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
+from rlhf_lightning.tokenization import Ends
+
+
+class JobRunner:
+    """Sample job after job; the policy is loaded again only for a job of another run.
+
+    Args:
+        folder: folder of all files that a job may name.
+        device: device of the policy; None takes the job's.
+        trusted: models whose own Python code may be run; None takes the job's.
+    """
+
+    def __init__(self, folder: Path, device: str | None = None, trusted: Sequence[str] | None = None) -> None:
+        self.folder, self.device, self.trusted = folder.resolve(), device, trusted
+        self._loading: Mapping[str, Any] | None = None
+        self._model: CausalLM | None = None
+
+    def answer(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result of a job; return ``{"done": True}``, or the error for the trainer."""
+        try:
+            self._sample(self._policy(job["loading"]), job)
+        except Exception as error:  # noqa: BLE001 - the trainer raises it
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"done": True}
+
+    def _policy(self, loading: Mapping[str, Any]) -> CausalLM:
+        if self._model is None or loading != self._loading:
+            self._model = None  # frees its memory before the next policy is loaded
+            self._model, self._loading = self._loaded(loading), loading
+        return self._model
+
+    def _loaded(self, loading: Mapping[str, Any]) -> CausalLM:
+        device = self.device or loading["device"]
+        trusted = loading["settings"]["trust_remote_code"] if self.trusted is None else self.trusted
+        own = {"self_check": False, "device": device, "trust_remote_code": tuple(trusted)}
+        lora = None if loading["lora"] is None else LoraSettings(**loading["lora"])
+        model = load_policy(loading["init_from"], LoadSettings(**{**loading["settings"], **own}), lora)
+        if fingerprint(model.source) != loading["fingerprint"]:
+            raise ModelError(
+                "another-model",
+                f"{loading['init_from']} has other weights on the worker's host than on the trainer's; copy the "
+                "trainer's model to the same path there",
+            )
+        return model.to(device)
+
+    def _file(self, name: str) -> Path:
+        path = Path(name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise DataError(
+                "file-outside-folder",
+                f"a job names {name!r}, which is outside of the worker's folder {self.folder}; start worker and "
+                "trainer with the same folder",
+            )
+        return path
+
+    def _sample(self, model: CausalLM, job: Mapping[str, Any]) -> None:
+        torch.set_num_threads(job["threads"])
+        weights = dict(model.model.named_parameters())
+        with safe_open(self._file(job["weights"]), "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                weights[name].copy_(file.get_tensor(name))
+        given, result = load_file(self._file(job["prompts"])), self._file(job["result"])
+        prompts = given["ids"].split(given["counts"].tolist())
+        device = next(model.parameters()).device.type
+        low = job["autocast"]
+        context = nullcontext() if low is None else torch.autocast(device, getattr(torch, low.removeprefix("torch.")))
+        asked = SamplingRequest(
+            prompts, given["episodes"], SamplingSettings(**job["settings"]), job["seed"], Ends(job["ends"]), None, None,
+            starts=given["starts"],
+        )  # fmt: skip
+        with context:
+            drawn = SlotEngine().complete(model, asked)
+        assert drawn.entropies is not None
+        # Another worker may write the same result: the trainer must never read a partial file.
+        partial = result.with_name(f".{result.name}.{secrets.token_hex(4)}")
+        save_file(
+            {
+                "ids": torch.cat(drawn.ids), "counts": torch.tensor([len(ids) for ids in drawn.ids]),
+                "logprobs": torch.cat(drawn.logprobs), "entropies": torch.cat(drawn.entropies),
+                "finished": drawn.finished.cpu(),
+            },
+            partial,
+        )  # fmt: skip
+        os.replace(partial, result)
+
+
+def main() -> None:
+    """Answer the jobs on standard input, one a line, until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # output of libraries must not be read as a response
+    runner = JobRunner(Path(sys.argv[1]))
+    for line in sys.stdin:
+        print(json.dumps(runner.answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
