@@ -496,41 +496,22 @@ def test_the_import_check_detects_every_form_of_import():
     assert imports_at_module_level(tree) == ["rlhf_lightning.data.prompts"]
 
 
-BUILDING_BLOCKS = {
-    "token_logprobs": "per-token statistics of users' objectives",
-    "token_entropy": "per-token statistics of users' objectives",
-    "brier_score": "evaluation: calibration of reward models",
-    "log_loss": "evaluation: calibration of reward models",
-    "length_controlled_win_rate": "evaluation: win rates",
-    "pass_at_k": "evaluation: tasks with a right answer",
-    "soft_best_of_n": "evaluation: best-of-n",
-    "weighted_best_of_n": "evaluation: best-of-n by majority",
-    "best_of_n_overoptimization": "evaluation: over-optimisation",
-    "best_of_n_overoptimization_fit": "evaluation: over-optimisation",
-    "best_of_n_peak": "evaluation: over-optimisation",
-    "rl_overoptimization": "evaluation: over-optimisation",
-    "rl_overoptimization_fit": "evaluation: over-optimisation",
-    "rl_peak": "evaluation: over-optimisation",
-}
-"""Public functions of functional/ that nothing uses yet, with the reason for keeping them."""
-
-
 def test_every_function_is_used():
     """Uses in tests do not count: a formula that only its test calls is unused."""
     used: set[str] = set()
     for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            used |= {node.id} if isinstance(node, ast.Name) else set()
-            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        tree = ast.parse(path.read_text())
+        names = {name for _, name in imported_modules(tree) if name.startswith("rlhf_lightning.functional.")}
+        used |= {name.rpartition(".")[2] for name in names}
+        for owner in tree.body if path.parent.name == "functional" else []:
+            used |= {node.id for node in ast.walk(owner) if isinstance(node, ast.Name)} - {getattr(owner, "name", "")}
     public = {
         node.name
         for path in (PACKAGE / "functional").glob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     }
-    unused = public - used - BUILDING_BLOCKS.keys()
-    assert not unused, f"nothing uses {sorted(unused)}: delete them, or say in BUILDING_BLOCKS what they are kept for"
-    assert BUILDING_BLOCKS.keys() <= public, f"gone: {sorted(BUILDING_BLOCKS.keys() - public)}"
+    assert not public - used, f"nothing uses {sorted(public - used)}: delete them"
 
 
 # Nouns of the field that stand in several layers: the formula, the batch, the module, the check of one objective or

@@ -32,6 +32,7 @@ def evaluate(
     question: str | None = None,
     against: str | None = None,
     reference: str | None = None,
+    gold: str | None = None,
     samples: int = 1,
     correct: float | None = None,
     as_chat: bool = False,
@@ -43,8 +44,9 @@ def evaluate(
 
     Reports for each model the score and its parts, KL, length, EOS rate, distinct n-grams and pass@k. Compared with the
     baseline it reports the difference of scores, the win rate and the length-controlled win rate. A judge gets every
-    pair in both orders; its consistency and position bias are reported. Writes report.json, report.md,
-    completions.jsonl and report.html, which shows completions side by side and works offline.
+    pair in both orders; its consistency and position bias are reported. A known gold reward shows over-optimisation of
+    the scorer: best-of-n by score against gold reward, with the fits of Gao et al. (arXiv 2210.10760). Writes
+    report.json, report.md, completions.jsonl and report.html, which shows completions side by side and works offline.
 
     Args:
         models: folders of policies (weights or adapters), .gguf files or hub ids.
@@ -55,7 +57,8 @@ def evaluate(
         question: question to the judge about two answers.
         against: the baseline; by default the first model.
         reference: model to which the KL is measured; by default the baseline.
-        samples: completions per prompt.
+        gold: import path of a function (prompt, completion) -> known true reward, to measure over-optimisation.
+        samples: completions per prompt; best-of-n against the gold reward needs 3.
         correct: lowest score of a correct completion, for pass@k.
         as_chat: put plain-text prompts into a user turn of the chat template.
         shown: number of prompts on the HTML page.
@@ -63,8 +66,9 @@ def evaluate(
         sampling: sampling settings.
     """
     from rlhf_lightning.commands.generate import hint_at_template, read_prompts, scorer_beside
-    from rlhf_lightning.evaluation.completions import by_prompt, summary
+    from rlhf_lightning.evaluation.completions import by_prompt, summary, written
     from rlhf_lightning.evaluation.report import write_report
+    from rlhf_lightning.scoring.scorer import load_gold_reward
 
     names = list(dict.fromkeys([*([against] if against else []), *models]))
     check_range(samples >= 1, "it must be at least 1", samples=samples)
@@ -73,6 +77,7 @@ def evaluate(
     if judge is not None and len(names) < 2:
         raise SettingError("missing-setting", "a judge compares two models: give a second one, or --against")
     sampling.settings()
+    gold_of = None if gold is None else load_gold_reward(gold)
     asked = read_prompts(prompts, as_chat)
     baseline = reference or names[0]
     kept: Any = None
@@ -86,14 +91,21 @@ def evaluate(
         print(f"{name}: {len(asked) * samples} completions", flush=True)
         found[name] = sampled(policy, tokenizer, asked, samples, sampling, score, scorer)
         add_kl(found[name], policy, kept, tokenizer, sampling.temperature)
+        if gold_of is not None:
+            for row in found[name]:
+                row["gold"] = float(gold_of(row["prompt"], written(row)))
     summaries = {name: summary(rows, samples, correct, sampling.seed) for name, rows in found.items()}
     comparisons = compared(found, samples, sampling.seed, judge, judge_args, question)
     sections = sections_of(summaries, comparisons, names[0], baseline)
+    report: dict[str, Any] = {"models": summaries, "comparisons": comparisons}
+    if gold is not None:
+        report["overoptimization"] = overoptimization_of(found, summaries, samples, sampling.seed, baseline)
+        sections += sections_of_gold(report["overoptimization"])
     folder = Path(out)
     write_lines(folder / "completions.jsonl", ({"model": name, **row} for name, rows in found.items() for row in rows))
-    settings = {"prompts": prompts, "scorer": scorer, "judge": judge, "samples": samples, "seed": sampling.seed,
-                "reference": baseline, **sampling.provenance()}  # fmt: skip
-    report = {"settings": settings, "models": summaries, "comparisons": comparisons}
+    settings = {"prompts": prompts, "scorer": scorer, "judge": judge, "gold": gold, "samples": samples,
+                "seed": sampling.seed, "reference": baseline, **sampling.provenance()}  # fmt: skip
+    report = {"settings": settings, **report}
     listed = "all" if shown >= len(asked) else f"the first {shown}"
     notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the page shows {listed}."]
     items = by_prompt(found, samples)[:shown]
@@ -162,6 +174,49 @@ def compared(
             for row, value in zip(rows, judged.verdicts, strict=True):
                 row["verdict"] = None if value != value else value
     return result
+
+
+def overoptimization_of(
+    found: Mapping[str, list[dict[str, Any]]], summaries: Mapping[str, dict[str, Any]], samples: int, seed: int,
+    reference: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Return best-of-n by score against the gold reward for each model, and a fit over the models by their KL."""
+    from rlhf_lightning.evaluation.overoptimization import best_of_n_points, policy_points
+
+    curves = {
+        name: best_of_n_points(rows, samples, seed)
+        for name, rows in found.items() if samples > 2 and "score" in rows[0]
+    }  # fmt: skip
+    kl, gold = ([one[name]["mean"] for one in summaries.values()] for name in ("kl", "gold"))
+    return {"best_of_n": curves, "models": policy_points(kl, gold) if reference == next(iter(found)) else None}
+
+
+def sections_of_gold(found: Mapping[str, Any]) -> "list[Section]":
+    """Return the tables of over-optimisation: best-of-n by score, and the fits."""
+    from rlhf_lightning.evaluation.report import Section, interval
+
+    curves, models = found["best_of_n"], found["models"]
+    rows = [
+        [name, point["n"], point["kl"], point["score"], f"{point['gold']['mean']:.3f} {interval(point['gold']['ci'])}",
+         point["fit"]]
+        for name, curve in curves.items() for point in curve["points"]
+    ]  # fmt: skip
+    fits = [
+        *((f"{name}, best of n", curve) for name, curve in curves.items()),
+        *([("models", models)] if models else []),
+    ]
+    note = (
+        "Fitted gain in gold reward, d the square root of the KL: d (alpha - beta d) for best of n, d (alpha - beta "
+        "log d) over the models, if these are checkpoints of reinforcement learning. Empty: the fit has no peak."
+    )
+    tables = [
+        Section("Best of n by score", ["model", "n", "kl", "score", "gold", "fit"], rows, "KL from the model, nats."),
+        Section(
+            "Over-optimisation", ["fit", "alpha", "beta", "KL of the peak"],
+            [[name, one["alpha"], one["beta"], one["peak_kl"]] for name, one in fits], note,
+        ),
+    ]  # fmt: skip
+    return [table for table in tables if table.rows]
 
 
 def sections_of(

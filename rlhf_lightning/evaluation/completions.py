@@ -62,25 +62,33 @@ def summary(rows: Sequence[Row], samples: int, correct: float | None = None, see
         seed: seed of the resampling.
     """
     clusters, texts = prompt_numbers(rows, samples), [row["completion"] for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row if name in ("score", "kl") or name.startswith("score_"))
+    names = dict.fromkeys(
+        name for row in rows for name in row if name in ("score", "gold", "kl") or name.startswith("score_")
+    )
     found: dict[str, Any] = {"completions": len(rows), "prompts": len(rows) // samples}
     for name in (*names, "length"):
-        values = _values(rows, name)
+        values = values_of(rows, name)
         mean = clustered_difference(values.tolist(), clusters, seed)
         found[name] = {"mean": mean.mean, "ci": [mean.low, mean.high], "missing": int(np.isnan(values).sum())}
     found["eos_rate"] = float(np.mean([row["finished"] for row in rows]))
     found |= {f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3)}
     found["unique"] = len({(cluster, text) for cluster, text in zip(clusters, texts, strict=True)}) / len(rows)
     if correct is not None:
-        right = torch.from_numpy(_values(rows, "score") >= correct).view(-1, samples).sum(-1)  # NaN counts as wrong
-        for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):
+        right = torch.from_numpy(values_of(rows, "score") >= correct).view(-1, samples).sum(-1)  # NaN counts as wrong
+        for k in doublings(samples):
             rates = pass_at_k(samples, right, k)
             low, high = bootstrap_interval(rates, seed=seed)
             found[f"pass@{k}"] = {"mean": float(rates.mean()), "ci": [float(low), float(high)]}
     return found
 
 
-def _values(rows: Sequence[Row], name: str) -> np.ndarray:
+def doublings(most: int) -> list[int]:
+    """Return 1, 2, 4, ... and ``most``."""
+    return sorted({2**power for power in range(most.bit_length())} | {most})
+
+
+def values_of(rows: Sequence[Row], name: str) -> np.ndarray:
+    """Return a metric of each row, NaN where it is missing."""
     return np.array([math.nan if row.get(name) is None else float(row[name]) for row in rows])
 
 
@@ -134,13 +142,13 @@ def win_rates(
 
 def score_verdicts(rows: Sequence[Row], baseline: Sequence[Row]) -> list[float]:
     """Return 1, 0.5 or 0 if a score is above, equal to or below the baseline's score of the same prompt and sample."""
-    gaps = _values(rows, "score") - _values(baseline, "score")
+    gaps = values_of(rows, "score") - values_of(baseline, "score")
     return [float(value) for value in (np.sign(gaps) + 1) / 2]
 
 
 def score_difference(rows: Sequence[Row], baseline: Sequence[Row], samples: int, seed: int = 0) -> Difference:
     """Test the difference of mean scores, paired by prompt and sample."""
-    gaps = _values(rows, "score") - _values(baseline, "score")
+    gaps = values_of(rows, "score") - values_of(baseline, "score")
     return clustered_difference(gaps.tolist(), prompt_numbers(rows, samples), seed)
 
 

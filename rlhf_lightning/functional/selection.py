@@ -1,7 +1,4 @@
-"""Select samples: to keep, to pair, or to ask people about.
-
-NaN marks a sample that is missing or could not be scored.
-"""
+"""Select samples: to pair, or to ask people about."""
 
 from __future__ import annotations
 
@@ -9,39 +6,6 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
-
-# --- best of n: scores of several samples of one prompt, shape (..., samples) ----------------------------------------
-
-
-def best_of_n(scores: Tensor) -> Tensor:
-    """Return the index of the best-scored sample, the first of equals; a missing one only if all are missing."""
-    return torch.where(scores.isnan(), -torch.inf, scores).argmax(-1)
-
-
-def soft_best_of_n(scores: Tensor, temperature: float) -> Tensor:
-    """Return the probability of each sample in soft best-of-n, softmax(scores / temperature); missing samples get 0.
-
-    As the temperature goes to 0 this becomes best-of-n, as it goes to infinity a uniform draw.
-    """
-    return (torch.where(scores.isnan(), -torch.inf, at_least_float32(scores)) / temperature).softmax(-1)
-
-
-def weighted_best_of_n(answers: Tensor, weights: Tensor) -> Tensor:
-    """Return the index of a sample of the heaviest answer; equal weights give a majority vote (self-consistency).
-
-    Args:
-        answers: id of each sample's final answer, int64, negative if none was found, shape (..., samples).
-        weights: non-negative, such as sigmoid or exp of a score; NaN counts as 0. Shape (..., samples).
-
-    Returns:
-        Shape (...): the first sample that gives the winning answer.
-    """
-    require_shape("...", answers=answers, weights=weights)
-    weights = torch.nan_to_num(at_least_float32(weights), nan=0.0)
-    same = (answers.unsqueeze(-1) == answers.unsqueeze(-2)).type_as(weights)
-    votes = (same @ weights.unsqueeze(-1)).squeeze(-1)
-    return torch.where(answers < 0, -torch.inf, votes).argmax(-1)
-
 
 # --- pairs of a rollout ----------------------------------------------------------------------------------------------
 

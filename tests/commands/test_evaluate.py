@@ -35,6 +35,20 @@ def test_models_are_compared_on_the_same_prompts(policy_folder, plain_folder, pr
     assert "Reliability of the judge" in capsys.readouterr().out
 
 
+def test_a_gold_reward_gives_best_of_n_and_its_fit(policy_folder, prompts, capsys, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = [policy_folder, "--prompts", prompts, "--scorer", "scores.length", "--gold", "judges.longer"]
+    assert main([*argv, "--samples", "4", "--max_new_tokens", "6"]) == 0
+    report = json.loads(Path("evaluation/report.json").read_text())
+    curve = report["overoptimization"]["best_of_n"][policy_folder]
+    assert [point["n"] for point in curve["points"]] == [1, 2, 4] and report["overoptimization"]["models"] is None
+    assert curve["points"][0]["gold"]["mean"] == pytest.approx(report["models"][policy_folder]["gold"]["mean"])
+    rows = [json.loads(line) for line in Path("evaluation/completions.jsonl").read_text().splitlines()]
+    best = [max(rows[start : start + 4], key=lambda row: row["score"])["score"] for start in range(0, 16, 4)]
+    assert curve["points"][-1]["score"] == pytest.approx(sum(best) / 4)
+    assert "Best of n by score" in capsys.readouterr().out
+
+
 def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):
     assert main([policy_folder, "--prompts", prompts, "--max_new_tokens", "4"]) == 0
     assert "Win rate" not in capsys.readouterr().out
