@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning import modules, tokenization
 from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.tokenization.facts import Facts
-from rlhf_lightning.training.invariants import InvariantError, Invariants
+from rlhf_lightning.training.invariants import Invariants
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import Advantages, Aggregation, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
@@ -223,7 +223,7 @@ def test_scores_rise_only_if_scores_are_not_shuffled(policy_folder: str, name: s
 
 
 def test_a_group_of_one_is_refused(policy_folder: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.samples_per_prompt to 2 or more"):
+    with refused("group-of-one"):
         fit(module_of("GRPOModule", policy_folder), [prompt_step(PROMPTS)])
     fit(module_of("ReinforcePlusPlusModule", policy_folder), [prompt_step(PROMPTS)])
 
@@ -367,7 +367,7 @@ class WarmSamplerModule(modules.RLOOModule):
 )
 def test_a_violated_invariant_raises_or_warns(policy_folder: str, kind: Any, name: str) -> None:
     settings: dict[str, Any] = {"init_from": policy_folder, "scorer": low_words, "max_new_tokens": 6, "kl_coef": 0.0}
-    with pytest.raises(InvariantError, match=f"invariant {name}: measured"):
+    with refused(f"invariant-{name}"):
         fit(kind(**settings), [grouped(prompt_step(GROUPED))])
     with pytest.warns(UserWarning, match=f"invariant {name}"):
         fit(kind(**settings, on_violation="warn"), [grouped(prompt_step(GROUPED))])
@@ -377,14 +377,14 @@ def test_another_reference_or_mask_violates_an_invariant() -> None:
     rollout = rollout_of([1.0, 0.0], [0, 0])
     checks = Invariants()
     checks.check_first_kl(rollout)
-    with pytest.raises(InvariantError, match="not the model that training started from"):
+    with refused("invariant-first_kl"):
         checks.check_first_kl(rollout._replace(reference_logprobs=rollout.old_logprobs - 0.1))
     checks.check_lengths(rollout)
     mask = rollout.completion_mask.clone()
     mask[0, 2] = False
-    with pytest.raises(InvariantError, match="invariant mask"):
+    with refused("invariant-mask"):
         checks.check_lengths(rollout._replace(completion_mask=mask))
-    with pytest.raises(ValueError, match="on_violation is 'ignore'"):
+    with refused("unknown-choice", "on_violation is 'ignore'"):
         Invariants("ignore")  # type: ignore[arg-type]
 
 

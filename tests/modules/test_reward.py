@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import (
     EOS,
     MetricsLog,
@@ -235,7 +236,7 @@ def test_training_reaches_full_accuracy(policy_folder: str) -> None:
 def test_a_reward_model_refuses_to_generate(policy_folder: str) -> None:
     module = RewardModule(init_from=policy_folder)
     module.configure_model()
-    with pytest.raises(TypeError, match="RewardModule scores completions; it does not generate them"):
+    with refused("writes-no-completions", "RewardModule"):
         module.complete([torch.tensor([7])], torch.arange(1), SamplingSettings(), 0)
 
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from tiny_models import (
     EOS,
     MetricsLog,
@@ -155,6 +156,6 @@ def test_predict_writes_a_row_for_each_prompt(policy_folder: str) -> None:
 
 def test_a_datamodule_of_the_wrong_kind_is_refused_before_loading_weights(policy_folder: str) -> None:
     module = SFTModule(init_from=policy_folder)
-    with pytest.raises(TypeError, match="SFTModule takes DemonstrationBatch.*but StepData yields PreferenceBatch"):
+    with refused("wrong-batch-type", "SFTModule takes DemonstrationBatch", "PreferenceBatch"):
         fit(module, [preference_step(random_pairs(2))])
     assert not hasattr(module, "policy")
