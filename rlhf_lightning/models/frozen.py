@@ -63,8 +63,8 @@ class FrozenPolicy:
             raise ModelError(
                 "sharded-own-logits",
                 f"{type(owner.model).__name__} computes logits in its own forward, which cannot be called on hidden "
-                "states while its weights are sharded; train without sharding, or with an objective that needs no "
-                "full distributions",
+                "states while its weights are sharded; train without sharding, or with an objective that needs no full "
+                "distributions",
             )
         if self._whole_head is None and is_sharded(owner):
             # Ranks need different numbers of chunks of logits, but gathering a weight is a collective of all ranks.
@@ -199,8 +199,7 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         raise ModelError(
             "other-tokenizer",
             f"the teacher {name} has a different tokenizer from the student: id {first} is {theirs.get(first)!r} to "
-            "the "
-            f"teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ; "
+            f"the teacher and {mine.get(first)!r} to the student, and {len(other):,} of {common:,} ids differ; "
             "distillation compares distributions over the same tokens; choose a teacher with the student's tokenizer",
         )
 

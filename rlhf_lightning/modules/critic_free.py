@@ -233,8 +233,7 @@ def _contradictions(m: CriticFreeModule) -> dict[str, tuple[bool, str]]:
         "normalized-baseline": (
             m.score_rule.normalizes and m.baseline == "greedy",
             f"parts.normalize is {m.score_rule.settings.normalize} and baseline greedy, whose scores are not "
-            "normalized: "
-            "set baseline group_mean",
+            "normalized: set baseline group_mean",
         ),
         "greedy-turns": (
             m.credit == "turn" and m.baseline == "greedy",

@@ -183,9 +183,8 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         if self.mini_batch_size is not None and self.mini_batch_size % samples:
             raise SettingError(
                 "parts-groups",
-                f"mini_batch_size is {self.mini_batch_size} which would split the {samples} samples of a prompt: set "
-                "it "
-                "to a multiple of data.samples_per_prompt",
+                f"mini_batch_size is {self.mini_batch_size}, which would split the {samples} samples of a prompt: set "
+                "it to a multiple of data.samples_per_prompt",
             )
 
     def check_rollout(self, rollout: Rollout) -> None:

@@ -185,8 +185,8 @@ class PPOModule(OnPolicyModule):
             return folder
         if isinstance(scorer, EncoderScorer) or tokenizer.get_vocab() != self.tokenizer.get_vocab():
             rank_zero_info(
-                f"the critic starts from {self.init_from}, since the reward model {folder} has another tokenizer "
-                "than the policy"
+                f"the critic starts from {self.init_from}, since the reward model {folder} has another tokenizer than "
+                "the policy"
             )
             return None
         return str(folder)
@@ -375,8 +375,8 @@ def _contradictions(m: PPOModule) -> dict[str, tuple[bool, str]]:
     return {
         "cost-critics": (
             m.cost_critics and (not m.score_rule.multipliers or m.critic_kind != "separate"),
-            "cost_critics trains a critic for each constrained score part: name a part in constraints, and set "
-            "critic separate",
+            "cost_critics trains a critic for each constrained score part: name a part in constraints, and set critic "
+            "separate",
         ),
         "whitened-costs": (
             m.cost_critics and (m.whiten_rewards or m.score_rule.normalizes),

@@ -158,9 +158,9 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
         meter.add("distill/taught", everyone)
         if self.rollouts == 0 and not float(self.sum_over_ranks(everyone.sum())):
             rank_zero_warn(
-                "The teacher has no text for any completion of the first rollout, so the policy is not trained on "
-                "it: the "
-                f"scorer gives no feedback, or no completion scores {self.success:g} (model.context, model.success)."
+                "The teacher has no text for any completion of the first rollout, so the policy is not trained on it: "
+                f"the scorer gives no feedback, or no completion scores {self.success:g} (model.context, "
+                "model.success)."
             )
         for rows in self.minibatches(rollout, meter):
             mine = sorted(set(rows) & set(taught))

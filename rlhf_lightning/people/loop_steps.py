@@ -96,8 +96,7 @@ class LoopState:
             raise StateError(
                 "damaged-state",
                 f"{self.path} does not contain the steps, settings and files of a loop: restore it from a copy, or "
-                "give "
-                "another --name",
+                "give another --name",
             )
         self.steps = parts[0]
         return parts[1], parts[2]

@@ -182,8 +182,7 @@ def checked_run_name(name: str) -> str:
         raise SettingError(
             "invalid-run-name",
             f"run_name is {name!r}, but each run gets the next version number of its name: leave out {parts[-1]}, or "
-            "continue "
-            "that run with --resume",
+            "continue that run with --resume",
         )
     if not all(re.fullmatch(r"[\w][\w.\-=+]{0,199}", part) for part in parts):
         raise SettingError(

@@ -483,9 +483,9 @@ class AlignmentModule(LightningModule):
         untrained = not self.updates and self.trainer.ckpt_path is None
         if self.holds_reference and untrained and self.trainer.state.fn != "fit":
             rank_zero_warn(
-                f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons "
-                "with the reference are meaningless: `rlhf validate RUN` takes a run's checkpoint and the reference "
-                "of training."
+                f"No checkpoint is given, so the policy is its own reference ({self.init_from}), and comparisons with "
+                "the reference are meaningless: `rlhf validate RUN` takes a run's checkpoint and the reference of "
+                "training."
             )
         self.refuse_nonfinite_weights()  # first: the self-check would only report that forward passes disagree
         self.place_frozen_models()

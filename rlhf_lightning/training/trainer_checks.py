@@ -40,9 +40,8 @@ from rlhf_lightning.training.optimization import check_moments
 from rlhf_lightning.types import PromptBatch, Step
 
 ONE_STEP = (
-    "one item of the data is already one optimizer step, split into micro-batches: set data.batch_size for the rows "
-    "of a "
-    "step, and data.micro_batch_size or data.max_tokens for memory"
+    "one item of the data is already one optimizer step, split into micro-batches: set data.batch_size for the rows of "
+    "a step, and data.micro_batch_size or data.max_tokens for memory"
 )
 CALLBACKS = {
     BackboneFinetuning: (
@@ -231,8 +230,8 @@ def check_loader(trainer: Trainer) -> None:
         raise SettingError(
             "dealt-steps",
             "the Trainer distributed the loader's Steps over the ranks, but a Step is already one rank's share of an "
-            "update: "
-            "set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a DataModule",
+            "update: set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a "
+            "DataModule",
         )
 
 
@@ -247,8 +246,7 @@ def check_evaluation_loaders(trainer: Trainer) -> None:
         raise SettingError(
             "several-loaders",
             f"{len(found)} validation loaders are given, but their metrics would be averaged together: give one to "
-            "fit, "
-            "and call trainer.validate for each of the others",
+            "fit, and call trainer.validate for each of the others",
         )
 
 

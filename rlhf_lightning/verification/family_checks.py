@@ -95,9 +95,8 @@ def pair_checks(subject: Subject, given: PreferenceLogprobs) -> list[Check]:
     checks.append(at_most("rejected", praised, 1e-3 * size, advice))
     blamed = torch.where(rejected > -0.1 * chosen, 0.0, -chosen).max()
     advice = (
-        "with a large margin, chosen is pushed down more than it was raised: look for the sign "
-        "inside a "
-        "penalty or an odds"
+        "with a large margin, chosen is pushed down more than it was raised: look for the sign inside a penalty or an "
+        "odds"
     )
     return [*checks, at_most("chosen", blamed, size, advice)]
 

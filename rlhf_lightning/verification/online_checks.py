@@ -205,7 +205,6 @@ def opponent_check(subject: Subject) -> Check:
         torch.maximum(off, alike * GAMES**0.5).max(),
         5.0,
         "standard errors of the frequency of a completion from that of the mixture, or of the opponent's correlation "
-        "with the "
-        "policy's samples: mix the logits of every token, and give the opponent random numbers of its own",
+        "with the policy's samples: mix the logits of every token, and give the opponent random numbers of its own",
         power=power,  # with the policy or the reference instead
     )

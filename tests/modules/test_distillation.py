@@ -322,7 +322,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(policy_folder: str, tmp_pat
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"w17"', '"z17"'))
     module = gkd(policy_folder, str(other))
-    with pytest.raises(ValueError, match="id 17 is 'z17' to the teacher and 'w17' to the student, and 1 of 120 ids"):
+    with refused("other-tokenizer", "id 17 is 'z17' to the teacher and 'w17' to the student", "1 of 120 ids"):
         module.configure_model()
     longer = tiny_tokenizer()
     longer.add_tokens(["w120"])
