@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from rlhf_lightning.atomic_files import complete_file
 from rlhf_lightning.compat import dataset_fingerprint
 from rlhf_lightning.data.canonical import REASONS, RowRefused
 from rlhf_lightning.data.feedback.database import is_store, reading, snapshot_of, split_name
@@ -130,10 +130,8 @@ def as_file(source: Any, cache: Path) -> Any:
     text = "".join(lines).encode("utf-8", "surrogatepass")  # a row with half a surrogate is dropped when it is read
     file = cache / "sources" / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.jsonl"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(text)
-        partial.replace(file)
+        with complete_file(file) as partial:
+            partial.write_bytes(text)
     return str(file)
 
 

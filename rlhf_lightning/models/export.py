@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.atomic_files import complete_folder
 from rlhf_lightning.compat import erases_pad_row
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -54,10 +55,6 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     weights = whole_weights(model)
     if weights is not None and not is_first_rank():
         return folder
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     config = unwrapped(model).config
     if not erases_pad_row(unwrapped(model)):
         config.pad_token_id = tokenizer.pad_token_id
@@ -65,27 +62,24 @@ def _export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source
     _note_ends(unwrapped(model), tokenizer)
     for name, value in facts.items():
         setattr(config, name, value)
-    if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = source
-        # No config.json in the adapter's folder: transformers would take it for a whole model and miss its weights.
-        model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
-    else:
-        with _room_for_pad(model, tokenizer, weights) as grown:
-            model.save_pretrained(partial, state_dict=grown)
-    tokenizer.save_pretrained(partial)
-    _pack(partial / "tokenizer.json")
     record = {"source": model_name(source), "fingerprint": fingerprint(source), **facts}
     quantization = quantization_of(unwrapped(model))
     if quantization is not None:
         record["quantization"] = quantization
-    (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     kind = "adapter" if hasattr(model, "peft_config") else "model"
-    card = model_card(source, kind, SCORE_BIAS in facts, record["fingerprint"])
-    (partial / CARD_FILE).write_text(card, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
+    with complete_folder(folder) as partial:
+        if hasattr(model, "peft_config"):
+            model.peft_config["default"].base_model_name_or_path = source
+            # No config.json in the adapter's folder: transformers would take it for a whole model and miss its weights.
+            model.save_pretrained(partial, selected_adapters=["default"], state_dict=weights)
+        else:
+            with _room_for_pad(model, tokenizer, weights) as grown:
+                model.save_pretrained(partial, state_dict=grown)
+        tokenizer.save_pretrained(partial)
+        _pack(partial / "tokenizer.json")
+        (partial / BACKBONE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        card = model_card(source, kind, SCORE_BIAS in facts, record["fingerprint"])
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
 

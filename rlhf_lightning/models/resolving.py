@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import struct
 import tempfile
@@ -21,6 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_lightning.atomic_files import complete_folder
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.folders import check_folder, read_json, reading, require_safetensors, weight_files
@@ -117,12 +117,9 @@ def converted_gguf(path: Path) -> Path:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with complete_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
 
 

@@ -14,9 +14,8 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -26,8 +25,9 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.compat import attention_kernel
-from rlhf_lightning.errors import ModelError, reason_of
+from rlhf_lightning.errors import ModelError, SettingError, reason_of
 from rlhf_lightning.functional.logprobs import at_least_float32, token_logprobs
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.models.causal_lm import CausalLM, LogitsPath, OwnLogits, inference_mode_of
@@ -125,13 +125,8 @@ def check_key(model: Any, *further: Any) -> str:
 
 def _write(file: Path, found: Any) -> None:
     """Write a result to the cache; a failed write only costs time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        pass
+    with suppress(OSError, SettingError):
+        write_text(file, json.dumps(found))
 
 
 def working_copy(model: Any, trees: bool = False) -> tuple[Any, Findings | None]:
