@@ -20,7 +20,11 @@ from rlhf_lightning.tokenization.rendering import (
     render_reply,
     render_steps,
 )
+from rlhf_lightning.tokenization.word_cache import word_cache_of
 from rlhf_lightning.types import Message, Prompt
+
+FEW = 64
+"""Number of texts below which words are not looked up: finding out whether a tokenizer allows it takes some 0.1 s."""
 
 JOINT = 32
 """Characters on each side of a text boundary that are encoded together to check whether the tokenizer merges them."""
@@ -240,8 +244,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], split: bool = 
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        backend.encode_special_tokens = split or tokenizer.split_special_tokens
-        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        backend.encode_special_tokens = literal = split or tokenizer.split_special_tokens
+        encode = lambda some: [one.ids for one in backend.encode_batch_fast(some, add_special_tokens=False)]
+        words = None if literal or len(texts) < FEW else word_cache_of(tokenizer)
+        return encode(texts) if words is None else words.encode(texts, encode)
     settings = {"split_special_tokens": True} if split else {}
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **settings)
     return encoded["input_ids"]
