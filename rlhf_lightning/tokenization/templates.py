@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import ModelError, SettingError
-from rlhf_lightning.tokenization import sandbox
+from rlhf_lightning.tokenization import outlines, sandbox
 from rlhf_lightning.types import Message
 
 CHATML = (
@@ -93,7 +94,7 @@ def set_template_args(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, An
     for name in made:
         if name in RESERVED_ARGS:
             raise SettingError("reserved-template-arg", f"template_args cannot set {name!r}; remove it")
-    _clock(made.get("now"))
+    _clock(str(made.get("now") or PINNED_DATE))
     tokenizer.init_kwargs["template_args"] = made
 
 
@@ -120,7 +121,7 @@ def apply_template(
         TurnsRefused: the template refuses these messages.
     """
     args = dict(template_args_of(tokenizer))
-    clock = _clock(args.pop("now", None))
+    clock = _clock(str(args.pop("now", None) or PINNED_DATE))
     args |= variables
     if tools:
         args["tools"] = tools
@@ -128,7 +129,7 @@ def apply_template(
     turns = [*messages[:-1], _left_open(messages[-1])] if open_turn else messages
     settings = {**tokenizer.special_tokens_map, **args, "strftime_now": clock}
     try:
-        text = sandbox.render(template, turns, add_generation_prompt=generation, **settings)
+        text = outlines.render(template, turns, generation, settings)
     except (SecurityError, TemplateSyntaxError, OverflowError, MemoryError, RecursionError) as error:
         raise _refused(ChatTemplateError, error) from error
     except sandbox.OutOfBounds as error:
@@ -157,9 +158,10 @@ def _refused(kind: type[ChatTemplateError], error: Exception) -> ChatTemplateErr
     )
 
 
-def _clock(now: Any) -> Any:
+@lru_cache(maxsize=64)
+def _clock(now: str) -> Callable[[str], str]:
     try:
-        moment = datetime.fromisoformat(str(now or PINNED_DATE))
+        moment = datetime.fromisoformat(now)
     except ValueError:
         raise SettingError(
             "bad-template-date", f"now in template_args is {now!r}; write a date such as {PINNED_DATE}"
