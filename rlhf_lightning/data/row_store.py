@@ -16,6 +16,8 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from inspect import isfunction
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +28,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.canonical import Report
+from rlhf_lightning.data.canonical import Report, Row
+from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import all_cores, tokenizer_fingerprint
+from rlhf_lightning.workers import in_forks
 
 ARRAYS = {
     "ids": np.int32, "supervised": np.bool_, "bounds": np.int64, "first": np.int64, "ranks": np.int32,
@@ -38,6 +42,8 @@ ARRAYS = {
     "records": np.uint8, "record_bounds": np.int64, "slots": np.float32,
 }  # fmt: skip
 OF_A_ROW = ("target", "margin", "weight", "source", "group")
+BOUNDS = {"bounds": "ids", "first": "ranks", "record_bounds": "records"}
+"""Arrays of bounds, each with the array that it divides."""
 
 
 class RowStore:
@@ -94,6 +100,23 @@ class RowStore:
         arrays: dict[str, np.ndarray] = {name: np.asarray(given, dtype=ARRAYS[name]) for name, given in values.items()}
         for name, buffer in (("ids", ids), ("supervised", supervised), ("records", records)):
             arrays[name] = np.frombuffer(buffer, dtype=ARRAYS[name])
+        return cls(arrays, report, slots)
+
+    @classmethod
+    def joined(cls, stores: Iterable[RowStore], report: Report) -> RowStore:
+        """Join stores of successive rows, and add their counts to ``report``."""
+        sizes = {name: np.dtype(kind).itemsize for name, kind in ARRAYS.items()}
+        joined = {name: bytearray(size if name in BOUNDS else 0) for name, size in sizes.items()}  # bounds begin with 0
+        slots = tuple[str, ...]()
+        for store in stores:
+            slots = store.slots or slots
+            counts = {name: len(joined[of]) // sizes[of] for name, of in BOUNDS.items()}
+            for name, values in store.arrays.items():
+                joined[name] += (values[1:] + counts[name] if name in BOUNDS else values).tobytes()
+            report.restore((report + store.report).to_dict())
+        arrays: dict[str, np.ndarray] = {
+            name: np.frombuffer(buffer, dtype=ARRAYS[name]) for name, buffer in joined.items()
+        }
         return cls(arrays, report, slots)
 
     def save(self, folder: Path) -> None:
@@ -203,14 +226,20 @@ class Part(NamedTuple):
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
         return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)
 
-    def encoded(self, tokenizer: PreTrainedTokenizerBase, report: Report) -> Iterator[EncodedRow]:
-        """Read and encode the rows, and count them in ``report``."""
+    def blocks(self, tokenizer: PreTrainedTokenizerBase, report: Report) -> Iterator[RowStore]:
+        """Read the rows and encode them in forks; yield a store of each chunk.
+
+        Args:
+            tokenizer: the policy's tokenizer.
+            report: the counts of the blocks that were already taken.
+        """
         for number, source in enumerate(self.sources):
             encoder = self.encoder if source.columns is None else replace(self.encoder, columns=source.columns)
             left = None if self.rows is None else max(self.rows - report.read, 0)
-            for row in encoder.rows(tokenizer, islice(read_rows(source), left), report, str(source)):
-                row.source = number
-                yield row
+            chunks = encoder.chunks(islice(read_rows(source), left), str(source))
+            # An environment that reads rows may hold connections, which forks cannot share.
+            forks = None if isfunction(encoder.read) else 1
+            yield from in_forks(partial(_block, tokenizer, encoder, number), chunks, forks)
 
     def store(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None) -> RowStore:
         """Return the encoded rows from the cache, or encode and cache them.
@@ -223,7 +252,7 @@ class Part(NamedTuple):
         if store is None:
             report = Report()
             with all_cores():
-                store = RowStore.build(self.encoded(tokenizer, report), report)
+                store = RowStore.joined(self.blocks(tokenizer, report), report)
             if len(store) == 0:
                 raise no_rows(report, str(self))
             try:
@@ -231,6 +260,16 @@ class Part(NamedTuple):
             except OSError as error:
                 rank_zero_warn(f"The encoded rows are not cached ({error}): every process encodes them again.")
         return store
+
+
+def _block(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, source: int, chunk: Sequence[Row | Unreadable]
+) -> RowStore:
+    report = Report()
+    rows = [row for outcome in encoder.counted(tokenizer, chunk, report) for row in outcome.encoded]
+    for row in rows:
+        row.source = source
+    return RowStore.build(rows, report)
 
 
 def hash_of(*values: Any) -> str:

@@ -159,15 +159,18 @@ class Encoder:
             DataError: the first rows match no form.
             ChatTemplateError: the tokenizer lacks a chat template for messages.
         """
-        rows = iter(rows)
-        first = list(islice(rows, PEEK))
-        readable = [row for row in first if not isinstance(row, Unreadable)]
-        if readable:
-            self.check_names([name for row in readable for name in row if isinstance(name, str)], where)
-        chunk: list[Row | Unreadable] = first
-        while chunk:
+        for chunk in self.chunks(rows, where):
             for outcome in self.counted(tokenizer, chunk, report):
                 yield from outcome.encoded
+
+    def chunks(self, rows: Iterable[Row | Unreadable], where: str) -> Iterator[list[Row | Unreadable]]:
+        """Check the column names of the first rows; yield the rows in chunks that are encoded at once."""
+        rows = iter(rows)
+        chunk = list(islice(rows, PEEK))
+        if readable := [row for row in chunk if not isinstance(row, Unreadable)]:
+            self.check_names([name for row in readable for name in row if isinstance(name, str)], where)
+        while chunk:
+            yield chunk
             chunk = list(islice(rows, CHUNK))
 
     def check_names(self, names: list[str], where: str) -> None:
@@ -262,13 +265,9 @@ class Encoder:
             raise RowRefused(reason if reason in REASONS else "template_refuses") from None
 
     def _outcome(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        row: CanonicalRow,
-        cases: list[_Case],
-        parts: list[list[Encoded]],
+        self, tokenizer: PreTrainedTokenizerBase, row: CanonicalRow, cases: list[_Case], parts: list[list[Encoded]],
         slots: Mapping[str, float],
-    ) -> Outcome:
+    ) -> Outcome:  # fmt: skip
         made: list[EncodedRow] = []
         cuts: set[str] = set()
         refusal: RowRefused | None = None

@@ -1,0 +1,79 @@
+"""Rows that forks encode, chunk by chunk, make the same store as rows that one process encodes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from rlhf_lightning.data.canonical import Report
+from rlhf_lightning.data.prompts import FirstPrompt
+from rlhf_lightning.data.row_store import ARRAYS, Part, RowStore
+from rlhf_lightning.data.sources import parse_sources
+from rlhf_lightning.data.tokenizing import encoder_for
+
+PAIRS = [
+    {"prompt": f"p{n % 7}", "chosen": "a" * (n % 5 + 1), "rejected": "b", "margin": n, "id": n} for n in range(150)
+]
+PAIRS[20] = {"prompt": "p", "chosen": "same", "rejected": "same"}
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a b"}]} for n in range(150)
+]
+CHATS[140]["messages"][1]["content"] = "<eos>"
+TEXTS = [{"text": "word " * (n % 9)} for n in range(90)]
+
+
+@pytest.fixture
+def encoded(tiny_tokenizer, monkeypatch):
+    """Return a function that encodes a part with a number of cores, and returns the store and the process ids."""
+    monkeypatch.setattr("rlhf_lightning.data.tokenizing.CHUNK", 8)
+
+    def encode(part: Part, cores: int) -> RowStore:
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        report = Report()
+        store = RowStore.joined(part.blocks(tiny_tokenizer, report), report)
+        assert store.report is report
+        return store
+
+    return encode
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "rows", "settings"),
+    [
+        ("preference", [PAIRS], None, {"max_length": 6, "pairwise": True, "columns": {}}),
+        ("preference", [PAIRS, PAIRS[::-1]], 200, {"slots": ("id",)}),
+        ("sft", [CHATS, TEXTS, CHATS], None, {}),
+        ("prompt", [PAIRS], None, {}),
+    ],
+)
+def test_forks_encode_the_same_rows(kind, files, rows, settings, write_rows, encoded):
+    sources = parse_sources([write_rows(one, f"{number}.jsonl") for number, one in enumerate(files)])
+    part = Part(sources, rows, encoder_for(kind, **settings))
+    alone, forked = encoded(part, 1), encoded(part, 3)
+    assert json.dumps(forked.report.to_dict()) == json.dumps(alone.report.to_dict())
+    assert forked.report.read == (rows or sum(map(len, files))) and forked.slots == alone.slots
+    for name, kind_of_array in ARRAYS.items():
+        assert forked.arrays[name].dtype == kind_of_array
+        np.testing.assert_array_equal(forked.arrays[name], alone.arrays[name])
+    assert {forked.record(row)["prompt"] is None for row in range(len(forked))} == {False}
+    np.testing.assert_array_equal(forked.lengths, alone.lengths)
+
+
+def test_an_environment_reads_rows_in_this_process(write_rows, encoded):
+    class Asks:
+        def reset(self, row):
+            return f"{os.getpid()}: {row['prompt']}"
+
+        def reply(self, *args):
+            raise NotImplementedError
+
+    encoder = encoder_for("prompt")
+    part = Part(parse_sources(write_rows(PAIRS)), None, type(encoder)(FirstPrompt(Asks()), encoder.forms))
+    store = encoded(part, 3)
+    assert {store.record(row)["prompt"].partition(":")[0] for row in range(len(store))} == {str(os.getpid())}
+
+
+def test_a_store_of_no_rows_is_empty():
+    store = RowStore.joined([], Report())
+    assert len(store) == 0 and store.arrays["first"].tolist() == store.arrays["bounds"].tolist() == [0]
