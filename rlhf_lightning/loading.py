@@ -82,8 +82,8 @@ def is_too_deep(value: Any) -> bool:
         layer = [
             inner
             for outer in layer
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if not isinstance(inner, SCALARS) and isinstance(inner, Mapping | list | tuple)
+            for inner in (outer if isinstance(outer, list | tuple) else outer.values())
+            if not isinstance(inner, SCALARS) and isinstance(inner, dict | list | tuple | Mapping)
         ]
         if not layer:
             return False
