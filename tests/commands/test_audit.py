@@ -44,7 +44,7 @@ def test_strict_makes_findings_an_exit_status_of_1(write_rows, capsys):
 
 def test_only_the_first_ten_row_numbers_of_a_finding_are_listed(write_rows, capsys):
     _, told, _ = run(capsys, write_rows(ROWS[:1] * 14))
-    assert "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told and "11 ...]" in told and "12" not in told
+    assert "[2, 3, 4, 5, 6, 7, 8, 9, 10, 11" in told and "11 ...]" in told and "12" not in told.rpartition("[")[2]
 
 
 @pytest.mark.parametrize(
