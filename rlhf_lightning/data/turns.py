@@ -57,8 +57,7 @@ def from_json(value: str, reason: str) -> Any:
 
 def messages_of(value: Any) -> list[Message]:
     """Read a list of messages, and map their roles by `ROLES`; empty turns are refused."""
-    if isinstance(value, Mapping):
-        value = [value]
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
         raise RowRefused("malformed_messages")
     turns = [made for turn in value if (made := _message(turn)) is not None]
@@ -81,7 +80,7 @@ def _message(turn: Any) -> Message | None:
     if name.lower() not in ROLES:
         raise RowRefused("unknown_role")
     role = ROLES[name.lower()]
-    if any(turn.get(key) for key in MEDIA):
+    if not MEDIA.isdisjoint(turn) and any(turn.get(key) for key in MEDIA):
         raise RowRefused("media")
     content, thought = _text_of_parts(content)
     calls = _calls_of(turn, name, content)
@@ -124,11 +123,12 @@ def _text_of_parts(content: Any) -> tuple[str | None, str]:
 
 
 def _calls_of(turn: Mapping[str, Any], name: str, content: str | None) -> list[dict[str, Any]]:
-    calls = turn.get("tool_calls") or turn.get("function_call") or []
+    calls = turn.get("tool_calls") or turn.get("function_call")
     if name == "function_call":
-        calls = from_json(text_of(content, "bad_tool_call"), "bad_tool_call")
-    elif isinstance(calls, str):
-        calls = from_json(calls, "bad_tool_call")
+        calls = text_of(content, "bad_tool_call")
+    elif not calls:
+        return []
+    calls = from_json(calls, "bad_tool_call") if isinstance(calls, str) else calls
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list | tuple) or is_too_deep(calls) or (calls and ROLES[name.lower()] != "assistant"):
         raise RowRefused("bad_tool_call")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -120,9 +121,9 @@ class RenderedConversation:
     def up_to_end(self, text: str, content: str, calls: bool) -> Said:
         """Cut the rendering of a turn after its end token; with ``calls``, tool calls follow its content."""
         facts = self.facts
-        ends = {name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name}
+        ends = frozenset(name for name in (facts.end_of_turn, facts.call_end, self.tokenizer.eos_token) if name)
         said = text.rfind(content.strip()) + len(content.strip()) if content.strip() in text else 0
-        if said and not calls and (end_mark := any_of(ends).search(text, said)):
+        if said and not calls and (end_mark := _pattern_of(ends).search(text, said)):
             return Said(text[: end_mark.end()], True)  # sampling stops before anything that a template writes here
         run = re.compile(rf"(?:{'|'.join(map(re.escape, ends))})(?:\s|{'|'.join(map(re.escape, ends))})*\Z")
         if (found := run.search(text)) is not None:
@@ -269,6 +270,10 @@ class RenderedConversation:
             raise _left_out("tool")
 
 
+_pattern_of = lru_cache(maxsize=64)(any_of)
+_TAGS = any_of(tag for pair in THOUGHT_TAGS for tag in pair)
+
+
 def _left_out(role: str) -> TurnsRefused:
     sentence = f"the chat template leaves out a turn of the role {role!r}; use a template that renders it"
     return TurnsRefused("turn-left-out", sentence)
@@ -293,5 +298,4 @@ def _thought_of(message: Message, tags: tuple[str, str]) -> str:
 
 
 def _between_tags(text: str) -> list[str]:
-    tags = "|".join(re.escape(tag) for pair in THOUGHT_TAGS for tag in pair)
-    return re.split(tags, text)
+    return _TAGS.split(text)
