@@ -13,6 +13,8 @@ BUDGET = ("--max-tokens", "512")
 """Token budget of a micro-batch. It bounds activation memory; the gradient remains that of the whole step."""
 LARGER_BUDGET = ("--max-tokens", "768")
 """Token budget for cases with enough memory for fewer passes."""
+LARGEST_BUDGET = ("--max-tokens", "1024")
+"""Token budget for cases that stay far below their memory goal."""
 SMALL_BUDGET = ("--max-tokens", "2048")
 """Token budget for the small model, whose forward passes are very short."""
 
@@ -99,7 +101,7 @@ CASES = {
         "reward",
         (Goal("", speed=2.0, share=0.8, memory=0.65),),
         offline(),
-        {"ours": BUDGET},
+        {"ours": LARGEST_BUDGET},
         ("--shared-prompt",),
         "scored",
         EXACT,
@@ -113,7 +115,7 @@ CASES = {
             Goal("later epochs", steps=slice(PASS, None), speed=4.0),
         ),
         offline("--lora", "--rows", str(4 * PASS), steps=2 * PASS),
-        {"ours": (*BUDGET, "--epochs", "2")},
+        {"ours": (*LARGEST_BUDGET, "--epochs", "2")},
         ("--lora", "--shared-prompt"),
         "base",
         ADAPTER,
