@@ -98,6 +98,10 @@ class CriticFreeModule(OnPolicyModule):
         return self.needs_reference and (self.kl_coef != 0 or self.kl_target is not None)
 
     @property
+    def discounts(self) -> bool:
+        return self.credit != "completion" and self.gamma != 1
+
+    @property
     def samples_ahead(self) -> bool:
         return not self.dynamic_sampling and self.baseline != "greedy"
 

@@ -191,6 +191,10 @@ class PPOModule(OnPolicyModule):
             return None
         return str(folder)
 
+    @property
+    def discounts(self) -> bool:
+        return self.gamma != 1 or self.turn_gamma != 1
+
     # -- override points ----------------------------------------------------------------------------------------------
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:

@@ -178,6 +178,12 @@ class ScoreRule:
         return not (self.settings.weights or self.multipliers)
 
     @property
+    def rescales(self) -> bool:
+        """Whether parts count in other units than their own, which rewards of single tokens keep."""
+        weights = (self.settings.weights or {}).values()
+        return bool(self.multipliers or self.conditions) or self.normalizes or any(weight != 1 for weight in weights)
+
+    @property
     def normalizes(self) -> bool:
         """Whether scores are recomputed from normalized parts once the whole rollout is known."""
         return self.settings.normalize != "sum_then_group"

@@ -262,6 +262,11 @@ class RolloutModule(AlignmentModule):
         return {**({"loss": loss} if learned else {}), **means}
 
     @property
+    def discounts(self) -> bool:
+        """Whether a reward counts less for earlier tokens than for its own."""
+        return False
+
+    @property
     def samples_ahead(self) -> bool:
         """Whether sampling needs only the policy and the prompts, as ``lag`` requires."""
         return False
@@ -291,6 +296,13 @@ class RolloutModule(AlignmentModule):
         names = sorted({name for names in of_all_ranks(self, [*samples.parts]) for name in names})
         nothing = torch.full_like(samples.scores, math.nan)
         pays = any(of_all_ranks(self, bool(rewards)))
+        if pays and self.discounts and self.score_rule.rescales:
+            raise SettingError(
+                "discounted-token-rewards",
+                "parts or constraints rescale the scores of episodes, but not the rewards of turns and spans, and a "
+                "discount below 1 would mix both: set the discounts (gamma, turn_gamma) to 1, or every weight in parts "
+                "to 1 without constraints, conditions and normalization",
+            )
         return Rollout(
             sequences=samples.sequences,
             completion_mask=mask,

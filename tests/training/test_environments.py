@@ -216,6 +216,21 @@ def test_a_part_named_like_the_environments_reward_is_refused(policy_folder: str
         run(GRPOModule, policy_folder, scorer=scorer)
 
 
+@pytest.mark.parametrize(
+    "kind, discounts", [(PPOModule, {"turn_gamma": 0.9}), (GRPOModule, {"credit": "turn", "gamma": 0.9})]
+)
+@pytest.mark.parametrize(
+    "rescaled", [{"parts": {"weights": {"environment": 2.0}}}, {"constraints": {"environment": 0.5}}]
+)
+def test_rescaled_scores_and_discounted_turn_rewards_exclude_each_other(
+    policy_folder: str, kind: Any, discounts: dict[str, Any], rescaled: dict[str, Any]
+) -> None:
+    with refused("discounted-token-rewards"):
+        run(kind, policy_folder, **discounts, **rescaled)
+    run(kind, policy_folder, **discounts, parts={"weights": {"environment": 1.0}})
+    run(kind, policy_folder, **dict.fromkeys(discounts.keys() - {"credit"}, 1.0), **rescaled)
+
+
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_reply_processes_are_killed_at_their_time_limit(how: str) -> None:
     spec = {"class_path": "faulty_environment.Faulty", "init_args": {"how": how}}
