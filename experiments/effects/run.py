@@ -1,7 +1,7 @@
 """Reproduce published effects in the quickstart's world: several arms and seeds per effect, and a page with intervals.
 
     rlhf quickstart --out runs/quickstart
-    python experiments/effects/run.py [length_bias chosen_logprob label_noise lag] [--start runs/quickstart] [--seeds 5]
+    python experiments/effects/run.py [length_bias chosen_logprob label_noise] [--start runs/quickstart] [--seeds 5]
 
 Every arm is a YAML file and an `rlhf sweep` over seeds, so the same command resumes after a kill and skips finished
 runs. Run it from the repository's root. Pages and plots are written next to this file.
@@ -36,7 +36,6 @@ HERE = Path(__file__).resolve().parent
 HELD_OUT_PROMPTS = 100
 FLIPPED = 0.3
 BETA = 0.1
-GOLD = {"class_path": "rlhf_lightning.worlds.loopholes.GameableScorer", "init_args": {"bonus": 0.0}}
 
 
 class Effect(NamedTuple):
@@ -105,13 +104,6 @@ def rollouts(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lagged(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the config of runs with lag: two updates per rollout, so that staleness accumulates."""
-    config = rollouts(arguments)
-    config["model"]["init_args"] |= {"scorer": GOLD, "max_new_tokens": 48}
-    return config
-
-
 EFFECTS = {
     "length_bias": Effect(
         "Length bias of the mean over sequences of means over tokens",
@@ -146,18 +138,6 @@ EFFECTS = {
         {"DPO": {}, "conservative DPO": {"class_path": "ConservativeDPOModule", "label_smoothing": FLIPPED},
          "robust DPO": {"class_path": "RobustDPOModule", "flip_rate": FLIPPED}},
         ("val/reward_accuracy", "accuracy of the implicit reward"),
-    ),
-    "lag": Effect(
-        "Rollouts of earlier versions, with and without correction",
-        "Noukhovitch et al. (arXiv 2410.18252) and later systems for asynchronous RL: rollouts of a policy a few "
-        "updates old cost little; importance weights correct what they cost.",
-        "GRPO on the gold reward. `model.lag: k` trains step t on completions of version t - k. The correction is "
-        "`sampler_correction: sequence_truncate`.",
-        lagged,
-        {f"lag {lag}{', corrected' if corrected else ''}":
-         {"lag": lag, **({"sampler_correction": "sequence_truncate"} if corrected else {})}
-         for lag in (0, 1, 2, 4) for corrected in ((False, True) if lag else (False,))},
-        ("rollout/score", "gold reward of the rollouts"),
     ),
 }  # fmt: skip
 
