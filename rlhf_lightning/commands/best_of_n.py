@@ -16,7 +16,7 @@ from rlhf_lightning.errors import DataError, SettingError, check_range
 
 DEFAULTS = SamplingArguments()
 
-Keep = Literal["best", "random", "top-k", "threshold"]
+Keep = Literal["best", "soft", "random", "top-k", "threshold"]
 Row = dict[str, Any]
 
 
@@ -34,6 +34,7 @@ def best_of_n(
     keep: Keep = "best",
     top: int | None = None,
     threshold: float | None = None,
+    softness: float | None = None,
     keep_unfinished: bool = False,
     as_chat: bool = False,
     sampling: SamplingArguments = DEFAULTS,
@@ -51,10 +52,12 @@ def best_of_n(
         prompts: file of prompts (.jsonl, .json, .csv, .parquet): a column prompt or messages, or training rows.
         out: JSONL file of demonstrations to write; it is created only when complete.
         n: completions per prompt.
-        keep: best (of each prompt; ties are broken at random), random (one of each prompt), top-k (the best over all
-            prompts, which favours easy prompts) or threshold (all completions with at least this score).
+        keep: best (of each prompt; ties are broken at random), soft (one of each prompt, drawn with the probabilities
+            softmax(score / softness)), random (one of each prompt), top-k (the best over all prompts, which favours
+            easy prompts) or threshold (all completions with at least this score).
         top: number of completions that top-k keeps.
         threshold: lowest score that threshold keeps.
+        softness: temperature of soft in units of the score; near 0 it keeps the best, large values draw uniformly.
         keep_unfinished: also keep completions that were truncated at max_new_tokens.
         as_chat: put plain-text prompts into a user turn of the chat template.
         sampling: sampling settings.
@@ -68,7 +71,7 @@ def best_of_n(
         scorer_beside,
     )
 
-    _check(n, keep, top, threshold)
+    _check(n, keep, top, threshold, softness)
     sampling.settings()  # raises before anything is read
     refuse_overwriting(prompts, out)
     asked = read_prompts(prompts, as_chat)
@@ -79,7 +82,7 @@ def best_of_n(
     rows = list(completions(policy, tokenizer, asked, n, sampling, speed, score, scorer))
     said = speed.finish()
     groups = [rows[start : start + n] for start in range(0, len(rows), n)]
-    kept = selected(groups, keep, top, threshold, keep_unfinished, sampling.seed)
+    kept = selected(groups, keep, top, threshold, softness, keep_unfinished, sampling.seed)
     if not kept:
         raise DataError(
             "no-usable-rows",
@@ -96,29 +99,37 @@ def best_of_n(
     return 0
 
 
-def _check(n: int, keep: Keep, top: int | None, threshold: float | None) -> None:
+def _check(n: int, keep: Keep, top: int | None, threshold: float | None, softness: float | None) -> None:
     check_range(n >= 1, "it must be at least 1", n=n)
-    for name, value, user in (("top", top, "top-k"), ("threshold", threshold, "threshold")):
+    for name, value, user in (
+        ("top", top, "top-k"),
+        ("threshold", threshold, "threshold"),
+        ("softness", softness, "soft"),
+    ):
         if (value is not None) != (keep == user):
             fault = "needs" if value is None else f"applies only to keep={user}, not to keep={keep}"
             raise SettingError(
                 "conflicting-settings", f"keep={user} {fault} {name}" if value is None else f"{name} {fault}"
             )
     check_range(top is None or top >= 1, "it must be at least 1", top=top)
+    check_range(softness is None or 0 < softness < math.inf, "it must be positive and finite", softness=softness)
 
 
 def selected(
-    groups: Sequence[Sequence[Row]], keep: Keep, top: int | None, threshold: float | None, keep_unfinished: bool,
-    seed: int,
+    groups: Sequence[Sequence[Row]], keep: Keep, top: int | None, threshold: float | None, softness: float | None,
+    keep_unfinished: bool, seed: int,
 ) -> list[tuple[int, Row]]:  # fmt: skip
     """Return the selected rows in the order of the prompts, each with the index of its group.
 
-    ``groups`` are the samples of each prompt; ``seed`` breaks ties. The other arguments are those of `best_of_n`.
+    ``groups`` are the samples of each prompt; ``seed`` is that of the draws. The others are arguments of `best_of_n`.
     """
     lot = random.Random(seed)
     usable = [[row for row in group if _is_usable(row, keep_unfinished)] for group in groups]
     if keep == "random":
         chosen = [(place, lot.choice(rows)) for place, rows in enumerate(usable) if rows]
+    elif keep == "soft":
+        assert softness is not None
+        chosen = [(place, _drawn_softly(rows, softness, lot)) for place, rows in enumerate(usable) if rows]
     else:
         drawn = [(place, row, lot.random()) for place, rows in enumerate(usable) for row in rows]
         ranked = sorted(drawn, key=lambda one: (-one[1]["score"], one[2]))
@@ -135,6 +146,15 @@ def selected(
     for place, row in chosen:
         distinct.setdefault(json.dumps([row["prompt"], _written(row)]), (place, row))
     return sorted(list(distinct.values())[:top], key=lambda one: one[0])
+
+
+def _drawn_softly(rows: Sequence[Row], softness: float, lot: random.Random) -> Row:
+    import torch
+
+    from rlhf_lightning.functional.selection import soft_best_of_n
+
+    chances = soft_best_of_n(torch.tensor([row["score"] for row in rows], dtype=torch.float64), softness)
+    return lot.choices(rows, chances.tolist())[0]
 
 
 def _is_usable(row: Row, keep_unfinished: bool) -> bool:

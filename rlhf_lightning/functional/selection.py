@@ -1,4 +1,4 @@
-"""Select samples: to pair, or to ask people about."""
+"""Select samples: to keep, to pair, or to ask people about."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import at_least_float32, require_shape
+
+# --- one of n samples ------------------------------------------------------------------------------------------------
+
+
+def soft_best_of_n(scores: Tensor, temperature: float) -> Tensor:
+    """Return the probability of each sample of a prompt in soft best-of-n, softmax(scores / temperature).
+
+    As the temperature goes to 0 this becomes best-of-n, as it goes to infinity a uniform draw.
+
+    Args:
+        scores: one for each sample, shape (..., samples).
+        temperature: positive, in units of the score.
+
+    Returns:
+        Probabilities, shape (..., samples).
+    """
+    return (at_least_float32(scores) / temperature).softmax(-1)
+
 
 # --- pairs of a rollout ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Test `rlhf best-of-n`: which worked samples it keeps, and a whole round up to supervised fine-tuning."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ GROUPS = [
 ]
 
 
-def kept(keep, top=None, threshold=None, keep_unfinished=False, seed=0, groups=GROUPS):
-    found = selected(groups, keep, top, threshold, keep_unfinished, seed)
+def kept(keep, top=None, threshold=None, softness=None, keep_unfinished=False, seed=0, groups=GROUPS):
+    found = selected(groups, keep, top, threshold, softness, keep_unfinished, seed)
     assert all(row in groups[place] for place, row in found)
     return [(row["prompt"], row["completion"]) for _, row in found]
 
@@ -52,6 +53,13 @@ def test_random_keeps_completions_in_proportion_to_their_samples():
     twice = sum(found[0] == ("p", "a") for found in drawn) / 300
     assert abs(twice - 2 / 3) < 0.1, "a was sampled twice and cc once"
     assert kept("random", seed=3) == kept("random", seed=3)
+
+
+def test_soft_draws_completions_by_the_softmax_of_their_scores():
+    drawn = [kept("soft", softness=2.0, seed=seed) for seed in range(600)]
+    chance = math.exp(2 / 2) / (math.exp(2 / 2) + 2 * math.exp(1 / 2))  # cc scores 2, a twice 1
+    assert abs(sum(found[0] == ("p", "cc") for found in drawn) / 600 - chance) < 0.06
+    assert kept("soft", softness=1e-3) == kept("best")
 
 
 def test_equal_scores_are_broken_at_random():
@@ -81,7 +89,7 @@ def test_episodes_with_equal_last_turns_differ():
 
 
 def test_report_values_by_hand():
-    chosen = [row for _, row in selected(GROUPS, "best", None, None, False, 0)]
+    chosen = [row for _, row in selected(GROUPS, "best", None, None, None, False, 0)]
     found = report_of(GROUPS, chosen)
     assert (found.kept, found.acceptance, found.answered) == (2, 2 / 12, 2 / 3)
     assert found.unique == pytest.approx((3 / 4 + 1 + 1 / 4) / 3) and found.finished == pytest.approx(7 / 12)
@@ -102,7 +110,7 @@ def test_report_values_by_hand():
     ],
 )
 def test_the_report_says_why_prompts_have_no_demonstration(keep, threshold, words):
-    places = {place for place, _ in selected(GROUPS, keep, None, threshold, False, 0)}
+    places = {place for place, _ in selected(GROUPS, keep, None, threshold, None, False, 0)}
     left = [group for place, group in enumerate(GROUPS) if place not in places]
     told = why_none(left, keep, threshold, False)
     assert f"prompts without a demonstration: {len(left)} (" in told and words in told
