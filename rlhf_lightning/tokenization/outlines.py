@@ -1,6 +1,6 @@
 """Render a chat template once for all conversations with the same roles, if it only copies the contents of turns.
 
-Most templates write each content as it is, or without the spaces around it. Such a template is rendered with `Unknown`
+Most templates copy each content unchanged, or without the spaces around it. Such a template is rendered with `Unknown`
 contents, which can be joined to texts and written, but not read. If that succeeds, nothing in the rendering depends on
 the contents, and its text is an outline to fill in. Otherwise every conversation is rendered by itself.
 """
