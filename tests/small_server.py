@@ -63,6 +63,8 @@ class SmallServer:
                 if body.get("method") == "reload_weights" and not self.deaf:
                     self.models[BASE] = CausalLM(self.backbone())
                 return 200, {}
+            if route == "/v1/load_lora_adapter" and body["lora_name"] in self.models:
+                return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
             if route == "/v1/load_lora_adapter" and self.deaf:
                 self.models[body["lora_name"]] = list(self.models.values())[-1]
                 return 200, "Success"

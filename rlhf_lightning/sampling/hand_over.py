@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,6 @@ class AdapterHandOver:
     def __init__(self, folder: Path, versions: int = 1) -> None:
         self.folder, self.versions = folder.expanduser().absolute(), versions
         self.loaded: dict[str, list[tuple[str, str]]] = {}  # adapter -> digest and name of each version, oldest first
-        self.count = 0
 
     def hand_over(self, model: CausalLM, adapter: str, servers: Sequence[JSONServer]) -> tuple[str, bool]:
         """Return the servers' name of an adapter in its current state, and whether it was newly registered.
@@ -58,10 +58,9 @@ class AdapterHandOver:
         for known, name in held:
             if known == digest:
                 return name, False
-        rank = dist.get_rank() if dist.is_initialized() and not sharded else 0
-        new = f"rlhf-{adapter}-{os.getpid()}-{rank}-{self.count}"
+        # Process ids repeat: a trainer in a container is often process 1, also when it resumes.
+        new = f"rlhf-{adapter}-{secrets.token_hex(8)}"
         new = _shared(new) if sharded else new
-        self.count += 1
         old = held.pop(0)[1] if len(held) >= self.versions else None
         held.append((digest, new))
         if not sharded or is_first_rank():

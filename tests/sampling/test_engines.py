@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
-from rlhf_lightning.commands.serve_vllm import serve_vllm
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
@@ -292,6 +291,12 @@ def test_a_changed_adapter_is_sent_to_the_server(policy_folder: str, server: Sma
     assert server.bodies()[-1]["model"] == BASE
 
 
+def test_runs_of_one_process_share_a_server(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
+    for _ in range(2):
+        draw(RemoteEngine(server.url, BASE, str(tmp_path / "adapters")), adapted(policy_folder))
+    assert len(server.models) == 3
+
+
 def test_a_restarted_server_gets_its_adapters_again(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
     first = draw(engine, model)
@@ -304,15 +309,6 @@ def test_a_restarted_server_gets_its_adapters_again(policy_folder: str, server: 
     close(second.logprobs, scored(model, PROMPTS, second.ids, 0.9))
     with refused("server-refused", "404"):
         draw(RemoteEngine(server.url, "another", retries=0), load_policy(policy_folder).requires_grad_(False))
-
-
-def test_serve_vllm_restarts_a_dead_server(tmp_path: Path, policy_folder: str) -> None:
-    python, log = tmp_path / "python", tmp_path / "starts"
-    python.write_text(f"#!/bin/sh\necho start >> {log}\n[ $(wc -l < {log}) -lt 3 ] && kill -9 $$\nexit 0\n")
-    python.chmod(0o755)
-    assert serve_vllm(policy_folder, python=str(python)) == 0 and log.read_text() == "start\n" * 3
-    log.unlink()
-    assert serve_vllm(policy_folder, python=str(python), restarts=0) == -9 and log.read_text() == "start\n"
 
 
 def test_weights_that_cannot_be_synced_are_refused(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
