@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf_lightning.commands.parsing import run_function
@@ -85,10 +85,20 @@ def serve_vllm(
     for number in range(restarts + 1):
         if number:
             print(f"the server died with status {status}; starting it again, {number} of {restarts} times", flush=True)
-        status = subprocess.run(command, env=environment, check=False).returncode
+        status = _served(command, environment)
         if status in ENDED:
             break
     return status
+
+
+def _served(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the server until it ends, and pass SIGTERM on to it; return its status."""
+    process = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _written(model: str, folder: str) -> str:
