@@ -45,7 +45,8 @@ def evaluate_reward(
     reliability.png and report.html.
 
     Args:
-        pairs: file of preferences or ranked lists in any format that training reads.
+        pairs: file of preferences or ranked lists in any format that training reads, or with lists of right and wrong
+            completions as chosen and rejected (RewardBench 2, RM-Bench).
         models: folders of reward models or process reward models, or import paths of scorers. With --reference, folders
             of policies, which are tested by their implicit DPO reward.
         judges: generative judges: folders of language models, addresses of servers, or classes. The margin is the mean
@@ -150,7 +151,7 @@ def _pairs_of(raw: Any, subset: str | None) -> "tuple[int, list[KnownPair]]":
     from rlhf_lightning.data.formats import preference_with_ties, read_row
     from rlhf_lightning.evaluation.reward_models import KnownPair
 
-    row = read_row(raw, preference_with_ties)
+    row = read_row(_as_list(raw), preference_with_ties)
     texts = [_text(completion) for completion in row.completions]
     assert row.prompt is not None
     name = "all" if subset is None else str(row.columns.get(subset, "none"))
@@ -164,6 +165,20 @@ def _pairs_of(raw: Any, subset: str | None) -> "tuple[int, list[KnownPair]]":
             pair = KnownPair(0, row.prompt, texts[better], texts[worse], name, tied, math.nan)
             pairs.append(pair._replace(position=_position(raw, pair, better < worse)))
     return len(texts), pairs
+
+
+def _as_list(raw: Any) -> Any:
+    """Return a row with lists of right and wrong completions, as in RewardBench 2 and RM-Bench, as a ranked list."""
+    row: Any = raw if isinstance(raw, Mapping) else {}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not _are_texts(chosen) or not _are_texts(rejected):
+        return raw
+    ranked = {"completions": [*chosen, *rejected], "ranks": [0] * len(chosen) + [1] * len(rejected)}
+    return {name: value for name, value in row.items() if name not in ("chosen", "rejected")} | ranked
+
+
+def _are_texts(side: Any) -> bool:
+    return isinstance(side, list) and bool(side) and all(isinstance(text, str) for text in side)
 
 
 def _position(raw: Any, pair: "KnownPair", earlier: bool) -> float:

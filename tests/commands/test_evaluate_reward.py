@@ -56,6 +56,21 @@ def test_ranked_lists_report_best_of_list_and_resample_pairs_by_row(tmp_path):
     assert found["accuracy"] == pytest.approx(5.5 / 6) and found["ci"][0] == pytest.approx(found["ci"][1])
 
 
+def test_lists_of_right_and_wrong_completions_are_ranked_lists(tmp_path):
+    rows = [
+        {"prompt": "p", "chosen": ["aaa"], "rejected": ["a", "aa", "b"], "subset": "Focus"},
+        {"prompt": "q", "chosen": ["aaa", "bb"], "rejected": ["a", "b"], "subset": "Ties"},
+    ]
+    Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, lists = read_pairs("l.jsonl", "subset")
+    won = [(pair.chosen, pair.rejected) for pair in pairs if not pair.tied and pair.subset == "Focus"]
+    assert won == [("aaa", "a"), ("aaa", "aa"), ("aaa", "b")] and lists == {0: 4, 1: 4}
+    assert sum(not pair.tied for pair in pairs if pair.subset == "Ties") == 4
+    assert all(np.isnan(pair.position) for pair in pairs), "the form always names the right ones first"
+    gaps = room.margins(lambda prompts, texts: [len(text) for text in texts], pairs)
+    assert room.best_of_lists(gaps, pairs, lists)["lists"] == 1
+
+
 def test_ties_are_marked_and_soft_labels_below_half_swap_the_pair(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "preference": p} for p in (0.5, 0.2, 1.0)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
