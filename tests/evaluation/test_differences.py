@@ -10,7 +10,7 @@ from scipy import stats
 
 from rlhf_lightning.evaluation.differences import clustered_difference, holm, mcnemar, mean_interval, seed_difference
 
-COMPARISONS = 300
+COMPARISONS = 500
 
 
 def within(found: int, rate: float) -> bool:
@@ -40,8 +40,12 @@ def test_the_test_over_seeds_has_its_nominal_power_and_level():
 
 def test_the_test_over_prompts_finds_a_difference_and_its_interval_covers_it():
     rng = np.random.default_rng(1)
-    for gap, rate in ((0.0, 0.05), (0.4, stats.norm.sf(1.96 - 0.4 * 8) + stats.norm.cdf(-1.96 - 0.4 * 8))):
-        tests = [clustered_difference(rng.normal(gap, 1, 64), seed=number, draws=500) for number in range(COMPARISONS)]
+    spread, prompts = 0.25, 256  # of the difference in gold reward between two policies on one prompt
+    for gap in (0.0, 0.05):
+        shift = gap / spread * prompts**0.5
+        rate = stats.norm.sf(1.96 - shift) + stats.norm.cdf(-1.96 - shift)  # 0.05 without a difference, then 0.89
+        gaps = rng.normal(gap, spread, (COMPARISONS, prompts))
+        tests = [clustered_difference(row, seed=number, draws=500) for number, row in enumerate(gaps)]
         assert within(sum(test.p < 0.05 for test in tests), float(rate)), rate
         assert sum(test.low <= gap <= test.high for test in tests) > 0.9 * COMPARISONS
 
