@@ -4,6 +4,7 @@ from typing import Any
 
 from rlhf_lightning.types import Judgement
 from rlhf_lightning.worlds._assistant_gold import gold_parts
+from rlhf_lightning.worlds.assistant import gold_of_conversation
 from rlhf_lightning.worlds.hazards import last_request
 
 
@@ -18,3 +19,8 @@ def answered(prompts: Any, completions: Any, **columns: Any) -> list[Judgement]:
         right = parts["subject"] == parts["kind"] == 1.0
         judged.append(Judgement(float(right), {"right_words" if right else "wrong_words": words}))
     return judged
+
+
+def gold(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """Score by the gold reward of the assistant world."""
+    return [gold_of_conversation(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
