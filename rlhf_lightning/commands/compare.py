@@ -223,7 +223,10 @@ def draw_curves(comparison: "RunComparison", path: Path) -> Path:
         axis.set_title(plain(metric), fontsize=10)
         axis.set_xlabel(comparison.axis)
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    shown = [pair for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    labels = {label: handle for handle, label in shown}
+    below = {"loc": "outside lower center", "ncols": 1 if max(map(len, labels)) > 40 else columns}
+    figure.legend(labels.values(), labels.keys(), frameon=False, fontsize=8, **below)
     return save_figure(figure, path, dpi=110)
 
 
