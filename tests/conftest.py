@@ -152,3 +152,17 @@ def refused(code: str, *words: str) -> Iterator[None]:
     assert caught.value.code == code, f"code {caught.value.code}: {caught.value}"
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return a real browser; tests that look at pages skip where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives it, is not installed")
+    places = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+    found = next((path for path in places if Path(path).exists()), None)
+    if found is None:
+        pytest.skip("no Chromium to show the page in: install Debian's package chromium")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()

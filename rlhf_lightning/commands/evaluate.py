@@ -207,7 +207,8 @@ def sections_of_gold(found: Mapping[str, Any]) -> "list[Section]":
     ]
     note = (
         "Fitted gain in gold reward, d the square root of the KL: d (alpha - beta d) for best of n, d (alpha - beta "
-        "log d) over the models, if these are checkpoints of reinforcement learning. Empty: the fit has no peak."
+        "log d) over the models, if these are checkpoints of reinforcement learning. Empty: the fit has no peak. A "
+        "peak beyond the measured KL is an extrapolation."
     )
     tables = [
         Section("Best of n by score", ["model", "n", "kl", "score", "gold", "fit"], rows, "KL from the model, nats."),

@@ -2,8 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,6 @@ from rlhf_lightning.people.server import PageSettings, make_app
 
 from .conftest import pair, ranked_item
 
-BROWSERS = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
-CHROMIUM = next((path for path in BROWSERS if Path(path).exists()), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-if CHROMIUM is None:
-    pytest.skip("no Chromium to show the page in: install Debian's package chromium", allow_module_level=True)
-
 HOSTILE = Item(
     "<script>window.owned = 1</script>What is 2 + 2?",
     (
@@ -27,14 +19,6 @@ HOSTILE = Item(
         Candidate("<iframe src='data:text/html,<script>parent.owned=4</script>'></iframe>\u202eruof"),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
