@@ -127,19 +127,22 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Any:
-    """Return the tokenizer of SmolLM2-135M-Instruct, from the folder in the environment or from an earlier real run;
-    else skip.
-    """
-    from rlhf_lightning.tokenization import load_tokenizer
-
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, named in the environment or from an earlier real run; else skip."""
     named = os.environ.get("RLHF_SMOLLM2")
     folders = [Path(named)] if named else sorted((CACHE / "models").glob("SmolLM2-135M-Instruct*"))
     found = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
     if not found:
         pytest.skip("no SmolLM2 folder: `make real-smoke` converts one, or RLHF_SMOLLM2 names it")
-    return load_tokenizer(found[0])
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """Return the tokenizer of SmolLM2-135M-Instruct."""
+    from rlhf_lightning.tokenization import load_tokenizer
+
+    return load_tokenizer(smollm2_folder())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import smollm2_folder
 
 from rlhf_lightning.commands import train
 from rlhf_lightning.worlds.assistant import write_world
@@ -18,6 +19,12 @@ TUTORIALS = (
     "constraint", "labels", "constitutional-ai", "resume", "memory", "elsewhere",
 )  # fmt: skip
 """Tutorials in reading order; later ones use files of earlier ones."""
+VLLM = Path(os.environ.get("RLHF_VLLM_PYTHON", "")).parents[1:2]
+"""The environment with vLLM; empty if there is none."""
+WITH_VLLM = pytest.param("vllm", marks=[
+    pytest.mark.vllm, pytest.mark.skipif(not VLLM, reason="RLHF_VLLM_PYTHON names no interpreter: make test-vllm"),
+])  # fmt: skip
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LEFT_BEHIND = {
     "first-run": "runs/quickstart/report.md",
     "stages": "runs/dpo_beta_0.2/version_0/model",
@@ -34,6 +41,7 @@ LEFT_BEHIND = {
     "resume": "runs/stopped/version_0/model",
     "memory": "merged/config.json",
     "elsewhere": "dpo_model/config.json",
+    "vllm": "runs/with_lag/version_0/model",
 }
 """Files that exist after each tutorial."""
 
@@ -64,7 +72,7 @@ def blocks_of(page: str) -> list[tuple[str, str]]:
 
 
 def test_every_tutorial_is_listed():
-    assert {path.stem for path in (ROOT / "docs" / "tutorials").glob("*.md")} == set(TUTORIALS)
+    assert {path.stem for path in (ROOT / "docs" / "tutorials").glob("*.md")} == {*TUTORIALS, *WITH_VLLM.values}
 
 
 def without_numbers(text: str) -> list[str]:
@@ -78,9 +86,13 @@ def reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RLHF_CACHE": str(folder / "cache"), "COLUMNS": "120"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for place in VLLM:
+        (folder / ".venv-vllm").symlink_to(place)
 
     def run(line: str) -> str:
         command = re.sub(r"\brlhf(?= )", f"{shlex.quote(sys.executable)} -m rlhf_lightning", line)
+        if SMOLLM2 in command:
+            command = command.replace(SMOLLM2, str(smollm2_folder()))
         done = subprocess.run(
             command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
@@ -91,7 +103,7 @@ def reader(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", TUTORIALS)
+@pytest.mark.parametrize("page", [*TUTORIALS, WITH_VLLM])
 def test_tutorial_commands_give_the_shown_output(page, reader):
     folder, run = reader
     printed = ""

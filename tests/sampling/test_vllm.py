@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CACHE, refused
+from conftest import refused, smollm2_folder
 from tiny_models import EOS, random_rows, save_policy
 
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -36,16 +36,15 @@ pytestmark = [
 
 
 @contextmanager
-def serving(model: str, *flags: str, log: Path) -> Iterator[str]:
+def serving(model: str, *flags: str, log: Path, python: str = PYTHON, cpu: bool = True) -> Iterator[str]:
     """Start ``rlhf serve-vllm`` on a free port; return the address when it responds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "rlhf_lightning", "serve-vllm", model, "--port", str(port), "--python", PYTHON]
+    command = [sys.executable, "-m", "rlhf_lightning", "serve-vllm", model, "--port", str(port), "--python", python]
+    command += ["--cpu", "true", "--threads", "1"] if cpu else []
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, "--cpu", "true", "--threads", "1", *flags], stdout=out, stderr=out, process_group=0
-        )
+        process = subprocess.Popen([*command, *flags], stdout=out, stderr=out, process_group=0)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -134,11 +133,8 @@ def test_vllm_samples_and_syncs_full_weights(tmp_path: Path, tied: bool) -> None
 @pytest.mark.parametrize("untied", [True, False])
 def test_vllm_serves_smollm2_with_tied_and_untied_head(tmp_path: Path, untied: bool) -> None:
     """A server started without ``--folder`` ties the head: it reloads the head, or the run stops."""
-    found = sorted((CACHE / "models").glob("SmolLM2-135M-Instruct*"))
-    if not found:
-        pytest.skip("SmolLM2 is not in the cache: make real-smoke puts it there")
     folder = tmp_path / "policy"
-    shutil.copytree(found[0], folder)
+    shutil.copytree(smollm2_folder(), folder)
     model = load_policy(str(folder), LoadSettings(self_check=False))
     shared = tmp_path / "shared" if untied else folder
     with serving(str(folder), *(["--folder", str(shared)] if untied else []), log=tmp_path / "server.log") as url:
