@@ -38,27 +38,19 @@ HERE = Path(__file__).resolve().parent
 
 
 @contextlib.contextmanager
-def vllm(arguments: argparse.Namespace) -> Iterator[str]:
-    """Serve the model with vLLM on a free port; yield the address once the server answers."""
+def vllm(model: str, python: str, threads: int, log: str | Path, *flags: str) -> Iterator[str]:
+    """Serve a model with ``rlhf serve-vllm`` on a free port; yield the address once the server answers."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf_lightning",
-        "serve-vllm",
-        resolve_folder(arguments.model),
-        "--port",
-        str(port),
-    ]
-    command += ["--python", arguments.vllm_python, "--cpu", "true", "--threads", str(arguments.threads)]
-    with Path(arguments.log).open("w") as log:
-        process = subprocess.Popen([*command, "--restarts", "0"], stdout=log, stderr=log, process_group=0)
+    command = [sys.executable, "-m", "rlhf_lightning", "serve-vllm", resolve_folder(model), "--port", str(port)]
+    command += ["--python", python, "--cpu", "true", "--threads", str(threads), "--restarts", "0", *flags]
+    with Path(log).open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, process_group=0)
     try:
         for _ in range(600):
             if process.poll() is not None:
-                raise SystemExit(f"the server ended: see {arguments.log}")
+                raise SystemExit(f"the server ended: see {log}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
                 break
@@ -113,7 +105,7 @@ def main() -> None:
     }  # fmt: skip
     found = {name: measured(engine, policy, prompts, ends, arguments) for name, engine in engines.items()}
     if Path(arguments.vllm_python).is_file():
-        with vllm(arguments) as url:
+        with vllm(arguments.model, arguments.vllm_python, arguments.threads, arguments.log) as url:
             engine = RemoteEngine(url, "policy", sync_bound=None)
             found["RemoteEngine, vLLM"] = measured(engine, policy, prompts, ends, arguments)
     first = max(found["SlotEngine"])
