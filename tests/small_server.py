@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from gloo_link import Receiver
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,7 @@ class SmallServer:
         self.busy = 0  # number of requests to reject before the next answer
         self.knows_stops = True  # whether completions end at the texts in a request's ``stop``
         self.deaf = False  # whether it reports new weights as loaded but keeps the old weights
+        self.receiver, self.asleep = Receiver(), False
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.lock = threading.Lock()
         self.url = ""
@@ -63,6 +65,17 @@ class SmallServer:
                 if body.get("method") == "reload_weights" and not self.deaf:
                     self.models[BASE] = CausalLM(self.backbone())
                 return 200, {}
+            if route == "/get_world_size":
+                return 200, {"world_size": 1}
+            if route == "/weight_info":
+                return 200, {"weight_version": self.receiver.version}
+            if route in Receiver.ROUTES:
+                return self.receiver.answer(route, body, self.models[BASE].model)
+            if route in ("/sleep", "/wake_up"):
+                self.asleep = route == "/sleep"
+                return 200, {}
+            if self.asleep:
+                return 400, {"error": "the engine sleeps"}
             if route == "/v1/load_lora_adapter" and body["lora_name"] in self.models:
                 return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
             if route == "/v1/load_lora_adapter" and self.deaf:
@@ -131,8 +144,11 @@ def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer
     small = SmallServer(folder, **settings)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            self.do_POST()
+
         def do_POST(self) -> None:  # noqa: N802
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
             small.authorization = self.headers.get("Authorization")  # type: ignore[attr-defined]
             status, answer = small.answer(self.path.partition("?")[0], body)
             sent = (answer if isinstance(answer, str) else json.dumps(answer)).encode()

@@ -39,7 +39,7 @@ from rlhf_lightning.worlds.assistant import write_world
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("SlotEngine", "vLLM")
-ROLLOUTS, PROMPTS, SAMPLES, TOKENS, HELD_OUT, LAST = 10, 4, 6, 8, 64, 3
+ROLLOUTS, PROMPTS, SAMPLES, TOKENS, HELD_OUT, LAST = 6, 2, 8, 8, 48, 2
 SHORT = 3
 """Letters of a short word."""
 
@@ -85,7 +85,7 @@ class Record(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         """Record the update."""
         metrics = trainer.callback_metrics
-        self.first.setdefault("loss", float(outputs["loss"]))
+        self.first.setdefault("loss", float(metrics["train/loss"]))
         self.first.setdefault("norm", float(metrics["train/grad_norm"]))
         if "invariant/sync_error" in metrics:
             self.sync.append(float(metrics["invariant/sync_error"]))

@@ -2,12 +2,14 @@
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import MissingError, check_range
@@ -29,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
 def serve_vllm(
     model: str,
     folder: str | None = None,
+    transfer: Literal["folder", "nccl", "ipc"] = "folder",
+    sleep: bool = False,
     name: str = "policy",
     port: int = 8000,
     host: str = "127.0.0.1",
@@ -44,12 +48,15 @@ def serve_vllm(
     """Start a vLLM server for the rollouts of a training run.
 
     The command ends when the server ends. A server that dies is restarted. The trainer waits for it (RemoteEngine's
-    retries) and registers its adapters again; full weights are read from the folder.
+    retries) and registers its adapters again; full weights are read from the folder. With another transfer the server
+    is not restarted, because its weights are those of the policy's start then.
 
     Args:
         model: hub id, folder or .gguf file from which the policy starts.
         folder: folder for full weights, RemoteEngine's shared_folder; the model is written into it, with the LM head as
             a separate tensor. null serves the unchanged backbone for an adapter.
+        transfer: RemoteEngine's transfer; "nccl" and "ipc" receive full weights without a folder.
+        sleep: allow RemoteEngine's sleep.
         name: name of the model on the server, RemoteEngine's model.
         port: port to listen on.
         host: address to listen on; any address except 127.0.0.1 is open to the network, without a password.
@@ -71,11 +78,18 @@ def serve_vllm(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", served, "--served-model-name", name]
     command += ["--host", host, "--port", str(port), "--dtype", dtype, "--logprobs-mode", "processed_logprobs"]
     command += ["--generation-config", "vllm", *(ON_CPU if cpu else [])]
-    if folder is None:
+    if transfer != "folder":
+        command += ["--weight-transfer-config", json.dumps({"backend": transfer})]
+        restarts = 0
+    elif folder is None:
         command += ["--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", str(versions)]
         command += ["--max-cpu-loras", str(versions + 1)]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # enables the routes that reload weights
+    if sleep:
+        command += ["--enable-sleep-mode"]
+    if transfer == "ipc":  # handles of GPU memory are pickles
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if cpu:
         environment |= CPU_ENVIRONMENT | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's

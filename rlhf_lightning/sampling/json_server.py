@@ -91,14 +91,26 @@ class JSONServer:
             self.headers["Authorization"] = f"Bearer {self._key}"
         self._opener = urllib.request.build_opener(_NoRedirect(), _BoundedHTTP(), _BoundedHTTPS())
 
-    def post(self, route: str, body: Mapping[str, Any]) -> Any:
+    def post(self, route: str, body: Mapping[str, Any], retries: int | None = None) -> Any:
         """Return the server's response; a response that is not JSON is returned as text.
+
+        Args:
+            route: path of the request.
+            body: sent as JSON.
+            retries: number of retries of this request; None takes the server's.
 
         Raises:
             ServerError: the server refuses, cannot be reached in all attempts, or sends a too large response.
         """
-        sent, cause = json.dumps(body, default=str).encode(), ""
-        for attempt in range(self.retries + 1):
+        return self._answer(route, json.dumps(body, default=str).encode(), retries)
+
+    def get(self, route: str) -> Any:
+        """Return the server's response to a GET request, as `post` does."""
+        return self._answer(route, None, None)
+
+    def _answer(self, route: str, sent: bytes | None, retries: int | None) -> Any:
+        retries, cause = self.retries if retries is None else retries, ""
+        for attempt in range(retries + 1):
             if attempt:
                 time.sleep(min(self.wait * 2 ** (attempt - 1), LONGEST_WAIT))
             try:
@@ -117,10 +129,10 @@ class JSONServer:
                 )
             cause = f"status {status}: {self.shown(text)}"
         raise ServerError(
-            "server-silent", f"{self.url}{route} gave no answer in {self.retries + 1} attempts; the last: {cause}"
+            "server-silent", f"{self.url}{route} gave no answer in {retries + 1} attempts; the last: {cause}"
         )
 
-    def _exchange(self, route: str, sent: bytes) -> tuple[int, str]:
+    def _exchange(self, route: str, sent: bytes | None) -> tuple[int, str]:
         """Return status and text of a response, 200 for every success; raise TimeoutError at the time limit."""
         with _TimeLimit(self.timeout) as limit:
             request = _Request(self.url + route, sent, self.headers)

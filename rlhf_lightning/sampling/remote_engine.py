@@ -1,18 +1,19 @@
 """Sample from an OpenAI-compatible server, for policies too large for the training machine.
 
 The server's kernels and precision differ, so its log-probabilities differ too, and learning from its samples needs
-importance correction. Trained weights are transferred in a shared folder; a probe compares log-probabilities
-afterwards.
+importance correction. Trained weights are transferred in a shared folder or from GPU to GPU; a probe compares
+log-probabilities afterwards.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,6 +31,7 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, named_id, request_seed
 from rlhf_lightning.sampling.live_batch import MAX_TOKENS
+from rlhf_lightning.sampling.weight_stream import IPCHandOver, NCCLHandOver, StreamHandOver
 from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
 
@@ -51,6 +53,9 @@ class RemoteEngine(SamplingEngine):
         model: the server's name of the policy's backbone, or of the policy itself if it has no adapter.
         shared_folder: folder that trainer and servers access under the same path. A changed adapter is transferred in
             it; for a policy without adapter it is the folder that the servers were started from.
+        transfer: how the weights of a policy without adapter reach the servers. "folder": through ``shared_folder``;
+            "nccl": broadcast from the trainer's GPU to the servers' GPUs; "ipc": read by a server on the trainer's GPU.
+        sleep: let a server on the trainer's GPU free its memory while the policy trains.
         sync_bound: largest allowed mean difference between the servers' and the trainer's log-probabilities of fixed
             sequences after a weight transfer, nats per token; null does not probe.
         tokenizer: folder or hub id of the tokenizer, for a server that only handles text (``transformers serve``). The
@@ -70,6 +75,8 @@ class RemoteEngine(SamplingEngine):
         url: str | list[str],
         model: str,
         shared_folder: str | None = None,
+        transfer: Literal["folder", "nccl", "ipc"] = "folder",
+        sleep: bool = False,
         sync_bound: float | None = 0.05,
         tokenizer: str | None = None,
         requests: int = 64,
@@ -80,6 +87,12 @@ class RemoteEngine(SamplingEngine):
     ) -> None:
         if requests < 1:
             raise SettingError("setting-out-of-range", f"requests is {requests}: it must be at least 1")
+        if transfer != "folder" and shared_folder is not None:
+            raise SettingError(
+                "transfer-and-folder",
+                f"transfer is {transfer} and shared_folder {shared_folder}: the weights reach the server without a "
+                "folder, so leave one of the two out",
+            )
         self.model, self.requests = model, requests
         urls = [url] if isinstance(url, str) else url
         if not urls:
@@ -87,7 +100,10 @@ class RemoteEngine(SamplingEngine):
         self.servers = [JSONServer(u.rstrip("/").removesuffix("/v1"), timeout, retries, wait, api_key) for u in urls]
         folder = None if shared_folder is None else Path(shared_folder)
         self.adapters = None if folder is None else AdapterHandOver(folder)
-        self.weights = None if folder is None else FolderHandOver(folder)
+        self.weights: FolderHandOver | StreamHandOver | None = None if folder is None else FolderHandOver(folder)
+        if transfer != "folder":
+            self.weights = NCCLHandOver() if transfer == "nccl" else IPCHandOver()
+        self.sleep = sleep
         self.probe = None if sync_bound is None else Probe(sync_bound)
         self.tokenizer_name = tokenizer
         self.reports_logprobs = tokenizer is None
@@ -104,8 +120,9 @@ class RemoteEngine(SamplingEngine):
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        name = self._model_name(model, request)
-        drawn = self._draw(name, model.model.get_input_embeddings().weight.shape[0], request)
+        with self._awake():
+            name = self._model_name(model, request)
+            drawn = self._draw(name, model.model.get_input_embeddings().weight.shape[0], request)
         if self.reports_logprobs:
             return drawn
         return drawn._replace(logprobs=scored(model, request.prompts, drawn.ids, request.settings.temperature or 1.0))
@@ -124,6 +141,26 @@ class RemoteEngine(SamplingEngine):
     def prepare(self, init_from: str, settings: LoadSettings, lora: LoraSettings | None, versions: int) -> None:
         if self.adapters is not None:
             self.adapters.versions = versions
+        if self.sleep and versions > 1:
+            raise SettingError(
+                "sleep-with-lag",
+                f"sleep is true and lag {versions - 1}: with lag the server samples while the policy trains, so it "
+                "cannot free its memory; set one of the two to its default",
+            )
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Wake the servers if they sleep while the policy trains."""
+        if not self.sleep:
+            yield
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for server in self.servers:
+            server.post("/wake_up", {})
+        yield
+        for server in self.servers:
+            server.post("/sleep?level=1", {})
 
     def _draw(self, name: str, tokens: int, request: SamplingRequest) -> Completions:
         settings, end_ids = request.settings, request.end_ids
@@ -143,6 +180,8 @@ class RemoteEngine(SamplingEngine):
             drawn.append(self._completion(server, answer, settings, end_ids, tokens))
             if request.on_progress is not None:
                 request.on_progress(1)
+        if isinstance(self.weights, StreamHandOver) and self.weights.digest:
+            self.weights.check(self.servers)
         finished = torch.tensor([int(ids[-1]) in end_ids for ids, _ in drawn], dtype=torch.bool)
         return Completions(tuple(ids for ids, _ in drawn), tuple(logprobs for _, logprobs in drawn), finished)
 
@@ -207,7 +246,7 @@ class RemoteEngine(SamplingEngine):
             raise SettingError(
                 "no-shared-folder",
                 "the policy trains all its weights, and shared_folder is null: set it to the folder that the server "
-                "was started from (rlhf serve-vllm MODEL --folder FOLDER), or train an adapter (lora)",
+                "was started from (rlhf serve-vllm MODEL --folder FOLDER), set transfer, or train an adapter (lora)",
             )
         for future in self._in_flight:  # episodes in flight keep the weights that they started with
             future.exception()

@@ -10,11 +10,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import refused, smollm2_folder
+from gloo_link import GlooEngine
 from tiny_models import EOS, random_rows, save_policy
 
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -26,6 +27,7 @@ from rlhf_lightning.sampling.json_server import ServerError
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 
 PYTHON = os.environ.get("RLHF_VLLM_PYTHON", "")
+TESTS = Path(__file__).resolve().parents[1]
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
 EPISODES = torch.arange(20, 29)
 
@@ -127,6 +129,45 @@ def test_vllm_samples_and_syncs_full_weights(tmp_path: Path, tied: bool) -> None
         )
         with refused("stale-server", "weights before the last update"):
             draw(engine, model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_receives_streamed_weights(tmp_path: Path, tied: bool) -> None:
+    """vLLM's own routes and reload, with gloo in place of NCCL, which has no CPU version."""
+    folder = save_policy(tmp_path / "policy", hidden_size=64, tie_word_embeddings=tied)
+    model, python = load_policy(folder), tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={TESTS / "vllm_gloo"} exec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    flags = ["--transfer", "nccl", "--arguments=--worker-extension-cls gloo_weights.Extension"]
+    with serving(folder, *flags, log=tmp_path / "server.log", python=str(python)) as url:
+        engine = GlooEngine(url, "policy")
+        for version in range(3):
+            started = time.monotonic()
+            drawn = draw(engine, model)
+            took = time.monotonic() - started
+            print(f"streamed, tied {tied}, version {version}: {gap(model, drawn):.2e}, {took:.1f} s")
+            assert gap(model, drawn) < 1e-4
+            move(model, 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
+def test_vllm_receives_weights_from_gpu_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: Literal["nccl", "ipc"]
+) -> None:
+    needed = {"nccl": 2, "ipc": 1}[transfer]
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"{transfer} needs {needed} GPU(s)")
+    folder = save_policy(tmp_path / "policy", hidden_size=64)
+    model, asleep = load_policy(folder).to("cuda:0"), transfer == "ipc"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(needed - 1))
+    flags = ["--transfer", transfer, "--sleep", str(asleep).lower(), "--arguments=--gpu-memory-utilization 0.3"]
+    with serving(folder, *flags, log=tmp_path / "server.log", cpu=False) as url:
+        engine = RemoteEngine(url, "policy", transfer=transfer, sleep=asleep)
+        for _ in range(3):
+            drawn = draw(engine, model)
+            assert gap(model, drawn) < 1e-3 and engine.sync_error is not None and engine.sync_error < 1e-3
+            move(model, 0.05)
 
 
 @pytest.mark.real
