@@ -40,14 +40,13 @@ from rlhf_lightning.people.loop_steps import (
 from rlhf_lightning.people.selectors import load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore
 from rlhf_lightning.quiet import silence_libraries
-from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import load_scorer
 from rlhf_lightning.worlds.assistant import gold_of_conversation
 
 HERE = Path(__file__).resolve().parent
 SELECTORS = ("random", "uncertainty", "disagreement", "diversity")
 GOLD = "rlhf_lightning.worlds.assistant.gold_of_conversation"
-SAMPLING = SamplingSettings(max_new_tokens=48, batch_size=64)
+SAMPLING = SamplingArguments(max_new_tokens=48, batch_size=64)
 MERITS = {"accuracy": "reward models' accuracy", "gold_reward": "gold reward of the DPO policy"}
 HELD_OUT_SEED = 77
 
@@ -161,8 +160,10 @@ def accuracy(models: Sequence[str], sft: str, prompts: str) -> float:
 def held_out(sft: str, prompts: str) -> ScoredSamples:
     """Sample two answers of the SFT policy to each held-out prompt, with their gold rewards."""
     asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
-    policy, tokenizer = SamplingArguments().load(sft)
-    return sample_and_score(policy, tokenizer, asked, SAMPLING, HELD_OUT_SEED, 2, gold_reward=gold_of_conversation)
+    policy, tokenizer = SAMPLING.load(sft)
+    return sample_and_score(
+        policy, tokenizer, asked, SAMPLING.settings(), HELD_OUT_SEED, 2, gold_reward=gold_of_conversation
+    )
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from rlhf_lightning.functional.logprobs import kl_k1
 from rlhf_lightning.functional.statistics import best_of_n_curve, bootstrap_interval
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.layout import cut_sequences, lay_out, select
-from rlhf_lightning.sampling.engines import SamplingSettings
-from rlhf_lightning.sampling.slot_engine import sample
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import LearnedScorer, Scorer
 from rlhf_lightning.scoring.scorer import GoldReward, ask_scorer
 from rlhf_lightning.types import MicroBatchLimits, Prompt, Sequences
@@ -46,6 +46,7 @@ def sample_and_score(
     reference: CausalLM | None = None,
     scorer: Scorer | None = None,
     gold_reward: GoldReward | None = None,
+    engine: SamplingEngine | None = None,
 ) -> ScoredSamples:
     """Sample completions of every prompt and measure them.
 
@@ -61,11 +62,12 @@ def sample_and_score(
         reference: model to which the KL is measured.
         scorer: proxy score.
         gold_reward: true reward of (prompt, completion).
+        engine: the engine; SlotEngine by default.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     encoded = tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in repeated)
     ends = tokenization.end_token_ids(tokenizer)
-    drawn = sample(policy, encoded, torch.arange(len(encoded)), sampling, seed, ends)
+    drawn = (engine or SlotEngine()).sample(policy, encoded, torch.arange(len(encoded)), sampling, seed, ends)
     texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
     sequences = Sequences(
         prompts=encoded,
@@ -87,7 +89,7 @@ def sample_and_score(
         completions=texts,
         scores=scores,
         gold=gold,
-        kl=None if reference is None else sequence_kl(policy, reference, sequences, sampling.temperature),
+        kl=None if reference is None else sequence_kl(policy, reference, sequences, sampling.temperature or 1.0),
         lengths=torch.tensor([len(ids) for ids in drawn.ids]),
         finished=drawn.finished,
     )

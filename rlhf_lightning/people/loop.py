@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile
 
 from rlhf_lightning.commands.flags import with_underscores
+from rlhf_lightning.commands.generate import ONE_TURN, SamplingArguments
 from rlhf_lightning.commands.parsing import PlainParser
 from rlhf_lightning.errors import DataError, SettingError, StateError, check_range
 from rlhf_lightning.people.handing_out import Policy
@@ -36,16 +37,14 @@ from rlhf_lightning.people.loop_steps import (
 from rlhf_lightning.people.selectors import Selector, load_selector, selector_class
 from rlhf_lightning.people.store import FeedbackStore, counts
 from rlhf_lightning.quiet import silence_libraries
-from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.runs.run import checked_run_name
-from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer, load_scorer
 from rlhf_lightning.scoring.scorer import load_gold_reward
 from rlhf_lightning.types import Prompt
 
 
-@dataclass
-class LoopSettings:
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings(SamplingArguments):
     """Run rounds of sampling, labelling, training and evaluation; each round learns from all labels so far.
 
     Each round has a folder ``RUNS_FOLDER/NAME/round_<k>`` with its feedback store, its runs and its completions on
@@ -71,9 +70,7 @@ class LoopSettings:
         scorer: scorer of held-out completions without a gold reward; by default the round's reward models.
         annotators_per_item: number of annotators for each pair.
         repeats: share of pairs shown again with sides swapped, to measure consistency.
-        temperature: softmax temperature of sampling.
-        max_new_tokens: maximum length of a completion, tokens.
-        batch_size: completions decoded at the same time.
+        batch_size: completions decoded in one batch, or concurrent requests.
         runs_folder: folder of loops.
         seed: seed of sampling, sides, weights and data order.
     """
@@ -95,15 +92,12 @@ class LoopSettings:
     scorer: str | None = None
     annotators_per_item: int = 1
     repeats: float = 0.0
-    temperature: float = 1.0
-    max_new_tokens: int = 256
     batch_size: int = 64
     runs_folder: str = "runs/loop"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        self.reward_config, self.policy_config = resolve_recipe(self.reward_config), resolve_recipe(self.policy_config)
-        for name in ("rounds", "labels", "members", "annotators_per_item", "batch_size"):
+        super().__post_init__()
+        for name in ("rounds", "labels", "members", "annotators_per_item"):
             check_range(getattr(self, name) >= 1, "it must be 1 or more", **{name: getattr(self, name)})
         check_range(
             self.pairs * self.annotators_per_item >= self.labels,
@@ -198,11 +192,6 @@ class Loop:
     def _seed(self, *values: Any) -> int:
         return seed_of(self.settings.seed, *values)
 
-    @property
-    def _sampling(self) -> SamplingSettings:
-        one = self.settings
-        return SamplingSettings(one.max_new_tokens, one.temperature, batch_size=one.batch_size)
-
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _open_store(self, number: int) -> FeedbackStore:
@@ -228,7 +217,7 @@ class Loop:
 
     def _sampled(self, store: FeedbackStore, number: int, count: int) -> int:
         policy, seed = self._latest(number), self._seed("sample", number)
-        return sample_pairs(store, policy, self.settings.prompts, count, self._sampling, seed)
+        return sample_pairs(store, policy, self.settings.prompts, count, self.settings, seed)
 
     def _label(self, number: int) -> dict[str, Any]:
         with self._open_store(number) as store:
@@ -308,7 +297,7 @@ class Loop:
 
     def _evaluated(self, policy: str, folder: Path, judge: Scorer | None) -> dict[str, Any]:
         one, seed = self.settings, self._seed("evaluate")
-        return evaluate(policy, one.init_from, one.eval_prompts, self._sampling, seed, judge, self.gold_reward, folder)
+        return evaluate(policy, one.init_from, one.eval_prompts, one, seed, judge, self.gold_reward, folder)
 
     def _report(self, rounds: int) -> None:
         figures = [self._result(number, "evaluate") for number in range(rounds)]
@@ -322,7 +311,7 @@ def tool_parser() -> PlainParser:
     description = "\n\n".join(filter(None, [doc.short_description, doc.long_description]))
     parser = PlainParser(prog="rlhf loop", description=description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; flags override it")
-    parser.add_class_arguments(LoopSettings, as_group=False)
+    parser.add_class_arguments(LoopSettings, as_group=False, skip=set(ONE_TURN))
     return parser
 
 

@@ -35,7 +35,6 @@ from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.run import CONFIG_FILE, MODEL_FOLDER, versions
 from rlhf_lightning.runs.run_records import EVENTS
-from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 from rlhf_lightning.training.module import AlignmentModule
@@ -133,7 +132,7 @@ def fingerprints(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def sample_pairs(
-    store: FeedbackStore, policy: str, prompts: str, count: int, settings: SamplingSettings, seed: int
+    store: FeedbackStore, policy: str, prompts: str, count: int, sampling: SamplingArguments, seed: int
 ) -> int:
     """Add pairs of two completions of the policy to a store until it holds ``count``; return how many it holds.
 
@@ -145,7 +144,8 @@ def sample_pairs(
     with store.reading() as connection:
         items = {item.key: item for item in items_of(connection)}
     begin, start = _after(list(items.values()), seed)
-    policies = load_policies([policy], SamplingArguments()) if len(items) < count else []
+    settings = sampling.settings()
+    policies = load_policies([policy], sampling) if len(items) < count else []
     for turn in range(begin, 1 + -(-count // len(rows))):
         if len(items) >= count:
             break
@@ -201,7 +201,7 @@ def _can_resume(run: Path) -> bool:
 
 def learns_from_prompts(config: str) -> bool:
     """Whether the objective of a YAML file is on-policy, so that it learns from scores instead of labels."""
-    model = read_config(Path(config)).get("model")
+    model = read_config(Path(resolve_recipe(config))).get("model")
     name = model.get("class_path") if isinstance(model, Mapping) else model
     if not isinstance(name, str):
         raise SettingError(
@@ -223,7 +223,7 @@ def evaluate(
     policy: str,
     reference: str,
     prompts: str,
-    settings: SamplingSettings,
+    sampling: SamplingArguments,
     seed: int,
     scorer: Scorer | None,
     gold_reward: Callable[[Prompt, str], float] | None,
@@ -231,11 +231,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer held-out prompts; write the completions to ``folder``; return means with 95 % intervals."""
     rows: list[Prompt] = [prompt for prompt, _ in read_prompts(prompts, as_chat=False)]
-    model, tokenizer = SamplingArguments().load(policy)
+    model, tokenizer = sampling.load(policy)
     device = next(model.parameters()).device
     anchor = load_reference(reference).to(device)
+    judge = None if scorer is None else scorer.to(device)
     samples = sample_and_score(
-        model, tokenizer, rows, settings, seed, 1, anchor, None if scorer is None else scorer.to(device), gold_reward
+        model, tokenizer, rows, sampling.settings(), seed, 1, anchor, judge, gold_reward, sampling.make_engine()
     )
     write_lines(folder / COMPLETIONS_FILE, _lines(samples))
     figures: dict[str, Any] = {

@@ -183,6 +183,18 @@ def test_a_loop_killed_at_any_call_resumes_bit_identically(flags):
     assert scalars_of(ended, "loop/gold_reward") == scalars_of(whole, "loop/gold_reward")
 
 
+def test_a_loop_samples_with_the_flags_of_generate(flags, policy_folder):
+    settings = ["--stop-strings", '["a"]', "--engine", "GenerateEngine", "--top-k", "40", "--rounds", "1"]
+    assert rlhf([*flags, *settings]) == 0
+    folder = Path("runs/loop/tiny")
+    with reading(folder / "round_0" / "feedback.db") as connection:
+        candidates = [one for item in items_of(connection) for one in item.candidates]
+    assert all(one.sampling["top_k"] == 40 for one in candidates)
+    texts = [row["completion"] for name in ("start", "round_0") for row in rows_of(folder / name / "completions.jsonl")]
+    texts += [one.text for one in candidates]
+    assert len(texts) == 2 * 6 + 2 * 10 and not any("a" in text for text in texts)
+
+
 def test_each_round_trains_on_all_labels_so_far(flags, capsys):
     assert rlhf([*flags, "--rounds", "1"]) == 0
     assert rlhf(flags) == 0, "more rounds go on with it"
