@@ -47,3 +47,28 @@ class TextLogger(MemoryLogger):
 
     def log_text(self, key: str, text: str, step: int) -> None:
         self.texts = [*getattr(self, "texts", []), (key, text, step)]
+
+
+class TrackedLogger(MemoryLogger):
+    """A logger whose run has an id, like those of MLflow and W&B.
+
+    Args:
+        save_dir: folder of the logger.
+        run_id: the run to continue; None starts one.
+    """
+
+    started = 0
+
+    def __init__(self, save_dir: str, run_id: str | None = None) -> None:
+        super().__init__(save_dir)
+        self.run_id = run_id
+
+    @property
+    def version(self) -> Any:
+        return self.run_id
+
+    @property
+    def experiment(self) -> None:
+        if self.run_id is None:
+            type(self).started += 1
+            self.run_id = f"run-{self.started}"

@@ -29,6 +29,7 @@ from rlhf_lightning.runs import RankWatch, RunFolder, RunHparams, RunManifest, R
 from rlhf_lightning.runs.checkpoint_files import last_checkpoint
 from rlhf_lightning.runs.checkpoint_metadata import as_plain, check_contents, inside_run, refuse_misfit
 from rlhf_lightning.runs.loggers import logger_arguments
+from rlhf_lightning.runs.manifest import earlier_record
 from rlhf_lightning.runs.run import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -112,10 +113,12 @@ class RlhfCLI(SettingsCLI):
             folder = runs / "run" / "version_0"
         if not folder.is_relative_to(runs):  # resumed by its path
             runs = folder.parent.parent
+        continued = self.lock is not None and not self.is_new_folder
+        earlier = earlier_record(folder / MANIFEST_FILE).get("tracked_runs") if continued else None
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, Namespace):
                 given = logger.get("init_args") or Namespace()
-                placed = logger_arguments(import_path(logger.class_path), vars(given), folder, runs)
+                placed = logger_arguments(import_path(logger.class_path), vars(given), folder, runs, earlier)
                 logger.init_args = Namespace(placed)
         return config
 

@@ -27,6 +27,12 @@ from rlhf_lightning.runs.run import aligned, updates_of
 PLACES = ("save_dir", "name", "run_name", "version", "tracking_uri", "artifact_location")
 """Arguments that set a logger's folder and run name; null derives them from the run folder."""
 
+LONGEST = 250
+"""Characters of a setting that Lightning's MLflow logger keeps."""
+
+RUN_IDS = ("run_id", "id")
+"""Arguments that name the run of MLflow and W&B."""
+
 COMPARED = {
     "reward accuracy": "(reward_)?accuracy", "margin": "(reward|score)_margin", "score": "score", "KL": "kl",
     "length": "(length|completion_length)", "EOS rate": "eos_rate",
@@ -45,7 +51,9 @@ HEADLINES = ("val/loss", "val/accuracy", "val/reward_accuracy", "val/score", "va
 """Metrics of the HPARAMS tab, added to a module's own metrics, because the tab takes its columns from a single run."""
 
 
-def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
+def logger_arguments(
+    kind: type[Logger], given: Mapping[str, Any], folder: Path, runs: Path, earlier: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return a logger's arguments; arguments in `PLACES` that are null are derived from the run folder.
 
     TensorBoard and CSV loggers write into the folder itself. Other loggers get it as ``save_dir``, and their run is
@@ -56,6 +64,7 @@ def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path,
         given: the arguments as given.
         folder: the run folder, ``runs/<name>/version_<n>``.
         runs: the folder of all runs.
+        earlier: `tracked_runs` of the session that is resumed; the logger continues its run.
     """
     name = folder.relative_to(runs).as_posix()
     if issubclass(kind, TensorBoardLogger | CSVLogger):
@@ -70,9 +79,21 @@ def logger_arguments(kind: type[Logger], given: Mapping[str, Any], folder: Path,
             filled["artifact_location"] = (runs / "mlartifacts").absolute().as_uri()
     else:
         filled = {"save_dir": str(folder), "run_name" if "run_name" in given else "name": name}
-    left_open = [argument for argument in PLACES if argument in given and given[argument] is None]
+    if isinstance(earlier, Mapping) and (known := earlier.get(kind.__name__)):
+        filled |= dict.fromkeys(RUN_IDS, known)
+    left_open = [argument for argument in (*PLACES, *RUN_IDS) if argument in given and given[argument] is None]
     kept = {argument: value for argument, value in given.items() if argument not in left_open}
     return kept | {argument: filled[argument] for argument in left_open if argument in filled}
+
+
+def tracked_runs(loggers: Sequence[Logger]) -> dict[str, str]:
+    """Start the runs of MLflow and W&B, and return their ids by the name of the logger's class."""
+    found = {}
+    for logger in loggers:
+        if {*RUN_IDS} & {*inspect.signature(type(logger)).parameters}:
+            getattr(logger, "experiment", None)  # the run gets its id when it starts
+            found[type(logger).__name__] = str(logger.version)
+    return found
 
 
 class TrackioLogger(Logger):
@@ -172,6 +193,19 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
     else:
         return False
     return True
+
+
+def _log_settings(logger: Logger, flat: Mapping[str, Any]) -> None:
+    """Log settings. MLflow keeps the first value of a setting, so other values of a resumed run become tags."""
+    experiment: Any = getattr(logger, "experiment", None)
+    run_id = getattr(logger, "run_id", None)
+    if run_id is not None and hasattr(experiment, "set_tag"):
+        known = experiment.get_run(run_id).data.params
+        for name, value in flat.items():
+            if known.get(name, str(value)[:LONGEST]) != str(value)[:LONGEST]:
+                experiment.set_tag(run_id, name, value)
+        flat = {name: value for name, value in flat.items() if name not in known}
+    logger.log_hyperparams(dict(flat))
 
 
 def flat_hparams(module: LightningModule, trainer: Trainer, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -280,7 +314,7 @@ class RunHparams(Callback):
                 for summary in (experiment, start):
                     event_writer(logger).add_summary(summary)
             else:
-                logger.log_hyperparams(flat)
+                _log_settings(logger, flat)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Mark the run as finished."""

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.atomic_files import write_text
 from rlhf_lightning.compat import attached_datamodule
+from rlhf_lightning.runs.loggers import tracked_runs
 from rlhf_lightning.runs.run import aligned, run_folder, updates_of
 
 PACKAGES = "rlhf-lightning torch lightning transformers tokenizers datasets peft torchmetrics numpy".split()
@@ -58,6 +59,7 @@ class RunManifest(Callback):
             "git": git_state(Path.cwd()),
             "data": describe_data(attached_datamodule(trainer)),
             "chat_template": describe_template(pl_module),
+            "tracked_runs": earlier.get("tracked_runs", {}),
             "sessions": [*earlier.get("sessions", []), self._session(trainer)],
         }
         self._write()
@@ -73,7 +75,7 @@ class RunManifest(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record and print the number of parameters."""
+        """Record the ids of the trackers' runs; record and print the number of parameters."""
         if not trainer.is_global_zero:
             return
         total = sum(parameter.numel() for parameter in pl_module.parameters())
@@ -81,6 +83,7 @@ class RunManifest(Callback):
         print(f"{type(pl_module).__name__}: {total:,} parameters, {trained:,} trainable")
         if self.path is not None:
             self.record["parameters"] = {"total": total, "trained": trained}
+            self.record["tracked_runs"] = tracked_runs(trainer.loggers)
             self._write()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

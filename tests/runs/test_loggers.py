@@ -1,6 +1,7 @@
 """Every logger gives one run folder, and tables reach each logger that supports them."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from conftest import refused
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
-from tiny_loggers import MemoryLogger
+from tiny_loggers import MemoryLogger, TrackedLogger
 from tiny_run import BASIC, UPDATES, NumbersDataModule, SlopeModule, events_of, rows_of, scalars_of
 
 from rlhf_lightning.commands.train import run
@@ -109,6 +110,23 @@ def test_logs_of_a_resumed_run_join_without_gap_or_overlap(chosen, monkeypatch):
         assert column(mine, "val/loss") == column(whole.folder / "metrics.csv", "val/loss")
     if "board" in chosen:
         assert scalars_of(Path("board/lightning_logs/version_0"), "train/loss") == theirs
+
+
+@pytest.mark.parametrize("manifest", [None, '{"sessions": [], "tracked_runs": ["?"]}'])
+def test_a_resumed_run_continues_the_run_of_its_tracker(manifest, monkeypatch):
+    chosen = ["--trainer.logger", "tiny_loggers.TrackedLogger", "--run_name", "cut"]
+    monkeypatch.setattr(TrackedLogger, "started", 0)
+    monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", UPDATES - 2)
+    with pytest.raises(RuntimeError, match="machine"):
+        run(["fit", *BASIC, "--checkpoint.every_n_updates", "3", *chosen])
+    monkeypatch.setattr(tiny_run.SlopeModule, "crash_at", None)
+    if manifest is not None:
+        Path("runs/cut/version_0/manifest.json").write_text(manifest)
+    resumed, other = run(["fit", "--resume", "runs/cut"]), run(["fit", *BASIC, *chosen])
+    first = "run-1" if manifest is None else "run-2"
+    assert resumed.trainer.logger.run_id == first and other.trainer.logger.run_id != first
+    stored = json.loads((resumed.folder / "manifest.json").read_text())
+    assert stored["tracked_runs"] == {"TrackedLogger": first}
 
 
 def test_loggers_step_by_updates_and_log_other_axes_as_columns():
