@@ -1,10 +1,13 @@
-"""A local server over a tiny model with vLLM's routes, or with the routes of a server that supports only text."""
+"""A local server over a tiny model with vLLM's routes, or with those of a server that supports only text; and a rollout
+worker.
+"""
 
 import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,12 @@ from gloo_link import Receiver
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_lightning.commands.rollout_worker import make_app
+from rlhf_lightning.commands.web_server import listen, served
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
+from rlhf_lightning.sampling.worker_process import JobRunner
 from rlhf_lightning.tokenization import Ends
 
 BASE = "base"
@@ -40,6 +46,7 @@ class SmallServer:
         self.knows_stops = True  # whether completions end at the texts in a request's ``stop``
         self.deaf = False  # whether it reports new weights as loaded but keeps the old weights
         self.receiver, self.asleep = Receiver(), False
+        self.after: Callable[[str, int], bool] = lambda route, count: True  # False drops the response
         self.spoil: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.lock = threading.Lock()
         self.url = ""
@@ -150,7 +157,11 @@ def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer
         def do_POST(self) -> None:  # noqa: N802
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
             small.authorization = self.headers.get("Authorization")  # type: ignore[attr-defined]
-            status, answer = small.answer(self.path.partition("?")[0], body)
+            route = self.path.partition("?")[0]
+            status, answer = small.answer(route, body)
+            if not small.after(route, len(small.bodies(route))):
+                self.close_connection = True
+                return
             sent = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(sent)))
@@ -170,3 +181,11 @@ def serving(folder: str, port: int = 0, **settings: Any) -> Iterator[SmallServer
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def started_worker(folder: Path, key: str | None = None) -> Iterator[str]:
+    """Serve a rollout worker from a thread; yield its address."""
+    folder.mkdir(exist_ok=True)
+    with served(make_app(JobRunner(folder, "cpu", ()), key), listen("127.0.0.1", 0)) as port:
+        yield f"http://127.0.0.1:{port}"

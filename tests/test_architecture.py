@@ -412,6 +412,7 @@ CONTROL_FLOW = {
     ("sampling/json_server.py", "IncompleteRead"),
     ("sampling/json_server.py", "ValueError"),
     ("sampling/remote_engine.py", "ValueError"),
+    ("sampling/text_server.py", "ValueError"),
     ("commands/parsing.py", "SystemExit"),
     ("commands/completion_api.py", "HTTPException"),
     ("commands/web_server.py", "HTTPException"),

@@ -293,6 +293,9 @@ class StepData(pl.LightningDataModule):
         self.steps_per_epoch = len(self.steps)
         self.batch_types = {type(step.micro_batches[0]) for step in self.steps}
 
+    def step_ahead(self, epoch: int, index: int) -> Step[Any] | None:
+        return self.steps[index] if index < len(self.steps) else None
+
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.steps, batch_size=None, shuffle=False)
 

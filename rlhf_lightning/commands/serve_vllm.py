@@ -2,6 +2,7 @@
 
 # No postponed annotations: to resolve them, jsonargparse would import everything under TYPE_CHECKING (slow help).
 
+import contextlib
 import json
 import os
 import shlex
@@ -9,16 +10,13 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import MissingError, check_range
 
 ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
 """Flags for a CPU; with chunked prefill, a request with a seed crashes the CPU worker."""
-
-ENDED = (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit statuses of a server that was stopped on purpose."""
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -47,9 +45,9 @@ def serve_vllm(
 ) -> int:
     """Start a vLLM server for the rollouts of a training run.
 
-    The command ends when the server ends. A server that dies is restarted. The trainer waits for it (RemoteEngine's
-    retries) and registers its adapters again; full weights are read from the folder. With another transfer the server
-    is not restarted, because its weights are those of the policy's start then.
+    A server that ends is restarted; stop this command (Ctrl+C or SIGTERM) to stop the server. The trainer waits for a
+    restarted server (RemoteEngine's retries) and registers its adapters again; full weights are read from the folder.
+    With another transfer the server is not restarted, because its weights are those of the policy's start then.
 
     Args:
         model: hub id, folder or .gguf file from which the policy starts.
@@ -67,7 +65,7 @@ def serve_vllm(
         cpu: serve on the CPU.
         threads: threads on the CPU; null leaves the choice to vLLM. Use 1 on a machine with other work.
         arguments: further arguments of vLLM, as one text.
-        restarts: how often to restart the server if it dies; a server that was stopped on purpose is not restarted.
+        restarts: how often to restart a server that ended.
     """
     if not Path(python).is_file():
         raise MissingError("no-vllm", f"{python} is missing: run `make vllm`, or name another interpreter in --python")
@@ -95,24 +93,47 @@ def serve_vllm(
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
     command += shlex.split(arguments)
     print(" ".join(shlex.quote(part) for part in command), flush=True)
-    status = 0
-    for number in range(restarts + 1):
-        if number:
-            print(f"the server died with status {status}; starting it again, {number} of {restarts} times", flush=True)
-        status = _served(command, environment)
-        if status in ENDED:
-            break
+    return _supervised(command, environment, restarts)
+
+
+def _supervised(command: Sequence[str], environment: Mapping[str, str], restarts: int) -> int:
+    """Run a server, and start it again when it ends, until this process is told to stop; return its last status.
+
+    The exit status does not tell why it ended: vLLM also returns 0 after its engine process was killed. Engine
+    processes may outlive a killed server, so the server has its own process group, and what remains of it is killed.
+    """
+    stopped, server = False, None
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        _signal_group(server, signal.SIGKILL if stopped else number)
+        stopped = True
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        status = 0
+        for restart in range(restarts + 1):
+            if restart:
+                print(f"the server ended with status {status}; restart {restart} of {restarts}", flush=True)
+            server = subprocess.Popen(command, env=environment, process_group=0)
+            status = server.wait()
+            _signal_group(server, signal.SIGKILL)
+            if stopped:
+                break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return status
 
 
-def _served(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run the server until it ends, and pass SIGTERM on to it; return its status."""
-    process = subprocess.Popen(command, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _signal_group(server: "subprocess.Popen[bytes] | None", number: int) -> None:
+    """Send a signal to a server and its child processes."""
+    if server is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
 
 
 def _written(model: str, folder: str) -> str:

@@ -6,12 +6,11 @@ to a folder from which the server reloads. Trainer and server access the folder 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,14 @@ from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite,
 
 WEIGHTS = "model.safetensors"
 
+ALREADY_LOADED = "already been loaded"
+"""Part of vLLM's refusal of an adapter's name that it knows."""
+
 Place = tuple[int, int]
 """Index of a probe sequence, and the id of a token after it."""
+
+ForServers = Callable[[Callable[[JSONServer], object]], None]
+"""Calls a function with each server."""
 
 
 class AdapterHandOver:
@@ -46,7 +51,7 @@ class AdapterHandOver:
         self.folder, self.versions = folder.expanduser().absolute(), versions
         self.loaded: dict[str, list[tuple[str, str]]] = {}  # adapter -> digest and name of each version, oldest first
 
-    def hand_over(self, model: CausalLM, adapter: str, servers: Sequence[JSONServer]) -> tuple[str, bool]:
+    def hand_over(self, model: CausalLM, adapter: str, for_servers: ForServers) -> tuple[str, bool]:
         """Return the servers' name of an adapter in its current state, and whether it was newly registered.
 
         Every rank of a sharded policy must call this; the first rank writes and registers.
@@ -64,7 +69,7 @@ class AdapterHandOver:
         old = held.pop(0)[1] if len(held) >= self.versions else None
         held.append((digest, new))
         if not sharded or is_first_rank():
-            self._register(model, adapter, new, weights if sharded else None, old, servers)
+            self._register(model, adapter, new, weights if sharded else None, old, for_servers)
         if sharded:
             dist.barrier()
         return new, True
@@ -76,43 +81,45 @@ class AdapterHandOver:
         new: str,
         weights: Mapping[str, Tensor] | None,
         old: str | None,
-        servers: Sequence[JSONServer],
+        for_servers: ForServers,
     ) -> None:
         given = {} if weights is None else {"state_dict": dict(weights)}
         model.model.save_pretrained(self.folder / new, selected_adapters=[adapter], **given)
-        for server in servers:
-            self._load(server, adapter, new)
+        for_servers(lambda server: self._load(server, adapter, new))
         if old is not None:
-            for server in servers:
-                with refusals_ignored():  # a restarted server does not know it
-                    server.post("/v1/unload_lora_adapter", {"lora_name": old})
+            # A restarted server does not know the old version.
+            for_servers(lambda server: _accepted(server, "/v1/unload_lora_adapter", {"lora_name": old}, "status 404"))
             shutil.rmtree(self.folder / old, ignore_errors=True)
 
-    def _load(self, server: JSONServer, adapter: str, name: str) -> None:
+    def _load(self, server: JSONServer, adapter: str, name: str) -> bool:
+        """Register a version on a server; return False if the server knew it, as when a response had been lost."""
         # peft saves every adapter except the default one in a subfolder.
         path = self.folder / name if adapter == POLICY else self.folder / name / adapter
-        server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        body = {"lora_name": name, "lora_path": str(path)}
+        return _accepted(server, "/v1/load_lora_adapter", body, ALREADY_LOADED)
 
-    def register_again(self, server: JSONServer) -> None:
-        """Register the adapters on a server that was restarted.
+    def register_again(self, server: JSONServer, name: str) -> bool:
+        """Register a version on a server that was restarted; return False if no adapter has this name.
 
-        Another thread may have done so just before; a server refuses a name that it already knows.
+        Another thread may have registered it just before.
         """
-        for adapter, held in self.loaded.items():
-            for _, name in held:
-                with refusals_ignored():
-                    self._load(server, adapter, name)
+        for adapter, held in list(self.loaded.items()):
+            if name in [version for _, version in held]:
+                if self._load(server, adapter, name):
                     rank_zero_warn(f"{server.url} was started again: {name} is registered on it once more.")
+                return True
+        return False
 
 
-@contextlib.contextmanager
-def refusals_ignored() -> Iterator[None]:
-    """Ignore that a server refuses a request."""
+def _accepted(server: JSONServer, route: str, body: Mapping[str, Any], harmless: str) -> bool:
+    """Return whether a server accepts a request; a refusal that contains ``harmless`` is tolerated."""
     try:
-        yield
+        server.post(route, body)
     except ServerError as error:
-        if error.code != "server-refused":
+        if error.code != "server-refused" or harmless not in str(error):
             raise
+        return False
+    return True
 
 
 class FolderHandOver:
@@ -129,7 +136,7 @@ class FolderHandOver:
         self.folder = folder.expanduser().absolute()
         self.digest = ""
 
-    def hand_over(self, model: CausalLM, servers: Sequence[JSONServer]) -> bool:
+    def hand_over(self, model: CausalLM, for_servers: ForServers) -> bool:
         """Transfer the model's weights to the servers; return whether the servers had other weights.
 
         Every rank must call this; the first rank writes. The servers must not be sampling meanwhile.
@@ -153,14 +160,18 @@ class FolderHandOver:
             fresh = self.folder / f".{WEIGHTS}.new"
             save_file(weights, fresh, metadata={"format": "pt"})
             os.replace(fresh, self.folder / WEIGHTS)
-            for server in servers:
-                server.post("/pause?mode=wait&clear_cache=true", {})
-                server.post("/collective_rpc", {"method": "reload_weights"})
-                server.post("/reset_prefix_cache", {})
-                server.post("/resume", {})
+            for_servers(_reload)
         if dist.is_initialized():
             dist.barrier()
         return True
+
+
+def _reload(server: JSONServer) -> None:
+    """Make a server read its folder again. The sequence may be repeated, also on a server that was restarted in it."""
+    server.post("/pause?mode=wait&clear_cache=true", {})
+    server.post("/collective_rpc", {"method": "reload_weights"})
+    server.post("/reset_prefix_cache", {})
+    server.post("/resume", {})
 
 
 def write_server_folder(model: Any, tokenizer: Any, folder: str | Path) -> Path:
@@ -214,18 +225,20 @@ class Probe:
         places = torch.arange(self.length).expand(self.count, -1)
         return (uniform(0, rows, places) * tokens).long().clamp_max(tokens - 1)
 
-    def ask(self, server: JSONServer, name: str, sequences: Tensor, tokens: int) -> dict[Place, float]:
-        """Return a server's log-probabilities of the most probable tokens after each sequence.
-
-        Raises:
-            ServerError: log-probabilities are missing for a sequence, or an id is not below ``tokens``.
-        """
-        body = {
+    def request(self, name: str, sequences: Tensor) -> dict[str, Any]:
+        """Return the request for a model's most probable tokens after each sequence."""
+        return {
             "model": name, "prompt": sequences.tolist(), "max_tokens": 1, "temperature": 1.0, "seed": 0, "top_p": 1.0,
             "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "logprobs": self.top,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        answer = server.post("/v1/completions", body)
+
+    def read(self, server: JSONServer, answer: Any, sequences: Tensor, tokens: int) -> dict[Place, float]:
+        """Return the log-probabilities of the most probable tokens after each sequence from a server's response.
+
+        Raises:
+            ServerError: log-probabilities are missing for a sequence, or an id is not below ``tokens``.
+        """
         try:
             rows = range(len(sequences))
             found = {

@@ -35,6 +35,10 @@ LONGEST_WAIT = 60.0
 LONGEST_QUOTE = 500
 """Maximum length of a server's text in an error message, characters."""
 
+LOST_AFTER = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 60_000}
+"""Socket options that end a connection after 60 s of silence from the other host's kernel, so that a request is
+repeated soon after a cut link or a crashed host, which close no connection. A busy server's kernel answers."""
+
 LARGEST_ANSWER = 2**24
 """Maximum size of a response in bytes. Parsed JSON takes up to 30 times its size in memory."""
 
@@ -255,6 +259,10 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         super().connect()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in LOST_AFTER.items():
+            if hasattr(socket, name):  # each system has some of them
+                self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.limit.watch(self.sock)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_lightning.errors import DataError, SettingError
+from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.adapters import active_adapter
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.folders import reading
@@ -31,6 +32,7 @@ from rlhf_lightning.sampling.engines import Completions, SamplingEngine, Samplin
 from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, named_id, request_seed
 from rlhf_lightning.sampling.live_batch import MAX_TOKENS
+from rlhf_lightning.sampling.text_server import generation_config, read_text, text_of
 from rlhf_lightning.sampling.weight_stream import IPCHandOver, NCCLHandOver, StreamHandOver
 from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import MicroBatchLimits, Sequences
@@ -186,28 +188,40 @@ class RemoteEngine(SamplingEngine):
         return Completions(tuple(ids for ids, _ in drawn), tuple(logprobs for _, logprobs in drawn), finished)
 
     def _ask(self, server: JSONServer, body: dict[str, Any]) -> tuple[JSONServer, Any]:
-        """Return a server's response and the server; if the server does not respond, ask another one.
-
-        A server that does not know the adapter has been restarted, so the adapters are registered again.
-        """
-        told = False
+        """Return a server's response and the server; if the server does not respond, ask another one."""
         while True:
             server = server if server in self.servers else self.servers[0]
             try:
-                return server, server.post("/v1/completions", body)
+                return server, self._post(server, body)
+            except ServerError as error:
+                self._leave_out(server, error)
+
+    def _post(self, server: JSONServer, body: dict[str, Any]) -> Any:
+        """Return a server's response. A server that does not know the adapter was restarted, and gets it again."""
+        for attempt in count():
+            try:
+                return server.post("/v1/completions", body)
             except ServerError as error:
                 unknown = error.code == "server-refused" and "status 404" in str(error)
-                if unknown and self.adapters is not None and not told:
-                    told = True
-                    with LEAVING:
-                        self.adapters.register_again(server)
-                    continue
-                if error.code != "server-silent" or self.servers == [server]:
+                if not unknown or self.adapters is None or attempt > server.retries:
                     raise
+                with LEAVING:
+                    if not self.adapters.register_again(server, body["model"]):
+                        raise
+
+    def _for_servers(self, action: Callable[[JSONServer], object]) -> None:
+        """Call a function with each server; a server that does not respond is left out."""
+        for server in list(self.servers):
+            try:
+                action(server)
+            except ServerError as error:
                 self._leave_out(server, error)
 
     def _leave_out(self, server: JSONServer, error: ServerError) -> None:
+        """Remove a server that does not respond; raise every other error, and that of the last server."""
         with LEAVING:
+            if error.code != "server-silent":
+                raise error
             if server not in self.servers:
                 return
             if len(self.servers) == 1:
@@ -228,7 +242,7 @@ class RemoteEngine(SamplingEngine):
                 "no-shared-folder",
                 "the policy is an adapter, and shared_folder is null; set it to a folder that the server reads too",
             )
-        name, fresh = self.adapters.hand_over(model, adapter, self.servers)
+        name, fresh = self.adapters.hand_over(model, adapter, self._for_servers)
         if fresh:
             self._check_sync(model, name)
         return name
@@ -250,7 +264,11 @@ class RemoteEngine(SamplingEngine):
             )
         for future in self._in_flight:  # episodes in flight keep the weights that they started with
             future.exception()
-        if self.weights.hand_over(model, self.servers):
+        if isinstance(self.weights, StreamHandOver):  # all servers receive together, so none can be left out
+            changed = self.weights.hand_over(model, self.servers)
+        else:
+            changed = self.weights.hand_over(model, self._for_servers)
+        if changed:
             self._check_sync(model, self.model)
         return self.model
 
@@ -258,13 +276,17 @@ class RemoteEngine(SamplingEngine):
         """Probe every server after a weight transfer."""
         if self.probe is None or not self.reports_logprobs:
             return
-        tokens, errors = model.model.get_input_embeddings().weight.shape[0], []
-        sequences = self.probe.sequences(tokens)
-        for server in self.servers:
-            found = self.probe.ask(server, name, sequences, tokens)
+        probe, tokens, errors = self.probe, model.model.get_input_embeddings().weight.shape[0], list[float]()
+        sequences = probe.sequences(tokens)
+
+        def check(server: JSONServer) -> None:
+            answer = self._post(server, probe.request(name, sequences))
+            found = probe.read(server, answer, sequences, tokens)
             own = scored(model, [sequences[row] for row, _ in found], [torch.tensor([id]) for _, id in found], 1.0)
             expected = dict(zip(found, (float(value) for value in own), strict=True))
-            errors.append(self.probe.check(server, found, expected))
+            errors.append(probe.check(server, found, expected))
+
+        self._for_servers(check)
         self.sync_error = max(errors)
 
     def _request(
@@ -277,8 +299,8 @@ class RemoteEngine(SamplingEngine):
             "seed": seed,
         }
         if self.tokenizer is not None:
-            config = _generation_config(settings, end_ids)
-            return body | {"prompt": _text_of(self.tokenizer, prompt), "generation_config": json.dumps(config)}
+            config = generation_config(settings, end_ids)
+            return body | {"prompt": text_of(self.tokenizer, prompt), "generation_config": json.dumps(config)}
         # All settings are sent, since a server takes missing settings from the model's generation config.
         body |= {"top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
         further = {"logprobs": 1, "stop_token_ids": list(end_ids), "ignore_eos": True, "skip_special_tokens": False}
@@ -295,7 +317,7 @@ class RemoteEngine(SamplingEngine):
         try:
             choice = answer["choices"][0]
             if self.tokenizer is not None:
-                return _read_text(self.tokenizer, choice, settings.max_new_tokens, end_ids), torch.zeros(0)
+                return read_text(self.tokenizer, choice, settings.max_new_tokens, end_ids), torch.zeros(0)
             ids, logprobs = _read_ids(choice), [finite(value) for value in choice["logprobs"]["token_logprobs"]]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
@@ -342,14 +364,6 @@ def scored(
     return tuple(found[row] for row in rows)
 
 
-def _generation_config(settings: SamplingSettings, end_ids: Ends) -> dict[str, Any]:
-    """Return settings for ``transformers serve``, which otherwise uses the model's own generation config."""
-    config = {"do_sample": settings.temperature > 0, "eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
-    if settings.temperature > 0:
-        config |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return config
-
-
 def _read_ids(choice: Mapping[str, Any]) -> list[int]:
     """Return the token ids of a choice, from ``token_ids`` or from the tokens' texts."""
     if choice.get("token_ids") is None:
@@ -358,28 +372,3 @@ def _read_ids(choice: Mapping[str, Any]) -> list[int]:
     if any(type(token) is not int for token in ids):
         raise ValueError("an id is not an integer")
     return list(ids)
-
-
-def _text_of(tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> str:
-    """Return the text of a prompt; refuse a prompt if encoding its text gives other tokens."""
-    text = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if tokenizer(text)["input_ids"] != prompt.tolist():
-        raise DataError(
-            "prompt-text-differs",
-            f"the server would encode the prompt's text to other tokens: {text[:200]!r}; use a server that takes "
-            "token ids",
-        )
-    return text
-
-
-def _read_text(tokenizer: PreTrainedTokenizerBase, choice: Mapping[str, Any], limit: int, end_ids: Ends) -> Tensor:
-    """Return the tokens of a completion received as text; add an end token if it ended by itself."""
-    if not isinstance(choice["text"], str):
-        raise ValueError("the text is missing")
-    ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    ids = [*ids[: next((i for i, token in enumerate(ids) if token in end_ids), len(ids))]]
-    if choice["finish_reason"] == "stop" and len(ids) < limit:
-        ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id in end_ids else end_ids[0])
-    if not ids:
-        raise ValueError("an empty completion")
-    return torch.tensor(ids[:limit])

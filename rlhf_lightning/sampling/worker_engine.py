@@ -92,8 +92,8 @@ class WorkerEngine(SamplingEngine):
                 "folder that they were started with, or leave out both",
             )
         self.threads, self.device, self.shared_folder, self.timeout = threads, device, shared_folder, timeout
-        self._servers = [JSONServer(url, ANSWER_SECONDS, retries=2, api_key=api_key) for url in addresses or ()]
-        self.count = len(self._servers) or workers
+        self.servers = [JSONServer(url, ANSWER_SECONDS, retries=2, api_key=api_key) for url in addresses or ()]
+        self.count = len(self.servers) or workers
         self.workers: list[_Process | _Address] = []
         self._idle: SimpleQueue[_Process | _Address]  # created with the workers, since settings are copied before
         self._pool, self._written, self._ended = Threads(self.count), 0, False
@@ -145,14 +145,12 @@ class WorkerEngine(SamplingEngine):
             if self.shared_folder is not None:
                 Path(self.shared_folder).mkdir(parents=True, exist_ok=True)
             self._files = tempfile.TemporaryDirectory(prefix="rlhf-workers-", dir=self.shared_folder)
-            self._loading |= {
-                "device": self.device or str(next(model.parameters()).device),
-                "fingerprint": fingerprint(model.source),
-                "run": self._files.name,  # another run may train other weights of the same model
-            }
-            processes = [] if self._servers else [_Process(self._files.name) for _ in range(self.count)]
+            own = self.device or str(next(model.parameters()).device)
+            # Equal on all ranks that use the same addresses, so that their workers load the policy once.
+            self._loading |= {"device": None if self.servers else own, "fingerprint": fingerprint(model.source)}
+            processes = [] if self.servers else [_Process(self._files.name) for _ in range(self.count)]
             self._idle = SimpleQueue()
-            self.workers = [*map(_Address, self._servers), *processes]
+            self.workers = [*map(_Address, self.servers), *processes]
             for worker in self.workers:
                 self._idle.put(worker)
         return Path(self._files.name).absolute()

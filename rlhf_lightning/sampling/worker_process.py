@@ -31,7 +31,7 @@ from rlhf_lightning.tokenization import Ends
 
 
 class JobRunner:
-    """Sample job after job; the policy is loaded again only for a job of another run.
+    """Sample job after job; the policy is loaded again only for another policy or other trained weights.
 
     Args:
         folder: folder of all files that a job may name.
@@ -43,19 +43,31 @@ class JobRunner:
         self.folder, self.device, self.trusted = folder.resolve(), device, trusted
         self._loading: Mapping[str, Any] | None = None
         self._model: CausalLM | None = None
+        self._changed: set[str] = set()  # weights of the loaded policy that jobs have set
 
     def answer(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result of a job; return ``{"done": True}``, or the error for the trainer."""
         try:
-            self._sample(self._policy(job["loading"]), job)
+            self._sample(job)
         except Exception as error:  # noqa: BLE001 - the trainer raises it
             return {"error": f"{type(error).__name__}: {error}"}
         return {"done": True}
 
-    def _policy(self, loading: Mapping[str, Any]) -> CausalLM:
-        if self._model is None or loading != self._loading:
-            self._model = None  # frees its memory before the next policy is loaded
-            self._model, self._loading = self._loaded(loading), loading
+    def _policy(self, job: Mapping[str, Any]) -> CausalLM:
+        """Return the policy of a job with the job's weights.
+
+        Runs and ranks with the same policy share it. A job that does not set all weights that earlier jobs have set,
+        such as one of a run that trains fewer weights, needs the policy as it was loaded.
+        """
+        with safe_open(self._file(job["weights"]), "pt") as file, torch.no_grad():
+            names = set(file.keys())
+            if self._model is None or job["loading"] != self._loading or not self._changed <= names:
+                self._model = None  # frees its memory before the next policy is loaded
+                self._model, self._loading = self._loaded(job["loading"]), job["loading"]
+            self._changed = names
+            weights = dict(self._model.model.named_parameters())
+            for name in names:
+                weights[name].copy_(file.get_tensor(name))
         return self._model
 
     def _loaded(self, loading: Mapping[str, Any]) -> CausalLM:
@@ -82,12 +94,9 @@ class JobRunner:
             )
         return path
 
-    def _sample(self, model: CausalLM, job: Mapping[str, Any]) -> None:
+    def _sample(self, job: Mapping[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
-        weights = dict(model.model.named_parameters())
-        with safe_open(self._file(job["weights"]), "pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                weights[name].copy_(file.get_tensor(name))
+        model = self._policy(job)
         given, result = load_file(self._file(job["prompts"])), self._file(job["result"])
         prompts = given["ids"].split(given["counts"].tolist())
         device = next(model.parameters()).device.type

@@ -17,12 +17,25 @@ def interpreter(folder: Path, script: str) -> str:
     return str(python)
 
 
-def test_a_dead_server_is_restarted(tmp_path: Path, policy_folder: str) -> None:
-    log = tmp_path / "starts"
-    python = interpreter(tmp_path, f"echo start >> {log}; [ $(wc -l < {log}) -lt 3 ] && kill -9 $$; exit 0")
-    assert serve_vllm(policy_folder, python=python) == 0 and log.read_text() == "start\n" * 3
+def test_a_server_is_restarted_until_the_command_is_told_to_stop(tmp_path: Path, policy_folder: str) -> None:
+    """The server is killed but not its child process, then ends with status 0, and then runs."""
+    log = tmp_path / "children"
+    script = f"sleep 600 &\necho $! >> {log}\n"
+    script += f"case $(wc -l < {log}) in 1) kill -9 $$;; 2) exit 0;; *) kill -TERM $PPID; wait;; esac"
+    python = interpreter(tmp_path, script)
+    assert serve_vllm(policy_folder, python=python) == -signal.SIGTERM
+    left, limit = [int(pid) for pid in log.read_text().split()], time.monotonic() + 10
+    while any(is_running(pid) for pid in left) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert len(left) == 3 and not any(is_running(pid) for pid in left)
     log.unlink()
-    assert serve_vllm(policy_folder, python=python, restarts=0) == -9 and log.read_text() == "start\n"
+    assert serve_vllm(policy_folder, python=python, restarts=0) == -9 and len(log.read_text().split()) == 1
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; an ended process may stay until its parent asks for it."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_sigterm_ends_the_server_too(tmp_path: Path, policy_folder: str) -> None:

@@ -5,10 +5,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from engine_draws import ENDS, EPISODES, PROMPTS, adapted, as_lists, change, close, draw
 from small_server import BASE, SmallServer, serving
-from tiny_models import EOS, VOCABULARY, random_rows
-from torch import Tensor
+from tiny_models import EOS, VOCABULARY
 from transformers import AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -28,55 +27,11 @@ from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.decoding import Mixture
-from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
+from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
-from rlhf_lightning.sampling.hand_over import Probe, write_server_folder
+from rlhf_lightning.sampling.hand_over import Probe
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.slot_engine import SlotEngine, load_engine
-
-PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(9, seed=5, prompt=9)]
-EPISODES = torch.arange(20, 29)
-ENDS = (EOS, *range(20, 34))
-
-
-@pytest.fixture(scope="module")
-def policy(policy_folder: str) -> CausalLM:
-    return load_policy(policy_folder).requires_grad_(False).eval()
-
-
-@pytest.fixture
-def server(policy_folder: str) -> Iterator[SmallServer]:
-    with serving(policy_folder) as running:
-        yield running
-
-
-def draw(engine: SamplingEngine, policy: CausalLM, ends: tuple[int, ...] = ENDS, **settings: Any) -> Completions:
-    chosen = SamplingSettings(**({"max_new_tokens": 12, "temperature": 0.9} | settings))
-    return engine.sample(policy, PROMPTS, EPISODES, chosen, 7, ends)
-
-
-def as_lists(drawn: Completions) -> list[list[int]]:
-    return [ids.tolist() for ids in drawn.ids]
-
-
-def adapted(folder: str) -> CausalLM:
-    model = load_policy(folder, lora=LoraSettings(r=4))
-    change(model, 1)
-    return model
-
-
-def change(model: CausalLM, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=generator, std=0.1)
-
-
-def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-
 
 # -- generate ---------------------------------------------------------------------------------------------------------
 
@@ -179,34 +134,6 @@ def test_the_api_key_is_read_from_the_environment(
         RemoteEngine(server.url, BASE, api_key="SMALL_SERVER_KEY")
 
 
-def test_sampling_survives_a_server_restart(policy: CausalLM, policy_folder: str) -> None:
-    def again() -> None:
-        time.sleep(0.5)
-        with serving(policy_folder, port=port):
-            back.wait(60)
-
-    with serving(policy_folder) as small:
-        port = int(small.url.rpartition(":")[2])
-        engine = RemoteEngine(small.url, BASE, retries=8, wait=0.1)
-        before = draw(engine, policy)
-    back = threading.Event()
-    thread = threading.Thread(target=again)
-    thread.start()
-    after = draw(engine, policy)
-    back.set()
-    thread.join()
-    assert [ids.tolist() for ids in before.ids] == [ids.tolist() for ids in after.ids]
-
-
-def test_a_dead_server_fails_within_the_retry_limit(policy: CausalLM, policy_folder: str) -> None:
-    with serving(policy_folder) as small:
-        url = small.url
-    started = time.monotonic()
-    with refused("server-silent", "gave no answer in 3 attempts; the last: ", "refused"):
-        draw(RemoteEngine(url, BASE, requests=2, retries=2, wait=0.05), policy)
-    assert time.monotonic() - started < 2
-
-
 def spoilt(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     def spoil(answer: dict[str, Any]) -> dict[str, Any]:
         answer["choices"][0].update(changes)
@@ -291,26 +218,6 @@ def test_a_changed_adapter_is_sent_to_the_server(policy_folder: str, server: Sma
     assert server.bodies()[-1]["model"] == BASE
 
 
-def test_runs_of_one_process_share_a_server(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
-    for _ in range(2):
-        draw(RemoteEngine(server.url, BASE, str(tmp_path / "adapters")), adapted(policy_folder))
-    assert len(server.models) == 3
-
-
-def test_a_restarted_server_gets_its_adapters_again(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
-    model, engine = adapted(policy_folder), RemoteEngine(server.url, BASE, str(tmp_path / "adapters"))
-    first = draw(engine, model)
-    server.models = {BASE: server.models[BASE]}
-    with pytest.warns(UserWarning, match="was started again"):
-        assert as_lists(draw(engine, model)) == as_lists(first)
-    server.models = {BASE: server.models[BASE]}
-    change(model, 2)
-    second = draw(engine, model)  # the version before is unknown to the server, and is not unloaded
-    close(second.logprobs, scored(model, PROMPTS, second.ids, 0.9))
-    with refused("server-refused", "404"):
-        draw(RemoteEngine(server.url, "another", retries=0), load_policy(policy_folder).requires_grad_(False))
-
-
 def test_weights_that_cannot_be_synced_are_refused(policy_folder: str, server: SmallServer, tmp_path: Path) -> None:
     with refused("no-shared-folder", "train an adapter (lora)"):
         draw(RemoteEngine(server.url, BASE), load_policy(policy_folder))
@@ -334,18 +241,6 @@ def test_adapter_versions_stay_registered_while_needed(policy_folder: str, serve
 
 
 # -- full weights, and the probe --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tied(policy_folder: str, tmp_path: Path) -> tuple[CausalLM, Path]:
-    """Return a policy whose head is tied to its embeddings, and the folder that servers start from."""
-    model = load_policy(policy_folder)
-    config = model.model.config
-    config.tie_word_embeddings = True
-    model.model.tie_weights()
-    assert model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
-    folder = write_server_folder(model.model, AutoTokenizer.from_pretrained(policy_folder), tmp_path / "server")
-    return model, folder
 
 
 def nudge(model: CausalLM, size: float = 0.05) -> None:
@@ -409,23 +304,9 @@ def test_a_stale_adapter_or_another_model_is_detected(policy_folder: str, server
 )  # fmt: skip
 def test_an_incomplete_probe_response_is_refused(choices: list[tuple[Any, str]]) -> None:
     answer = {"choices": [{"index": at, "logprobs": {"top_logprobs": [{name: -1.0}]}} for at, name in choices]}
-    server: Any = SimpleNamespace(url="http://host", post=lambda route, body: answer, shown=str)
+    server: Any = SimpleNamespace(url="http://host", shown=str)
     with refused("server-answer-unusable", "http://host answered the probe"):
-        Probe(0.1, sequences=2).ask(server, BASE, torch.zeros(2, 3), 90)
-
-
-def test_a_dead_server_is_dropped_with_a_warning(policy: CausalLM, policy_folder: str) -> None:
-    expected = None
-    with serving(policy_folder) as one, serving(policy_folder) as two:
-        urls = [one.url, two.url]
-        expected = draw(RemoteEngine(urls, BASE), policy)
-        assert {len(server.bodies()) for server in (one, two)} <= {4, 5}
-        engine = RemoteEngine([one.url, "http://127.0.0.1:1", two.url], BASE, retries=0)
-        with pytest.warns(UserWarning, match="left out from now on, and its prompts go to 2 other servers"):
-            found = draw(engine, policy)
-        assert as_lists(found) == as_lists(expected) and [server.url for server in engine.servers] == urls
-    with refused("server-silent", "gave no answer"):
-        draw(engine, policy)
+        Probe(0.1, sequences=2).read(server, answer, torch.zeros(2, 3), 90)
 
 
 # -- servers that know text alone -------------------------------------------------------------------------------------

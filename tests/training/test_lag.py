@@ -1,9 +1,7 @@
 """Test rollouts sampled several versions ahead: their policy, bit-identical resume, and resampling by a new worker."""
 
-import contextlib
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +9,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import refused
-from small_server import BASE, serving
+from small_server import BASE, serving, started_worker
 from tiny_models import MetricsLog, quiet_trainer, weights_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from rlhf_lightning import modules
 from rlhf_lightning.commands import rollout_worker
-from rlhf_lightning.commands.web_server import listen, served
 from rlhf_lightning.data import PromptDataModule
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.sampling import worker_engine
+from rlhf_lightning.sampling import worker_engine, worker_process
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
 from rlhf_lightning.sampling.worker_engine import WorkerEngine
-from rlhf_lightning.sampling.worker_process import JobRunner
 from rlhf_lightning.types import Rollout
 
 ROLLOUTS = 5
@@ -168,15 +164,6 @@ def test_workers_split_the_prompts_and_report_failures(policy_folder: str, promp
         train(module_of(policy_folder, engine=engine), data_of(prompts, tmp_path, rollouts=1))
 
 
-@contextlib.contextmanager
-def started_worker(folder: Path, key: str | None = None) -> Iterator[str]:
-    """Serve a rollout worker from a thread; yield its address."""
-    folder.mkdir(exist_ok=True)
-    app = rollout_worker.make_app(JobRunner(folder, "cpu", ()), key)
-    with served(app, listen("127.0.0.1", 0)) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the times that trainer and worker wait for each other."""
@@ -205,6 +192,27 @@ def test_a_worker_at_an_address_samples_the_same_episodes(
             train(module_of(policy_folder, engine=unkeyed, **settings), data_of(prompts, tmp_path))
         engine = WorkerEngine(addresses=[address], shared_folder=str(folder), api_key="WORKER_KEY")
         check_equal(here, train(module_of(policy_folder, engine=engine, **settings), data_of(prompts, tmp_path)))
+
+
+def test_a_worker_loads_the_policy_again_only_if_weights_must_be_reset(
+    policy_folder: str, prompts: str, tmp_path: Path, impatient: None, monkeypatch: Any
+) -> None:
+    loaded: list[str] = []
+    load = worker_process.load_policy
+    monkeypatch.setattr(worker_process, "load_policy", lambda *given: (loaded.append(given[0]), load(*given))[1])
+
+    class TrainsEmbeddings(Recorded):
+        def load_models(self) -> None:
+            super().load_models()
+            self.policy.model.model.layers.requires_grad_(False)
+
+    settings = {"init_from": policy_folder, "scorer": lengths, "max_new_tokens": 6, "kl_coef": 0.0, "ppo_epochs": 1}
+    with started_worker(tmp_path / "shared") as address:
+        for kind, loads in ((Recorded, 1), (Recorded, 1), (TrainsEmbeddings, 2), (TrainsEmbeddings, 2), (Recorded, 2)):
+            engine = WorkerEngine(addresses=[address], shared_folder=str(tmp_path / "shared"))
+            data = data_of(prompts, tmp_path, rollouts=2)
+            check_equal(train(kind(engine=engine, **settings), data), train(kind(**settings), data))
+            assert len(loaded) == loads
 
 
 def test_a_silent_address_is_left_out_until_it_answers(
