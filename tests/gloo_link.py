@@ -42,7 +42,10 @@ class GlooEngine(RemoteEngine):
 class Receiver:
     """A server's end: one worker, which refuses requests in another order than vLLM's."""
 
-    ROUTES = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
+    ROUTES = (
+        "/shutdown_weight_transfer_engine", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+        "/finish_weight_update",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.group: Any = None
@@ -50,7 +53,9 @@ class Receiver:
         self.lost: str | None = None  # name of a tensor that is received and not loaded
 
     def answer(self, route: str, body: Mapping[str, Any], model: torch.nn.Module) -> tuple[int, Any]:
-        if route == "/init_weight_transfer_engine":
+        if route == "/shutdown_weight_transfer_engine":
+            self.group = None
+        elif route == "/init_weight_transfer_engine":
             info = body["init_info"]
             store = dist.TCPStore(info["master_address"], info["master_port"], is_master=False, timeout=TIMEOUT)
             self.group = dist.ProcessGroupGloo(store, info["rank_offset"], info["world_size"], TIMEOUT)

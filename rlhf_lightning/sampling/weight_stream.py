@@ -154,6 +154,7 @@ class NCCLHandOver(StreamHandOver):
             if server.url in self._links:
                 continue
             link = self.link(server.get("/get_world_size")["world_size"], device)
+            server.post("/shutdown_weight_transfer_engine", {})  # leaves the group of a trainer that has ended
             joining = Threads(1).submit(link.join)
             server.post("/init_weight_transfer_engine", {"init_info": {**link.init_info}}, retries=0)
             joining.result(server.timeout)

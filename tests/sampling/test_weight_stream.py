@@ -41,9 +41,19 @@ def test_streamed_weights_are_those_that_sample(policy_folder: str) -> None:
         for server in (one, two):
             control = [route for route, _ in server.requests if route not in ("/v1/completions", "/weight_info")]
             update = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
-            assert control == ["/get_world_size", "/init_weight_transfer_engine", *3 * ["/pause", *update, "/resume"]]
+            opened = ["/get_world_size", "/shutdown_weight_transfer_engine", "/init_weight_transfer_engine"]
+            assert control == [*opened, *3 * ["/pause", *update, "/resume"]]
             names = server.bodies("/update_weights")[0]["update_info"]["names"]
             assert names == list(model.model.state_dict())
+
+
+def test_a_resumed_trainer_connects_again(policy_folder: str) -> None:
+    model = load_policy(policy_folder)
+    with serving(policy_folder) as server:
+        for _ in range(2):
+            draw(GlooEngine(server.url, BASE), model)
+            nudge(model)
+        assert len(server.bodies("/update_weights")) == 2
 
 
 def test_a_tensor_that_is_not_loaded_is_detected(policy_folder: str) -> None:
