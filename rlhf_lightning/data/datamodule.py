@@ -36,7 +36,7 @@ from rlhf_lightning.data.streaming import RowStream, StreamLoader
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.errors import SettingError, StateError
 from rlhf_lightning.loading import cache_folder
-from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of
+from rlhf_lightning.tokenization import PINNED_DATE, facts_of, template_args_of, tokenizer_fingerprint
 from rlhf_lightning.types import MicroBatchLimits, Prompt, RankedBatch, Step
 
 MOST_WORKERS = 1024
@@ -228,14 +228,15 @@ class AlignmentDataModule(AttachedDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Encode and cache the rows. Runs in one process per node, and sets no attributes."""
+        hashed = tokenizer_fingerprint(self.tokenizer)
         for part in self.parts().values():
-            part.store(self.tokenizer, self.cache_dir)
+            part.store(self.tokenizer, hashed, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Memory-map the encoded rows, and print the counts of the data."""
         self._agree_on_snapshots()
-        parts = self.parts()
-        self.stores = {name: part.store(self.tokenizer, self.cache_dir) for name, part in parts.items()}
+        parts, hashed = self.parts(), tokenizer_fingerprint(self.tokenizer)
+        self.stores = {name: part.store(self.tokenizer, hashed, self.cache_dir) for name, part in parts.items()}
         self.store = self.stores.get("train") or RowStore.build([], Report())
         self.eval_store = self.stores.get("eval", self.store)
         self.train_rows = np.arange(len(self.store))
@@ -243,7 +244,7 @@ class AlignmentDataModule(AttachedDataModule, ABC):
         if self.eval_rows:
             self.held_out = held_out_rows(self.store.arrays["group"], self.eval_rows, self.seed)
             self.train_rows = np.setdiff1d(self.train_rows, self.held_out)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._fingerprint(hashed)
         if self.streaming:
             encoder = self._encoder(self.train_prefix)
             self.stream = RowStream(self.tokenizer, encoder, self.sources, self.seed, self.shuffle)
@@ -290,15 +291,14 @@ class AlignmentDataModule(AttachedDataModule, ABC):
             "--data.as_chat true puts each into a user turn, as an instruction-tuned model expects."
         )
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, tokenizer: str) -> str:
         encoder = self._encoder(self.train_prefix)
         # An environment, like a scorer, may be fixed during a run; it does not determine the order of rows.
         encoder = replace(encoder, read=getattr(encoder.read, "rows_of", encoder.read))
-        part = Part(self.sources, self.rows, encoder)
         weights = [source.weight for source in self.sources]
         order = [self.batch_size, self.shuffle, self.drop_last, self.seed, self.eval_rows, self.stream_steps, weights]
         content = source_stamp if self.streaming else source_fingerprint
-        return hash_of(part.fingerprint(self.tokenizer, content), order)
+        return hash_of(Part(self.sources, self.rows, encoder).fingerprint(tokenizer, content), order)
 
     def parts(self) -> dict[str, Part]:
         """Return the parts to encode before training, by name: ``train``, ``eval``, and those that a subclass adds."""

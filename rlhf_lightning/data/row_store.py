@@ -1,9 +1,9 @@
 """Encoded rows as a few flat arrays: written once, cached by content, and memory-mapped by every rank.
 
 Row ``r`` owns the sequences ``first[r] .. first[r + 1] - 1``: its prompt, then its completions. Sequence ``s`` owns the
-ids ``bounds[s] .. bounds[s + 1] - 1``. ``slots`` holds the numbers of each row, row by row. There is no padding. A
-folder holds one ``.npy`` file per array, and the `Report`. It is written under a temporary name and then renamed, so it
-is complete or absent.
+ids ``bounds[s] .. bounds[s + 1] - 1``. ``tokens`` counts the supervised tokens of each row. ``slots`` holds the numbers
+of each row, row by row. There is no padding. A folder holds one ``.npy`` file per array, and the `Report`. It is
+written under a temporary name and then renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
 from rlhf_lightning.loading import cache_folder
-from rlhf_lightning.tokenization import all_cores, tokenizer_fingerprint
+from rlhf_lightning.tokenization import all_cores
 from rlhf_lightning.workers import in_forks
 
 ARRAYS = {
     "ids": np.int32, "supervised": np.bool_, "bounds": np.int64, "first": np.int64, "ranks": np.int32,
     "target": np.float32, "margin": np.float32, "weight": np.float32, "source": np.int32, "group": np.int64,
-    "records": np.uint8, "record_bounds": np.int64, "slots": np.float32,
+    "tokens": np.int32, "records": np.uint8, "record_bounds": np.int64, "slots": np.float32,
 }  # fmt: skip
 OF_A_ROW = ("target", "margin", "weight", "source", "group")
 BOUNDS = {"bounds": "ids", "first": "ranks", "record_bounds": "records"}
@@ -70,9 +70,7 @@ class RowStore:
         self.has_completions = counts > 0
         self.lengths = np.maximum(counts, 1) * (self.prompt_lengths + longest)
         self.shared_lengths = self.prompt_lengths + (np.add.reduceat(answers, prompts) if len(prompts) else 0)
-        ends = np.concatenate([[0], np.cumsum(arrays["supervised"], dtype=np.int64)])
-        starts = self.bounds[self.first]
-        self.tokens = ends[starts[1:]] - ends[starts[:-1]]
+        self.tokens = arrays["tokens"]  # stored, so that a start from the cache reads no ids
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -81,13 +79,14 @@ class RowStore:
     def build(cls, rows: Iterable[EncodedRow], report: Report) -> RowStore:
         """Build a store from encoded rows."""
         ids, supervised, records = array("i"), bytearray(), bytearray()
-        values: dict[str, list[Any]] = {name: [] for name in ("ranks", "slots", *OF_A_ROW)}
+        values: dict[str, list[Any]] = {name: [] for name in ("ranks", "slots", "tokens", *OF_A_ROW)}
         values |= {"bounds": [0], "record_bounds": [0], "first": [0]}
         slots = tuple[str, ...]()
         for row in rows:
             slots = tuple(row.slots)
             values["slots"] += row.slots.values()
             values["ranks"] += (-1, *row.ranks)
+            values["tokens"].append(sum(map(sum, row.supervised)))
             for tokens, flags in zip([row.prompt, *row.completions], [None, *row.supervised], strict=True):
                 ids.fromlist(tokens)
                 supervised += bytes(len(tokens)) if flags is None else bytes(flags)
@@ -208,10 +207,13 @@ class Part(NamedTuple):
     def __str__(self) -> str:
         return ", ".join(map(str, self.sources))
 
-    def fingerprint(
-        self, tokenizer: PreTrainedTokenizerBase, content: Callable[[Source], str] = source_fingerprint
-    ) -> str:
-        """Hash everything that determines the encoded rows."""
+    def fingerprint(self, tokenizer: str, content: Callable[[Source], str] = source_fingerprint) -> str:
+        """Hash everything that determines the encoded rows.
+
+        Args:
+            tokenizer: hash of the tokenizer, see `tokenizer_fingerprint`.
+            content: returns the hash of a source.
+        """
         encoder = self.encoder
         limits = [encoder.max_length, encoder.max_prompt_length]
         settings = [encoder.read.__name__, encoder.pairwise, encoder.apart, encoder.as_chat, encoder.rendered, *limits]
@@ -224,7 +226,7 @@ class Part(NamedTuple):
             settings += ["prefix", encoder.prefix]
         renames = [encoder.columns if source.columns is None else source.columns for source in self.sources]
         contents = [[content(s), s.rows, columns] for s, columns in zip(self.sources, renames, strict=True)]
-        return hash_of(FORMAT, tokenizer_fingerprint(tokenizer), settings, contents, self.rows)
+        return hash_of(FORMAT, tokenizer, settings, contents, self.rows)
 
     def blocks(self, tokenizer: PreTrainedTokenizerBase, report: Report) -> Iterator[RowStore]:
         """Read the rows and encode them in forks; yield a store of each chunk.
@@ -241,13 +243,18 @@ class Part(NamedTuple):
             forks = None if isfunction(encoder.read) else 1
             yield from in_forks(partial(_block, tokenizer, encoder, number), chunks, forks)
 
-    def store(self, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None) -> RowStore:
+    def store(self, tokenizer: PreTrainedTokenizerBase, hashed: str, cache_dir: str | None) -> RowStore:
         """Return the encoded rows from the cache, or encode and cache them.
+
+        Args:
+            tokenizer: the policy's tokenizer.
+            hashed: its hash, see `tokenizer_fingerprint`; for a large vocabulary it takes a second.
+            cache_dir: folder of the cache; None takes the default.
 
         Raises:
             DataError: no row can be used.
         """
-        folder = cache_folder(cache_dir) / "rows" / self.fingerprint(tokenizer)
+        folder = cache_folder(cache_dir) / "rows" / self.fingerprint(hashed)
         store = RowStore.load(folder)
         if store is None:
             report = Report()

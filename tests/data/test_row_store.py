@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from rlhf_lightning.data import SFTDataModule, datamodule
 from rlhf_lightning.data.canonical import Report
 from rlhf_lightning.data.prompts import FirstPrompt
 from rlhf_lightning.data.row_store import ARRAYS, Part, RowStore
@@ -77,3 +78,47 @@ def test_an_environment_reads_rows_in_this_process(write_rows, encoded):
 def test_a_store_of_no_rows_is_empty():
     store = RowStore.joined([], Report())
     assert len(store) == 0 and store.arrays["first"].tolist() == store.arrays["bounds"].tolist() == [0]
+
+
+# ---- a start from the cache -----------------------------------------------------------------------------------------
+
+
+def data_of(tokenizer, write_rows, folder):
+    held_out = write_rows(CHATS[:9], "eval.jsonl")
+    made = SFTDataModule(write_rows(CHATS), eval_source=held_out, cache_dir=str(folder))
+    made.tokenizer = tokenizer
+    return made
+
+
+def test_a_start_hashes_the_tokenizer_once_per_hook(tiny_tokenizer, write_rows, tmp_path, monkeypatch):
+    """Hashing takes a second for a large vocabulary; a start with evaluation rows needs the hash five times."""
+    hashed = []
+    original = datamodule.tokenizer_fingerprint
+    monkeypatch.setattr(datamodule, "tokenizer_fingerprint", lambda one: hashed.append(one) or original(one))
+    data = data_of(tiny_tokenizer, write_rows, tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(hashed) == 2
+
+
+def test_a_start_from_the_cache_reads_no_ids(tiny_tokenizer, write_rows, tmp_path):
+    """Token counts are stored: rows of zeros of the same size give the same plan."""
+    first = data_of(tiny_tokenizer, write_rows, tmp_path)
+    first.prepare_data()
+    first.setup("fit")
+    assert first.store.tokens.tolist() == [
+        int(sum(mask.sum() for _, mask, _ in first.store.completions(row))) for row in range(len(first.store))
+    ]
+    for file in tmp_path.rglob("*/supervised.npy"):
+        np.save(file, np.zeros_like(np.load(file)))
+    again = data_of(tiny_tokenizer, write_rows, tmp_path)
+    again.setup("fit")
+    assert again.store.tokens.tolist() == first.store.tokens.tolist() and again.fingerprint == first.fingerprint
+
+
+def test_a_folder_without_token_counts_is_written_again(tiny_tokenizer, write_rows, tmp_path):
+    first = data_of(tiny_tokenizer, write_rows, tmp_path)
+    first.prepare_data()
+    removed = [file.unlink() for file in tmp_path.rglob("*/tokens.npy")]
+    data_of(tiny_tokenizer, write_rows, tmp_path).prepare_data()
+    assert len(removed) == len(list(tmp_path.rglob("*/tokens.npy"))) == 2
