@@ -260,13 +260,16 @@ class _Head(NamedTuple):
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = at_least_float32(F.linear(hidden, weight, bias))  # a chunk is large: later operations are in place
         if self.softcap is None:
-            return logits.mul_(self.scale / self.temperature)
+            factor = self.scale / self.temperature
+            return logits if factor == 1 else logits.mul_(factor)
         return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Return the elementwise derivative of `logits` with respect to hidden W^T + bias."""
+    def through(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """Turn a gradient of z, in place, into one of hidden W^T + bias."""
         linear = self.scale / self.temperature
-        return linear if self.softcap is None else linear * (1 - (logits * self.temperature / self.softcap) ** 2)
+        if self.softcap is None:
+            return slope if linear == 1 else slope.mul_(linear)
+        return slope.mul_(linear * (1 - (logits * self.temperature / self.softcap) ** 2))
 
 
 def _logprob_slope(log_softmax: Tensor, targets: Tensor) -> Tensor:
@@ -285,20 +288,23 @@ def _entropy_slope(log_softmax: Tensor) -> Tensor:
 def _store_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, into: list[Tensor | None]
 ) -> Tensor:
-    """Fill one chunk's log-probabilities, entropies and directions, except those that are None; return the logits."""
+    """Fill one chunk's log-probabilities, entropies and directions, except those that are None.
+
+    Return what the backward pass can use again: the log-softmax, or with a softcap the logits, since its slope depends
+    on them.
+    """
     logprobs, entropy, logprob_directions, entropy_directions = into
     logits = head.logits(hidden, weight, bias)
     log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
-    slope = head.slope(logits)
     if logprobs is not None:
         logprobs.copy_(log_softmax.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     if entropy is not None:
         entropy.copy_(-log_softmax.exp().mul_(log_softmax).sum(-1))
     if logprob_directions is not None:
-        logprob_directions.copy_(_logprob_slope(log_softmax, targets).mul_(slope).type_as(weight) @ weight)
+        logprob_directions.copy_(head.through(_logprob_slope(log_softmax, targets), logits).type_as(weight) @ weight)
     if entropy_directions is not None:
-        entropy_directions.copy_(_entropy_slope(log_softmax).mul_(slope).type_as(weight) @ weight)
-    return logits
+        entropy_directions.copy_(head.through(_entropy_slope(log_softmax), logits).type_as(weight) @ weight)
+    return log_softmax if head.softcap is None else logits
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -321,10 +327,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for rows in head.chunks(len(targets)):
             outputs = (logprobs, entropy, logprob_directions, entropy_directions)
             into = [None if x is None else x[rows] for x in outputs]
-            logits = _store_chunk(hidden[rows], weight, bias, targets[rows], head, into)
+            computed = _store_chunk(hidden[rows], weight, bias, targets[rows], head, into)
             if kept is not None:
-                kept[rows] = logits
-            del logits  # frees the memory before the next chunk's are computed
+                kept[rows] = computed
+            del computed  # frees the memory before the next chunk's is computed
         if store:
             ctx.save_for_backward(logprob_directions, entropy_directions)
         elif ctx.trainable:
@@ -355,15 +361,17 @@ def _through_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor
     ]
     for rows in ctx.head.chunks(len(targets)):
         logits = ctx.head.logits(hidden[rows], weight, bias) if kept is None else kept[rows]
-        log_softmax = logits.log_softmax(-1)
-        slope = torch.zeros_like(logits)
+        log_softmax = logits if kept is not None and ctx.head.softcap is None else logits.log_softmax(-1)
+        slopes = []
         if grad_logprobs is not None:
-            slope.add_(_logprob_slope(log_softmax, targets[rows]).mul_(grad_logprobs[rows, None]))
+            slopes.append(_logprob_slope(log_softmax, targets[rows]).mul_(grad_logprobs[rows, None]))
         if grad_entropy is not None:
-            slope.add_(_entropy_slope(log_softmax).mul_(grad_entropy[rows, None]))
-        slope = slope.mul_(ctx.head.slope(logits)).type_as(weight)  # now with respect to hidden W^T + bias
-        _add_chunk(grads, rows, slope, hidden[rows], weight)
-        del logits, log_softmax, slope  # frees the memory before the next chunk's are computed
+            slopes.append(_entropy_slope(log_softmax).mul_(grad_entropy[rows, None]))
+        if not slopes:
+            continue
+        slope = slopes[0] if len(slopes) == 1 else slopes[0].add_(slopes[1])
+        _add_chunk(grads, rows, ctx.head.through(slope, logits).type_as(weight), hidden[rows], weight)
+        del logits, log_softmax, slopes, slope  # frees the memory before the next chunk's are computed
     return tuple(None if g is None else g.type_as(x) for g, x in zip(grads, inputs, strict=True))
 
 
@@ -372,7 +380,9 @@ def _add_chunk(grads: list[Tensor | None], rows: slice, slope: Tensor, hidden: T
     grad_hidden, grad_weight, grad_bias = grads
     if grad_hidden is not None:
         grad_hidden[rows] = slope @ weight
-    if grad_weight is not None:
+    if grad_weight is not None and grad_weight.dtype == slope.dtype:
+        grad_weight.addmm_(slope.T, hidden)  # without a second matrix of the head's size
+    elif grad_weight is not None:
         grad_weight += slope.T @ hidden
     if grad_bias is not None:
         grad_bias += slope.sum(0)
