@@ -116,20 +116,28 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class TokenClock:
-    """Tokens per second between two logged steps, including the time of anything in between, such as a validation."""
+    """Tokens per second between two logged steps, including the time of anything in between, such as a validation.
+
+    Attributes:
+        read: tokens that this rank has forwarded and trained on, with prompts; 0 if the objective does not count them.
+    """
 
     def __init__(self) -> None:
-        self._mark: tuple[float, int] | None = None
+        self.read = 0
+        self._mark: tuple[float, int, int] | None = None
 
-    def since_last(self, tokens: int) -> float | None:
-        """Return the tokens per second since the last call.
+    def since_last(self, tokens: int) -> tuple[float, float] | None:
+        """Return the run's tokens and this rank's ``read`` tokens, per second since the last call.
 
         Args:
             tokens: tokens of the run so far.
         """
-        now, mark = time.perf_counter(), self._mark
-        self._mark = (now, tokens)
-        return None if mark is None or tokens <= mark[1] else (tokens - mark[1]) / max(now - mark[0], 1e-9)
+        now, mark = (time.perf_counter(), tokens, self.read), self._mark
+        self._mark = now
+        if mark is None or tokens <= mark[1]:
+            return None
+        seconds = max(now[0] - mark[0], 1e-9)
+        return (tokens - mark[1]) / seconds, (self.read - mark[2]) / seconds
 
 
 def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -809,12 +809,13 @@ class AlignmentModule(LightningModule):
 
     def performance(self) -> dict[str, float]:
         """Return the speed since the last call as metrics. Only loggers get them, since they differ between runs."""
-        speed = self.speed.since_last(self.tokens)
-        if speed is None:
+        found, world = self.speed.since_last(self.tokens), self.trainer.world_size
+        if found is None:
             return {}
-        peak = None if self.rollouts else peak_flops(self.device, str(self.trainer.precision))
-        share = {} if peak is None else {"perf/mfu": speed * self.flops_per_token / (peak * self.trainer.world_size)}
-        return {"perf/tokens_per_second": speed, **share}
+        (speed, read), peak = found, peak_flops(self.device, str(self.trainer.precision))
+        each = read * data_ranks(self)[1] / world  # ranks that share a model share its products
+        share = {"perf/mfu": each * self.flops_per_token / peak} if peak and read else {}
+        return {"perf/tokens_per_second": speed, "perf/tokens_per_second_per_device": speed / world, **share}
 
     @cached_property
     def flops_per_token(self) -> float:

@@ -102,6 +102,8 @@ class OfflineModule(AlignmentModule):
         norm = self.update(losses, count)
         self.episodes += step.rows
         self.tokens += step.tokens
+        sequences = (batch.sequences for batch in step.micro_batches if hasattr(batch, "sequences"))
+        self.speed.read += sum(sum(part.lengths) for part in sequences)
         return self.log_training(meter, grad_norm=norm)
 
     def step_losses(self, step: Step[Any], meter: Meter) -> list[Callable[[], Tensor]]:
