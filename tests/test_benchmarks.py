@@ -22,7 +22,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments" / "bench
 import bench as own_bench
 import compare
 import folders
-import gpu_report
 import operations
 import results
 import scaling
@@ -325,17 +324,6 @@ def test_changed_timings_are_marked():
     assert "changed" in changed and "| 2.00 |" in changed
     (same,) = own_bench.compared(records([1.0, 1.2, 0.8]), records([1.1, 0.9, 1.0]))[2:]
     assert "changed" not in same
-
-
-def test_every_gpu_report_cell_is_a_case_on_both_devices():
-    for device, smoke in (("gpu", False), ("cpu", True)):
-        found = gpu_report.cells(device, smoke)
-        assert len(found) == len(gpu_report.CELLS)
-        assert next(iter(found)).startswith("sft_lora, 0.6B, 4096")
-        for case in found.values():
-            steps = int(case.flags[case.flags.index("--steps") + 1])
-            assert len(range(steps)[case.goals[0].steps]) >= 2 and PEER not in case.sides
-    assert PEER in next(iter(gpu_report.cells("gpu", False, has_peer=True).values())).sides
 
 
 # -- start-up ---------------------------------------------------------------------------------------------------------

@@ -192,10 +192,11 @@ class Bench:
             if found[name]
         }
         loads = [record["load"] for runs in found.values() for records in runs.values() for record in records]
-        made_with = [f"- ours and the limit: {spelled(our_versions())}"]
-        made_with += [f"- the peer: {spelled(self.versions(python))}" for python in self.pythons()]
-        made_with += [f"- {machine(self.args.threads)}"]
+        made_with = ["Nothing has run yet."]
         if loads:
+            made_with = [f"- ours and the limit: {spelled(our_versions())}"]
+            made_with += [f"- the peer: {spelled(self.versions(python))}" for python in self.pythons()]
+            made_with += [f"- {machine(self.args.threads)}"]
             made_with += [f"- load of the machine before a run: median {sorted(loads)[len(loads) // 2]:.1f}"]
         self.args.out.write_text(page(self.suite, found, self.args.repeats, made_with, commands), encoding="utf-8")
         print(f"written: {self.args.out}", flush=True)

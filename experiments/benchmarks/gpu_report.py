@@ -4,9 +4,10 @@
     python experiments/benchmarks/gpu_report.py --device cpu --smoke     # the same cells with a tiny model, for a test
 
 No network is needed: weights are random. Each cell trains for a few steps on rows of equal length: by our command, by a
-plain PyTorch + peft loop (SFT only), and by the peer's script if one is given, in turn. A cell takes at most
-``--cell-seconds``; no cell starts after ``--seconds``, and the next call continues with the first missing cell. Stored
-runs are valid while code, command and versions stay the same (see compare.py).
+plain PyTorch + peft loop (SFT only), and by the peer's script if one is given, in turn. The rollouts cell samples
+completions of equal length with each engine of this process. A cell takes at most ``--cell-seconds``; no cell starts
+after ``--seconds``, and the next call continues with the first missing cell. Stored runs are valid while code, command
+and versions stay the same (see compare.py). The page names the missing cells; ``--seconds 0`` only writes it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # Import no large packages here: a child process inherits the peak resident memory of its parent.
-from cases import ALLOCATED, LIMIT, RESIDENT, Case, Goal, Suite
+from cases import ALLOCATED, HALF, LIMIT, RESIDENT, Case, Goal, Suite
 from compare import HERE, Bench
 
 SIZES = {
@@ -38,14 +39,16 @@ normalisation of queries and keys.
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}  # fmt: skip
 CELLS = [
-    ("sft_lora", "0.6B", 4096), ("dpo_lora", "0.6B", 4096), ("grpo_full", "0.6B", 512), ("ppo_lora", "0.6B", 512),
-    ("sft_full", "0.6B", 4096), ("sft_full", "135M", 512), ("sft_lora", "135M", 512), ("dpo_lora", "135M", 512),
-    ("reward_full", "0.6B", 512), ("sft_lora", "4B", 4096), ("sft_lora", "8B", 4096), ("sft_qlora", "8B", 4096),
-    ("dpo_lora", "8B", 4096), ("sft_lora", "0.6B", 16384), ("sft_lora", "8B", 16384),
+    ("sft_lora", "0.6B", 4096), ("dpo_lora", "0.6B", 4096), ("rollouts", "0.6B", 256), ("grpo_full", "0.6B", 512),
+    ("ppo_lora", "0.6B", 512), ("sft_full", "0.6B", 4096), ("sft_full", "135M", 512), ("sft_lora", "135M", 512),
+    ("dpo_lora", "135M", 512), ("reward_full", "0.6B", 512), ("sft_lora", "4B", 4096), ("sft_lora", "8B", 4096),
+    ("sft_qlora", "8B", 4096), ("dpo_lora", "8B", 4096), ("sft_lora", "0.6B", 16384), ("sft_lora", "8B", 16384),
 ]  # fmt: skip
 """Stage and training mode, model size, tokens per row; most important first."""
 BATCH_TOKENS = 65536
 STEPS, WARM = 6, slice(2, None)
+ENGINES = {"slots": "SlotEngine", "generate": "GenerateEngine", "continuous batching": "ContinuousBatchingEngine"}
+"""Sides of the rollouts cell, and their engines."""
 
 
 def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
@@ -53,6 +56,9 @@ def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
     found = {}
     for name, size, length in CELLS:
         stage, _, kind = name.partition("_")
+        if stage == "rollouts":
+            found[f"{name}, {size}, {length} tokens"] = rollouts_cell(size, length, smoke)
+            continue
         rolls, length_now = stage in ("grpo", "ppo"), 48 if smoke else length
         batch = 4 if smoke else (64 if rolls else max(BATCH_TOKENS // length, 2))
         steps = 3 if smoke else STEPS
@@ -66,13 +72,22 @@ def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
         settings += ["model.activation_checkpointing=true"] if length > 4096 or size in ("4B", "8B") else []
         quantized = ["--quantization", "nf4"] if kind == "qlora" else []
         own += [*quantized, *(["--set", *settings] if settings else [])]
-        limit = tuple(shared[-1:]) if "--lora" in shared else ()
+        limit = (("--lora",) if "--lora" in shared else ()) if stage == "sft" and not quantized else None
+        goal = Goal("", steps=slice(1, None) if smoke else WARM, share=None if limit is None else 0.0)
         found[f"{name}, {size}, {length} tokens"] = Case(
-            stage, (Goal("", steps=slice(1, None) if smoke else WARM),), tuple(shared), {"ours": tuple(own)},
-            limit if stage == "sft" and not quantized else None, f"{'tiny' if smoke else size}:{length_now}",
-            has_peer=has_peer,
+            stage, (goal,), tuple(shared), {"ours": tuple(own)}, limit, f"{'tiny' if smoke else size}:{length_now}",
+            None if rolls else HALF, has_peer,
         )  # fmt: skip
     return found
+
+
+def rollouts_cell(size: str, length: int, smoke: bool) -> Case:
+    """Return the cell that samples ``length`` tokens for each prompt with every engine."""
+    model, steps = ("tiny:48", 3) if smoke else (f"{size}:512", STEPS)
+    flags = ("--batch", "4" if smoke else "64", "--length", "8" if smoke else str(length), "--steps", str(steps))
+    goals = tuple(Goal(side, side, steps=slice(1, None) if smoke else WARM) for side in ENGINES)
+    sides = {side: ("--engine", engine) for side, engine in ENGINES.items()}
+    return Case("rollouts", goals, flags, sides, model=model, has_peer=False)
 
 
 class Report(Bench):
@@ -106,14 +121,17 @@ class Report(Bench):
         return self.model_of(case, "") / f"rows_{case.model.partition(':')[2]}.jsonl"
 
     def command(self, name: str, side: str) -> list[str]:
-        """Return the command line of a side; the plain loop is in this file."""
+        """Return the command line of a side; the plain loop and the sampling of rollouts are in this file."""
+        case = self.cases[name]
+        script = [sys.executable, str(HERE / "gpu_report.py"), "--device", self.args.device]
+        if case.stage == "rollouts":
+            return [*script, "--sample", str(self.model_of(case, side)), *case.flags, *case.ours[side]]
         if side != LIMIT:
             return super().command(name, side)
-        case = self.cases[name]
         kept = dict(zip(case.flags, case.flags[1:], strict=False))
-        loop = [sys.executable, str(HERE / "gpu_report.py"), "--bare", str(self.model_of(case, side))]
+        loop = [*script, "--bare", str(self.model_of(case, side))]
         figures = ["--steps", kept["--steps"], "--batch", kept["--batch"], "--length", kept["--max-length"]]
-        return [*loop, *figures, "--device", self.args.device, *(["--lora"] if "--lora" in case.flags else [])]
+        return [*loop, *figures, *(["--lora"] if "--lora" in case.flags else [])]
 
     def pythons(self) -> Iterator[Path]:
         """Yield the interpreter of the peer's environment, if one is given."""
@@ -122,6 +140,7 @@ class Report(Bench):
 
     def report(self) -> bool:
         """Run the missing cells within the time limit; return whether all have run."""
+        self.write()
         began = time.monotonic()
         for name, case in self.cases.items():
             for side in case.sides:
@@ -130,7 +149,6 @@ class Report(Bench):
                 if not self.kept(name).get(side):
                     self.run_once(name, side)
                     self.write()
-        self.write()
         return True
 
 
@@ -167,8 +185,6 @@ def write_folder(folder: Path, size: str, length: int) -> None:
 
 def bare(args: argparse.Namespace) -> None:
     """Train with a plain loop on random tokens without padding, and print a line of figures."""
-    import resource
-
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -194,15 +210,61 @@ def bare(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - began, 3))
     tokens = [args.batch * args.length * (step + 1) for step in range(args.steps)]
-    line = {"seconds": seconds, "tokens": tokens, "loss": [float(loss)] * args.steps}
-    line["peak_rss_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
-    if device == "cuda":
-        line["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    print("LIMIT " + json.dumps(line))
+    line = {"seconds": seconds, "tokens": tokens, "loss": [float(loss.detach())] * args.steps, "shared_prompt": False}
+    print("LIMIT " + json.dumps(line | peaks()))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Sample completions of equal length with one engine, a few times, and print a line of figures."""
+    import torch
+
+    from rlhf_lightning.models.roles import load_policy
+    from rlhf_lightning.sampling.engines import SamplingSettings
+    from rlhf_lightning.sampling.slot_engine import load_engine
+    from rlhf_lightning.tokenization import end_token_ids, load_tokenizer
+
+    device = "cuda" if args.device == "gpu" else "cpu"
+    model, engine = load_policy(str(args.sample)).to(device).eval(), load_engine(args.engine)
+    ends, draws = end_token_ids(load_tokenizer(str(args.sample))), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 500, (16 + row,), generator=draws) for row in range(args.batch)]
+    seconds, tokens = [], [0]
+    for step in range(args.steps):
+        began, episodes = time.perf_counter(), torch.arange(args.batch) + step * args.batch
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            drawn = engine.sample(model, prompts, episodes, SamplingSettings(args.length), 0, ends)
+        seconds.append(round(time.perf_counter() - began, 3))
+        tokens.append(tokens[-1] + sum(map(len, drawn.ids)))
+    line = {"seconds": seconds, "tokens": tokens[1:], "loss": [], "batch": args.batch}
+    print("OURS " + json.dumps(line | peaks()))
+
+
+def peaks() -> dict[str, float]:
+    """Return the peak memory of this process, and of the GPU if there is one."""
+    import resource
+
+    import torch
+
+    found = {"peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)}
+    if torch.cuda.is_available():
+        found["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return found
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the missing cells."""
+    args.runs = (args.runs or Path("runs") / ("gpu_report_smoke" if args.smoke else "gpu_report")).absolute()
+    args.out = args.out or (args.runs / "gpu_report.md" if args.smoke else HERE / "gpu_report.md")
+    args.time_limit, args.repeats, args.ppo_python, args.conversations = args.cell_seconds, 1, None, None
+    args.limit_script = HERE / "gpu_report.py"
+    wanted = cells(args.device, args.smoke, args.peer_script is not None)
+    if args.only:
+        wanted = {name: case for name, case in wanted.items() if name.startswith(tuple(args.only))}
+    done = Report(args, wanted).report()
+    print("all cells have run" if done else "time is over: call again for the missing cells, which the page names")
 
 
 def main() -> None:
-    """Run the cells."""
+    """Run the cells, or a part of one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and short rows, to test the report itself")
@@ -214,28 +276,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=None)
-    for hidden in ("--write", "--bare"):
+    for hidden in ("--write", "--bare", "--sample"):
         parser.add_argument(hidden, type=Path, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--size", help=argparse.SUPPRESS)
+    for name in ("--size", "--engine"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     for number in ("--length", "--batch", "--steps"):
         parser.add_argument(number, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write is not None:
         write_folder(args.write, args.size, args.length)
-        return
-    if args.bare is not None:
+    elif args.bare is not None:
         bare(args)
-        return
-    args.runs = (args.runs or Path("runs") / ("gpu_report_smoke" if args.smoke else "gpu_report")).absolute()
-    args.out = args.out or (args.runs / "gpu_report.md" if args.smoke else HERE / "gpu_report.md")
-    args.time_limit, args.repeats, args.ppo_python, args.conversations = args.cell_seconds, 1, None, None
-    args.limit_script = HERE / "gpu_report.py"
-    wanted = cells(args.device, args.smoke, args.peer_script is not None)
-    if args.only:
-        wanted = {name: case for name, case in wanted.items() if name.startswith(tuple(args.only))}
-    done = Report(args, wanted).report()
-    print("all cells have run" if done else "time is over: call again for the missing cells, which the page names")
+    elif args.sample is not None:
+        sample(args)
+    else:
+        measure(args)
 
 
 if __name__ == "__main__":

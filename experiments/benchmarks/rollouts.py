@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from rlhf_lightning import tokenization
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.sampling import engines, generate_engine
+from rlhf_lightning.sampling import drawing, generate_engine, slot_engine
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import GenerateEngine
 from rlhf_lightning.sampling.slot_engine import SlotEngine
@@ -48,8 +48,8 @@ TOPICS = (
 
 
 def ending_at(rate: float, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a variant of `engines.draw` that draws an end token with probability ``rate`` at every position."""
-    drawn_by = engines.draw
+    """Return a variant of `drawing.draw` that draws an end token with probability ``rate`` at every position."""
+    drawn_by = drawing.draw
 
     def draw(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         logits = logits.clone()
@@ -107,8 +107,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, tokenizer = load_policy(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
+    model.sampling_checked = True  # the check expects the model's own distribution
     args.end = tokenization.end_token_ids(tokenizer)[0]
-    engines.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
+    slot_engine.draw = generate_engine.draw = ending_at(1 / args.mean, args.end)
     prompts = prompts_of(tokenizer, args.prompts, args.samples)
     rates: dict[str, list[list[float]]] = {"slots": [], "generate": []}
     for _ in range(args.turns):
