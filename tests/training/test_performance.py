@@ -17,7 +17,7 @@ LAYER = 4 * 32 * 32 + 3 * 32 * 48
 def test_flops_count_every_product_with_a_matrix(policy_folder: str) -> None:
     config = tiny_config()
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 32, 48)
-    head = VOCABULARY * 32  # tied to the embeddings, whose lookup is no product
+    head = VOCABULARY * 32  # tied to the embeddings, whose lookup multiplies nothing
     whole = SFTModule(init_from=policy_folder)
     whole.configure_model()
     assert whole.flops_per_token == 6 * (2 * LAYER + head)
