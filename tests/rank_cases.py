@@ -37,6 +37,7 @@ from rlhf_lightning import modules
 from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.errors import failure_sentence
 from rlhf_lightning.functional.logprobs import chunked_logprobs
+from rlhf_lightning.models import compiling
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.sharding import whole
 from rlhf_lightning.runs import RankWatch
@@ -394,7 +395,8 @@ def train(
     trainer = trainer_of(
         strategy, here()[1], sharding, callbacks=[recorder], precision=precision, accelerator=accelerator
     )
-    with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
+    # Writing kernels takes longer than the training; graphs and their backward passes are the same.
+    with patch.object(compiling, "BACKEND", "aot_eager"), patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
         trainer.fit(module, StepData(steps))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = {"gradients": recorder.gradients, "weights": weights_of(module), "drawn": drawn.completions, "log": logged}

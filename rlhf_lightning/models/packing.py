@@ -244,6 +244,18 @@ def attend_by_block(
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend_in_row(module, query, key, value, packed, **options)
+
+
+@torch.compiler.disable
+def attend_in_row(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: PackedRow, **options: Any
+) -> tuple[Tensor, None]:
+    """Compute the attention of a packed row, by block or by length.
+
+    Compiled layers call it between two graphs: rows have different numbers of blocks, and each number would need a
+    graph of its own.
+    """
     half = half_precision_of(query)
     if half is not None and not options.get("dropout"):
         q, k, v = (part.squeeze(0).transpose(0, 1).to(half) for part in (query, key, value))

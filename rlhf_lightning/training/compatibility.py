@@ -95,10 +95,12 @@ def refused_quantization(strategy: str, quantization: str | None) -> str | None:
     )
 
 
-def refused_compilation(strategy: str, device: str) -> str | None:
-    """Refuse to compile layers with sharding, or without a compiler for the device."""
-    if strategy == SHARDED:
-        return f"compile_layers does not work with {SHARDED}, which shards each layer: set model.compile_layers=false"
+def refused_compilation(strategy: str, device: str, recomputes: bool) -> str | None:
+    """Refuse to compile layers without a compiler for the device, and sharded layers that recompute activations."""
+    if strategy == SHARDED and recomputes:
+        return (
+            f"compile_layers and activation_checkpointing do not work together with {SHARDED}: set one of them to false"
+        )
     missing = missing_compiler(device)
     return None if missing is None else f"{missing}: install one, or set model.compile_layers to false"
 
@@ -205,7 +207,8 @@ def refusals(trainer: Trainer, module: Stage, datamodule: Any = None) -> Iterato
     yield refused_precision(str(trainer.precision))
     yield refused_quantization(kind, module.load_settings.quantization)
     if module.compile_layers:
-        yield refused_compilation(kind, trainer.strategy.root_device.type)
+        recomputes = module.load_settings.activation_checkpointing
+        yield refused_compilation(kind, trainer.strategy.root_device.type, recomputes)
     yield refused_roles(kind, module.critic_kind)
     yield refused_stacked_adapter(kind, module.has_policy, lora, is_adapter(module.init_from))
     together = 1

@@ -44,38 +44,54 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+PIECES = 5
+"""Graphs of a layer on packed rows: the attention of a row runs between them."""
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced, and their backward passes derived, but no kernels are written: that takes most of the time."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
-def test_compiled_layers_give_the_same_gradients(folder: str) -> None:
+@pytest.mark.parametrize(("packs", "most"), [(False, 1), (True, PIECES)])
+def test_compiled_layers_give_the_same_gradients(folder: str, packs: bool, most: int) -> None:
     step = demonstration_step(random_rows(5, seed=3), None)
-    expected = gradients_of_step(SFTModule(init_from=folder), step)
+    expected = gradients_of_step(SFTModule(init_from=folder, pack_rows=packs), step)
     assert graphs() == 0
-    assert_same(gradients_of_step(SFTModule(init_from=folder, compile_layers=True), step), expected, 1e-4, 1e-6)
-    assert graphs() == 1
+    compiled = SFTModule(init_from=folder, compile_layers=True, pack_rows=packs)
+    assert_same(gradients_of_step(compiled, step), expected, 1e-4, 1e-6)
+    assert compiled.packs_rows is packs and graphs() == most
 
 
+@pytest.mark.parametrize(("packs", "most"), [(False, 16), (True, 24)])
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)])
-def test_the_number_of_graphs_does_not_depend_on_shapes(folder: str, lora: Any, quick: None) -> None:
+def test_the_number_of_graphs_does_not_depend_on_shapes(
+    folder: str, lora: Any, packs: bool, most: int, quick: None
+) -> None:
     """A kind of pass depends on: gradient, one row or several, attention mask, active adapters."""
     sizes = [(1, None), (2, 1), (3, None), (4, 2)]
     steps = [preference_step(random_pairs(count, seed=count), micro) for count, micro in sizes]
     assert len({tuple(step.micro_batches[0].sequences.lengths) for step in steps}) == len(steps)
-    settings: dict[str, Any] = {"init_from": folder, "lora": lora, "learning_rate": 1e-2, "adam_eps": 1e-3}
+    settings: dict[str, Any] = {
+        "init_from": folder,
+        "lora": lora,
+        "pack_rows": packs,
+        "learning_rate": 1e-2,
+        "adam_eps": 1e-3,
+    }
     compiled = DPOModule(compile_layers=True, **settings)
     plain = DPOModule(**settings)
     fit(compiled, steps)
     first = graphs()
-    assert 0 < first <= 16 < MOST_GRAPHS
+    assert 0 < first <= most < MOST_GRAPHS
     fit(plain, steps)
     assert_same(weights_of(compiled), weights_of(plain), 1e-4, 1e-5)
 
     more = [preference_step(random_pairs(count, seed=count), None) for count in (5, 6, 7, 8)]
     fit(DPOModule(compile_layers=True, **settings), more)
-    assert graphs() == first  # new shapes, and another model of the same kind
+    # New shapes, and another model of the same kind, which may repeat the graphs on both sides of packed attention.
+    assert graphs() <= first + 2 * packs
 
 
 def test_sampling_runs_uncompiled(folder: str, quick: None) -> None:
@@ -106,9 +122,10 @@ def test_a_missing_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set model.compile_layers to false" in refusal(SingleDeviceStrategy("cpu"), module)
 
 
-def test_sharded_layers_are_not_compiled() -> None:
-    reason = refused_compilation("ModelParallelStrategy", "cpu")
-    assert reason is not None and "does not work with ModelParallelStrategy" in reason
+def test_sharded_layers_that_recompute_activations_are_not_compiled() -> None:
+    reason = refused_compilation("ModelParallelStrategy", "cpu", True)
+    assert reason is not None and "activation_checkpointing do not work together" in reason
+    assert refused_compilation("single", "cpu", True) is refused_compilation("ModelParallelStrategy", "cpu", False)
 
 
 def refusal(strategy: Any, module: Any) -> str:

@@ -95,6 +95,25 @@ def test_multi_turn_training_is_identical_on_two_ranks(
     compare(pool, name, policy_folder, 2, strategy, accumulation, engine="faulty_environment.ManyEnds", **settings)
 
 
+COMPILED = {
+    "padded": ("SFTModule", {"pack_rows": False}),
+    "packed": ("DPOModule", {"lora": LORA}),
+    "rollouts": ("PPOModule", {"critic": "shared"}),
+}
+
+
+@pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
+@pytest.mark.parametrize("family", COMPILED)
+def test_compiled_layers_train_identically_on_two_ranks(
+    pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
+) -> None:
+    """Compiled and sharded, against the same training on one rank without compilation."""
+    name, settings = COMPILED[family]
+    expected = alone(name, policy_folder, repr(settings))
+    given = {"name": name, "folder": policy_folder, "strategy": strategy, "accumulation": accumulation, **settings}
+    assert_equal(pool.run(2, "train", compile_layers=True, **given), expected)
+
+
 @pytest.mark.parametrize(("strategy", "accumulation"), [("fsdp", 4), ("ddp", 1)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_identically_on_two_ranks(
