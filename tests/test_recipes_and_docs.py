@@ -20,7 +20,7 @@ from rlhf_lightning.recipes import resolve_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "rlhf_lightning" / "recipes"
-OVERLAYS = sorted((RECIPES / "hardware").glob("*.yaml"))
+OVERLAYS = sorted(path for room in ("hardware", "optimizer") for path in (RECIPES / room).glob("*.yaml"))
 LOOPS = sorted(RECIPES.rglob("loop*.yaml"))
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path not in [*OVERLAYS, *LOOPS]]
 README = ROOT / "README.md"
@@ -115,7 +115,7 @@ def test_config_matches_the_signatures(path, accepted):
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=relative)
-def test_hardware_overlay_parses_on_top_of_a_config(path, accepted):
+def test_overlay_parses_on_top_of_a_config(path, accepted):
     base = RECIPES / "dpo.yaml"
     accepted(["fit", "--config", str(base), "--config", str(path), *completed_by_the_user(base)])
 

@@ -31,6 +31,7 @@ from rlhf_lightning.planning.memory import BF16, FP32
 from rlhf_lightning.planning.setup import Frozen, Machine, RolloutPlan, Rows, Setup
 from rlhf_lightning.training.compatibility import check, settled_precision
 from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.muon import mark_layers
 from rlhf_lightning.training.optimization import made
 from rlhf_lightning.training.rollout import RolloutModule
 
@@ -164,10 +165,11 @@ def setup_of(module: AlignmentModule, datamodule: Any, trainer: Namespace, assum
 
 
 def optimizer_bytes(module: AlignmentModule) -> float:
-    """Return the bytes of optimizer state per trained weight: AdamW's, or measured on a 1024 x 1024 matrix."""
+    """Return the bytes of optimizer state per trained weight: AdamW's, or measured on a matrix of a layer."""
     if module.optimizer is None:
         return 2 * FP32
     weight = torch.nn.Parameter(torch.zeros(1024, 1024))
+    mark_layers([torch.nn.ParameterList([weight])])
     weight.grad = torch.ones_like(weight)
     optimizer = made(module.optimizer, "optimizer", [weight], (torch.optim.Optimizer,))
     optimizer.step()

@@ -51,7 +51,7 @@ from rlhf_lightning.models.lora import LoraSettings, lora_settings
 from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_of_adapter, resolve_folder, saved_folder
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
-from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.models.sharding import decoder_layers, shard
 from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
@@ -60,6 +60,7 @@ from rlhf_lightning.training import checkpoint_state, optimization, trainer_chec
 from rlhf_lightning.training.compatibility import check, refused_strategy, settled_precision
 from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
+from rlhf_lightning.training.muon import mark_layers
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
@@ -319,11 +320,8 @@ class AlignmentModule(LightningModule):
 
     @property
     def packs_rows(self) -> bool:
-        """Whether sequences are packed into rows: ``pack_rows`` is set and all models support packed layouts.
-
-        Rows are not packed with compiled layers, since the attention blocks of each row would need their own graph.
-        """
-        if not self.pack_rows or self.compile_layers or not self._models_loaded:
+        """Whether sequences are packed into rows: ``pack_rows`` is set and all models support packed layouts."""
+        if not self.pack_rows or not self._models_loaded:
             return False
         models = (*self.children(), *self.frozen_models())
         readers = [model.reads_trees for model in models if hasattr(model, "reads_trees")]
@@ -695,6 +693,7 @@ class AlignmentModule(LightningModule):
         """
         checkpoint_state.refuse_unloaded(self)
         if self.optimizer is not None:
+            mark_layers(layer for model in self._readers(frozen=False) for layer in decoder_layers(model))
             trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
             return optimization.made(self.optimizer, "optimizer", trainable, (Optimizer,))
         groups = optimization.parameter_groups(self, self.weight_decay)

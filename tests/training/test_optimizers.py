@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import refused
 from lightning.pytorch.cli import ReduceLROnPlateau
-from tiny_models import quiet_trainer
+from tiny_models import demonstration_step, fit, quiet_trainer, random_rows
 from tiny_run import BASIC, NumbersDataModule, SlopeModule
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from rlhf_lightning.commands.train import run
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.planning.setup_from_config import optimizer_bytes
+from rlhf_lightning.recipes import resolve_recipe
 from rlhf_lightning.training.checkpoint_state import plain
+from rlhf_lightning.training.muon import MuonAdamW, mark_layers
 
 PLAIN = [part for part in BASIC if part not in ("--model.learning_rate", "0.1")]
 SGD = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--model.optimizer.momentum", "0.5"]
@@ -116,13 +121,85 @@ def test_plan_counts_the_state_of_the_optimizer() -> None:
     )
 
 
+# -- recipes of optimizers --------------------------------------------------------------------------------------------
+
+RECIPES = ("muon", "adamw_8bit", "paged_adamw_8bit")
+STATE = {"muon": 4.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
+"""Bytes of optimizer state per weight of a large matrix."""
+
+
+def optimizer_of(recipe: str) -> Any:
+    """Return the optimizer that a recipe describes, as `model.optimizer` takes it."""
+    text = Path(resolve_recipe(f"recipe:optimizer/{recipe}")).read_text(encoding="utf-8")
+    return yaml.safe_load(text)["model"]["init_args"]["optimizer"]
+
+
+def trained_by(optimizer: Any, folder: str, **settings: Any) -> SFTModule:
+    """Train a tiny model for a few updates."""
+    module = SFTModule(init_from=folder, optimizer=optimizer, lr_schedule="constant", warmup=0.0, **settings)
+    fit(module, [demonstration_step(random_rows(4, seed=seed), None) for seed in range(4)])
+    return module
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_optimizer_recipes_train_and_plan_their_memory(recipe: str, policy_folder: str) -> None:
+    spec = optimizer_of(recipe)
+    if spec["class_path"].startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+    spec["init_args"]["lr"] = 1e-3
+    module = trained_by(spec, policy_folder)
+    plain = trained_by(partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0), policy_folder)
+    before = load_policy(policy_folder).state_dict()
+    for name, weight in module.policy.state_dict().items():
+        moved, expected = ((one - before[name]).flatten() for one in (weight, plain.policy.state_dict()[name]))
+        # Muon's updates have a root mean square of 0.2 lr, AdamW's first ones of about lr.
+        assert 0.15 < float(moved.norm() / expected.norm()) < 1.5, name
+        assert torch.cosine_similarity(moved, expected, dim=0) > 0.5, name
+    assert optimizer_bytes(module) == pytest.approx(STATE[recipe], rel=0.1)
+
+
+def test_muon_takes_matrices_of_layers_and_adamw_the_rest(policy_folder: str) -> None:
+    module = SFTModule(init_from=policy_folder, optimizer=partial(MuonAdamW, lr=1e-3, weight_decay=0.1))
+    module.configure_model()
+    optimizer, names = module.make_optimizer(), {weight: name for name, weight in module.named_parameters()}
+    groups = {group["name"]: [names[weight] for weight in group["params"]] for group in optimizer.param_groups}
+    assert groups["layers"] and all(".layers." in name and "norm" not in name for name in groups["layers"])
+    assert all("embed" in name or "lm_head" in name for name in groups["matrices"]) and groups["matrices"]
+    assert all("norm" in name for name in groups["vectors"]) and groups["vectors"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+    layers, others = nn.Linear(4, 6, bias=False), nn.Linear(4, 6)
+    mark_layers([layers])
+    weights = [*layers.parameters(), *others.parameters()]
+    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    ours = MuonAdamW(weights, lr=0.1, weight_decay=0.1)
+    theirs = [
+        torch.optim.Muon(copies[:1], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(copies[1:2], lr=0.1, weight_decay=0.1),
+        torch.optim.AdamW(copies[2:], lr=0.1, weight_decay=0.0),
+    ]
+    for _ in range(3):
+        for weight, copy in zip(weights, copies, strict=True):
+            weight.grad = torch.randn_like(weight)
+            copy.grad = weight.grad.clone()
+        ours.step()
+        for one in theirs:
+            one.step()
+        for weight, copy in zip(weights, copies, strict=True):
+            torch.testing.assert_close(weight, copy)
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 COSINE = ["--model.lr_scheduler", "CosineAnnealingLR", "--model.lr_scheduler.T_max"]
 
 
-@pytest.mark.parametrize("further", [[], SGD, [*SGD, *COSINE, "16"]])
+MUON = ["--model.optimizer", "rlhf_lightning.training.muon.MuonAdamW", "--model.optimizer.lr", "0.1"]
+EIGHT = ["--model.optimizer", "bitsandbytes.optim.AdamW8bit", "--model.optimizer.lr", "0.1"]
+
+
+@pytest.mark.parametrize("further", [[], SGD, [*SGD, *COSINE, "16"], MUON, EIGHT])
 def test_unchanged_settings_resume_bit_for_bit(further: list[str]) -> None:
     argv = ["fit", *(PLAIN if further else BASIC), *further, "--checkpoint.every_n_updates", "3"]
     argv += ["--trainer.max_epochs", "2", "--checkpoint.keep_last", "null"]
