@@ -1,4 +1,5 @@
-"""Measure learning curves at lag 0, 1, 2 and 4, with and without a correction for the old policy.
+"""Measure learning curves at lag 0, 1, 2 and 4, with and without a correction for the old policy, and at lag 0 and 1
+with lower learning rates.
 
     python experiments/engines/lag.py [--out runs/lag] [--seeds 5] [--minutes 40]
 
@@ -14,7 +15,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -30,10 +31,51 @@ from rlhf_lightning.worlds.assistant import gold_of_conversation, write_world
 HERE = Path(__file__).resolve().parent
 ROLLOUTS, PROMPTS, SAMPLES, LAST = 48, 8, 8, 8
 CORRECTIONS = (None, "sequence_truncate")
-SETTINGS = {"lag 0": (0, None)} | {
-    f"lag {lag}, {correction or 'no correction'}": (lag, correction) for lag in (1, 2, 4) for correction in CORRECTIONS
+BOUND = 0.03
+"""Difference of gold rewards that counts as equal."""
+
+
+class Setting(NamedTuple):
+    """Settings of a run.
+
+    Attributes:
+        lag: ``model.lag``.
+        correction: ``model.sampler_correction``.
+        rate: learning rate.
+        rollouts: number of rollouts; more at lower learning rates, so that lag 0 reaches a similar gold reward.
+        kl_coef: KL penalty coefficient.
+        samples: completions of each held-out prompt after training.
+    """
+
+    lag: int
+    correction: str | None
+    rate: float = 1e-3
+    rollouts: int = ROLLOUTS
+    kl_coef: float = 0.0
+    samples: int = 1
+
+
+CURVES = {"lag 0": Setting(0, None)} | {
+    f"lag {lag}, {correction or 'no correction'}": Setting(lag, correction)
+    for lag in (1, 2, 4)
+    for correction in CORRECTIONS
 }
-"""Lag in rollouts, and ``model.sampler_correction``."""
+"""Settings of the learning curves."""
+
+SMALL = ("lag 0", "lag 1, no correction", "lag 1, sequence_truncate")
+RATES = {"learning rate 1e-3": {}} | {
+    "learning rate 3e-4": {"rate": 3e-4, "rollouts": 3 * ROLLOUTS},
+    "learning rate 3e-4, KL penalty": {"rate": 3e-4, "rollouts": 3 * ROLLOUTS, "kl_coef": 0.04},
+    "learning rate 1e-4": {"rate": 1e-4, "rollouts": 6 * ROLLOUTS},
+}  # fmt: skip
+"""What the settings at lag 0 and 1 are repeated with."""
+
+SETTINGS = CURVES | {
+    f"{name}, {title}": CURVES[name]._replace(samples=4, **changes)
+    for title, changes in RATES.items()
+    if changes
+    for name in SMALL
+}
 
 
 def gold(prompts: list[Prompt], completions: list[str], **columns: Any) -> list[float]:
@@ -77,19 +119,20 @@ def quiet(**settings: Any) -> pl.Trainer:
 
 def trained(name: str, seed: int, policy: str, out: Path) -> dict[str, Any]:
     """Train one setting; return its curve, and the gold reward of one sample of each held-out prompt."""
-    lag, correction = SETTINGS[name]
+    setting = SETTINGS[name]
     started, curve = time.process_time(), Curve()
     data = PromptDataModule(
         str(out / "world" / "prompts_train.jsonl"), batch_size=PROMPTS * SAMPLES, samples_per_prompt=SAMPLES,
-        rollouts=ROLLOUTS, seed=seed, cache_dir=str(out / "cache"),
+        rollouts=setting.rollouts, seed=seed, cache_dir=str(out / "cache"),
     )  # fmt: skip
     module = GRPOModule(
-        init_from=policy, scorer=gold, lag=lag, sampler_correction=correction, max_new_tokens=48, learning_rate=1e-3,
-        lr_schedule="constant", kl_coef=0.0, mini_batch_size=32, seed=seed, self_check=False,
+        init_from=policy, scorer=gold, lag=setting.lag, sampler_correction=setting.correction, max_new_tokens=48,
+        learning_rate=setting.rate, lr_schedule="constant", kl_coef=setting.kl_coef, mini_batch_size=32, seed=seed,
+        self_check=False,
     )  # fmt: skip
     quiet(max_epochs=1, callbacks=[curve]).fit(module, data)
     lines = (out / "world" / "prompts_test.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
+    prompts = [json.loads(line)["prompt"] for line in lines] * setting.samples
     module.eval()
     with torch.no_grad():
         texts = module.answer(prompts, SamplingSettings(48, batch_size=128), seed=1234).texts
@@ -111,6 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lag"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=40.0, help="start no run after this")
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="settings to measure")
     parser.add_argument("--page", type=Path, default=HERE / "lag.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,13 +162,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     policy, results = imitated(out), out / "runs.jsonl"
     for seed in range(arguments.seeds):
-        for name in SETTINGS:
+        for name in arguments.only:
             found = [(one["setting"], one["seed"]) for one in read(results)]
             if (name, seed) not in found and time.monotonic() - begun < 60 * arguments.minutes:
                 row = trained(name, seed, policy, out)
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print({**row, "curve": row["curve"][:: ROLLOUTS // 6]}, flush=True)
+                print({**row, "curve": row["curve"][:: len(row["curve"]) // 6]}, flush=True)
     write_page(read(results), arguments.page)
 
 
@@ -133,7 +177,7 @@ def main() -> None:
 
 def write_page(rows: list[dict[str, Any]], page: Path) -> None:
     """Write the table and the curves; a setting enters with the seeds that lag 0 has too."""
-    own = {name: {row["seed"]: row for row in rows if row["setting"] == name} for name in SETTINGS}
+    own = {name: {row["seed"]: row for row in rows if row["setting"] == name} for name in CURVES}
     base, lines = {seed: row["gold"] for seed, row in own["lag 0"].items()}, []
     figure, panels = pyplot().subplots(1, len(CORRECTIONS), figsize=(9.0, 3.6), sharey=True)
     for name, runs in own.items():
@@ -149,7 +193,7 @@ def write_page(rows: list[dict[str, Any]], page: Path) -> None:
         shown = "" if name == "lag 0" else f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
         lines.append([name, len(paired), f"{early:.3f}", f"{late:.3f}", f"{mean:.3f}", shown])
         curve = torch.tensor([row["curve"] for row in runs.values()]).mean(0)
-        lag, correction = SETTINGS[name]
+        lag, correction, *_ = CURVES[name]
         for panel, other in zip(panels, CORRECTIONS, strict=True):
             if name == "lag 0" or other == correction:
                 panel.plot(curve, label=f"lag {lag}", color=f"C{lag}")
@@ -172,11 +216,44 @@ def write_page(rows: list[dict[str, Any]], page: Path) -> None:
         f"{ROLLOUTS} rollouts of {PROMPTS} prompts with {SAMPLES} completions, two updates for each rollout, learning "
         "rate 1e-3, no KL penalty. The table shows mean gold rewards over seeds: of training rollouts, and after "
         "training of one completion for each of 400 held-out prompts. The last column compares the latter with lag 0 "
-        f"on the same seeds (Student's t over seeds). {len(rows)} runs, {seconds / 60:.0f} minutes of CPU time.\n\n"
-        f"{markdown_table(header, lines)}\n\n![Learning curves]({page.with_suffix('.png').name})\n\n"
+        f"on the same seeds (Student's t over seeds). {len(rows)} runs in all, {seconds / 60:.0f} minutes of CPU time."
+        f"\n\n{markdown_table(header, lines)}\n\n![Learning curves]({page.with_suffix('.png').name})\n\n"
+        "## Lower learning rates\n\n"
+        "The same at lower learning rates, with more rollouts, four completions for each held-out prompt, and with a "
+        "KL penalty of 0.04 to the policy before GRPO. *Moved*: mean change of the gold reward of training rollouts "
+        "from the first 8 to the last 8 at lag 0. Two means count as equal if the 95 % interval of their difference "
+        f"lies within {BOUND:g}.\n\n"
+        f"{rates_table(rows)}\n\n"
         "See also: [exact bias and variance of each correction](corrections.md), and [engines](../../docs/engines.md)."
         "\n"
     ))  # fmt: skip
+
+
+def rates_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of lag 1 by learning rate; a setting enters with the seeds that lag 0 has too."""
+    lines = []
+    for title, changes in RATES.items():
+        names = [f"{name}, {title}" if changes else name for name in SMALL]
+        lag0, *others = ({row["seed"]: row for row in rows if row["setting"] == name} for name in names)
+        if len(lag0) < 2:
+            continue
+        mean, *_ = mean_interval([row["gold"] for row in lag0.values()])
+        moved = [sum(row["curve"][-LAST:]) / LAST - sum(row["curve"][:LAST]) / LAST for row in lag0.values()]
+        line = [title, SETTINGS[names[0]].rollouts, len(lag0), f"{mean:.3f}", f"{sum(moved) / len(moved):+.3f}"]
+        for runs in others:
+            paired = {seed: row["gold"] for seed, row in runs.items() if seed in lag0}
+            if len(paired) < 2:
+                line += ["", ""]
+                continue
+            gap = seed_difference({seed: row["gold"] for seed, row in lag0.items()}, paired)
+            equal = gap.low >= -BOUND and gap.high <= BOUND
+            line += [f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})", "yes" if equal else "no"]
+        lines.append(line)
+    header = [
+        "", "rollouts", "seeds", "lag 0", "moved", "lag 1, no correction, to lag 0", "equal",
+        "lag 1, sequence_truncate, to lag 0", "equal",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import os
 import shlex
 import signal
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,9 @@ from rlhf_lightning.errors import MissingError, check_range
 
 ON_CPU = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384", "--enforce-eager"]
 """Flags for a CPU; with chunked prefill, a request with a seed crashes the CPU worker."""
+
+WATCH_SECONDS = 5.0
+"""Interval and time limit of the health checks of a server, seconds."""
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -93,14 +98,15 @@ def serve_vllm(
     environment.pop("PYTHONPATH", None)  # packages of this environment must not hide vLLM's
     command += shlex.split(arguments)
     print(" ".join(shlex.quote(part) for part in command), flush=True)
-    return _supervised(command, environment, restarts)
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return _supervised(command, environment, restarts, f"http://{reached}:{port}/health")
 
 
-def _supervised(command: Sequence[str], environment: Mapping[str, str], restarts: int) -> int:
+def _supervised(command: Sequence[str], environment: Mapping[str, str], restarts: int, health: str) -> int:
     """Run a server, and start it again when it ends, until this process is told to stop; return its last status.
 
-    The exit status does not tell why it ended: vLLM also returns 0 after its engine process was killed. Engine
-    processes may outlive a killed server, so the server has its own process group, and what remains of it is killed.
+    Engine processes may outlive a killed server, so the server has its own process group, and what remains of it is
+    killed.
     """
     stopped, server = False, None
 
@@ -119,7 +125,7 @@ def _supervised(command: Sequence[str], environment: Mapping[str, str], restarts
             if restart:
                 print(f"the server ended with status {status}; restart {restart} of {restarts}", flush=True)
             server = subprocess.Popen(command, env=environment, process_group=0)
-            status = server.wait()
+            status = _ended(server, health)
             _signal_group(server, signal.SIGKILL)
             if stopped:
                 break
@@ -127,6 +133,27 @@ def _supervised(command: Sequence[str], environment: Mapping[str, str], restarts
         for number, handler in before.items():
             signal.signal(number, handler)
     return status
+
+
+def _ended(server: "subprocess.Popen[bytes]", health: str) -> int:
+    """Wait until a server ends; return its status.
+
+    A vLLM server whose engine process died closes its port, and then waits for requests that nothing answers any more.
+    So a server that has been healthy and no longer is gets killed.
+    """
+    healthy = False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return server.wait(WATCH_SECONDS)
+        try:
+            urllib.request.urlopen(health, timeout=WATCH_SECONDS).close()
+            healthy = True
+        except OSError as error:
+            failed = isinstance(error, urllib.error.HTTPError) or isinstance(
+                getattr(error, "reason", error), ConnectionRefusedError
+            )
+            if healthy and failed:  # a busy server is only late
+                _signal_group(server, signal.SIGKILL)
 
 
 def _signal_group(server: "subprocess.Popen[bytes] | None", number: int) -> None:

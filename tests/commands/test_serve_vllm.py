@@ -5,9 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
+import pytest
+
+from rlhf_lightning.commands import serve_vllm as serve_vllm_file
 from rlhf_lightning.commands.serve_vllm import serve_vllm
+from rlhf_lightning.commands.web_server import listen
 
 
 def interpreter(folder: Path, script: str) -> str:
@@ -30,6 +35,29 @@ def test_a_server_is_restarted_until_the_command_is_told_to_stop(tmp_path: Path,
     assert len(left) == 3 and not any(is_running(pid) for pid in left)
     log.unlink()
     assert serve_vllm(policy_folder, python=python, restarts=0) == -9 and len(log.read_text().split()) == 1
+
+
+def test_a_server_that_closes_its_port_is_restarted(
+    tmp_path: Path, policy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vLLM server without its engine process closes its port, and hangs."""
+    monkeypatch.setattr(serve_vllm_file, "WATCH_SECONDS", 0.2)
+    with closing(listen("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log, server = tmp_path / "starts", tmp_path / "server.py"
+    server.write_text(
+        "import http.server, time\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200)\n"
+        "        self.end_headers()\n"
+        f"with http.server.HTTPServer(('127.0.0.1', {port}), Handler) as server:\n"
+        "    server.handle_request()\n"
+        "time.sleep(600)\n"
+    )
+    python = interpreter(tmp_path, f"echo start >> {log}; exec {sys.executable} {server}")
+    assert serve_vllm(policy_folder, python=python, port=port, restarts=1) == -9
+    assert log.read_text() == "start\n" * 2
 
 
 def is_running(pid: int) -> bool:
