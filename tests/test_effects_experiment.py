@@ -98,7 +98,9 @@ def test_weak_labels_follow_the_weak_reward_model_alone():
 
 def test_the_gap_recovered_is_a_share_of_the_same_seeds_gap():
     arms_of = {rewards.FLOOR: {0: 0.5, 1: 0.6}, rewards.WEAK: {0: 0.6, 1: 0.65}, rewards.CEILING: {0: 0.9, 1: 0.8}}
-    assert "recovered" in (told := rewards.gap_recovered({"gold": arms_of})) and "0.25 [0.25, 0.25] by gold" in told
+    none = {**arms_of, rewards.FLOOR: {0: 0.9, 1: 0.6}}
+    told = rewards.gap_recovered({"gold": arms_of, "accuracy": none})
+    assert "0.25 [0.25, 0.25] by gold" in told and "undefined by accuracy" in told
 
 
 def test_the_members_of_an_ensemble_are_the_next_seeds(arguments, monkeypatch):

@@ -282,6 +282,9 @@ def gap_recovered(values: dict[str, dict[str, dict[int, float]]]) -> str:
     for measure, arms in values.items():
         seeds = sorted(set.intersection(*(set(found) for found in arms.values())))
         floor, weak, ceiling = (np.array([arms[arm][seed] for seed in seeds]) for arm in (FLOOR, WEAK, CEILING))
+        if (ceiling <= floor).any():
+            told.append(f"undefined by {measure}, since a seed has no gap")
+            continue
         mean, low, high = mean_interval(((weak - floor) / (ceiling - floor)).tolist())
         told.append(f"{mean:.2f} {interval([low, high], 2)} by {measure}")
     return f"Performance gap recovered, (weak labels - weak policy) / (true labels - weak policy): {', '.join(told)}."
