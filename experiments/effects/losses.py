@@ -15,7 +15,6 @@ from arms import (  # in this folder
     Config,
     Effect,
     Panel,
-    against,
     end,
     final,
     from_start,
@@ -169,7 +168,6 @@ EFFECTS = {
         ),
         end,
         (Panel("updates", "KL on training prompts, nats", over_updates("rollout/kl")),
-         Panel("KL on training prompts, nats", "gold reward on training prompts",
-               against("rollout/kl", "rollout/score"))),
+         Panel("updates", "gold reward on training prompts", over_updates("rollout/score"))),
     ),
 }  # fmt: skip
