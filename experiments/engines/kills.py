@@ -152,7 +152,7 @@ def addresses(out: Path, python: str) -> Iterator[Sampler]:
 
 @contextlib.contextmanager
 def servers(out: Path, python: str) -> Iterator[Sampler]:
-    """Yield a vLLM server; a kill hits the server's process or its engine's process."""
+    """Yield a vLLM server; a kill hits the process that answers or the one that computes."""
     server, busy = Service(vllm_command(out / "world" / "policy", python), out / "vllm.log"), list[str]()
 
     def kill(engine: Any, number: int, which: float) -> None:
@@ -297,7 +297,7 @@ def write_page(rows: list[list[Any]], page: Path) -> None:
         "those of the weights that the lag prescribes. *Next weights*: the same for the next version of the weights, "
         "smallest of all rollouts. *Bit-equal*: the completions of all rollouts and the weights after the run.\n\n"
         f"{markdown_table(header, rows)}\n\n"
-        "Half of the server's kills hit the process that answers requests, and half its engine's process, drawn at "
+        "The server's kills hit the process that answers requests or the process that computes, drawn at "
         "random. `rlhf serve-vllm` starts the server again; the trainer registers its adapters again and repeats the "
         "requests with the same seeds.\n\n"
         "See also: [a network that is cut](cut_link.md), and [engines](../../docs/engines.md).\n"
