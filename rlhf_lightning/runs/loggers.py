@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -197,9 +197,8 @@ def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text
 
 def _log_settings(logger: Logger, flat: Mapping[str, Any]) -> None:
     """Log settings. MLflow keeps the first value of a setting, so other values of a resumed run become tags."""
-    experiment: Any = getattr(logger, "experiment", None)
-    run_id = getattr(logger, "run_id", None)
-    if run_id is not None and hasattr(experiment, "set_tag"):
+    if isinstance(logger, MLFlowLogger):
+        experiment, run_id = logger.experiment, logger.run_id
         known = experiment.get_run(run_id).data.params
         for name, value in flat.items():
             if known.get(name, str(value)[:LONGEST]) != str(value)[:LONGEST]:
