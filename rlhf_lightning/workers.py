@@ -293,14 +293,17 @@ class Fork(Generic[Part, Result]):
         self.connection, theirs = multiprocessing.Pipe()
         context: Any = multiprocessing.get_context("fork")
         self.process = context.Process(target=self._serve, args=(theirs,), daemon=True)
-        self.process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a fork never sees Ctrl-C: the parent does
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.give(part)
 
     def _serve(self, connection: Connection) -> None:
         """Process parts until the other side closes the connection."""
         self.connection.close()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' threads do not survive a fork
         gc.freeze()
         with contextlib.suppress(EOFError, OSError):

@@ -6,6 +6,7 @@ Moments are counted in calls of Python functions by a profiler, so they do not d
 import contextlib
 import gc
 import json
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.cli import terminable
 from rlhf_lightning.commands.parsing import in_copied_context
 from rlhf_lightning.errors import TerminatedError
+from rlhf_lightning.workers import in_forks
 
 FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
 RESUMABLE = 75
@@ -369,3 +371,16 @@ def test_a_signal_suppressed_by_a_library_does_not_exit_0(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(objectives, "main", suppresses)
     assert run_with(["objectives"])[0] == 128 + signal.SIGTERM
+
+
+def test_a_fork_ignores_ctrl_c_from_its_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.workers.ALONE", 1)
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+        multiprocessing.util.register_after_fork(work, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert list(in_forks(str, range(8), 2)) == [str(number) for number in range(8)]
+        return 0
+
+    status, said = forked(work, Path("said.txt"))
+    assert status == 0 and "Traceback" not in said, said
