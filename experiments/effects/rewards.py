@@ -35,8 +35,9 @@ from arms import (  # in this folder
 )
 
 from rlhf_lightning.atomic_files import write_lines
+from rlhf_lightning.evaluation.completions import grouped
 from rlhf_lightning.evaluation.differences import mean_interval
-from rlhf_lightning.evaluation.overoptimization import best_of_n_points, policy_points
+from rlhf_lightning.evaluation.overoptimization import best_of_n_by, policy_points
 from rlhf_lightning.evaluation.policies import sample_and_score
 from rlhf_lightning.evaluation.report import interval, write_json
 from rlhf_lightning.evaluation.run_curves import FinishedRun
@@ -128,8 +129,7 @@ def best_of_n(model: Path, arguments: Arguments) -> dict[str, Any]:
         rows = sft_samples(samples, arguments)
         texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
         scores = ask_scorer(LearnedScorer(str(model)), *texts, {}, str(model)).scores.tolist()
-        scored = [{**row, "score": score} for row, score in zip(rows, scores, strict=True)]
-        write_json(kept, best_of_n_points(scored, samples))
+        write_json(kept, best_of_n_by(scores, grouped(rows, samples)))
     return read_record(kept)
 
 

@@ -168,11 +168,6 @@ def samples_of(comparison: "RunComparison") -> list[dict[str, Any]]:
     return [{"prompt": prompt, "sides": sides} for prompt, sides in list(found.items())[:SHOWN_PROMPTS]]
 
 
-def plain(text: str) -> str:
-    """Escape a text so that matplotlib does not parse it as a formula, and shorten it."""
-    return text[:80].replace("$", "\\$")
-
-
 def write_arms(comparison: "RunComparison", folder: Path) -> None:
     """Write each arm as a TensorBoard run: mean curves, settings, and final means with their interval bounds.
 
@@ -205,7 +200,7 @@ def write_arms(comparison: "RunComparison", folder: Path) -> None:
 
 def draw_curves(comparison: "RunComparison", path: Path) -> Path:
     """Draw the curves of all arms, one panel per metric, and return the path."""
-    from rlhf_lightning.evaluation.report import pyplot, save_figure
+    from rlhf_lightning.evaluation.report import plot_text, pyplot, save_figure
 
     metrics = comparison.metrics[:MOST_PANELS]
     columns = min(3, len(metrics))
@@ -218,9 +213,9 @@ def draw_curves(comparison: "RunComparison", path: Path) -> Path:
         for number, arm in enumerate(comparison.arms):
             if (curve := comparison.curve(arm, metric)) is not None:
                 colour, dots = f"C{number % 10}", "o" if len(curve.x) < 12 else ""
-                axis.plot(curve.x, curve.mean, color=colour, label=plain(arm), marker=dots, markersize=3)
+                axis.plot(curve.x, curve.mean, color=colour, label=plot_text(arm), marker=dots, markersize=3)
                 axis.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-        axis.set_title(plain(metric), fontsize=10)
+        axis.set_title(plot_text(metric), fontsize=10)
         axis.set_xlabel(comparison.axis)
         axis.grid(alpha=0.3)
     shown = [pair for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
@@ -235,7 +230,7 @@ def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
     import numpy as np
 
     from rlhf_lightning.evaluation.differences import mean_interval
-    from rlhf_lightning.evaluation.report import pyplot, save_figure
+    from rlhf_lightning.evaluation.report import plot_text, pyplot, save_figure
 
     pair = comparison.frontier()
     assert pair is not None
@@ -249,7 +244,7 @@ def draw_reward_kl(comparison: "RunComparison", path: Path) -> Path:
         colour = f"C{number % 10}"
         axis.plot(curves[0].mean, reward, color=colour, alpha=0.4)
         half = [np.nan_to_num(high - mean) for mean, _, high in ends]
-        axis.errorbar(ends[0][0], ends[1][0], half[1], half[0], "o", color=colour, capsize=3, label=plain(arm))
+        axis.errorbar(ends[0][0], ends[1][0], half[1], half[0], "o", color=colour, capsize=3, label=plot_text(arm))
     axis.set_xlabel(f"{pair[0]}, nats per completion")
     axis.set_ylabel(pair[1])
     axis.grid(alpha=0.3)

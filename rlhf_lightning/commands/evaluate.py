@@ -45,8 +45,9 @@ def evaluate(
     Reports for each model the score and its parts, KL, length, EOS rate, distinct n-grams and pass@k. Compared with the
     baseline it reports the difference of scores, the win rate and the length-controlled win rate. A judge gets every
     pair in both orders; its consistency and position bias are reported. A known gold reward shows over-optimisation of
-    the scorer: best-of-n by score against gold reward, with the fits of Gao et al. (arXiv 2210.10760). Writes
-    report.json, report.md, completions.jsonl and report.html, which shows completions side by side and works offline.
+    the scorer: best-of-n by score against gold reward, with a plot and the fits of Gao et al. (arXiv 2210.10760).
+    Writes report.json, report.md, completions.jsonl and report.html, which shows completions side by side and works
+    offline.
 
     Args:
         models: folders of policies (weights or adapters), .gguf files or hub ids.
@@ -67,6 +68,7 @@ def evaluate(
     """
     from rlhf_lightning.commands.generate import hint_at_template, read_prompts, scorer_beside
     from rlhf_lightning.evaluation.completions import by_prompt, summary, written
+    from rlhf_lightning.evaluation.overoptimization import draw_best_of_n
     from rlhf_lightning.evaluation.report import write_report
     from rlhf_lightning.scoring.scorer import load_gold_reward
 
@@ -98,11 +100,15 @@ def evaluate(
     comparisons = compared(found, samples, sampling.seed, judge, judge_args, question)
     sections = sections_of(summaries, comparisons, names[0], baseline)
     report: dict[str, Any] = {"models": summaries, "comparisons": comparisons}
-    if gold is not None:
-        report["overoptimization"] = overoptimization_of(found, summaries, samples, sampling.seed, baseline)
-        sections += sections_of_gold(report["overoptimization"])
+    pictures: dict[str, Path] = {}
     folder = Path(out)
     write_lines(folder / "completions.jsonl", ({"model": name, **row} for name, rows in found.items() for row in rows))
+    if gold is not None:
+        measured = overoptimization_of(found, summaries, samples, sampling.seed, baseline)
+        report["overoptimization"] = measured
+        sections += sections_of_gold(measured)
+        if measured["best_of_n"]:
+            pictures["Best of n by score"] = draw_best_of_n(measured["best_of_n"], folder / "best_of_n.png")
     settings = {"prompts": prompts, "scorer": scorer, "judge": judge, "gold": gold, "samples": samples,
                 "seed": sampling.seed, "reference": baseline, **sampling.provenance()}  # fmt: skip
     report = {"settings": settings, **report}
@@ -110,7 +116,7 @@ def evaluate(
     notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the page shows {listed}."]
     items = by_prompt(found, samples)[:shown]
     title = "Evaluation of policies"
-    print("\n" + write_report(folder, "evaluate.html.jinja", title, notes, sections, report, items=items))
+    print("\n" + write_report(folder, "evaluate.html.jinja", title, notes, sections, report, pictures, items=items))
     return 0
 
 
@@ -181,11 +187,12 @@ def overoptimization_of(
     reference: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Return best-of-n by score against the gold reward for each model, and a fit over the models by their KL."""
-    from rlhf_lightning.evaluation.overoptimization import best_of_n_points, policy_points
+    from rlhf_lightning.evaluation.completions import grouped
+    from rlhf_lightning.evaluation.overoptimization import FEWEST, best_of_n_points, policy_points
 
     curves = {
-        name: best_of_n_points(rows, samples, seed)
-        for name, rows in found.items() if samples > 2 and "score" in rows[0]
+        name: best_of_n_points(grouped(rows, samples), seed)
+        for name, rows in found.items() if samples >= FEWEST and "score" in rows[0]
     }  # fmt: skip
     kl, gold = ([one[name]["mean"] for one in summaries.values()] for name in ("kl", "gold"))
     return {"best_of_n": curves, "models": policy_points(kl, gold) if reference == next(iter(found)) else None}
@@ -205,13 +212,15 @@ def sections_of_gold(found: Mapping[str, Any]) -> "list[Section]":
         *((f"{name}, best of n", curve) for name, curve in curves.items()),
         *([("models", models)] if models else []),
     ]
+    over_models = ", d (alpha - beta log d) over the models, if these are checkpoints of reinforcement learning"
     note = (
-        "Fitted gain in gold reward, d the square root of the KL: d (alpha - beta d) for best of n, d (alpha - beta "
-        "log d) over the models, if these are checkpoints of reinforcement learning. Empty: the fit has no peak. A "
-        "peak beyond the measured KL is an extrapolation."
+        "Fitted gain in gold reward, d the square root of the KL: d (alpha - beta d) for best of n"
+        f"{over_models if models else ''}. Empty: the fit has no peak. A peak beyond the measured KL is an "
+        "extrapolation."
     )
+    of_samples = "KL from the policy that the completions are samples of, nats."
     tables = [
-        Section("Best of n by score", ["model", "n", "kl", "score", "gold", "fit"], rows, "KL from the model, nats."),
+        Section("Best of n by score", ["model", "n", "kl", "score", "gold", "fit"], rows, of_samples),
         Section(
             "Over-optimisation", ["fit", "alpha", "beta", "KL of the peak"],
             [[name, one["alpha"], one["beta"], one["peak_kl"]] for name, one in fits], note,

@@ -52,6 +52,11 @@ def prompt_numbers(rows: Sequence[Row], samples: int) -> list[int]:
     return [place // samples for place in range(len(rows))]
 
 
+def grouped(rows: Sequence[Row], samples: int) -> list[Sequence[Row]]:
+    """Return the rows of each prompt; the samples of a prompt are adjacent."""
+    return [rows[start : start + samples] for start in range(0, len(rows), samples)]
+
+
 def summary(rows: Sequence[Row], samples: int, correct: float | None = None, seed: int = 0) -> dict[str, Any]:
     """Return the metrics of one policy; means have bootstrap intervals over prompts.
 

@@ -142,6 +142,11 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def plot_text(text: str) -> str:
+    """Escape a text so that matplotlib does not parse it as a formula, and shorten it."""
+    return text[:80].replace("$", "\\$")
+
+
 def save_figure(figure: Any, path: str | Path, **settings: Any) -> Path:
     """Write a figure, close it, and return the path."""
     figure.savefig(path, **{"dpi": 130, **settings})

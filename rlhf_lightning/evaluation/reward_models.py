@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from rlhf_lightning import tokenization
 from rlhf_lightning.evaluation.differences import clustered_difference, mcnemar
@@ -29,6 +30,7 @@ class KnownPair(NamedTuple):
     subset: str
     tied: bool  # the label is a tie
     position: float  # 1 if the file shows chosen first, -1 if second, NaN if its format always puts chosen first
+    styles: tuple[tuple[int, int], ...] = ()  # places of chosen and rejected in lists that are ordered by style
 
 
 def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) -> Score:
@@ -78,21 +80,22 @@ def bag_of_words_margins(pairs: Sequence[KnownPair], seed: int = 0) -> np.ndarra
     """Return margins of a bag of words without prompts: Bradley-Terry on count differences, cross-fitted by rows."""
     words = sorted({word for pair in pairs for text in (pair.chosen, pair.rejected) for word in text.split()})
     place = {word: number for number, word in enumerate(words)}
-    counts = np.zeros((len(pairs), len(words)), dtype=np.float32)
-    for row, pair in enumerate(pairs):
-        for sign, text in ((1, pair.chosen), (-1, pair.rejected)):
-            for word in text.split():
-                counts[row, place[word]] += sign
+    cells = [
+        (sign, row, place[word]) for row, pair in enumerate(pairs)
+        for sign, text in ((1.0, pair.chosen), (-1.0, pair.rejected)) for word in text.split()
+    ]  # fmt: skip
+    signs, rows, columns = zip(*cells, strict=True) if cells else ((), (), ())
+    counts = csr_array((signs, (rows, columns)), shape=(len(pairs), len(words)))  # adds up repeated words
     order = np.random.default_rng(seed).permutation(sorted({pair.row for pair in pairs})).tolist()
     fold_of = {row: number % FOLDS for number, row in enumerate(order)}
     folds = np.array([fold_of[pair.row] for pair in pairs])
     found = np.zeros(len(pairs))
     for fold in range(FOLDS):
         train, weights = counts[folds != fold], np.zeros(len(words))
-        step = 4 / max(float((train**2).sum(1).max(initial=1.0)), 1.0)
+        step = 4 / max(float(train.power(2).sum(1).max(initial=1.0)), 1.0)
         for _ in range(200):  # gradient ascent on the penalised log-likelihood
             p = 1 / (1 + np.exp(np.clip(train @ weights, -30, 30)))
-            weights += step * (train.T @ p / max(len(train), 1) - 1e-3 * weights)
+            weights += step * (train.T @ p / max(train.shape[0], 1) - 1e-3 * weights)
         found[folds == fold] = counts[folds == fold] @ weights
     return found
 
@@ -151,6 +154,28 @@ def best_of_lists(gaps: np.ndarray, pairs: Sequence[KnownPair], lists: dict[int,
         return None
     low, high = map(float, wilson_interval(float(np.mean(wins)), len(wins)))
     return {"accuracy": float(np.mean(wins)), "ci": [low, high], "lists": len(wins), "chance": float(np.mean(chance))}
+
+
+def by_style(gaps: np.ndarray, pairs: Sequence[KnownPair], seed: int = 0) -> dict[str, Any]:
+    """Return the accuracy by the styles of the two completions, as in RM-Bench (Liu et al., arXiv 2410.16184).
+
+    The lists of chosen and rejected completions have the same styles in the same order, from plain to elaborate. Cell
+    (i, j) of the matrix is the accuracy on pairs of chosen style i and rejected style j. ``easy`` is the mean below the
+    diagonal (the chosen completion has the more elaborate style), ``normal`` the mean on the diagonal, and ``hard`` the
+    mean above it. Equal scores count as half right; RM-Bench's own code counts them as wrong. Intervals resample rows.
+
+    Returns:
+        ``easy``, ``normal`` and ``hard``, each as returned by `accuracy`, their mean ``average``, and ``matrix``.
+    """
+    cells = np.array([(place, *cell) for place, pair in enumerate(pairs) for cell in pair.styles])
+    place, chosen, rejected = cells.T
+    found = {
+        level: accuracy(gaps[place[among]], [pairs[one].row for one in place[among]], seed)
+        for level, among in (("easy", chosen > rejected), ("normal", chosen == rejected), ("hard", chosen < rejected))
+    }
+    styles, verdicts = range(int(cells[:, 1:].max()) + 1), right(gaps)[place]
+    matrix = [[float(np.nanmean(verdicts[(chosen == i) & (rejected == j)])) for j in styles] for i in styles]
+    return {**found, "average": float(np.mean([one["accuracy"] for one in found.values()])), "matrix": matrix}
 
 
 def compared(first: np.ndarray, second: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:

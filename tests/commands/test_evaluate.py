@@ -47,6 +47,7 @@ def test_a_gold_reward_gives_best_of_n_and_its_fit(policy_folder, prompts, capsy
     best = [max(rows[start : start + 4], key=lambda row: row["score"])["score"] for start in range(0, 16, 4)]
     assert curve["points"][-1]["score"] == pytest.approx(sum(best) / 4)
     assert "Best of n by score" in capsys.readouterr().out
+    assert Path("evaluation/report.html").read_text().count("data:image/png") == 1
 
 
 def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):

@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refused
+from tiny_models import save_reward_model
 
-from rlhf_lightning.commands.evaluate_reward import main, read_pairs
+from rlhf_lightning.commands.evaluate_reward import main
+from rlhf_lightning.commands.known_rewards import read_pairs, read_samples
 from rlhf_lightning.evaluation import reward_models as room
+from rlhf_lightning.scoring import load_scorer
+from rlhf_lightning.scoring.scorer import ask_scorer
 
 
 @pytest.fixture
@@ -71,6 +75,91 @@ def test_lists_of_right_and_wrong_completions_are_ranked_lists(tmp_path):
     assert room.best_of_lists(gaps, pairs, lists)["lists"] == 1
 
 
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_lists_with_a_completion_of_each_style_give_easy_normal_and_hard_accuracy(pairs, capsys):
+    """Worked by hand from lengths; in the second row two styles have the same text."""
+    rows = [
+        {"prompt": "p", "chosen": ["a" * 3, "a" * 5, "a" * 7], "rejected": ["b" * 2, "b" * 5, "b" * 8], "domain": "x"},
+        {"prompt": "q", "chosen": ["a" * 4, "a" * 4, "b" * 4], "rejected": ["c", "d" * 9, "e" * 4], "domain": "y"},
+    ]  # won of row 1: [1 0 0], [1 .5 0], [1 1 0]; of row 2: [1 0 .5] three times
+    write("s.jsonl", rows)
+    assert main(["lengths.length", "--pairs", "s.jsonl", "--subset", "domain"]) == 0
+    report = json.loads(Path("reward_evaluation/report.json").read_text())
+    styles = report["models"]["lengths.length"]["styles"]
+    assert styles["all"]["matrix"] == [[1, 0, 0.25], [1, 0.25, 0.25], [1, 0.5, 0.25]]
+    levels = {part: [one[name]["accuracy"] for name in ("easy", "normal", "hard")] for part, one in styles.items()}
+    assert levels["all"] == pytest.approx([5 / 6, 0.5, 1 / 6]) and styles["all"]["average"] == pytest.approx(0.5)
+    assert levels["x"] == pytest.approx([1, 0.5, 0]) and levels["y"] == pytest.approx([2 / 3, 0.5, 1 / 3])
+    hard = styles["all"]["hard"]
+    assert hard["pairs"] == 6 and hard["ci"] == pytest.approx([0, 1 / 3]), "intervals resample rows, not pairs"
+    assert report["baselines"]["longer completion"]["styles"] == styles
+    assert "Accuracy by pair of styles" in capsys.readouterr().out
+    write("s.jsonl", [*rows, {"prompt": "r", "chosen": ["aaa", "aa"], "rejected": ["a"]}])
+    assert main(["lengths.length", "--pairs", "s.jsonl"]) == 0
+    assert "by style" not in capsys.readouterr().out, "a row without a completion of each style"
+
+
+def test_a_known_gold_reward_gives_best_of_n_by_each_model(pairs, capsys):
+    """Scores 1, 2, 3 and gold rewards .3, .6, 0, as worked by hand for `best_of_n_points`."""
+    gold = {"a": 0.3, "bb": 0.6, "ccc": 0.0}
+    write("lists.jsonl", [{"prompt": f"ask {n}", "completions": list(gold), "truth": list(gold.values())}
+                          for n in range(4)])  # fmt: skip
+    write("drawn.jsonl", [{"prompt": f"ask {n}", "completion": text} for n in range(4) for text in gold])
+    Path("truth.py").write_text(f"def of(prompt, text):\n    return {gold}[text]\n")
+    argv = ["lengths.length", "lengths.nothing", "--pairs"]
+    assert main([*argv, "lists.jsonl", "--gold", "truth"]) == 0
+    report = json.loads(Path("reward_evaluation/report.json").read_text())
+    curves = {name: [point["gold"]["mean"] for point in one["points"]]
+              for name, one in report["best_of_n"]["curves"].items()}  # fmt: skip
+    assert curves["lengths.length"] == pytest.approx([0.3, 0.2, 0.0]) == curves["baseline: longer completion"]
+    assert curves["lengths.nothing"] == pytest.approx([0.3] * 3), "a tie is a random choice"
+    assert curves["gold reward itself"] == pytest.approx([0.3, 0.5, 0.6])
+    assert "Best of n by score" in capsys.readouterr().out
+    assert Path("reward_evaluation/report.html").read_text().count("data:image/png") == 2
+    assert main([*argv, pairs, "--completions", "drawn.jsonl", "--gold", "truth.of"]) == 0
+    again = json.loads(Path("reward_evaluation/report.json").read_text())["best_of_n"]
+    assert again["curves"] == report["best_of_n"]["curves"] and again["completions"] == "drawn.jsonl"
+    for flags, code in (
+        (["--completions", "drawn.jsonl"], "missing-setting"), (["--gold", "truth"], "no-usable-rows"),
+        (["--gold", "truth.none"], "not-importable"),
+    ):  # fmt: skip
+        with refused(code):
+            main([*argv, pairs, *flags])
+    with refused("missing-setting", "judges only compare"):
+        main(["--judges", "SimulatedJudge", "--pairs", "lists.jsonl", "--gold", "truth"])
+
+
+def test_gold_samples_are_read_as_rows_and_as_lists_with_a_column_or_a_function(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("truth.py").write_text("def length(prompt, text):\n    return len(text) + len(prompt[0]['content'])\n")
+    chat = [{"role": "user", "content": "ask"}]
+    drawn = [{"prompt": chat, "completion": "x" * n, "truth": n} for n in (1, 2, 3)]
+    write("drawn.jsonl", [*drawn, {"prompt": "alone", "completion": "x", "truth": 1}])
+    write("lists.jsonl", [{"prompt": chat, "completions": ["x", "xx", "xxx"], "truth": [1, 2, 3]}])
+    expected = [[{"prompt": chat, "completion": "x" * n, "gold": n} for n in (1, 2, 3)]]
+    assert read_samples("drawn.jsonl", "truth") == read_samples("lists.jsonl", "truth") == expected
+    assert [row["gold"] for row in read_samples("lists.jsonl", "truth.length")[0]] == [4, 5, 6]
+    wrong = [
+        {**drawn[0], "truth": "good"}, {**drawn[0], "truth": True}, {**drawn[0], "truth": None},
+        {"prompt": chat, "completions": ["x", "xx"], "truth": [1]}, {**drawn[0], "turns": chat},
+        {"prompt": chat, "completion": None, "truth": 1}, {"prompt": chat, "chosen": "x", "rejected": "y"},
+    ]  # fmt: skip
+    write("wrong.jsonl", [*drawn, *wrong])
+    assert read_samples("wrong.jsonl", "truth") == expected
+    said = capsys.readouterr().err
+    assert "4 rows: truth is not a finite number" in said and "3 rows: its completions" in said
+    write("wrong.jsonl", wrong)
+    with refused("no-usable-rows", "no completions with a gold reward"):
+        read_samples("wrong.jsonl", "truth")
+    assert read_samples("lists.jsonl", "truth", as_chat=True) == expected
+    write("few.jsonl", drawn[:2])
+    with refused("no-usable-rows", "3 completions"):
+        read_samples("few.jsonl", "truth")
+
+
 def test_ties_are_marked_and_soft_labels_below_half_swap_the_pair(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "preference": p} for p in (0.5, 0.2, 1.0)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -80,11 +169,16 @@ def test_ties_are_marked_and_soft_labels_below_half_swap_the_pair(tmp_path):
         read_pairs("none.jsonl")
 
 
-def test_a_policy_equal_to_its_reference_has_margin_zero(pairs, policy_folder, reward_folder):
+def test_a_policy_equal_to_its_reference_has_margin_zero(pairs, policy_folder, reward_folder, capsys):
     assert main([policy_folder, "--pairs", pairs, "--reference", policy_folder]) == 0
     found = json.loads(Path("reward_evaluation/report.json").read_text())["models"][policy_folder]
     assert found["margin"] == pytest.approx(0.0, abs=1e-4)
     assert main([reward_folder, "--pairs", pairs]) == 0
+    assert "--as_chat" in capsys.readouterr().err, "the tokenizer has a chat template, and the prompts are plain text"
+    assert main([reward_folder, "--pairs", pairs, "--as_chat"]) == 0
+    assert "--as_chat" not in capsys.readouterr().err
+    (asked, *_), _ = read_pairs(pairs, as_chat=True)
+    assert asked.prompt == [{"role": "user", "content": "ask 0"}]
 
 
 def test_bag_of_words_baseline_is_cross_fitted():
@@ -110,6 +204,34 @@ def test_generative_judges_and_reward_models_share_a_report(pairs, capsys):
         main(["--pairs", pairs])
     with refused("written-secret"):
         main([*argv, "--judge_args.api_key", "sk-secret-of-mine"])
+
+
+def test_transcripts_and_a_feedback_store_are_pairs(pairs, monkeypatch):
+    """Transcripts of HH share their first turns; of three judgements in a store one is a tie."""
+    from rlhf_lightning.cli import main as rlhf
+
+    asked = "\n\nHuman: how are you?\n\nAssistant:"
+    write("hh.jsonl", [{"chosen": f"{asked} well, and you?", "rejected": f"{asked} well."}] * 3)
+    fields = {"prompt": "q", "completion_1": "long answer", "completion_2": "answer"}
+    judged = [{"fields": {**fields, "prompt": f"q{n}"}, "responses": {"better": [{"value": value, "user_id": "ann"}]}}
+              for n, value in enumerate(("completion_1", "completion_2", "tie"))]  # fmt: skip
+    Path("records.json").write_text(json.dumps(judged))
+    assert rlhf(["annotate", "import", "--store", "f.db", "--records", "records.json", "--tool", "argilla"]) == 0
+    for source, count, ties, accuracy in (("hh.jsonl", 3, 0, 1.0), ("f.db", 2, 1, 0.5)):
+        assert main(["lengths.length", "--pairs", source]) == 0
+        report = json.loads(Path("reward_evaluation/report.json").read_text())
+        model = report["models"]["lengths.length"]
+        assert (model["pairs"], report["tied"], model["accuracy"]) == (count, ties, accuracy), source
+
+
+def test_a_multi_label_model_scores_by_its_first_output(tmp_path):
+    folder = save_reward_model(tmp_path / "five", num_labels=5)
+    write("one.jsonl", [{"prompt": "w20 w21", "chosen": "w30", "rejected": "w31 w32"}])
+    assert main([folder, "--pairs", "one.jsonl"]) == 0
+    model = json.loads(Path("reward_evaluation/report.json").read_text())["models"][folder]
+    parts = ask_scorer(load_scorer(folder), ["w20 w21"] * 2, ["w30", "w31 w32"], {}, "x").parts
+    first = parts["LABEL_0"].tolist()
+    assert len(parts) == 5 and model["margin"] == pytest.approx(first[0] - first[1], abs=1e-6) and model["margin"] != 0
 
 
 def test_a_process_reward_model_scores_pairs_by_its_steps(policy_folder, pairs):
