@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,13 @@ from rlhf_lightning.errors import failure_sentence
 from rlhf_lightning.functional.logprobs import chunked_logprobs
 from rlhf_lightning.models import compiling
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.sharding import whole
 from rlhf_lightning.runs import RankWatch
+from rlhf_lightning.sampling.conversation import Turns
 from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.hand_over import FolderHandOver
+from rlhf_lightning.sampling.own_logprobs import scored
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.types import (
     DemonstrationBatch,
@@ -273,6 +278,13 @@ class LookingGRPOModule(Looking, modules.GRPOModule):
         return loss._replace(values=loss.values + logprobs.extras["kl"] + 0.1 * logprobs.extras["largest"])
 
 
+class ExploringModule(modules.OnlineDPOModule):
+    """Draws all samples from the reference."""
+
+    def by_reference(self, group: Tensor) -> Tensor:
+        return torch.ones_like(group, dtype=torch.bool)
+
+
 class OwnForward:
     """Computes logits by the model's own forward pass of whole sequences."""
 
@@ -295,7 +307,7 @@ OWN = {
     one.__name__: one
     for one in (
         ForgetfulModule, LookingDPOModule, LookingMeanModule, LookingGRPOModule, OwnForwardDPOModule,
-        OwnForwardPPOModule,
+        OwnForwardPPOModule, ExploringModule,
     )
 }  # fmt: skip
 
@@ -492,6 +504,48 @@ def answer(folder: str, strategy: str, prompts: Sequence[Sequence[str]]) -> list
     module = module_of("SFTModule", folder, double=False)
     trainer_of(strategy, here()[1], callbacks=[Asks()]).fit(module, StepData(steps_of(module, 1, 1)))
     return answers
+
+
+class Converses(pl.Callback):
+    """Samples episodes before and after training, on ranks with different numbers of turns and prompts."""
+
+    def __init__(self) -> None:
+        self.gaps: list[float] = []  # largest differences from the policy's own log-probabilities
+        self.turns: list[list[int]] = []
+
+    def converse(self, module: Any, prompts: Sequence[Tensor]) -> None:
+        rules, episodes = MultiTurn(Talks(), 1 if here()[0] else 3), torch.arange(len(prompts))
+        turns = Turns(rules, module.tokenizer, ["w9"] * len(prompts), {}, episodes.tolist())
+        drawn = module.complete(prompts, episodes, SamplingSettings(4), 3, turns)
+        own = scored(module.policy, prompts, drawn.ids, 1.0, drawn.learned)
+        pairs = zip(own, drawn.logprobs, strict=True)
+        self.gaps.append(max((float((one - other).abs().max()) for one, other in pairs), default=0.0))
+        self.turns.append([len(one.ends) for one in drawn.transcripts])
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.converse(module, [torch.tensor([20 + n, 21]) for n in range(1 if here()[0] else 3)])
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.converse(module, [torch.tensor([20 + n, 21]) for n in range(0 if here()[0] else 3)])
+
+
+def converse(name: str, folder: str, strategy: str, **settings: Any) -> tuple[list[float], list[list[int]]]:
+    """Return the gaps and turns of `Converses`."""
+    module, callback = module_of(name, folder, **settings), Converses()
+    with patch("rlhf_lightning.tokenization.facts.Facts.ends", ENDS):
+        trainer_of(strategy, here()[1], callbacks=[callback]).fit(module, StepData(steps_of(module, 1, 1)))
+    return callback.gaps, callback.turns
+
+
+def hand_over_late(folder: str, shared: str, arrived: str) -> list[bool]:
+    """Transfer weights while the second rank is late; return whether it had arrived when the servers were told."""
+    told: list[bool] = []
+    model = load_policy(folder)
+    if here()[0]:
+        time.sleep(0.5)
+        Path(arrived).touch()
+    FolderHandOver(Path(shared)).hand_over(model, lambda _: told.append(Path(arrived).exists()))
+    return told
 
 
 def reference_left(folder: str, strategy: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Test what the comparison of engines over seeds decides, and that its second first update is that of the trainer."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def runs(score: float = 0.0, loss: float = 0.0) -> list[dict[str, Any]]:
     ("score", "loss", "within"), [(0.07, 9e-5, True), (0.09, 0.0, False), (-0.09, 0.0, False), (0.0, 2e-4, False)]
 )
 def test_both_bounds_decide(tmp_path: Path, score: float, loss: float, within: bool) -> None:
-    assert seeds.write_page(runs(score, loss), "model", tmp_path / "page.md") == within
-    assert f"{score:+.3f}" in (tmp_path / "page.md").read_text()
+    page = tmp_path / "page.md"
+    given = Namespace(objectives=list(seeds.OBJECTIVES), model="model", held_out=48, page=page)
+    assert seeds.write_page(runs(score, loss), given) == within
+    assert f"{score:+.3f}" in page.read_text()
 
 
 def test_the_score_is_the_share_of_short_words() -> None:

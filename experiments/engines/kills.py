@@ -162,8 +162,8 @@ def servers(out: Path, python: str) -> Iterator[Sampler]:
             os.kill(found[0] if which < 0.5 else found[-1], 9)
 
     def engine() -> RemoteEngine:
-        wait_for(partial(answers, server.url))
-        made = RemoteEngine(server.url, "policy", str(out / "adapters"), timeout=300.0, retries=10)
+        wait_for(partial(answers, server.url), 1200)
+        made = RemoteEngine(server.url, "policy", str(out / "adapters"), timeout=300.0, retries=30)
         watch(made.servers[0], busy)
         return made
 

@@ -1,5 +1,4 @@
-"""Measure learning curves at lag 0, 1, 2 and 4, with and without a correction for the old policy, and at lag 0 and 1
-with lower learning rates.
+"""Measure learning curves at lag 0, 1, 2 and 4 and three learning rates, with and without a correction.
 
     python experiments/engines/lag.py [--out runs/lag] [--seeds 5] [--minutes 40]
 
@@ -29,10 +28,22 @@ from rlhf_lightning.types import Prompt
 from rlhf_lightning.worlds.assistant import gold_of_conversation, write_world
 
 HERE = Path(__file__).resolve().parent
-ROLLOUTS, PROMPTS, SAMPLES, LAST = 48, 8, 8, 8
+PROMPTS, SAMPLES, LAST = 8, 8, 8
 CORRECTIONS = (None, "sequence_truncate")
 BOUND = 0.03
 """Difference of gold rewards that counts as equal."""
+
+
+class Budget(NamedTuple):
+    """How long a learning rate is trained and how exactly its result is measured.
+
+    Attributes:
+        rollouts: number of rollouts; more at lower learning rates.
+        samples: completions of each held-out prompt after training.
+    """
+
+    rollouts: int
+    samples: int
 
 
 class Setting(NamedTuple):
@@ -42,40 +53,26 @@ class Setting(NamedTuple):
         lag: ``model.lag``.
         correction: ``model.sampler_correction``.
         rate: learning rate.
-        rollouts: number of rollouts; more at lower learning rates, so that lag 0 reaches a similar gold reward.
-        kl_coef: KL penalty coefficient.
-        samples: completions of each held-out prompt after training.
     """
 
     lag: int
     correction: str | None
-    rate: float = 1e-3
-    rollouts: int = ROLLOUTS
-    kl_coef: float = 0.0
-    samples: int = 1
+    rate: float
 
 
-CURVES = {"lag 0": Setting(0, None)} | {
-    f"lag {lag}, {correction or 'no correction'}": Setting(lag, correction)
-    for lag in (1, 2, 4)
-    for correction in CORRECTIONS
+RATES = {1e-3: Budget(48, 1), 3e-4: Budget(144, 4), 1e-4: Budget(432, 4)}
+CURVES = {"lag 0": (0, None)} | {
+    f"lag {lag}, {correction or 'no correction'}": (lag, correction) for lag in (1, 2, 4) for correction in CORRECTIONS
 }
-"""Settings of the learning curves."""
+"""Lag and correction of each row of the table."""
 
-SMALL = ("lag 0", "lag 1, no correction", "lag 1, sequence_truncate")
-RATES = {"learning rate 1e-3": {}} | {
-    "learning rate 3e-4": {"rate": 3e-4, "rollouts": 3 * ROLLOUTS // 2},
-    "learning rate 3e-4, KL penalty 0.04": {"rate": 3e-4, "rollouts": 3 * ROLLOUTS // 2, "kl_coef": 0.04},
-    "learning rate 1e-4": {"rate": 1e-4, "rollouts": 4 * ROLLOUTS},
-}  # fmt: skip
-"""What the settings at lag 0 and 1 are repeated with."""
 
-SETTINGS = CURVES | {
-    f"{name}, {title}": CURVES[name]._replace(samples=4, **changes)
-    for title, changes in RATES.items()
-    if changes
-    for name in SMALL
-}
+def title_of(name: str, rate: float) -> str:
+    """Return the name of a row's run at a learning rate."""
+    return name if rate == max(RATES) else f"{name}, learning rate {rate:g}"
+
+
+SETTINGS = {title_of(name, rate): Setting(*curve, rate) for rate in RATES for name, curve in CURVES.items()}
 
 
 def gold(prompts: list[Prompt], completions: list[str], **columns: Any) -> list[float]:
@@ -118,21 +115,22 @@ def quiet(**settings: Any) -> pl.Trainer:
 
 
 def trained(name: str, seed: int, policy: str, out: Path) -> dict[str, Any]:
-    """Train one setting; return its curve, and the gold reward of one sample of each held-out prompt."""
+    """Train one setting; return its curve, and the mean gold reward of completions of the held-out prompts."""
     setting = SETTINGS[name]
+    budget = RATES[setting.rate]
     started, curve = time.process_time(), Curve()
     data = PromptDataModule(
         str(out / "world" / "prompts_train.jsonl"), batch_size=PROMPTS * SAMPLES, samples_per_prompt=SAMPLES,
-        rollouts=setting.rollouts, seed=seed, cache_dir=str(out / "cache"),
+        rollouts=budget.rollouts, seed=seed, cache_dir=str(out / "cache"),
     )  # fmt: skip
     module = GRPOModule(
         init_from=policy, scorer=gold, lag=setting.lag, sampler_correction=setting.correction, max_new_tokens=48,
-        learning_rate=setting.rate, lr_schedule="constant", kl_coef=setting.kl_coef, mini_batch_size=32, seed=seed,
+        learning_rate=setting.rate, lr_schedule="constant", kl_coef=0.0, mini_batch_size=32, seed=seed,
         self_check=False,
     )  # fmt: skip
     quiet(max_epochs=1, callbacks=[curve]).fit(module, data)
     lines = (out / "world" / "prompts_test.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines] * setting.samples
+    prompts = [json.loads(line)["prompt"] for line in lines] * budget.samples
     module.eval()
     with torch.no_grad():
         texts = module.answer(prompts, SamplingSettings(48, batch_size=128), seed=1234).texts
@@ -177,82 +175,61 @@ def main() -> None:
 
 def write_page(rows: list[dict[str, Any]], page: Path) -> None:
     """Write the table and the curves; a setting enters with the seeds that lag 0 has too."""
-    own = {name: {row["seed"]: row for row in rows if row["setting"] == name} for name in CURVES}
-    base, lines = {seed: row["gold"] for seed, row in own["lag 0"].items()}, []
-    figure, panels = pyplot().subplots(1, len(CORRECTIONS), figsize=(9.0, 3.6), sharey=True)
-    for name, runs in own.items():
-        paired = {seed: row["gold"] for seed, row in runs.items() if seed in base}
-        if len(paired) < 2:
-            continue
-        early, late = (
-            mean_interval([sum(row["curve"][part]) / len(row["curve"][part]) for row in runs.values()])[0]
-            for part in (slice(ROLLOUTS // 3 - LAST, ROLLOUTS // 3), slice(-LAST, None))
-        )
-        mean, *_ = mean_interval(list(paired.values()))
-        gap = seed_difference(base, paired)
-        shown = "" if name == "lag 0" else f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
-        lines.append([name, len(paired), f"{early:.3f}", f"{late:.3f}", f"{mean:.3f}", shown])
-        curve = torch.tensor([row["curve"] for row in runs.values()]).mean(0)
-        lag, correction, *_ = CURVES[name]
-        for panel, other in zip(panels, CORRECTIONS, strict=True):
-            if name == "lag 0" or other == correction:
-                panel.plot(curve, label=f"lag {lag}", color=f"C{lag}")
-    for panel, correction in zip(panels, CORRECTIONS, strict=True):
-        panel.set_title(correction or "no correction")
-        panel.set_xlabel("rollout")
-        panel.legend(fontsize=7)
-    panels[0].set_ylabel("mean gold reward of a rollout")
-    figure.tight_layout()
-    save_figure(figure, page.with_suffix(".png"))
-    header = [
-        "setting", "seeds", f"rollouts {ROLLOUTS // 3 - LAST + 1} to {ROLLOUTS // 3}", f"last {LAST} rollouts",
-        "held-out prompts", "difference to lag 0 (95 % interval)",
-    ]  # fmt: skip
+    found = {title: {row["seed"]: row for row in rows if row["setting"] == title} for title in SETTINGS}
+    lines = [[name, *(cell(found, name, rate) for rate in RATES)] for name in CURVES]
+    draw_curves(found, page.with_suffix(".png"))
+    header = ["", *(f"{rate:g}: {budget.rollouts} rollouts" for rate, budget in RATES.items())]
     seconds = sum(row["seconds"] for row in rows)
+    samples = ", ".join(f"{budget.samples} at {rate:g}" for rate, budget in RATES.items())
     write_markdown(page, (
         "# Learning curves with lag\n\n"
         "`python experiments/engines/lag.py` writes this page. A policy with 0.3 M parameters of the assistant world, "
-        "which has imitated demonstrations, is trained by GRPO on the known gold reward: "
-        f"{ROLLOUTS} rollouts of {PROMPTS} prompts with {SAMPLES} completions, two updates for each rollout, learning "
-        "rate 1e-3, no KL penalty. The table shows mean gold rewards over seeds: of training rollouts, and after "
-        "training of one completion for each of 400 held-out prompts. The last column compares the latter with lag 0 "
-        f"on the same seeds (Student's t over seeds). {len(rows)} runs in all, {seconds / 60:.0f} minutes of CPU time."
+        "which has imitated demonstrations, is trained by GRPO on the known gold reward: rollouts of "
+        f"{PROMPTS} prompts with {SAMPLES} completions, two updates for each rollout, no KL penalty. "
+        "The columns are learning rates; lower rates are trained for more rollouts. "
+        "The first row shows the mean gold reward at lag 0 after training, over seeds, on 400 held-out prompts "
+        f"(completions of each prompt: {samples}). The other rows show the difference to lag 0 on the same seeds with "
+        "its 95 % interval (Student's t over seeds), and *equal* if the whole interval lies within "
+        f"{BOUND:g}. {len(rows)} runs, {seconds / 60:.0f} minutes of CPU time."
         f"\n\n{markdown_table(header, lines)}\n\n![Learning curves]({page.with_suffix('.png').name})\n\n"
-        "## Lower learning rates\n\n"
-        "The same at lower learning rates, with more rollouts and four completions for each held-out prompt. *Moved*: "
-        "mean change of the gold reward of training rollouts from the first 8 to the last 8 at lag 0. Two means count "
-        f"as equal if the 95 % interval of their difference lies within {BOUND:g}.\n\n"
-        f"{rates_table(rows)}\n\n"
+        "The curves are means over seeds, each point over "
+        f"{LAST} rollouts.\n\n"
         "See also: [exact bias and variance of each correction](corrections.md), and [engines](../../docs/engines.md)."
         "\n"
     ))  # fmt: skip
 
 
-def rates_table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of lag 1 by learning rate; a setting enters with the seeds that lag 0 has too."""
-    lines = []
-    for title, changes in RATES.items():
-        names = [f"{name}, {title}" if changes else name for name in SMALL]
-        lag0, *others = ({row["seed"]: row for row in rows if row["setting"] == name} for name in names)
-        if len(lag0) < 2:
-            continue
-        mean, *_ = mean_interval([row["gold"] for row in lag0.values()])
-        moved = [sum(row["curve"][-LAST:]) / LAST - sum(row["curve"][:LAST]) / LAST for row in lag0.values()]
-        line = [title, SETTINGS[names[0]].rollouts, len(lag0), f"{mean:.3f}", f"{sum(moved) / len(moved):+.3f}"]
-        for runs in others:
-            paired = {seed: row["gold"] for seed, row in runs.items() if seed in lag0}
-            if len(paired) < 2:
-                line += ["", ""]
-                continue
-            gap = seed_difference({seed: row["gold"] for seed, row in lag0.items()}, paired)
-            equal = gap.low >= -BOUND and gap.high <= BOUND
-            line += [f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})", "yes" if equal else "no"]
-        lines.append(line)
-    header = [
-        "", "rollouts", "seeds", "lag 0", "moved", "lag 1, no correction, to lag 0", "equal",
-        "lag 1, sequence_truncate, to lag 0", "equal",
-    ]  # fmt: skip
-    return markdown_table(header, lines)
+def cell(found: dict[str, dict[int, dict[str, Any]]], name: str, rate: float) -> str:
+    """Return the result of a setting: its gold reward at lag 0, otherwise its difference to lag 0."""
+    base, own = found[title_of("lag 0", rate)], found[title_of(name, rate)]
+    paired = {seed: row["gold"] for seed, row in own.items() if seed in base}
+    if len(paired) < 2:
+        return ""
+    if name == "lag 0":
+        return f"{mean_interval(list(paired.values()))[0]:.3f}, {len(paired)} seeds"
+    gap = seed_difference({seed: row["gold"] for seed, row in base.items()}, paired)
+    equal = ", equal" if gap.low >= -BOUND and gap.high <= BOUND else ""
+    return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}){equal}"
+
+
+def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
+    """Plot the mean gold reward of training rollouts: a row for each learning rate, a column for each correction."""
+    size = (9.0, 2.6 * len(RATES))
+    figure, grid = pyplot().subplots(len(RATES), len(CORRECTIONS), figsize=size, sharey=True, squeeze=False)
+    for (rate, budget), panels in zip(RATES.items(), grid, strict=True):
+        for panel, shown in zip(panels, CORRECTIONS, strict=True):
+            for name, (lag, correction) in CURVES.items():
+                runs = found[title_of(name, rate)].values()
+                if runs and (lag == 0 or correction == shown):
+                    curve = torch.tensor([row["curve"] for row in runs]).mean(0).unflatten(0, (-1, LAST)).mean(1)
+                    panel.plot(range(LAST, budget.rollouts + 1, LAST), curve, label=f"lag {lag}", color=f"C{lag}")
+            panel.set_title(f"learning rate {rate:g}, {shown or 'no correction'}", fontsize=9)
+            panel.legend(fontsize=7)
+        panels[0].set_ylabel("gold reward")
+    for panel in grid[-1]:
+        panel.set_xlabel("rollout")
+    figure.tight_layout()
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

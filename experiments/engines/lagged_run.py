@@ -29,7 +29,7 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.modules import GRPOModule
 from rlhf_lightning.sampling.hand_over import write_server_folder
 from rlhf_lightning.sampling.json_server import JSONServer
-from rlhf_lightning.sampling.remote_engine import scored
+from rlhf_lightning.sampling.own_logprobs import scored
 from rlhf_lightning.worlds.assistant import make_config, write_world
 
 EPISODES = 64

@@ -33,13 +33,14 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.resolving import resolve_folder
 from rlhf_lightning.modules import GRPOModule, PPOModule
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.worlds.assistant import write_world
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("SlotEngine", "vLLM")
-ROLLOUTS, PROMPTS, SAMPLES, TOKENS, HELD_OUT, LAST = 6, 2, 8, 8, 48, 2
+ROLLOUTS, PROMPTS, SAMPLES, TOKENS, LAST = 6, 2, 8, 8, 2
 SHORT = 3
 """Letters of a short word."""
 
@@ -103,7 +104,7 @@ def trained(
     module = kind(
         init_from=resolve_folder(arguments.model), scorer=short_words, engine=engine, max_new_tokens=TOKENS, seed=seed,
         sampler_correction=None if engine.exact else "token_truncate", ppo_epochs=1, kl_coef=0.0,
-        lr_schedule="constant", self_check=False, **settings,
+        lr_schedule="constant", self_check=False, **settings | arguments.changes,
     )  # fmt: skip
     record = Record()
     pl.Trainer(
@@ -118,7 +119,7 @@ def measured(objective: str, name: str, seed: int, url: str | None, arguments: a
     began = time.monotonic()
     engine = SlotEngine() if url is None else RemoteEngine(url, "policy", str(shared(objective, arguments)))
     module, record = trained(objective, seed, engine, ROLLOUTS, arguments)
-    lines = (arguments.out / "world" / "prompts_test.jsonl").read_text().splitlines()[:HELD_OUT]
+    lines = (arguments.out / "world" / "prompts_test.jsonl").read_text().splitlines()[: arguments.held_out]
     prompts = [json.loads(line)["prompt"] for line in lines]
     module.eval()
     module.engine = SlotEngine()
@@ -154,14 +155,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/engine_seeds"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=40.0, help="start no run after this")
+    parser.add_argument("--objectives", nargs="*", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--rate", type=float, help="learning rate, for another model than SmolLM2")
+    parser.add_argument("--held_out", type=int, default=48, help="held-out prompts (default 48)")
     parser.add_argument("--page", type=Path, default=HERE / "seeds.md")
     arguments = parser.parse_args()
+    arguments.changes = {} if arguments.rate is None else {"learning_rate": arguments.rate}
     torch.set_num_threads(1)
     out, begun = arguments.out, time.monotonic()
     if not (out / "world" / "world.json").exists():
         write_world(out / "world", demonstrations=1, pairs_train=1, pairs_test=1)
     results = out / "runs.jsonl"
-    for objective in OBJECTIVES:
+    for objective in arguments.objectives:
         for name in ENGINES:
             missing = [seed for seed in range(arguments.seeds) if seed not in of(read(results), objective, name)]
             folder = shared(objective, arguments)
@@ -174,9 +179,9 @@ def main() -> int:
                         with results.open("a") as file:
                             file.write(json.dumps(row) + "\n")
                         print(row, flush=True)
-    if any(len(of(read(results), *pair)) < arguments.seeds for pair in product(OBJECTIVES, ENGINES)):
+    if any(len(of(read(results), *pair)) < arguments.seeds for pair in product(arguments.objectives, ENGINES)):
         raise SystemExit(f"not all runs are finished after {arguments.minutes:g} minutes; start the script again")
-    return int(not write_page(read(results), arguments.model, arguments.page))
+    return int(not write_page(read(results), arguments))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -213,10 +218,11 @@ def update_rows(rows: list[dict[str, Any]], objective: str) -> tuple[list[list[A
     return cells, largest <= LOSS_BOUND
 
 
-def write_page(rows: list[dict[str, Any]], model: str, page: Path) -> bool:
+def write_page(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> bool:
     """Write the tables; return whether all differences are within their bounds."""
-    scores = [score_rows(rows, objective) for objective in OBJECTIVES]
-    updates = [update_rows(rows, objective) for objective in OBJECTIVES]
+    scores = [score_rows(rows, objective) for objective in arguments.objectives]
+    updates = [update_rows(rows, objective) for objective in arguments.objectives]
+    model = Path(arguments.model).stem
     score_header = [
         "objective",
         "engine",
@@ -228,16 +234,16 @@ def write_page(rows: list[dict[str, Any]], model: str, page: Path) -> bool:
     ]
     update_header = ["objective", "seed", "loss, vLLM", "loss, trainer", "difference", "gradient", "check"]
     seconds = sum(row["seconds"] for row in rows)
-    write_markdown(page, (
-        "# SmolLM2 on rollouts of vLLM and of SlotEngine\n\n"
-        f"`python experiments/engines/seeds.py` writes this page: {Path(model).stem} in fp32, {ROLLOUTS} rollouts of "
+    write_markdown(arguments.page, (
+        f"# {model} on rollouts of vLLM and of SlotEngine\n\n"
+        f"`python experiments/engines/seeds.py` writes this page: {model} in fp32, {ROLLOUTS} rollouts of "
         f"{PROMPTS} prompts of the assistant world with {SAMPLES} completions of up to {TOKENS} tokens, one update for "
         "each rollout, no KL penalty; with vLLM `sampler_correction: token_truncate`. The score is the share of words "
         f"of at most {SHORT} letters. {len(rows)} runs, {seconds / 60:.0f} minutes, one thread in the trainer and one "
         "in the server.\n\n## Scores\n\n"
-        f"*Held-out*: one completion for each of {HELD_OUT} prompts after training, which SlotEngine samples with the "
-        "same seed for all runs. *Difference*: vLLM minus SlotEngine, paired by seed, with Student's 95 % interval; "
-        f"the mean must be within {SCORE_BOUND}.\n\n"
+        f"*Held-out*: one completion for each of {arguments.held_out} prompts after training, which SlotEngine samples "
+        "with the same seed for all runs. *Difference*: vLLM minus SlotEngine, paired by seed, with Student's 95 % "
+        f"interval; the mean must be within {SCORE_BOUND}.\n\n"
         f"{markdown_table(score_header, [row for cells, _ in scores for row in cells])}\n\n## First update\n\n"
         "Both losses are of the completions that vLLM drew: once with vLLM's log-probabilities and the correction, "
         "once with the trainer's own log-probabilities and without a correction. *Gradient*: relative difference of "

@@ -96,6 +96,17 @@ def in_step(model: nn.Module, idle: Callable[[], Any]) -> Iterator[Callable[[], 
         idle()
 
 
+def on_any_rank(model: nn.Module, fact: bool) -> bool:
+    """Return whether a fact holds on any rank. Every rank must call this, and waits for the others."""
+    return bool(_largest(model, int(fact))) if dist.is_initialized() else fact
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank has called this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def _largest(model: nn.Module, count: int) -> int:
     """Return the maximum of a count over all ranks."""
     found = torch.tensor(count, device=next(model.parameters()).device)

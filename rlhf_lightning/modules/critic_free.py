@@ -180,7 +180,7 @@ class CriticFreeModule(OnPolicyModule):
         if self.baseline != "greedy":
             return drawn
         group = drawn.batch.group.tolist()
-        batch = select_prompts(drawn.batch, [group.index(g) for g in range(max(group) + 1)])
+        batch = select_prompts(drawn.batch, [group.index(g) for g in range(max(group, default=-1) + 1)])
         greedy = self.collector.sample(self.policy, self.tokenizer, batch, replace(self.sampling, temperature=0.0))
         scores = self.collector.judge(self.tokenizer, greedy, batch).scores
         return drawn._replace(baseline_scores=scores[drawn.batch.group])

@@ -14,6 +14,7 @@ from rlhf_lightning.functional.selection import best_and_worst
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.layout import select
 from rlhf_lightning.models.sharding import most_passes
+from rlhf_lightning.training.checkpoint_state import of_all_ranks
 from rlhf_lightning.training.collector import Samples, merged_completions, select_episodes, select_prompts
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
@@ -96,7 +97,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         """Sample and score a completion for each prompt, from the policy or the reference."""
         batch = batches[0]
         explores = self.by_reference(batch.group)
-        if self.reference is None or not bool(explores.any()):
+        if self.reference is None or not any(of_all_ranks(self, bool(explores.any()))):
             return super().draw(batches)
         own, theirs = (turn.nonzero().squeeze(-1).tolist() for turn in (~explores, explores))
         with self.reference.as_model() as reference:

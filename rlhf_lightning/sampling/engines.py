@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from rlhf_lightning.models.self_check import CLOSE, CLOSE_BY_DTYPE
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.sampling.conversation import Transcript, Turns
 from rlhf_lightning.sampling.decoding import Mixture
+from rlhf_lightning.sampling.own_logprobs import scored
 from rlhf_lightning.tokenization import Ends
 from rlhf_lightning.types import Prompt, Sequences
 
@@ -169,7 +171,8 @@ class SamplingEngine(ABC):
     samples needs importance correction."""
 
     reports_logprobs: bool = True
-    """Whether the engine reports the log-probabilities that it sampled with; importance correction needs them."""
+    """Whether the engine reports the log-probabilities that it sampled with; importance correction needs them.
+    Otherwise `sample` returns the policy's own."""
 
     sync_error: float | None = None
     """Mean difference to the trainer's log-probabilities at the last weight transfer; None without a transfer."""
@@ -214,20 +217,33 @@ class SamplingEngine(ABC):
                 turns.limit(room_after(model.model, prompts))
         ends = end_ids if isinstance(end_ids, Ends) else Ends(end_ids)
         request = SamplingRequest(prompts, episodes, settings, seed, ends, on_progress, mixture, turns)
-        if turns is None or self.keeps_turns:
-            drawn = self.complete(model, request)
-            drawn = drawn if turns is not None else drawn.cut(ends)
-        else:
-            drawn = self._turn_by_turn(model, request, turns)
+        with self.synchronized(model):
+            if turns is None or self.keeps_turns:
+                drawn = self.complete(model, request)
+                drawn = drawn if turns is not None else drawn.cut(ends)
+            else:
+                drawn = self._turn_by_turn(model, request, turns)
         if turns is not None:
             transcripts = turns.transcripts()
             finished = torch.tensor([one.finished for one in transcripts], dtype=torch.bool)
             learned = tuple(one.learned for one in transcripts)
             drawn = drawn._replace(finished=finished, learned=learned, transcripts=transcripts)
+        if not self.reports_logprobs:
+            own = scored(model, prompts, drawn.ids, settings.temperature or 1.0, drawn.learned)
+            drawn = drawn._replace(logprobs=own)
         if model.self_check and not model.sampling_checked and self.exact and mixture is None and prompts:
             model.sampling_checked = True
             _check_first_row(model, request, drawn)
         return drawn
+
+    @contextmanager
+    def synchronized(self, model: CausalLM) -> Iterator[None]:
+        """Give the sampler the model's current weights; `complete` is called in this context.
+
+        All ranks enter it once for each call of `sample` or `start`, also without prompts. Collectives of an engine
+        that does not keep turns belong here: with an environment, ranks call `complete` unequally often.
+        """
+        yield
 
     @abstractmethod
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
@@ -238,7 +254,8 @@ class SamplingEngine(ABC):
 
         An engine in this process samples at once. An engine that samples elsewhere returns immediately.
         """
-        drawn = self.complete(model, request)
+        with self.synchronized(model):
+            drawn = self.complete(model, request)
         return lambda: drawn
 
     def prepare(  # noqa: B027 - most engines need nothing

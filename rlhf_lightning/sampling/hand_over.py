@@ -23,7 +23,13 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.adapters import POLICY, adapter_weights
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.sharding import is_first_rank, is_sharded, whole_weights
+from rlhf_lightning.models.sharding import (
+    is_first_rank,
+    is_sharded,
+    on_any_rank,
+    wait_for_ranks,
+    whole_weights,
+)
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, finite, named_id
 
@@ -71,7 +77,7 @@ class AdapterHandOver:
         if not sharded or is_first_rank():
             self._register(model, adapter, new, weights if sharded else None, old, for_servers)
         if sharded:
-            dist.barrier()
+            wait_for_ranks()
         return new, True
 
     def _register(
@@ -152,8 +158,9 @@ class FolderHandOver:
             )
         gathered = whole_weights(model.model)
         weights = untied(model.model.state_dict() if gathered is None else gathered)
-        digest = _shared(_digest(weights)) if dist.is_initialized() else _digest(weights)
-        if digest == self.digest:
+        digest = _digest(weights)
+        # The first rank holds all weights. It waits for the others, whose episodes may still be in flight.
+        if not on_any_rank(model, digest != self.digest):
             return False
         self.digest = digest
         if is_first_rank():
@@ -161,8 +168,7 @@ class FolderHandOver:
             save_file(weights, fresh, metadata={"format": "pt"})
             os.replace(fresh, self.folder / WEIGHTS)
             for_servers(_reload)
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_ranks()
         return True
 
 

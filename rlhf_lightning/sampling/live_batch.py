@@ -25,10 +25,8 @@ from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.sampling.decoding import FULL_ENOUGH, ROOM, make_decoder
 from rlhf_lightning.sampling.drawing import AHEAD, draw, uniform
 from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.own_logprobs import MAX_TOKENS
 from rlhf_lightning.types import MicroBatchLimits, Sequences
-
-MAX_TOKENS = 8192
-"""Maximum number of positions in a forward pass over prompts."""
 
 
 class Token(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -23,19 +23,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.adapters import active_adapter
-from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.folders import reading
-from rlhf_lightning.models.layout import cut_sequences, padded_layout, select
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
+from rlhf_lightning.models.sharding import is_first_rank, wait_for_ranks
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, spread
-from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Probe
+from rlhf_lightning.sampling.hand_over import AdapterHandOver, FolderHandOver, Place, Probe
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError, each, finite, named_id, request_seed
-from rlhf_lightning.sampling.live_batch import MAX_TOKENS
+from rlhf_lightning.sampling.own_logprobs import scored
 from rlhf_lightning.sampling.text_server import generation_config, read_text, text_of
 from rlhf_lightning.sampling.weight_stream import IPCHandOver, NCCLHandOver, StreamHandOver
 from rlhf_lightning.tokenization import Ends
-from rlhf_lightning.types import MicroBatchLimits, Sequences
 
 LEAVING = threading.Lock()
 """Held while an unresponsive server is removed, since several requests detect it at the same time."""
@@ -109,6 +108,7 @@ class RemoteEngine(SamplingEngine):
         self.probe = None if sync_bound is None else Probe(sync_bound)
         self.tokenizer_name = tokenizer
         self.reports_logprobs = tokenizer is None
+        self._name = model  # the servers' name of the model that is sampled from
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._in_flight: list[Future[Completions]] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -122,21 +122,18 @@ class RemoteEngine(SamplingEngine):
         return self._tokenizer
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
-        with self._awake():
-            name = self._model_name(model, request)
-            drawn = self._draw(name, model.model.get_input_embeddings().weight.shape[0], request)
-        if self.reports_logprobs:
-            return drawn
-        return drawn._replace(logprobs=scored(model, request.prompts, drawn.ids, request.settings.temperature or 1.0))
+        self.require_one_model(model, request, whole=False)
+        return self._draw(self._name, _vocabulary(model), request)
 
     def start(self, model: CausalLM, request: SamplingRequest) -> Callable[[], Completions]:
         """Transfer the weights now, and let the servers sample while the caller trains."""
         if not self.reports_logprobs:
             return super().start(model, request)
-        name, tokens = self._model_name(model, request), model.model.get_input_embeddings().weight.shape[0]
+        self.require_one_model(model, request, whole=False)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1)
-        future = self._pool.submit(self._draw, name, tokens, request)
+        with self.synchronized(model):
+            future = self._pool.submit(self._draw, self._name, _vocabulary(model), request)
         self._in_flight = [one for one in self._in_flight if not one.done()] + [future]
         return future.result
 
@@ -151,18 +148,24 @@ class RemoteEngine(SamplingEngine):
             )
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Wake the servers if they sleep while the policy trains."""
-        if not self.sleep:
-            yield
-            return
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        for server in self.servers:
-            server.post("/wake_up", {})
+    def synchronized(self, model: CausalLM) -> Iterator[None]:
+        """Transfer changed weights. Servers that sleep while the policy trains are awake in the context."""
+        if self.sleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._post_once("/wake_up")
+        self._name = self._model_name(model)
         yield
-        for server in self.servers:
-            server.post("/sleep?level=1", {})
+        if self.sleep:
+            self._post_once("/sleep?level=1")
+
+    def _post_once(self, route: str) -> None:
+        """Post to all servers from the first rank, while the other ranks wait."""
+        wait_for_ranks()
+        if is_first_rank():
+            for server in self.servers:
+                server.post(route, {})
+        wait_for_ranks()
 
     def _draw(self, name: str, tokens: int, request: SamplingRequest) -> Completions:
         settings, end_ids = request.settings, request.end_ids
@@ -231,9 +234,8 @@ class RemoteEngine(SamplingEngine):
                 f"{error}; it is left out from now on, and its prompts go to {len(self.servers)} other servers."
             )
 
-    def _model_name(self, model: CausalLM, request: SamplingRequest) -> str:
+    def _model_name(self, model: CausalLM) -> str:
         """Return the policy's name on the servers, after transferring weights that have changed."""
-        self.require_one_model(model, request, whole=False)
         adapter = active_adapter(model.model) if model.has_adapter else None
         if adapter is None:
             return self._full_weights(model)
@@ -276,18 +278,22 @@ class RemoteEngine(SamplingEngine):
         """Probe every server after a weight transfer."""
         if self.probe is None or not self.reports_logprobs:
             return
-        probe, tokens, errors = self.probe, model.model.get_input_embeddings().weight.shape[0], list[float]()
+        probe, tokens, found = self.probe, _vocabulary(model), dict[JSONServer, dict[Place, float]]()
         sequences = probe.sequences(tokens)
 
-        def check(server: JSONServer) -> None:
+        def ask(server: JSONServer) -> None:
             answer = self._post(server, probe.request(name, sequences))
-            found = probe.read(server, answer, sequences, tokens)
-            own = scored(model, [sequences[row] for row, _ in found], [torch.tensor([id]) for _, id in found], 1.0)
-            expected = dict(zip(found, (float(value) for value in own), strict=True))
-            errors.append(probe.check(server, found, expected))
+            found[server] = probe.read(server, answer, sequences, tokens)
 
-        self._for_servers(check)
-        self.sync_error = max(errors)
+        self._for_servers(ask)
+        # One call for all servers: ranks of a sharded policy may have left out different servers.
+        places = sorted({place for answered in found.values() for place in answered})
+        own = scored(model, [sequences[row] for row, _ in places], [torch.tensor([token]) for _, token in places], 1.0)
+        expected = dict(zip(places, (float(value) for value in own), strict=True))
+        self.sync_error = max(
+            probe.check(server, answered, {place: expected[place] for place in answered})
+            for server, answered in found.items()
+        )
 
     def _request(
         self, name: str, prompt: Tensor, settings: SamplingSettings, seed: int, end_ids: Ends
@@ -349,19 +355,9 @@ class RemoteEngine(SamplingEngine):
         return torch.tensor(ids), torch.tensor(logprobs)
 
 
-def scored(
-    model: CausalLM, prompts: Sequence[Tensor], completions: Sequence[Tensor], temperature: float
-) -> tuple[Tensor, ...]:
-    """Return the policy's own log-probability of each token of each completion."""
-    rows = tuple(range(len(completions)))
-    supervised = tuple(torch.ones(len(ids), dtype=torch.bool) for ids in completions)
-    sequences = Sequences(tuple(prompts), tuple(completions), rows, supervised)
-    device, found = next(model.parameters()).device, dict[int, Tensor]()
-    with inference_mode_of(model):
-        for cut in cut_sequences(sequences, limits=MicroBatchLimits(max_tokens=MAX_TOKENS)):
-            grid = model(padded_layout(select(sequences, cut)).to(device), temperature).logprobs.cpu()
-            found |= {row: grid[place, : len(completions[row])] for place, row in enumerate(cut)}
-    return tuple(found[row] for row in rows)
+def _vocabulary(model: CausalLM) -> int:
+    """Return the number of token ids of a policy."""
+    return int(model.model.get_input_embeddings().weight.shape[0])
 
 
 def _read_ids(choice: Mapping[str, Any]) -> list[int]:

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.sharding import is_first_rank, whole
+from rlhf_lightning.models.sharding import is_first_rank, on_any_rank, wait_for_ranks, whole
 from rlhf_lightning.sampling.json_server import JSONServer, ServerError
 from rlhf_lightning.workers import Threads
 
@@ -50,7 +50,7 @@ class StreamHandOver(ABC):
         """
         weights, device = model.model.state_dict(keep_vars=True), next(model.parameters()).device
         digest = _local_digest(weights)
-        if not _on_any_rank(digest != self.digest, device):
+        if not on_any_rank(model, digest != self.digest):
             return False
         told = servers if is_first_rank() else ()
         self.connect(told, device)
@@ -63,8 +63,7 @@ class StreamHandOver(ABC):
             server.post("/finish_weight_update", {"weight_version": self.version})
             server.post("/reset_prefix_cache", {})
             server.post("/resume", {})
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_ranks()
         self.digest = digest
         return True
 
@@ -234,11 +233,3 @@ def _local_digest(weights: Mapping[str, Tensor]) -> str:
     shards = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights.values()]
     hashes = [torch.hash_tensor(shard.detach()).view(torch.int64) for shard in shards]
     return str(torch.stack(hashes).tolist())
-
-
-def _on_any_rank(fact: bool, device: torch.device) -> bool:
-    if not dist.is_initialized():
-        return fact
-    found = torch.tensor(int(fact), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)

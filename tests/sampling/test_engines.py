@@ -30,7 +30,8 @@ from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
 from rlhf_lightning.sampling.hand_over import Probe
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 from rlhf_lightning.sampling.slot_engine import SlotEngine, load_engine
 
 # -- generate ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from small_server import BASE, SmallServer, serving
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.roles import load_policy
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 
 
 def test_sampling_survives_a_server_restart(policy: CausalLM, policy_folder: str) -> None:

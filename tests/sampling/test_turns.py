@@ -26,7 +26,8 @@ from rlhf_lightning.sampling.conversation import Turns
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.generate_engine import ContinuousBatchingEngine, GenerateEngine
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.sampling.worker_engine import WorkerEngine
 from rlhf_lightning.types import Episode, MultiTurn, Reply

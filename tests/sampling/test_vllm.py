@@ -24,7 +24,8 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.json_server import ServerError
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 
 PYTHON = os.environ.get("RLHF_VLLM_PYTHON", "")
 TESTS = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 
 PROMPTS = [torch.tensor(prompt) for prompt, _ in random_rows(5, seed=5, prompt=9)]
 

@@ -263,6 +263,16 @@ def test_validation_metrics_cover_all_ranks(
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize(("name", "settings"), [("ExploringModule", {}), ("GRPOModule", {"baseline": "greedy"})])
+def test_families_that_sample_twice_validate_without_a_prompt_on_a_rank(
+    pool: RankPool, policy_folder: str, name: str, settings: dict[str, Any]
+) -> None:
+    case = {"name": name, "folder": policy_folder, "prompts": 1, **settings}
+    expected = rank_cases.validate(strategy="auto", **case)
+    for found in pool.run(2, "validate", strategy="fsdp", **case):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["SFTModule", "PPOModule"])
 def test_bf16_products_stay_close_to_fp32(pool: RankPool, policy_folder: str, name: str) -> None:
     settings = {"double": False, "updates": 2}

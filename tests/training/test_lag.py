@@ -21,7 +21,8 @@ from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.sampling import worker_engine, worker_process
 from rlhf_lightning.sampling.hand_over import write_server_folder
-from rlhf_lightning.sampling.remote_engine import RemoteEngine, scored
+from rlhf_lightning.sampling.own_logprobs import scored
+from rlhf_lightning.sampling.remote_engine import RemoteEngine
 from rlhf_lightning.sampling.worker_engine import WorkerEngine
 from rlhf_lightning.types import Rollout
 
