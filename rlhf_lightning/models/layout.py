@@ -106,14 +106,14 @@ def padded_layout(sequences: Sequences) -> Layout:
     rows = len(sequences.completions)
     if not sequences.completions:
         return free_layout()
-    if any(len(completion) == 0 for completion in sequences.completions):
-        raise DataError("empty-completion", "a completion is empty; drop such rows before they reach the model")
-    width, length = max(sequences.lengths), max(map(len, sequences.completions))
-    input_ids = torch.zeros(rows, width, dtype=torch.long)
-    completion_mask = torch.zeros(rows, length, dtype=torch.bool)
     prompts = [sequences.prompts[parent] for parent in sequences.parents]
     starts = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
     counts = torch.tensor([len(completion) for completion in sequences.completions], dtype=torch.long)
+    if not bool(counts.all()):
+        raise DataError("empty-completion", "a completion is empty; drop such rows before they reach the model")
+    width, length = int((starts + counts).max()), int(counts.max())
+    input_ids = torch.zeros(rows, width, dtype=torch.long)
+    completion_mask = torch.zeros(rows, length, dtype=torch.bool)
     ids = [part for pair in zip(prompts, sequences.completions, strict=True) for part in pair]
     input_ids[torch.arange(width) < (starts + counts).unsqueeze(-1)] = torch.cat(ids).long()
     completion_mask[torch.arange(length) < counts.unsqueeze(-1)] = torch.cat(sequences.supervised)

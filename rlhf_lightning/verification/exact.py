@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.policy_gradient import discounted_returns
-from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.layout import Layout, padded_layout
 from rlhf_lightning.modules.online_opponents import NashMDModule, XPOModule
 from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
@@ -52,9 +53,19 @@ class PolicyGradient:
         ended = torch.tensor([completion[-1] == END for completion in world.completions])
         self.finished = ended[self.index[1]]
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Layout of all rows, the same in every update."""
+        return padded_layout(self.sequences)
+
+    @cached_property
+    def transitions(self) -> Tensor:
+        """State after each state and token."""
+        return self.world.config.transitions()
+
     def loss(self) -> Tensor:
         """Return the expected loss. Only its gradient is meaningful: it equals the mean of the gradient estimator."""
-        module, layout = self.module, padded_layout(self.sequences)
+        module, layout = self.module, self.layout
         outputs = module.policy_outputs(layout, module.sampling.temperature, with_entropy=True)
         old, mask = outputs.logprobs.detach(), layout.completion_mask
         assert outputs.entropy is not None
@@ -108,7 +119,7 @@ class PolicyGradient:
         with torch.no_grad():
             policy: Any = self.module.policy
             table = policy.model.model.table.weight
-        transitions, index = self.world.config.transitions(), {c: i for i, c in enumerate(self.world.completions)}
+        transitions, index = self.transitions, {c: i for i, c in enumerate(self.world.completions)}
         found = []
         for prompt in range(self.world.config.prompts):
             ids: list[int] = []
@@ -204,7 +215,7 @@ class SelfTaught(PolicyGradient):
     @torch.no_grad()
     def rollout(self) -> Rollout:
         """Return every completion of every prompt as one rollout."""
-        world, layout = self.world, padded_layout(self.sequences)
+        world, layout = self.world, self.layout
         old, mask = self.module.policy_outputs(layout).logprobs, layout.completion_mask
         texts = tuple(world.text_of(world.completions[index]) for _, index in self.rows)
         return Rollout(

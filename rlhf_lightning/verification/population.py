@@ -258,7 +258,7 @@ def fixed_point(
         new = objective.statistic(ratios, module)
         if abs(new - statistic) < 1e-9:
             break
-        statistic = new
+        statistic, starts = new, policies
     return policies
 
 
