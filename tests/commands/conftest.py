@@ -1,5 +1,7 @@
 """Run each test in an empty folder, as a user would, with models that take milliseconds."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_tokenizer
+from tiny_run import BASIC
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf_lightning.commands.train import run
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +27,32 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]  # a test's own objective must not replace another test's objective of the same name
+
+
+@pytest.fixture(scope="session")
+def slope_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a SlopeModule once; return the folder of its run."""
+    folder = tmp_path_factory.mktemp("slope")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setenv("RLHF_CACHE", str(folder / "cache"))
+        run(["fit", *BASIC])
+    return folder / "runs"
+
+
+@pytest.fixture
+def trained(slope_runs: Path, own_folder: Path) -> Path:
+    """Return a copy of the finished run runs/slope/version_0, as if this test had trained it."""
+    copies: dict[int, str] = {}
+
+    def copy(source: str, target: str) -> None:
+        """Copy a file; names of the same file stay names of the same file."""
+        inode = os.stat(source).st_ino
+        os.link(copies[inode], target) if inode in copies else shutil.copy2(source, target)
+        copies.setdefault(inode, target)
+
+    shutil.copytree(slope_runs, "runs", copy_function=copy)
+    return Path("runs/slope/version_0")
 
 
 def save(folder: Path, kind: Any, template: bool = True, seed: int = 0) -> str:

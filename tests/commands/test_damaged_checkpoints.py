@@ -23,11 +23,6 @@ LAST = RUN / "checkpoints" / "last.ckpt"
 RESUME = ["fit", "--resume", str(RUN), "--trainer.max_epochs", "2"]
 
 
-@pytest.fixture
-def trained() -> None:
-    run(["fit", *BASIC])
-
-
 def tamper(change: Callable[[dict[str, Any]], Any]) -> None:
     state = change(torch.load(LAST, weights_only=True))
     for file in LAST.parent.glob("*.ckpt"):
@@ -76,7 +71,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_resuming_a_tampered_checkpoint_is_refused_in_one_sentence(name: str, trained: None, capsys: Any) -> None:
+def test_resuming_a_tampered_checkpoint_is_refused_in_one_sentence(name: str, trained: Path, capsys: Any) -> None:
     tamper(CHANGES[name])
     before = sorted(RUN.rglob("*"))
     capsys.readouterr()
@@ -90,7 +85,7 @@ def test_resuming_a_tampered_checkpoint_is_refused_in_one_sentence(name: str, tr
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_tampered_checkpoint_is_exported_or_refused_in_one_sentence(name: str, trained: None, capsys: Any) -> None:
+def test_a_tampered_checkpoint_is_exported_or_refused_in_one_sentence(name: str, trained: Path, capsys: Any) -> None:
     tamper(CHANGES[name])
     capsys.readouterr()
     status = rlhf(["export", str(RUN), "--out", "exported", "--import", "tiny_run"])
@@ -100,7 +95,7 @@ def test_a_tampered_checkpoint_is_exported_or_refused_in_one_sentence(name: str,
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"sessions": 7}', "\x00" * 40])
-def test_a_damaged_manifest_is_renamed_and_the_run_resumes(content: str, trained: None, capsys: Any) -> None:
+def test_a_damaged_manifest_is_renamed_and_the_run_resumes(content: str, trained: Path, capsys: Any) -> None:
     (RUN / "manifest.json").write_text(content)
     assert run(RESUME).model.updates == 2 * UPDATES
     aside = next(RUN.glob("damaged.*.manifest.json"))
@@ -114,14 +109,14 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"[" * 50_000, b"a: " + b"{a: " * 5_000, b"\xff\xfea", BOMB.encode()])
-def test_a_damaged_run_config_is_refused_in_one_sentence(content: bytes, trained: None, capsys: Any) -> None:
+def test_a_damaged_run_config_is_refused_in_one_sentence(content: bytes, trained: Path, capsys: Any) -> None:
     (RUN / "config.yaml").write_bytes(content)
     assert rlhf(RESUME) == 1
     said = capsys.readouterr().err
     assert said.startswith("rlhf: ") and "config" in said and said.count("\n") == 1
 
 
-def test_a_folder_named_last_ckpt_is_renamed_on_resume(trained: None, capsys: Any) -> None:
+def test_a_folder_named_last_ckpt_is_renamed_on_resume(trained: Path, capsys: Any) -> None:
     LAST.unlink()
     LAST.mkdir()
     (LAST / "notes").write_text("mine")
@@ -134,7 +129,7 @@ def test_a_folder_named_last_ckpt_is_renamed_on_resume(trained: None, capsys: An
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/urandom", "pipe"])
-def test_a_device_or_pipe_as_checkpoint_is_refused(target: str, trained: None) -> None:
+def test_a_device_or_pipe_as_checkpoint_is_refused(target: str, trained: Path) -> None:
     for file in LAST.parent.glob("*.ckpt"):
         file.unlink()
     if target == "pipe":
@@ -164,14 +159,14 @@ def test_a_run_whose_folder_is_deleted_fails_with_an_error(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("part", ["model", "data"])
-def test_resuming_with_another_seed_is_refused(part: str, trained: None, capsys: Any) -> None:
+def test_resuming_with_another_seed_is_refused(part: str, trained: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as end:
         rlhf([*RESUME, f"--{part}.seed", "7"])
     assert end.value.code == 2
     assert f"{part}.seed is 7, and the run that is resumed was started with 0" in capsys.readouterr().err
 
 
-def test_seed_everything_has_no_effect_on_resume_and_warns(trained: None, capsys: Any) -> None:
+def test_seed_everything_has_no_effect_on_resume_and_warns(trained: Path, capsys: Any) -> None:
     assert run([*RESUME, "--seed_everything", "7"]).model.updates == 2 * UPDATES
     assert "seed_everything 7 has no effect on a resumed run" in capsys.readouterr().out
 

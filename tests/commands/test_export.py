@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_run import BASIC
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from commands.conftest import save
@@ -174,8 +173,7 @@ def test_a_user_class_is_imported_for_export(policy_folder, data, monkeypatch, c
     assert torch.equal(outputs("exported", AutoModelForCausalLM), outputs(trained / "model", AutoModelForCausalLM))
 
 
-def test_invalid_exports_are_refused(policy_folder, capsys):
-    run(["fit", *BASIC])
+def test_invalid_exports_are_refused(policy_folder, trained, capsys):
     Path("taken").mkdir()
     torch.save({"state_dict": {}}, "foreign.ckpt")
     torch.save({"hyper_parameters": {"_class_path": "collections.OrderedDict"}}, "class.ckpt")

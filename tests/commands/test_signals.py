@@ -1,6 +1,6 @@
 """A command that gets a signal at any moment exits with 75 and a resumable run, or with a status other than 0 and 75.
 
-Moments are counted in calls of Python functions by a profiler, so they do not depend on machine speed.
+Moments are counted in calls of Python functions by a trace function, so they do not depend on machine speed.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf_lightning.workers import in_forks
 
 FIT = ["fit", *BASIC, "--checkpoint.every_n_updates", "3", "--trainer.enable_progress_bar", "false"]
 RESUMABLE = 75
+ENDINGS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FIRST = 100
 """Calls before the signal handlers are installed; before that a signal has its default effect."""
 
@@ -47,13 +49,12 @@ class Moments:
             self.signals[-1] = 0
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
-        if event == "call":
-            self.calls += 1
-            if self.calls in self.signals:
-                number = self.signals.pop(self.calls)
-                if not self.signals:
-                    sys.setprofile(None)  # the rest runs at full speed
-                os.kill(os.getpid(), number)
+        self.calls += 1
+        if self.calls in self.signals:
+            number = self.signals.pop(self.calls)
+            if not self.signals:
+                sys.settrace(None)  # the rest runs at full speed
+            os.kill(os.getpid(), number)
 
 
 def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[int, str, int]:
@@ -64,11 +65,11 @@ def run_with(argv: list[str], signals: Sequence[tuple[int, int]] = ()) -> tuple[
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script ignores this signal
         sys.stdin = open(os.devnull)  # noqa: SIM115 - pytest's own refuses to be read
         moments = Moments(signals)
-        sys.setprofile(moments)
+        sys.settrace(moments)
         try:
             return rlhf(argv)
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
             Path("calls").write_text(str(moments.calls))
 
     Path("calls").unlink(missing_ok=True)
@@ -177,10 +178,9 @@ def test_ctrl_c_names_the_checkpoint_that_remains(monkeypatch: pytest.MonkeyPatc
     assert "update_000003.ckpt is complete: `rlhf fit --resume runs/cut/version_0` continues from it" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("command", ["generate", "audit", "chat", "validate", "export", "best-of-n"])
 def test_other_commands_exit_with_the_signal_status_and_leave_no_partial_file(
-    command: str, number: int, policy_folder: str, reward_folder: str
+    command: str, policy_folder: str, reward_folder: str
 ) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "a b"}\n' * 6)
     Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b c", "rejected": "c"}\n' * 6)
@@ -198,14 +198,14 @@ def test_other_commands_exit_with_the_signal_status_and_leave_no_partial_file(
     }[command]  # fmt: skip
     status, said, calls = run_with([command, *argv])
     assert status == 0, said
-    for moment in spread(calls, 2):
+    for moment, number in product(spread(calls, 2), ENDINGS):
         for made in ("out.jsonl", "report.json"):
             Path(made).unlink(missing_ok=True)
         shutil.rmtree("exported", ignore_errors=True)
         status, said, _ = run_with([command, *argv], [(moment, number)])
-        assert status == 128 + number and "Traceback" not in said, (moment, status, said)
+        assert status == 128 + number and "Traceback" not in said, (moment, number, status, said)
         journals = {"out.jsonl.partial"} if command == "best-of-n" else set()
-        assert not set(half_made()) - journals, moment
+        assert not set(half_made()) - journals, (moment, number)
 
 
 def test_an_interrupted_predict_leaves_no_rows_and_suggests_no_resume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,8 +225,7 @@ def test_an_interrupted_predict_leaves_no_rows_and_suggests_no_resume(monkeypatc
     assert "--resume" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_forked_audit_exits_with_the_signal_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_audit_exits_with_the_signal_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.workers.ALONE", 1)
     monkeypatch.setattr("rlhf_lightning.data.audit.CHUNK", 4)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
@@ -235,14 +234,13 @@ def test_a_forked_audit_exits_with_the_signal_status(number: int, monkeypatch: p
     status, said, calls = run_with(argv)
     assert status == 0 and json.loads(Path("report.json").read_text())[0]["read"] == 400, said
     Path("report.json").unlink()
-    for moment in spread(calls, 5)[1:]:
+    for moment, number in product(spread(calls, 5)[1:], (signal.SIGTERM, signal.SIGINT)):
         status, said, _ = run_with(argv, [(moment, number)])
-        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
+        assert status == 128 + number and "Traceback" not in said, (moment, number, calls, status, said)
         assert not Path("report.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_annotate_exits_with_the_signal_status(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annotate_exits_with_the_signal_status(monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn  # noqa: F401 - imported here, and not again in each fork
 
     from rlhf_lightning.people import serving
@@ -253,17 +251,16 @@ def test_annotate_exits_with_the_signal_status(number: int, monkeypatch: pytest.
         patched.setattr(serving, "print_urls", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         status, said, calls = run_with(argv)
     assert status == 130, said
-    for moment in (*spread(calls, 3), calls + 400):
+    for moment, number in product((*spread(calls, 3), calls + 400), ENDINGS):
         Path("feedback.db").unlink(missing_ok=True)
         status, said, _ = run_with(argv, [(moment, number)])
-        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
-        assert not half_made(), moment
+        assert status == 128 + number and "Traceback" not in said, (moment, number, calls, status, said)
+        assert not half_made(), (moment, number)
         status, said, _ = run_with(["annotate", "export", "--store", "feedback.db", "--out", "labels.jsonl"])
         assert status == 1 and ("there is no feedback store" in said or "has no labels" in said), said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_serve_exits_with_the_signal_status(number: int, policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_exits_with_the_signal_status(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import uvicorn  # noqa: F401 - imported here, and not again in each fork
 
     from rlhf_lightning.commands import web_server
@@ -273,20 +270,21 @@ def test_serve_exits_with_the_signal_status(number: int, policy_folder: str, mon
         patched.setattr(web_server, "base_url", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         status, said, calls = run_with(argv)
     assert status == 130, said
-    for moment in spread(calls, 3):
+    for moment, number in product(spread(calls, 3), ENDINGS):
         status, said, _ = run_with(argv, [(moment, number)])
-        assert status == 128 + number and "Traceback" not in said, (moment, calls, status, said)
+        assert status == 128 + number and "Traceback" not in said, (moment, number, calls, status, said)
 
     def soon(*_: Any) -> str:
         threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
         return "here"
 
     monkeypatch.setattr(web_server, "base_url", soon)
-    status, said, _ = run_with(argv)
-    assert status == 128 + number and "here/v1" in said and "Traceback" not in said, (status, said)
+    for number in ENDINGS:
+        status, said, _ = run_with(argv)
+        assert status == 128 + number and "here/v1" in said and "Traceback" not in said, (number, status, said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", ENDINGS)
 @pytest.mark.parametrize("moment", [300, 30_000, 600_000])
 def test_a_signal_during_quickstart_never_exits_0(moment: int, number: int) -> None:
     status, said, calls = run_with(["quickstart", "--out", "quick"], [(moment, number)])

@@ -36,10 +36,9 @@ def weight(folder: Path) -> float:
     return json.loads((folder / "model" / "weight.json").read_text())
 
 
-def test_each_run_gets_its_own_folder():
-    first = run(["fit", *BASIC]).folder
-    second = run(["fit", *BASIC]).folder
-    assert (str(first), str(second)) == ("runs/slope/version_0", "runs/slope/version_1")
+def test_each_run_gets_its_own_folder(trained):
+    first, second = trained, run(["fit", *BASIC]).folder
+    assert str(second) == "runs/slope/version_1"
     kept = {path.name for path in first.iterdir() if not path.name.startswith("events")}
     assert kept == {"config.yaml", "manifest.json", "checkpoints", "samples.jsonl", "model", "hparams.yaml"}
     assert weight(first) == weight(second)
@@ -171,26 +170,23 @@ def test_resuming_without_a_checkpoint_is_refused(capsys):
     assert [path.name for path in Path("runs/bare").iterdir()] == ["version_0"]
 
 
-def test_the_config_of_a_resumed_run_starts_a_new_run():
-    first = run(["fit", *BASIC])
-    before = (first.folder / "config.yaml").read_text()
+def test_the_config_of_a_resumed_run_starts_a_new_run(trained):
+    before = (trained / "config.yaml").read_text()
     run(["fit", "--resume", "runs/slope"])
-    assert (first.folder / "config.yaml").read_text() == before and not (first.folder / "config.1.yaml").exists()
+    assert (trained / "config.yaml").read_text() == before and not (trained / "config.1.yaml").exists()
     assert yaml.safe_load(before)["ckpt_path"] is None
-    anew = run(["fit", "--config", str(first.folder / "config.yaml")])
-    assert str(anew.folder) == "runs/slope/version_1" and weight(anew.folder) == weight(first.folder)
+    anew = run(["fit", "--config", str(trained / "config.yaml")])
+    assert str(anew.folder) == "runs/slope/version_1" and weight(anew.folder) == weight(trained)
 
 
-def test_resume_takes_the_latest_training_run_not_a_later_evaluation():
-    run(["fit", *BASIC])
+def test_resume_takes_the_latest_training_run_not_a_later_evaluation(trained):
     config = "runs/slope/version_0/config.yaml"
     evaluated = run(["test", "--config", config, "--ckpt_path", "runs/slope/version_0/checkpoints/last.ckpt"])
     assert str(evaluated.folder) == "runs/slope/version_0/test/version_0"
     assert str(run(["fit", "--resume", "slope", "--trainer.max_epochs", "2"]).folder) == "runs/slope/version_0"
 
 
-def test_ckpt_path_resumes_in_its_run_folder_unless_run_name_is_given():
-    run(["fit", *BASIC])
+def test_ckpt_path_resumes_in_its_run_folder_unless_run_name_is_given(trained):
     checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
     forked = run(["fit", *BASIC, "--ckpt_path", checkpoint, "--run_name", "fork", "--trainer.max_epochs", "2"])
     assert str(forked.folder) == "runs/fork/version_0" and forked.model.updates == 2 * UPDATES
@@ -220,8 +216,7 @@ def test_flags_override_the_checkpoint_and_the_checkpoint_overrides_defaults(cap
     assert "model.offset is 0.125 as given; the checkpoint was trained with 0.25" in told
 
 
-def test_a_checkpoint_of_another_class_is_refused(capsys):
-    run(["fit", *BASIC])
+def test_a_checkpoint_of_another_class_is_refused(trained, capsys):
     checkpoint = "runs/slope/version_0/checkpoints/last.ckpt"
     other = ["--model", "tiny_run.OtherModule", "--data", "tiny_run.NumbersDataModule"]
     with pytest.raises(SystemExit) as exit_status:
@@ -241,16 +236,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(capsys, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_validate_test_and_predict_agree_on_the_same_weights():
-    trained = run(["fit", *BASIC])
-    config, checkpoint = str(trained.folder / "config.yaml"), str(trained.folder / "checkpoints" / "last.ckpt")
-    last = scalars_of(trained.folder, "val/loss")[-1][1]
+def test_validate_test_and_predict_agree_on_the_same_weights(trained):
+    config, checkpoint = str(trained / "config.yaml"), str(trained / "checkpoints" / "last.ckpt")
+    last = scalars_of(trained, "val/loss")[-1][1]
     given = ["--config", config, "--ckpt_path", checkpoint]
     validated, tested = run(["validate", *given]), run(["test", *given])
     assert float(validated.trainer.callback_metrics["val/loss"]) == pytest.approx(last)
     assert float(tested.trainer.callback_metrics["test/loss"]) == pytest.approx(last)
     predicted = run(["predict", *given])
-    rows, learned = rows_of(predicted.folder / "predictions.jsonl"), weight(trained.folder)
+    rows, learned = rows_of(predicted.folder / "predictions.jsonl"), weight(trained)
     assert len(rows) == 2 * UPDATES
     assert all(row["y"] == pytest.approx(learned * row["x"]) for row in rows)
     run(["predict", *given, "--predictions.path", "elsewhere/rows.jsonl"])
@@ -311,8 +305,7 @@ def test_a_run_restores_the_callers_random_state(monkeypatch, crash):
     assert next_random_numbers() == expected
 
 
-def test_a_resuming_plain_trainer_restores_the_callers_random_state():
-    run(["fit", *BASIC])
+def test_a_resuming_plain_trainer_restores_the_callers_random_state(trained):
     trainer = Trainer(
         max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         accelerator="cpu",
@@ -327,8 +320,8 @@ def test_a_resuming_plain_trainer_restores_the_callers_random_state():
     assert next_random_numbers()[:2] == expected[:2]  # torch's random numbers initialised the module's weight
 
 
-def test_only_the_runs_own_lines_are_printed(capsys, recwarn):
-    run(["fit", *BASIC])
+def test_a_run_prints_only_its_own_lines_and_has_the_required_trainer_settings(capsys, recwarn):
+    trainer = run(["fit", *BASIC]).trainer
     told = capsys.readouterr()
     assert re.sub(r"\d[\d,]*(\.\d+)?", "#", told.out).splitlines() == [
         "run: runs/slope/version_#",
@@ -339,10 +332,6 @@ def test_only_the_runs_own_lines_are_printed(capsys, recwarn):
     ]
     assert "Tip" not in told.err and "GPU available" not in told.err
     assert events_of(Path("runs/slope/version_0")).Tags()["scalars"]
-
-
-def test_required_trainer_settings_are_set():
-    trainer = run(["fit", *BASIC]).trainer
     assert trainer._accelerator_connector.use_distributed_sampler is False
     assert trainer.max_epochs == 1 and trainer.log_every_n_steps == 1
     assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from tiny_run import BASIC
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands.train import run
 from rlhf_lightning.runs.checkpoint_metadata import sharded_metadata
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 
@@ -84,9 +83,8 @@ def test_a_trusting_torch_load_runs_the_planted_code(make: Callable[[Path], None
 
 @pytest.mark.parametrize("make", BOMBS)
 def test_a_checkpoint_with_pickled_code_is_refused(
-    make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    make: Callable[[Path], None], trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(["fit", *BASIC])
     make(Path("bomb.ckpt"))
     for command in ("fit", "validate", "test", "predict"):
         said = refused([command, *BASIC, "--ckpt_path", "bomb.ckpt"], capsys)
@@ -103,9 +101,8 @@ def test_a_checkpoint_with_pickled_code_is_refused(
         refused([*command, CHECKPOINT], capsys)
 
 
-def test_archives_are_never_unpacked_to_disk(capsys: pytest.CaptureFixture[str]) -> None:
+def test_archives_are_never_unpacked_to_disk(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is ever unpacked to disk: neither checkpoints, which are archives, nor data."""
-    run(["fit", *BASIC])
     for name in ("slip.ckpt", "slip.zip"):
         with zipfile.ZipFile(name, "w") as archive, zipfile.ZipFile(CHECKPOINT) as good:
             for entry in good.namelist():
@@ -124,8 +121,7 @@ def test_archives_are_never_unpacked_to_disk(capsys: pytest.CaptureFixture[str])
     assert not Path("outside").exists()
 
 
-def test_a_checkpoint_symlink_that_leaves_the_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["fit", *BASIC])
+def test_a_checkpoint_symlink_that_leaves_the_run_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(CHECKPOINT, "elsewhere.ckpt")
     for name in ("last.ckpt", "best.ckpt"):
         path = Path(CHECKPOINT).with_name(name)
