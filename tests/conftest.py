@@ -8,9 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+import gc
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,17 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collect without garbage collection, and exempt the modules and tests from it: they live to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
@@ -83,6 +96,19 @@ def spell(*parts: str | int) -> list[int]:
 def tiny_tokenizer() -> Any:
     """Return a byte-level tokenizer with a chat template. It is shared, so tests must not change it."""
     return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_libraries() -> Iterator[None]:
+    """Read the entry points of the installed packages once, and not for each Trainer; do not wait for the disk, because
+    no test sees a power failure.
+    """
+    from lightning.fabric.utilities import registry
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

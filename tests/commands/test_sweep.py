@@ -1,6 +1,7 @@
 """Test `rlhf sweep`: arms and seeds, resuming after kills, status 75, named failures, and the SLURM script."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -107,18 +108,17 @@ def test_preempted_runs_are_resumed_and_failed_runs_named(capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_sweep_exits_with_75_and_continues(number, tmp_path, capsys):
-    code = "import sys; from rlhf_lightning.commands import sweep; sys.executable = sys.argv[1]; "
-    code += "import rlhf_lightning.runs.checkpoint_files as files; files.last_checkpoint = lambda run: run; "
-    code += "raise SystemExit(sweep.main(sys.argv[2:]))"
+def test_a_stopped_sweep_exits_with_75_and_continues(number, capsys):
     argv = ["c.yaml", "--over", "model.kind=slow,fine", "--out", "s"]
-    sweep = subprocess.Popen([REAL, "-c", code, str(tmp_path / "python"), *argv])
+    sweep = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(argv)))
+    sweep.start()
     deadline = time.monotonic() + 60
     while not Path("s/kind=slow/seed_0/version_0/waits").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    sweep.send_signal(number)
-    assert sweep.wait(60) == 75
+    os.kill(sweep.pid, number)
+    sweep.join(60)
+    assert sweep.exitcode == 75
     assert status_of("kind=slow/seed_0") == "interrupted" and status_of("kind=fine/seed_0") == "new"
     assert main(argv) == 0
     assert "resuming kind=slow/seed_0" in capsys.readouterr().out

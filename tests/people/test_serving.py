@@ -48,24 +48,27 @@ def page(port):
         return answer.status
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (b"", b""),
-        (b"GET / HT", b""),
-        (b"GET / HTTP/1.1\r\nhost: localhost\r\n", b""),
-        (START + b"content-length: 50\r\n\r\n", b" 408 "),
-        (START + b"content-length: 50\r\n\r\n{", b" 408 "),
-        (START + b'transfer-encoding: chunked\r\n\r\n5\r\n{"na', b" 408 "),
-        (b"GET /enter HTTP/1.1\r\nhost: localhost\r\n\r\nGET", b" 200 "),
-    ],
-)
-def test_stalled_requests_are_closed(port, sent, status):
-    with connect(port) as connection:
+STALLED = {
+    b"": b"",
+    b"GET / HT": b"",
+    b"GET / HTTP/1.1\r\nhost: localhost\r\n": b"",
+    START + b"content-length: 50\r\n\r\n": b" 408 ",
+    START + b"content-length: 50\r\n\r\n{": b" 408 ",
+    START + b'transfer-encoding: chunked\r\n\r\n5\r\n{"na': b" 408 ",
+    b"GET /enter HTTP/1.1\r\nhost: localhost\r\n\r\nGET": b" 200 ",
+}
+"""Beginnings of requests, and the status of the answer, if any."""
+
+
+def test_stalled_requests_are_closed(port):
+    connections = [connect(port) for _ in STALLED]
+    for connection, sent in zip(connections, STALLED, strict=True):
         connection.sendall(sent)
-        start = time.monotonic()
-        said = everything(connection)
-        assert time.monotonic() - start < 12 and (status in said if status else said == b"")
+    start = time.monotonic()
+    for connection, (sent, status) in zip(connections, STALLED.items(), strict=True):
+        with connection:
+            said = everything(connection)
+        assert time.monotonic() - start < 12 and (status in said if status else said == b""), (sent, said)
     assert page(port) == 200
 
 

@@ -28,7 +28,9 @@ from verification import paper_estimators as paper
 from verification.estimators import mean_test, questions_of, rollout_gradients, trained
 from verification.paper_estimators import ESTIMATORS, Every, Formula, Settings, every_rollout, these_rollouts
 
-SAMPLES, ROLLOUTS = 3, 700
+SAMPLES = 3
+ROLLOUTS = {"RLOOModule": 700}
+"""Rollouts of a case, 250 unless listed: enough to reject every mistake below. A forgotten KL needs the most."""
 SETTINGS = Settings(kl_coef=0.3, clip=0.1, clip_high=0.1, cap=0.8, value_coef=0.5, value_clip=0.1)
 FURTHER: dict[str, dict[str, Any]] = {
     "CISPOModule": {"cispo_high": SETTINGS.cap},
@@ -60,7 +62,7 @@ class Case:
 
     def __init__(self, name: str, folder: Path) -> None:
         kind, settings = CASES[name]
-        self.formula = ESTIMATORS[kind]
+        self.formula, self.rollouts = ESTIMATORS[kind], ROLLOUTS.get(name, 250)
         self.world = EnumerableWorld(prompts=2, tokens=3, max_new_tokens=2, reference_scale=0.2)
         if kind == "PPOModule":
             settings = {"critic_init": self.world.write_reward_model(folder / "reward"), **settings}
@@ -79,7 +81,7 @@ class Case:
     def gradients(self, update: str) -> Tensor:
         """Return the gradients of many independent rollouts."""
         at = None if update == "first" else self.weights[update]
-        return rollout_gradients(self.module, self.world, ROLLOUTS, SAMPLES, at)
+        return rollout_gradients(self.module, self.world, self.rollouts, SAMPLES, at)
 
     def expectation(self, update: str, formula: Formula | None = None) -> Tensor:
         """Return the sum over all rollouts of probability times gradient."""
@@ -143,10 +145,10 @@ def test_all_rollouts_are_enumerated(name: str, case_of: Callable[[str], Case]):
 def test_each_rollout_gradient_equals_the_formula(name: str, update: str, case_of: Callable[[str], Case]):
     """Exact test: a random combination of the rollouts' gradients equals that of their transcribed losses."""
     case = case_of(name)
-    drawn = case.module.collect(questions_of(case.world, ROLLOUTS, SAMPLES)).sequences.completions
+    drawn = case.module.collect(questions_of(case.world, case.rollouts, SAMPLES)).sequences.completions
     index = {ids: place for place, ids in enumerate(case.world.completions)}
-    completions = torch.tensor([index[tuple(ids.tolist())] for ids in drawn]).view(ROLLOUTS, -1)
-    chosen = torch.randn(ROLLOUTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    completions = torch.tensor([index[tuple(ids.tolist())] for ids in drawn]).view(case.rollouts, -1)
+    chosen = torch.randn(case.rollouts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss(weights: Tensor) -> Tensor:
         these = these_rollouts(case.world, completions, SAMPLES, *case.tables(weights))
