@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
     from rlhf_lightning.evaluation.run_curves import FinishedRun, RunComparison
 
-MOST_PANELS, SHOWN_PROMPTS = 9, 8
+MOST_PANELS, SHOWN_PROMPTS, MOST_NAMED = 9, 8, 8
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +77,7 @@ def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> 
     """Return sentences about the compared runs and the runs that were left out."""
     counts = [len(arm) for arm in comparison.arms.values()]
     by = ", ".join(comparison.by) or "none: all settings are equal"
+    by = by if len(comparison.by) <= MOST_NAMED else f"the {len(comparison.by)} settings that differ"
     notes = [
         f"{len(comparison.runs)} runs in {len(counts)} arms by {by}; seeds per arm: {', '.join(map(str, counts))}."
     ]

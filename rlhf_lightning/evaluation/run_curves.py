@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +21,9 @@ Axis = Literal["updates", "episodes", "tokens"]
 NOT_COMPARED = ("seed_everything", "model.seed", "data.seed", "run_name", "runs_folder", "ckpt_path", "resume")
 ROLLOUT_TAGS = ("rollout/score", "rollout/kl", "rollout/completion_length", "rollout/eos_rate")
 FRONTIERS = (("rollout/kl", "rollout/score"), ("val/kl", "val/score"), ("val/kl", "val/reward_margin"))
+LONGEST_NAME = 80
+SEED_PART = re.compile(r"/seed_\d+$")
+"""The last part of the run names of a sweep."""
 LAST_SHARE = 0.1
 """The final value of a training metric is its mean over this last share of the updates."""
 
@@ -141,12 +145,21 @@ def differing(runs: Sequence[FinishedRun]) -> list[str]:
     return [name for name in names if len({json.dumps(run.settings.get(name), default=str) for run in runs}) > 1]
 
 
+def _with_short_names(arms: dict[str, dict[int, FinishedRun]]) -> dict[str, dict[int, FinishedRun]]:
+    """Name the arms by their runs, if lists of all settings that differ would be long names."""
+    names = [SEED_PART.sub("", plain(next(iter(runs.values())).settings.get("run_name"))) for runs in arms.values()]
+    if max(map(len, arms)) <= LONGEST_NAME or len(set(names)) < len(arms):
+        return arms
+    return dict(zip(names, arms.values(), strict=True))
+
+
 class RunComparison:
     """Runs grouped into arms.
 
     Args:
         runs: the runs.
-        by: settings that define the arms; empty means all settings that differ.
+        by: settings that define the arms; empty means all settings that differ. An arm is then named by these
+            settings, or by its run if they are many.
         axis: x-axis of the curves.
         metrics: tags to compare; empty means val/, the rollout headline metrics and the training loss.
 
@@ -173,7 +186,7 @@ class RunComparison:
                     f"{run.folder} and {arm[run.seed].folder} have the same seed {run.seed} in the same arm; {hint}",
                 )
             arm[run.seed] = run
-        self.arms = arms
+        self.arms = arms if by else _with_short_names(arms)
         self.within = [
             name for name in self.differing if name not in self.by and any(self._varies(a, name) for a in arms.values())
         ]

@@ -83,6 +83,24 @@ def test_two_runs_with_one_seed_in_an_arm_are_refused_with_what_differs(sweep):
         main([str(sweep), "--by", "model.beta"])
 
 
+def test_arms_that_differ_in_many_settings_are_named_by_their_runs(tmp_path, capsys):
+    for name in ("first", "second"):
+        for seed in range(2):
+            run = write_run(tmp_path / name / f"seed_{seed}" / "version_0", 0.1, seed)
+            model = {"class_path": "PPOModule", "init_args": {f"setting_{number}": name for number in range(12)}}
+            config = {"seed_everything": seed, "run_name": f"{name}/seed_{seed}", "model": model}
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs in 2 arms by the 12 settings that differ; seeds per arm: 2, 2." in said
+    assert set(json.loads(Path("comparison/report.json").read_text())["arms"]) == {"first", "second"}
+    assert main([str(tmp_path), "--by", "model.setting_1"]) == 0
+    assert set(json.loads(Path("comparison/report.json").read_text())["arms"]) == {
+        "setting_1=first",
+        "setting_1=second",
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(["--by", "model.gamma"], ("unknown-setting",)), (["--metrics", "val/scor"], ("unknown-metric", "val/score")),
