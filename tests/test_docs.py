@@ -15,8 +15,8 @@ from rlhf_lightning.worlds.assistant import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = (
-    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "grpo", "own-objective", "tools",
-    "constraint", "labels", "constitutional-ai", "resume", "memory", "elsewhere",
+    "first-run", "stages", "sft-on-your-data", "reward-model", "ppo", "dpo", "is-it-better", "grpo", "own-objective",
+    "tools", "constraint", "reward-hacking", "labels", "constitutional-ai", "resume", "memory", "elsewhere",
 )  # fmt: skip
 """Tutorials in reading order; later ones use files of earlier ones."""
 VLLM = Path(os.environ.get("RLHF_VLLM_PYTHON", "")).parents[1:2]
@@ -32,10 +32,12 @@ LEFT_BEHIND = {
     "reward-model": "best.jsonl",
     "ppo": "over_optimised/report.md",
     "dpo": "comparison/report.md",
+    "is-it-better": "policies/best_of_n.png",
     "grpo": "runs/brief/version_0/model",
     "own-objective": "runs/offset",
     "tools": "episodes.jsonl",
     "constraint": "limits/report.md",
+    "reward-hacking": "unseen_prompts/report.html",
     "labels": "runs/from_labels/version_0/model",
     "constitutional-ai": "runs/ai_reward/version_0/model",
     "resume": "runs/stopped/version_0/model",
