@@ -6,8 +6,10 @@ classes. ``python -m rlhf_lightning.commands.objectives`` generates the index; a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
@@ -62,13 +64,31 @@ def index() -> dict[str, Any]:
 
 
 def is_stale() -> bool:
-    """Whether a source file is over a minute newer than the index; the index may then be outdated."""
-    return max(path.stat().st_mtime for path in _sources()) > INDEX.stat().st_mtime + 60
+    """Whether the sources name other classes or settings than they did when the index was generated."""
+    return bool(index()["sources"] != source_digests())
 
 
-def _sources() -> list[Path]:
+_NAMED = re.compile(rb"^class (\w+)|(?:^ +|[(,] ?)(\w+): ", re.MULTILINE)
+"""Matches what can be a class or a setting: a name with an annotation."""
+
+
+def source_digests(package: Path = INDEX.parents[1]) -> dict[str, str]:
+    """Return a digest of the names of classes and settings in each source file, by its path in the package.
+
+    The times of files do not serve: git writes all files of a pull in any order. Digests of the whole files would
+    change with every edit.
+    """
+    return {
+        file.relative_to(package).as_posix(): hashlib.blake2b(
+            b" ".join(b"".join(names) for names in _NAMED.findall(file.read_bytes())), digest_size=4
+        ).hexdigest()
+        for file in _sources(package)
+    }
+
+
+def _sources(package: Path = INDEX.parents[1]) -> list[Path]:
     """Return the files that define settings."""
-    return [file for room in ROOMS for file in INDEX.parents[1].glob(f"{room}/*.py")]
+    return [file for room in ROOMS for file in sorted(package.glob(f"{room}/*.py"))]
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from rlhf_lightning.atomic_files import write_text
-from rlhf_lightning.commands.flag_index import GROUPS, INDEX, PARTS, REFUSED, index, is_stale
+from rlhf_lightning.commands.flag_index import GROUPS, INDEX, PARTS, REFUSED, index, is_stale, source_digests
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.loading import shipped_classes
 from rlhf_lightning.similar_names import hint_at
@@ -201,7 +201,8 @@ def build_index() -> str:
         "AlignmentDataModule",
     }
     bases = dumps(sorted(named - found["model"].keys()))
-    further = f'"run": {dumps(found["run"])},\n"bases": {bases},\n"tools": {dumps(tools)}'
+    sources = dumps(source_digests(), indent=0)
+    further = f'"run": {dumps(found["run"])},\n"bases": {bases},\n"tools": {dumps(tools)},\n"sources": {sources}'
     return f'{{"settings": [\n{rows}\n],\n{further},\n{parts}\n}}\n'
 
 

@@ -9,21 +9,41 @@ import pytest
 
 from rlhf_lightning import cli
 from rlhf_lightning.commands import flag_index
-from rlhf_lightning.commands.flag_index import INDEX, all_names, foreign_names, quick_answer, suggestion
+from rlhf_lightning.commands.flag_index import (
+    INDEX,
+    all_names,
+    foreign_names,
+    quick_answer,
+    source_digests,
+    suggestion,
+)
 from rlhf_lightning.commands.objectives import build_index, plain_help, type_text
 
 ROWS = foreign_names()["settings"]
 REMEDY = "run `python -m rlhf_lightning.commands.objectives` and commit flag_index.json"
 
 
-@pytest.fixture(autouse=True)
-def current(monkeypatch):
-    """Recently edited sources must not disable the index."""
-    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
-
-
 def test_the_flag_index_is_current():
     assert build_index() == INDEX.read_text(encoding="utf-8"), REMEDY
+    assert not flag_index.is_stale(), REMEDY
+
+
+def test_the_index_depends_on_names_in_the_sources_and_not_on_times(tmp_path):
+    source = tmp_path / "modules" / "own.py"
+    source.parent.mkdir()
+    text = "class Own:\n    def __init__(self, beta: float = 1.0) -> None:\n        self.beta = beta\n"
+    source.write_text(text)
+    known = source_digests(tmp_path)
+    os.utime(source, (2**31, 2**31))
+    assert source_digests(tmp_path) == known
+    for changed, stale in (
+        (text.replace("= beta", "= 2 * beta"), False),
+        (text.replace(") ->", ", gamma: float = 1.0) ->"), True),
+        (text.replace("(self, beta", "(\n        self,\n        beta_2"), True),
+        (text.replace("Own", "Other"), True),
+    ):
+        source.write_text(changed)
+        assert (source_digests(tmp_path) != known) == stale, changed
 
 
 def test_foreign_names_map_to_existing_settings():

@@ -7,7 +7,6 @@ import lightning.pytorch  # noqa: F401 - its log handler keeps the stderr of the
 import pytest
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands import flag_index
 
 PAIRS = [{"prompt": f"a{number}", "chosen": "bc", "rejected": "d"} for number in range(8)]
 FILES = {
@@ -224,7 +223,6 @@ def test_each_mistake_prints_one_sentence_with_the_remedy(
     mistake: str, files: None, policy_folder: str, plain_folder: str, reward_folder: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
     monkeypatch.syspath_prepend(".")
     command, words = MISTAKES[mistake]
     folders = {"POLICY": policy_folder, "PLAIN": plain_folder, "REWARD": reward_folder}

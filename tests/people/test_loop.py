@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny_run import rows_of, scalars_of
 
 from rlhf_lightning.cli import main as rlhf
-from rlhf_lightning.commands import flag_index
 from rlhf_lightning.commands.web_server import listen
 from rlhf_lightning.data.feedback.database import items_of, judgements_of, reading
 from rlhf_lightning.data.feedback.records import Answer, Candidate, Item
@@ -319,8 +318,7 @@ def test_invalid_settings_are_refused(flags, more, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_flags_override_the_config_file(flags, capsys, monkeypatch):
-    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
+def test_flags_override_the_config_file(flags, capsys):
     Path("loop.yaml").write_text("name: other\npool: 4\nlabels: 20\n")
     assert rlhf(["loop", "--config", "loop.yaml", *flags[1:]]) == 1
     assert "pool is 4: it must be 8 or more, because each pair takes 1 of the 8 labels" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from tiny_models import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import cli
-from rlhf_lightning.commands import flag_index
 from rlhf_lightning.planning.estimate import Rates
 from rlhf_lightning.planning.plan import placeholders
 from rlhf_lightning.planning.setup_from_config import reward_models
@@ -156,8 +155,7 @@ def test_a_plan_that_does_not_fit_exits_1_with_suggestions(capsys):
         (["--plan.prompt_lenth", "3"], "rlhf plan: there is no setting --plan.prompt_lenth"),
     ],
 )
-def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys, monkeypatch):
-    monkeypatch.setattr(flag_index, "is_stale", lambda: False)
+def test_wrong_flags_are_refused_as_in_fit(flags, sentence, capsys):
     try:
         status = cli.main(["plan", *DPO, "--plan.config", "SmolLM2-135M", *flags])  # answered from the index
     except SystemExit as answered:
