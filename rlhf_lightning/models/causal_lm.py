@@ -234,7 +234,7 @@ class CausalLM(nn.Module):
         values = None
         if value_layout is not None and self.value_head is not None:
             if self.logits_path == "forward":
-                states = hidden_states(self.model, layout, self.pads_rows)
+                states = hidden_states(self.model, layout, self.pads_rows, self.reads_trees)
             valued = states[value_layout.predictors].to(head_dtype(self.value_head))
             values = value_layout.scatter(at_least_float32(self.value_head(valued)).squeeze(-1))
         found = {} if statistics is None else self.over_states(hidden, statistics, temperature)
@@ -296,8 +296,8 @@ class CausalLM(nn.Module):
     def _states(self, layout: Layout) -> Tensor:
         """Return the input of `logits` for each cell of the layout."""
         if self.logits_path == "forward":
-            return cells_of(unwrapped(self.model), layout, "logits", self.pads_rows)
-        return hidden_states(self.model, layout, self.pads_rows)
+            return cells_of(unwrapped(self.model), layout, "logits", self.pads_rows, self.reads_trees)
+        return hidden_states(self.model, layout, self.pads_rows, self.reads_trees)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the LM head."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.micro_batches import cut_micro_batches
 from rlhf_lightning.models.packing import PackedRow, tree_width, trees_of
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.types import NO_LIMITS, MicroBatchLimits, Sequences
 
 
@@ -47,11 +48,7 @@ class Layout(NamedTuple):
 
     def to(self, device: torch.device) -> Layout:
         """Return the same layout on ``device``."""
-
-        def moved(part: Tensor) -> Tensor:
-            return part.to(device, non_blocking=True)
-
-        tensors = {name: moved(part) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        tensors = {name: to_device(part, device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
         return Layout(**tensors, packed=None if self.packed is None else self.packed.to(device))
 
     def with_end_state(self) -> Layout:
@@ -61,9 +58,8 @@ class Layout(NamedTuple):
         ends = (self.completion_mask * torch.arange(1, length + 1, device=self.completion_mask.device)).amax(-1)
         row = self.cells.div(max(length, 1), rounding_mode="floor")
         all_rows = torch.arange(rows, device=ends.device)
-        mask = torch.nn.functional.pad(self.completion_mask, (0, 1)).index_put(
-            (all_rows, ends), torch.tensor(True, device=ends.device)
-        )
+        here = torch.ones((), dtype=torch.bool, device=ends.device)
+        mask = torch.nn.functional.pad(self.completion_mask, (0, 1)).index_put((all_rows, ends), here)
         return self._replace(
             predictors=torch.cat([self.predictors, self.last]),
             targets=torch.cat([self.targets, torch.zeros_like(self.last)]),

@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.types import Sequences
 
 # cuDNN's attention builds a plan for every new shape, which takes a tenth of a second, and every batch has sequences of
@@ -91,14 +92,14 @@ class PackedRow:
     def blocks(self) -> tuple[Block, ...]:
         """The row's blocks, from start to end."""
         found = blocks_of(self.trees)
-        return tuple(Block(width, None if mask is None else mask.to(self.device)) for width, mask in found)
+        return tuple(Block(width, None if mask is None else to_device(mask, self.device)) for width, mask in found)
 
     @cached_property
     def pieces(self) -> Pieces:
         """The row's pieces, for kernels that take lengths."""
         asking, seen, cells, *longest = pieces_of(self.trees)
-        moved = None if cells is None else cells.to(self.device)
-        return Pieces(asking.to(self.device), seen.to(self.device), moved, *longest)
+        moved = None if cells is None else to_device(cells, self.device)
+        return Pieces(to_device(asking, self.device), to_device(seen, self.device), moved, *longest)
 
     def to(self, device: torch.device) -> PackedRow:
         """Return the same pattern on ``device``."""
@@ -242,8 +243,9 @@ def attend_by_block(
     Queries have shape (rows, heads, width, size); keys and values may have fewer heads. Return the output, shape (rows,
     width, heads, size), and None instead of the attention probabilities, which these kernels do not return.
     """
-    if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if packed is None or packed is CAUSAL_ROWS:
+        mask = attention_mask if packed is None else None
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
     return attend_in_row(module, query, key, value, packed, **options)
 
 
@@ -337,6 +339,10 @@ def shares_keys(kernel: Any) -> bool:
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_block
+
+CAUSAL_ROWS = PackedRow(())
+"""Pattern of rows with one sequence each. It spares transformers' masks: to find out that none is needed, transformers
+reads values from the device in every forward pass."""
 
 SEES_NOTHING = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 """Mask passed with a packed row. If a model does not forward the packed row to its attention, its states become NaN."""

@@ -15,7 +15,8 @@ from rlhf_lightning.compat import is_stateful, uses_sdpa
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.layout import Layout
-from rlhf_lightning.models.packing import SEES_NOTHING
+from rlhf_lightning.models.packing import CAUSAL_ROWS, SEES_NOTHING
+from rlhf_lightning.models.transfer import to_device
 
 
 class ScalarModel(nn.Module):
@@ -53,7 +54,7 @@ class ScalarModel(nn.Module):
             Scores, fp32, shape (completions,), before ``bias`` is subtracted; or values. With several outputs the shape
             is (completions, outputs) or (completions, length, outputs).
         """
-        hidden = hidden_states(self.model, layout, self.pads_rows)
+        hidden = hidden_states(self.model, layout, self.pads_rows, self.reads_trees)
         wanted = hidden[layout.predictors if per_token else layout.last]
         head = self.head
         found = at_least_float32(head(wanted.to(head_dtype(head))))
@@ -61,23 +62,26 @@ class ScalarModel(nn.Module):
         return layout.scatter(scalars) if per_token else scalars
 
 
-def hidden_states(model: Any, layout: Layout, pads_rows: bool = True) -> Tensor:
+def hidden_states(model: Any, layout: Layout, pads_rows: bool = True, takes_patterns: bool = False) -> Tensor:
     """Return the last hidden state of each of the layout's cells, shape (rows * width, hidden size), see `cells_of`."""
-    return cells_of(trunk(model), layout, "last_hidden_state", pads_rows)
+    return cells_of(trunk(model), layout, "last_hidden_state", pads_rows, takes_patterns)
 
 
-def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool) -> Tensor:
+def cells_of(module: nn.Module, layout: Layout, name: str, pads_rows: bool, takes_patterns: bool = False) -> Tensor:
     """Forward a layout and return the output ``name`` for each of its cells, shape (rows * width, ...).
 
-    Without ``pads_rows`` only rows of the same length are forwarded together.
+    Without ``pads_rows`` only rows of the same length are forwarded together. ``takes_patterns`` says whether the
+    module hands attention patterns to its attention, see `reads_trees`.
     """
     rows, width = layout.input_ids.shape
     switch = rope_switch(getattr(module, "config", None))
     if layout.packed is not None or (pads_rows and (switch is None or width <= switch)):
         options: dict[str, Any] = {}
+        if layout.packed is not None or takes_patterns:
+            nothing = to_device(SEES_NOTHING, layout.input_ids.device)
+            options = {"attention_mask": nothing, "packed": layout.packed or CAUSAL_ROWS}
         if layout.packed is not None:
-            nothing = SEES_NOTHING.to(layout.input_ids.device)
-            options = {"position_ids": layout.positions, "attention_mask": nothing, "packed": layout.packed}
+            options["position_ids"] = layout.positions
         return _read(module, layout.input_ids, **options)[name].flatten(0, 1)
     lengths = layout.last % width + 1 if len(layout.last) else torch.full((rows,), width)
     groups = lengths

@@ -25,6 +25,7 @@ from rlhf_lightning.functional.policy_gradient import token_rewards
 from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.frozen import FrozenPolicy, Teacher
 from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.slot_engine import sample
@@ -84,7 +85,7 @@ class DivergenceObjective(AlignmentModule):
         policy: Any = self.model
         found: dict[str, Tensor] = policy(asked)
         row = layout.cells.div(layout.completion_mask.shape[1], rounding_mode="floor")
-        losses = found.pop("loss") * weights.to(self.device)[row]
+        losses = found.pop("loss") * to_device(weights, self.device)[row]
         meter.add("loss", losses)
         for name, values in found.items():
             meter.add(name, values)

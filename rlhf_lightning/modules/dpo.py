@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
@@ -82,9 +83,9 @@ class DPOModule(PairObjective, OfflineModule):
         outputs, reference = self.both_logprobs(batch.sequences, layout)
         pairs = stacked_pairs(outputs.logprobs, reference, layout.completion_mask, outputs.extras)
         return pairs._replace(
-            target=self.smoothed(batch.target.to(self.device)),
-            rated_margin=batch.margin.to(self.device),
-            weights=batch.weights.to(self.device),
+            target=self.smoothed(to_device(batch.target, self.device)),
+            rated_margin=to_device(batch.margin, self.device),
+            weights=to_device(batch.weights, self.device),
             extras={**self.slots_of(batch), **pairs.extras},
         )
 

@@ -137,7 +137,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         # Pairs of weight 0 let a rank without pairs take part in the collectives.
         parts += [no_pair(rollout)] * (max(most_passes(self.policy, len(parts)), 1) - len(parts))
         losses: list[Callable[[], Tensor]] = [partial(self.pair_loss_sum, rollout, part, meter) for part in parts]
-        return self.update(losses + self.further_losses(batch, count, meter), count)
+        return self.update(losses + self.further_losses(batch, count, meter), count, meter)
 
     def preference_logprobs(self, rollout: Rollout, pairs: Pairs) -> PreferenceLogprobs:
         """Compute the policy's log-probabilities of some pairs; the reference's are taken from the rollout."""
@@ -164,7 +164,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         logprobs = self.preference_logprobs(rollout, pairs)
         moved = _moved(rollout, pairs, logprobs)
         if self._untouched:
-            self.invariants.check_ratio(moved)
+            self.invariants.check_ratio(moved, meter)
         loss = as_loss(self.preference_loss(logprobs))
         self.measure_pairs(logprobs, loss, int((pairs.weights > 0).sum()), meter)
         self.measure_update(moved, meter)

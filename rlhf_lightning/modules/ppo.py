@@ -331,10 +331,10 @@ class PPOModule(OnPolicyModule):
             values = CriticValues(now, old[rows, :count], returns[rows, :count], mask)
             loss = as_loss(self.value_loss(values))
             masked = torch.where(mask, loss.values, 0.0)
-            total, metrics[f"value_loss{suffix}"] = total + masked, masked[mask]
+            total, metrics[f"value_loss{suffix}"] = total + masked, masked
             if self.value_clip is not None:
-                clipped = value_clip_fraction(now.detach(), values.old_values, values.returns, self.value_clip)
-                metrics[f"value_clip_fraction{suffix}"] = clipped[mask]
+                bounds = (values.old_values, values.returns, self.value_clip)
+                metrics[f"value_clip_fraction{suffix}"] = value_clip_fraction(now.detach(), *bounds)
         return Loss(self.value_coef * total, metrics)
 
     def measure_rollout(self, rollout: Rollout, meter: Meter) -> None:
@@ -354,7 +354,7 @@ class PPOModule(OnPolicyModule):
 
     # -- pretraining mix ----------------------------------------------------------------------------------------------
 
-    def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
+    def further_losses(self, batch: PromptBatch, count: float | Tensor, meter: Meter) -> list[Callable[[], Tensor]]:
         """Return the language-model loss on the pretraining text: its mean over tokens, times ``pretraining_coef``."""
         if not self.pretraining_coef or batch.pretraining is None:
             return []
@@ -367,7 +367,7 @@ class PPOModule(OnPolicyModule):
             outputs: TokenOutputs = self.policy(layout)
             negative = -outputs.logprobs
             meter.add("pretraining_loss", negative, layout.completion_mask)
-            return scale * negative.sum()
+            return torch.as_tensor(scale, dtype=negative.dtype) * negative.sum()
 
         cuts = cut_sequences(sequences, None, self.limits)
         cuts += [[]] * (max(most_passes(self.policy, len(cuts)), 1) - len(cuts))  # a rank may have no text

@@ -11,6 +11,7 @@ from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.functional.ranking import first_errors, step_loss
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.models.resolving import STEP_SEPARATOR
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
@@ -77,7 +78,7 @@ class ProcessRewardModule(RewardModule):
             )
         position = (mask.cumsum(-1) - 1)[mask]
         extras = self.slots_of(batch)
-        return ProcessScores(grid[mask], labels, row, position, batch.weights.to(self.device), extras)
+        return ProcessScores(grid[mask], labels, row, position, to_device(batch.weights, self.device), extras)
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
         scores = self.step_scores(batch)

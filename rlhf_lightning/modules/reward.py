@@ -34,6 +34,7 @@ from rlhf_lightning.models.resolving import (
 )
 from rlhf_lightning.models.roles import scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
@@ -135,9 +136,9 @@ class RewardModule(OfflineModule):
         scores, extras = self.reward_model(self.lay_out(batch.sequences)), self.slots_of(batch)
         if self.outputs > 1:
             scores, extras = self.score_of(scores), {**extras, "outputs": scores}
-        group = torch.tensor(batch.sequences.parents, dtype=torch.long, device=self.device)
+        group = to_device(torch.tensor(batch.sequences.parents, dtype=torch.long), self.device)
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
-        ranks, target, margin, weights = (part.to(self.device) for part in parts)
+        ranks, target, margin, weights = (to_device(part, self.device) for part in parts)
         ranked = RankedScores(scores, group, ranks, target, margin, weights, extras)
         loss = as_loss(self.ranking_loss(ranked))
         self._measure(ranked, loss.values, meter)

@@ -164,8 +164,8 @@ class SelfDistillationModule(DivergenceObjective, RolloutModule):
             )
         for rows in self.minibatches(rollout, meter):
             mine = sorted(set(rows) & set(taught))
-            count = float(self.sum_over_ranks(rollout.completion_mask[mine].sum()))
-            norm = self.update(self._losses(rollout, read, mine, meter), count)
+            count = self.sum_over_ranks(rollout.completion_mask[mine].sum())
+            norm = self.update(self._losses(rollout, read, mine, meter), count, meter)
             if self.teacher_kind == "ema" and self.reference is not None:
                 self.reference.follow(1 - self.ema_decay)
         return norm

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.layout import Layout
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
@@ -61,7 +62,7 @@ class SFTModule(OfflineModule):
         outputs = self.policy_outputs(layout, with_entropy=evaluating)
         mask = layout.completion_mask
         extras = {**self.slots_of(batch), **outputs.extras}
-        logprobs = TokenLogprobs(outputs.logprobs, mask, batch.weights.to(self.device), extras)
+        logprobs = TokenLogprobs(outputs.logprobs, mask, to_device(batch.weights, self.device), extras)
         loss = as_loss(self.token_loss(logprobs))
         meter.add("loss", loss.values, mask)
         meter.add("negative_logprob", -outputs.logprobs, mask)

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from rlhf_lightning.errors import undefined
 from rlhf_lightning.functional.logprobs import at_least_float32
 from rlhf_lightning.models.causal_lm import TokenOutputs
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import as_loss
@@ -112,8 +113,8 @@ class UnpairedModule(OfflineModule):
             policy_logprobs=outputs.logprobs,
             reference_logprobs=reference,
             completion_mask=layout.completion_mask,
-            desirable=batch.desirable.to(self.device),
-            weights=batch.weights.to(self.device),
+            desirable=to_device(batch.desirable, self.device),
+            weights=to_device(batch.weights, self.device),
             reference_point=reference_point,
             extras={**self.slots_of(batch), **outputs.extras},
         )

@@ -16,6 +16,7 @@ from rlhf_lightning.errors import SettingError
 from rlhf_lightning.functional.policy_gradient import group_means, missing_eos_scores
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.layout import select
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.sampling.conversation import Transcript, turns_of
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingRequest, SamplingSettings, refuse_empty
@@ -230,7 +231,7 @@ PER_PROMPT = ("prompts", "texts", "columns", "episodes", "group", "row_ids", "ex
 def _rows(values: Any, rows: Sequence[int]) -> Any:
     """Return some rows of a tensor, tuple or list, or of each member of a mapping; empty values stay empty."""
     if isinstance(values, Tensor):
-        return values[torch.tensor(list(rows), dtype=torch.long, device=values.device)]
+        return values[to_device(torch.tensor(list(rows), dtype=torch.long), values.device)]
     if isinstance(values, Mapping):
         return {name: _rows(member, rows) for name, member in values.items()}
     return type(values)(values[row] for row in rows) if values else values
@@ -366,7 +367,7 @@ def on_grid(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     grid = torch.zeros(like.shape, dtype=rows[0].dtype if rows else torch.float32)
     for index, values in enumerate(rows):
         grid[index, : len(values)] = values
-    return grid.to(like.device)
+    return to_device(grid, like.device)
 
 
 def measure_samples(meter: Meter, rollout: Rollout, scored: bool = True) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.types import Advantages, Minibatch, Rollout
 
 
@@ -30,7 +31,7 @@ def data_ranks(module: LightningModule) -> tuple[int, int]:
 
 def summed_over_ranks(module: LightningModule, value: Tensor) -> Tensor:
     """Return the sum over all data, in fp64; the result is the same on every rank."""
-    total: Tensor = module.trainer.strategy.reduce(value.double(), reduce_op="sum")
+    total: Tensor = module.trainer.strategy.reduce(to_device(value, module.device).double(), reduce_op="sum")
     return total / ranks_of_a_model(module)
 
 
@@ -78,7 +79,7 @@ def whole_minibatch(
         "behaviour_logprobs": rollout.behaviour_logprobs,
         "logprobs": logprobs,
     }
-    index = torch.tensor(rows, dtype=torch.long, device=device)
+    index = to_device(torch.tensor(rows, dtype=torch.long), device)
     width = int(each_share(module, torch.tensor(mask.shape[1], device=device)).max())
     episodes = rollout.episodes.to(device)
     first = torch.stack([episodes[rollout.group == group].min() for group in rollout.group])

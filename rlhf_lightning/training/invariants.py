@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.errors import SettingError, StateError
+from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import PolicyLogprobs, Rollout
 
 NAMES = ("ratio", "sampler", "support", "mask", "score_slot", "first_kl", "sync_error")
@@ -51,17 +53,15 @@ class Invariants:
         largest = strategy.reduce(table, reduce_op="max")
         return {f"invariant/{name}": value for name, value in zip(NAMES, largest.tolist(), strict=True) if value >= 0}
 
-    def check_ratio(self, logprobs: PolicyLogprobs) -> None:
-        """Check that every ratio is 1 before the first update of a rollout."""
-        mask = logprobs.completion_mask
-        moved = torch.expm1((logprobs.logprobs.detach() - logprobs.old_logprobs)[mask]).abs()
-        if not self.own_old:
-            self._check("ratio", float(moved.mean()) if moved.numel() else 0.0, math.inf, "")
-            return
-        self._check_difference(
-            "ratio", moved, logprobs.logprobs, 1e-4, 1e-2,
-            "policy and rollout had different forward passes: dropout, a missing temperature, other padding",
-        )  # fmt: skip
+    def check_ratio(self, logprobs: PolicyLogprobs, meter: Meter) -> None:
+        """Check that every ratio is 1 before the first update of a rollout, once the update reads ``meter``."""
+        mask, now = logprobs.completion_mask, logprobs.logprobs.detach()
+        moved = torch.expm1(torch.where(mask, now - logprobs.old_logprobs, 0.0)).abs()
+        bounds_largest = self.own_old and self._is_exact(now)
+        bound = (1e-4 if bounds_largest else 1e-2) if self.own_old else math.inf
+        cause = "policy and rollout had different forward passes: dropout, a missing temperature, other padding"
+        measured = moved.max() if bounds_largest else moved.sum() / mask.sum().clamp_min(1)
+        meter.when_read(measured, partial(self._check, "ratio", bound=bound, cause=cause))
 
     def check_sampler(self, rollout: Rollout) -> None:
         """Check that the sampling engine and the trainer's forward pass give the same log-probabilities.
@@ -147,14 +147,15 @@ class Invariants:
     ) -> None:
         if not values.numel():
             return
-        if (
-            self.exact
-            and like.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(like.device.type)
-        ):
+        if self._is_exact(like):
             self._check(name, float(values.max()), bound, cause)
         else:
             self._check(name, float(values.mean()), mean_bound, cause)
+
+    def _is_exact(self, like: Tensor) -> bool:
+        """Whether log-probabilities are computed in single or double precision."""
+        single = like.dtype in (torch.float32, torch.float64)
+        return self.exact and single and not torch.is_autocast_enabled(like.device.type)
 
     def _check(self, name: str, value: float, bound: float, cause: str) -> None:
         self._measured[name] = max(self._measured.get(name, 0.0), value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from lightning.fabric.loggers import Logger
@@ -14,21 +14,25 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from rlhf_lightning.compat import event_writer, has_prefix
+from rlhf_lightning.models.transfer import to_device
 
 INTERVAL = "_ci95"
 SUM, SQUARES = f"{INTERVAL}/sum", f"{INTERVAL}/squares"
+NOTHING = torch.zeros(())
 
 
 class Meter:
     """Weighted means that do not depend on micro-batches and ranks.
 
     A mean of micro-batch means would give short and long micro-batches the same weight, so numerators and denominators
-    are summed separately. Every rank must add the same names.
+    are summed separately. Every rank must add the same names. Sums stay on the device until they are read.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._ratios: set[str] = set()
+        self._checks: list[tuple[Tensor, Callable[[float], None]]] = []
+        self._everyone: Tensor | None = None  # sums of all ranks, on the host; None if a value was added since
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add values of any shape; with ``mask``, only the values under it, weighted by it."""
@@ -47,16 +51,25 @@ class Meter:
 
     def add_ratio(self, name: str, numerator: Tensor | float, denominator: Tensor | float) -> None:
         """Add to the numerator and denominator of a quotient, such as a loss divided by its tokens."""
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (numerator, denominator)])
-        self._add(name, pair)
+        parts = [torch.as_tensor(x, dtype=torch.float64).detach() for x in (numerator, denominator)]
+        device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+        self._add(name, torch.stack([to_device(part, device) for part in parts]))
         self._ratios.add(name)
 
     def _add(self, name: str, pair: Tensor) -> None:
-        pair = pair.cpu()
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._everyone, known = None, self._sums.get(name)
+        if known is not None:  # a restored sum, or that of a rank without rows, may be on the host
+            device = pair.device if known.device.type == "cpu" else known.device
+            pair = to_device(known, device) + to_device(pair, device)
+        self._sums[name] = pair
+
+    def when_read(self, value: Tensor, check: Callable[[float], None]) -> None:
+        """Call ``check`` with a scalar of this rank when the sums are next read."""
+        self._checks.append((value, check))
 
     def forget(self, name: str) -> None:
         """Drop a name."""
+        self._everyone = None
         self._sums.pop(name, None)
 
     def add_nothing(self, like: Meter) -> None:
@@ -77,18 +90,43 @@ class Meter:
             for name, pair in state.items():  # every rank needs every name
                 self._add(name, torch.tensor(pair if mine else [0.0, 0.0], dtype=torch.float64))
 
+    def read(self, strategy: Strategy, loss: Tensor = NOTHING, norm: Tensor = NOTHING) -> tuple[float, float]:
+        """Read the sums of all ranks, and an update's loss and gradient norm, in one collective and one transfer.
+
+        Each transfer to the host waits for the device.
+
+        Args:
+            strategy: reduces over ranks.
+            loss: this rank's loss, a scalar.
+            norm: norm of the gradient of all ranks, a scalar.
+
+        Returns:
+            The sum of ``loss`` over ranks, and ``norm``.
+        """
+        checks, self._checks = self._checks, []
+        parts = (*self._sums.values(), loss), (norm, *(value for value, _ in checks))
+        summed, own = (
+            torch.cat([to_device(one.detach(), strategy.root_device).double().view(-1) for one in part])
+            for part in parts
+        )
+        found = torch.cat([strategy.reduce(summed, reduce_op="sum"), own]).tolist()
+        sums, (total, length, *values) = found[: 2 * len(self._sums)], found[2 * len(self._sums) :]
+        for (_, check), value in zip(checks, values, strict=True):
+            check(value)
+        self._everyone = torch.tensor(sums, dtype=torch.float64).view(-1, 2)
+        return total, length
+
     def means(self, strategy: Strategy) -> dict[str, float]:
-        """Return the mean of each name over all ranks, in one collective.
+        """Return the mean of each name over all ranks, as last read; read them if a value was added since.
 
         Names without values are left out; a quotient without a denominator is 0.
         """
         if not self._sums:
             return {}
-        table = torch.stack(list(self._sums.values())).to(strategy.root_device)
-        if strategy.root_device.type == "mps":
-            table = table.float()
-        table = strategy.reduce(table, reduce_op="sum")
-        numerators, denominators = table.cpu().unbind(-1)
+        if self._everyone is None:
+            self.read(strategy)
+        assert self._everyone is not None
+        numerators, denominators = self._everyone.unbind(-1)
         quotients = numerators / denominators.clamp_min(1e-12)
         counts = dict(zip(self._sums, denominators.tolist(), strict=True))
         means = dict(zip(self._sums, quotients.tolist(), strict=True))

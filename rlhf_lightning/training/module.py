@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import os
@@ -52,13 +51,14 @@ from rlhf_lightning.models.resolving import fingerprint, is_adapter, load_base_o
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.self_check import check_weights
 from rlhf_lightning.models.sharding import decoder_layers, shard
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.sampling.conversation import Turns, turns_of
 from rlhf_lightning.sampling.engines import Completions, SamplingEngine, SamplingSettings
 from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.training import checkpoint_state, optimization, trainer_checks
 from rlhf_lightning.training.compatibility import check, refused_strategy, settled_precision
-from rlhf_lightning.training.gathering import data_ranks, summed_over_ranks
+from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
 from rlhf_lightning.training.muon import mark_layers
 from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
@@ -333,7 +333,7 @@ class AlignmentModule(LightningModule):
 
     def slots_of(self, batch: Any) -> dict[str, Tensor]:
         """Return the slots of a batch (its additional tensors) on the module's device."""
-        return {name: values.to(self.device) for name, values in batch.extras.items()}
+        return {name: to_device(values, self.device) for name, values in batch.extras.items()}
 
     def load_models(self) -> None:
         """Load the models of the stage, once, and register the trained ones as submodules."""
@@ -704,7 +704,9 @@ class AlignmentModule(LightningModule):
     def on_before_clip(self) -> None:
         """Read or change the gradients, summed over micro-batches and ranks, before clipping. Override point."""
 
-    def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
+    def update(
+        self, losses: Sequence[Callable[[], Tensor]], count: float | Tensor, meter: Meter | None = None
+    ) -> float:
         """Take one optimizer step, unless the loss or its gradient is non-finite on any rank.
 
         A skipped update changes neither weights nor moments. It still counts as an update, so that the schedule and all
@@ -714,6 +716,7 @@ class AlignmentModule(LightningModule):
             losses: one function per micro-batch of this rank that returns its summed loss; each is called once, and its
                 graph is freed before the next call.
             count: rows or tokens of the step over all ranks and micro-batches; divides the summed loss.
+            meter: metrics to read together with loss and norm: each read waits for the device.
 
         Returns:
             Norm of the gradient before clipping.
@@ -725,20 +728,16 @@ class AlignmentModule(LightningModule):
         call_before_zero_grad(self.trainer, optimizer.optimizer)
         optimizer.zero_grad()
         # Strategies average gradients over data-parallel ranks; the factor makes the average a sum.
-        scale = data_ranks(self)[1] / max(count, 1)
-        total = torch.zeros((), device=self.device)
-        for index, loss in enumerate(losses):
-            last = index == len(losses) - 1
-            with contextlib.nullcontext() if last else optimization.without_gradient_sync(self.trainer):
-                value = loss() * scale
-                total += value.detach()
-                self.manual_backward(value)
+        shares = data_ranks(self)[1]
+        scale = shares / count.clamp_min(1) if isinstance(count, Tensor) else shares / max(count, 1)
+        total = optimization.accumulate_gradients(self, losses, scale)
         self.on_before_clip()
-        norm = optimization.clip_by_global_norm(self.parameters(), self.max_grad_norm)
+        length = optimization.clip_by_global_norm(self.parameters(), self.max_grad_norm)
         self._learning_rate_used = optimizer.param_groups[0]["lr"]
         # Norm and loss are over all ranks, so all ranks decide alike. The loss can be non-finite while its gradient is
         # finite, for example if a mask removes the non-finite part.
-        finite = math.isfinite(float(summed_over_ranks(self, total))) and math.isfinite(norm)
+        total_loss, norm = (Meter() if meter is None else meter).read(self.trainer.strategy, total, length)
+        finite = math.isfinite(total_loss) and math.isfinite(norm)
         if not finite:
             optimizer.zero_grad()  # a step without gradients changes no weight but advances Lightning's counters
         optimizer.step()

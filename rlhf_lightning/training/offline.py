@@ -20,6 +20,7 @@ from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.recording import experts_of_a_token, recorded_routers
 from rlhf_lightning.models.resolving import content_hash, resolve_folder
 from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
@@ -72,7 +73,7 @@ class OfflineModule(AlignmentModule):
         dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
         kept = cache.read(sequences, layout.completion_mask, dtype)
         if kept is not None:
-            return kept.to(self.device)
+            return to_device(kept, self.device)
         computed = self.reference.logprobs(layout)
         cache.write(sequences, computed)
         # Rows that were already cached keep their cached values. Another batch rounds differently, and a resumed run
@@ -99,7 +100,7 @@ class OfflineModule(AlignmentModule):
         meter, count = Meter(), self.loss_count(step)
         share = count / max(len(step.micro_batches) * data_ranks(self)[1], 1)
         losses = [partial(self._balanced, loss, meter, share) for loss in self.step_losses(step, meter)]
-        norm = self.update(losses, count)
+        norm = self.update(losses, count, meter)
         self.episodes += step.rows
         self.tokens += step.tokens
         sequences = (batch.sequences for batch in step.micro_batches if hasattr(batch, "sequences"))

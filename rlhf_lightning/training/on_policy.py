@@ -38,6 +38,7 @@ from rlhf_lightning.functional.surrogates import (
 from rlhf_lightning.loading import refuse_contradictions
 from rlhf_lightning.models.layout import Layout, select
 from rlhf_lightning.models.sharding import most_passes
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.collector import Samples, last_learned, select_episodes, without_unscored
 from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
@@ -218,21 +219,24 @@ class OnPolicyModule(RolloutModule):
     ) -> float:
         """Take one optimizer step on some episodes of the rollout."""
         learned = rollout.completion_mask if advantages.learned is None else advantages.learned
-        count = float(self.sum_over_ranks(self.aggregation(learned[rows]).divisor))
+        index = to_device(torch.tensor(rows, dtype=torch.long), self.device)
+        divisors = self.aggregation(learned[index]).divisor, self.critic_states(rollout)[index].sum()
+        # They stay on the device, since reading them would wait for it.
+        sums = [to_device(one, self.device).double() for one in divisors]
+        count, states = self.sum_over_ranks(torch.stack(sums)).unbind()
         cuts = self.cut(rollout.sequences, rows)
         minibatch = None
         if self.needs_minibatch or self.needs_minibatch_logprobs:
             now = self._logprobs_now(rollout.sequences, cuts) if self.needs_minibatch_logprobs else None
             minibatch = whole_minibatch(self, rollout, advantages, rows, now)
-        states = float(self.sum_over_ranks(self.critic_states(rollout)[rows].sum()))
-        scale = count / max(states, 1.0)
+        scale = count / states.clamp_min(1)
         loss = partial(self.token_loss_sum, rollout, advantages, minibatch=minibatch, critic_scale=scale)
         losses: list[Callable[[], Tensor]] = [partial(loss, cut, meter) for cut in cuts]
         # Ranks without rows need backward passes too, since the gradient averaging of the other ranks waits for them.
         missing = max(most_passes(self.policy, len(cuts)), 1) - len(cuts)
         losses += [partial(self._loss_of_nothing, loss, meter)] * missing
         # The rollout's passes come last: DDP averages gradients in the last pass, which must use every weight.
-        return self.update(self.further_losses(batch, count, meter) + losses, count)
+        return self.update(self.further_losses(batch, count, meter) + losses, count, meter)
 
     def _loss_of_nothing(self, loss: Callable[[list[int], Meter], Tensor], meter: Meter) -> Tensor:
         """Return a loss of 0 for a rank without rows, when other ranks have rows."""
@@ -253,18 +257,13 @@ class OnPolicyModule(RolloutModule):
                 tensor.register_hook(torch.zeros_like)
 
     def token_loss_sum(
-        self,
-        rollout: Rollout,
-        advantages: Advantages,
-        cut: list[int],
-        meter: Meter,
-        minibatch: Minibatch | None = None,
-        critic_scale: float = 1.0,
-    ) -> Tensor:
+        self, rollout: Rollout, advantages: Advantages, cut: list[int], meter: Meter,
+        minibatch: Minibatch | None = None, critic_scale: float | Tensor = 1.0,
+    ) -> Tensor:  # fmt: skip
         """Return the weighted sum of a micro-batch's token losses; ``update`` divides it by the minibatch's count."""
         layout = self.lay_out(select(rollout.sequences, cut))
         mask, length = layout.completion_mask, layout.completion_mask.shape[1]
-        rows = torch.tensor(cut, device=self.device)
+        rows = to_device(torch.tensor(cut), self.device)
         outputs = self.policy_outputs(layout, self.sampling.temperature, with_entropy=self.entropy_coef != 0)
         self.muted([outputs.logprobs, outputs.entropy, outputs.values, *outputs.extras.values()])
         part = select_episodes(rollout, cut, length)
@@ -281,7 +280,7 @@ class OnPolicyModule(RolloutModule):
             minibatch=None if minibatch is None else minibatch._replace(rows=minibatch.rows[rows]),
         )
         if self._untouched:
-            self.invariants.check_ratio(logprobs)
+            self.invariants.check_ratio(logprobs, meter)
         learned = mask if advantages.learned is None else advantages.learned[rows, :length]
         aggregation = self.aggregation(learned)
         policy = as_loss(self.policy_loss(logprobs))
@@ -292,9 +291,10 @@ class OnPolicyModule(RolloutModule):
             total = total - self.entropy_coef * aggregation.weighted_sum(outputs.entropy)
         further = self.critic_loss(layout, rows, rollout, advantages, outputs)
         self.measure_update(logprobs, meter)
+        states = self.critic_states(part)
         for name, values in further.metrics.items():
-            meter.add(name, values, mask if values.shape == mask.shape else None)
-        total = total + critic_scale * further.values.sum()
+            meter.add(name, values, states if values.shape == states.shape else None)
+        total = total + torch.as_tensor(critic_scale, dtype=total.dtype) * further.values.sum()
         meter.add_ratio("loss", total, aggregation.divisor)
         return total
 

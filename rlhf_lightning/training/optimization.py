@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -137,21 +137,40 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
-    """Clip gradients, also sharded ones, to a global norm; return the norm before clipping. None does not clip."""
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Clip gradients, also sharded ones, to a global norm; return the norm before clipping. None does not clip.
+
+    The norm is a scalar on the device: reading it would wait for the backward pass.
+    """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     meshes: dict[Any, list[nn.Parameter]] = {}
     for parameter in with_gradient:
         meshes.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     if len(meshes) > 1:  # torch cannot add the norms of matrices that are sharded over different ranks
-        norm = math.hypot(*(clip_by_global_norm(group, None) for group in meshes.values()))
-        if limit is not None and norm > limit:
-            for parameter in with_gradient:
-                assert parameter.grad is not None
-                parameter.grad.mul_(limit / (norm + 1e-6))
+        norm: Tensor = torch.stack([clip_by_global_norm(group, None).double() for group in meshes.values()]).norm()
+        factor = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in with_gradient:
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
         return norm
     found: Any = torch.nn.utils.clip_grad_norm_(with_gradient, math.inf if limit is None else limit)
-    return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    whole: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
+    return whole
+
+
+def accumulate_gradients(
+    module: LightningModule, losses: Sequence[Callable[[], Tensor]], scale: float | Tensor
+) -> Tensor:
+    """Run the backward pass of each loss, times ``scale``; return the sum of the scaled losses, a scalar."""
+    total = torch.zeros((), device=module.device)
+    for index, loss in enumerate(losses):
+        last = index == len(losses) - 1
+        with contextlib.nullcontext() if last else without_gradient_sync(module.trainer):
+            summed = loss()
+            value = summed * (scale.to(summed.dtype) if isinstance(scale, Tensor) else scale)
+            total += value.detach()
+            module.manual_backward(value)
+    return total
 
 
 def without_gradient_sync(trainer: Trainer) -> contextlib.AbstractContextManager[None]:

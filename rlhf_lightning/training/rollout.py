@@ -480,7 +480,7 @@ class RolloutModule(AlignmentModule):
         assert rollout.episodes is not None
         return {int(episode): [row] for row, episode in enumerate(rollout.episodes)}
 
-    def further_losses(self, batch: PromptBatch, count: float, meter: Meter) -> list[Callable[[], Tensor]]:
+    def further_losses(self, batch: PromptBatch, count: float | Tensor, meter: Meter) -> list[Callable[[], Tensor]]:
         """Return losses on text outside the rollout, as functions; they are divided by ``count`` too."""
         return []
 

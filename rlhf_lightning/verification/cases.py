@@ -137,7 +137,7 @@ def gradient_of(subject: Subject, module: Any, run: Callable[[], Any]) -> Tensor
     """Return the gradient of the optimizer step in ``run``, without applying the step."""
     found: list[Tensor] = []
 
-    def update(losses: Any, count: float) -> float:
+    def update(losses: Any, count: Any, meter: Any = None) -> float:
         found.append(subject.gradients(module, lambda: sum(loss() / max(count, 1) for loss in losses)))
         return 0.0
 

@@ -39,7 +39,7 @@ def temperature_checks(subject: Subject) -> list[Check]:
     if reference is not None and module.teacher_name is None:
         theirs = token_logprobs_of(world, world.reference_table.float() / TEMPERATURE, rollout.sequences)
         residual = max(residual, float((reference - theirs[:, :width]).abs().max()))
-    module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
+    module.update = lambda losses, count, meter=None: float(sum(loss().detach() for loss in losses))
     given = subject.seen(module, lambda: module.learn(rollout, world.questions(1), Meter()))
     if isinstance(given, PolicyLogprobs):
         residual = max(residual, float((given.logprobs - given.old_logprobs).abs().max()))

@@ -167,7 +167,7 @@ def validate(subject: Subject, module: Any) -> None:
 def train(subject: Subject, module: Any) -> dict[str, Any]:
     """Run a training step that does not change the weights; return the logged metrics."""
     module.trainer.training = True
-    module.update = lambda losses, count: float(sum(loss().detach() for loss in losses))
+    module.update = lambda losses, count, meter=None: float(sum(loss().detach() for loss in losses))
     try:
         return dict(module.training_step(step_of(subject), 0) or {})
     finally:

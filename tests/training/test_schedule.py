@@ -16,9 +16,9 @@ STEP = demonstration_step(random_rows(2, seed=1))
 class RateKeeper:
     """Records the learning rate of each update."""
 
-    def update(self, losses: Sequence[Callable[[], Tensor]], count: float) -> float:
+    def update(self, losses: Sequence[Callable[[], Tensor]], count: float | Tensor, *further: Any) -> float:
         self.__dict__.setdefault("rates", []).append(self.optimizers().param_groups[0]["lr"])  # type: ignore[attr-defined]
-        return super().update(losses, count)  # type: ignore[misc]
+        return super().update(losses, count, *further)  # type: ignore[misc]
 
 
 class KeepingSFTModule(RateKeeper, SFTModule):

@@ -89,7 +89,7 @@ def rows_of(rollout: Rollout, rows: range) -> Rollout:
 def _gradient(module: OnPolicyModule, rollout: Rollout, advantages: Any, batch: PromptBatch) -> Tensor:
     """Return the gradient of one update on the whole rollout."""
 
-    def backward(losses: Any, count: float) -> float:
+    def backward(losses: Any, count: Any, meter: Any = None) -> float:
         module.zero_grad()
         for loss in losses:
             (loss() / max(count, 1)).backward()
