@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from lightning.fabric.loggers import Logger
@@ -158,24 +159,43 @@ class TokenClock:
 
     Attributes:
         read: tokens that this rank has forwarded and trained on, with prompts; 0 if the objective does not count them.
+        collected: seconds that this rank has spent on collecting rollouts.
     """
 
     def __init__(self) -> None:
-        self.read = 0
-        self._mark: tuple[float, int, int] | None = None
+        self.read, self.collected = 0, 0.0
+        self._mark: tuple[float, int, int, float] | None = None
 
-    def since_last(self, tokens: int) -> tuple[float, float] | None:
-        """Return the run's tokens and this rank's ``read`` tokens, per second since the last call.
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Count the time of a block as time spent on collecting a rollout."""
+        begun = time.perf_counter()
+        yield
+        self.collected += time.perf_counter() - begun
+
+    def since_last(self, tokens: int, devices: int, shares: int, peak_seconds: float) -> dict[str, float]:
+        """Return the speed since the last call as metrics; nothing at the first call.
 
         Args:
             tokens: tokens of the run so far.
+            devices: number of ranks.
+            shares: number of ranks with rows of their own; the ranks that share a model share its products, too.
+            peak_seconds: time of a token's products at the device's peak; 0 if the peak is unknown.
         """
-        now, mark = (time.perf_counter(), tokens, self.read), self._mark
+        now, mark = (time.perf_counter(), tokens, self.read, self.collected), self._mark
         self._mark = now
         if mark is None or tokens <= mark[1]:
-            return None
-        seconds = max(now[0] - mark[0], 1e-9)
-        return (tokens - mark[1]) / seconds, (self.read - mark[2]) / seconds
+            return {}
+        seconds, learned, read, collected = (new - old for new, old in zip(now, mark, strict=True))
+        speed, each = learned / max(seconds, 1e-9), read * shares / devices / max(seconds, 1e-9)
+        found = {"tokens_per_second": speed, "tokens_per_second_per_device": speed / devices}
+        if read:
+            found |= {"trained_tokens_per_second_per_device": each}
+        if read and peak_seconds:
+            found |= {"mfu": each * peak_seconds}
+        if collected:
+            found |= {"rollout_tokens_per_second_per_device": learned / devices / collected}
+        return {f"perf/{name}": value for name, value in found.items()}
 
 
 def moments_over_ranks(strategy: Strategy, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -807,25 +807,20 @@ class AlignmentModule(LightningModule):
 
     def performance(self) -> dict[str, float]:
         """Return the speed since the last call as metrics. Only loggers get them, since they differ between runs."""
-        found, world = self.speed.since_last(self.tokens), self.trainer.world_size
-        if found is None:
-            return {}
-        (speed, read), peak = found, peak_flops(self.device, str(self.trainer.precision))
-        each = read * data_ranks(self)[1] / world  # ranks that share a model share its products
-        share = {"perf/mfu": each * self.flops_per_token / peak} if peak and read else {}
-        return {"perf/tokens_per_second": speed, "perf/tokens_per_second_per_device": speed / world, **share}
+        peak = peak_flops(self.device, str(self.trainer.precision))
+        share = self.flops_per_token / peak if peak else 0.0
+        return self.speed.since_last(self.tokens, self.trainer.world_size, data_ranks(self)[1], share)
 
     @cached_property
     def flops_per_token(self) -> float:
-        """FLOPs per token of an update in matrix products: 2 per weight in the forward pass, and 4 in the backward pass
-        (2 if the weight is frozen). Attention and embedding lookups are left out; a tied LM head is counted.
+        """FLOPs per token of an update in matrix products of policy and critics: 2 per weight in the forward pass, and
+        4 in the backward pass (2 if it is frozen). Attention and lookups are left out; a tied LM head is counted.
         """
         looked_up, multiplied = (
-            {id(part.weight) for part in self.model.modules() if isinstance(part, kind)}
-            for kind in (nn.Embedding, nn.Linear)
+            {id(part.weight) for part in self.modules() if isinstance(part, kind)} for kind in (nn.Embedding, nn.Linear)
         )
         left_out = looked_up - multiplied
-        matrices = [one for one in self.model.parameters() if one.dim() > 1 and id(one) not in left_out]
+        matrices = [one for one in self.parameters() if one.dim() > 1 and id(one) not in left_out]
         return float(sum(one.numel() * (6 if one.requires_grad else 4) for one in matrices))
 
     def progress(self) -> dict[str, float]:

@@ -248,7 +248,7 @@ class RolloutModule(AlignmentModule):
         meter, self.limits = Meter(), step.limits
         if self.lag:
             self._sample_ahead(step, batch_idx)
-        with learning():
+        with learning(), self.speed.collecting():
             rollout = self.collect(*step.micro_batches)
         updates = self.updates
         norm = self.learn(rollout, prompts_of(rollout, step.micro_batches[0]), meter)
@@ -389,10 +389,7 @@ class RolloutModule(AlignmentModule):
         return grids
 
     def gather_grids(
-        self,
-        sequences: Sequences,
-        cuts: Sequence[Sequence[int]],
-        forward: Callable[[Layout], Mapping[str, Tensor]],
+        self, sequences: Sequences, cuts: Sequence[Sequence[int]], forward: Callable[[Layout], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Run micro-batches without gradient, and collect each statistic in a tensor of shape (rows, length or more).
 
@@ -457,9 +454,11 @@ class RolloutModule(AlignmentModule):
 
     def minibatches(self, rollout: Rollout, meter: Meter) -> Iterator[list[int]]:
         """Yield this rank's rows of each minibatch of each epoch, until ``early_stop_kl`` ends the rollout."""
+        lengths = rollout.sequences.lengths
         for epoch in range(self.ppo_epochs):
             for number, rows in enumerate(self._epoch(rollout, epoch)):
                 self._untouched = epoch == number == 0  # the policy has not changed since sampling
+                self.speed.read += sum(lengths[row] for row in rows)
                 yield rows
                 if self._should_stop(meter):
                     return
