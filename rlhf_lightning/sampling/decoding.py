@@ -22,7 +22,9 @@ from rlhf_lightning.models.causal_lm import CausalLM, Decoding, DecodingStep, Ow
 from rlhf_lightning.models.layout import FEW_PADS
 from rlhf_lightning.models.packing import SEES_NOTHING, PackedRow, prefix_trees
 from rlhf_lightning.models.scalar_head import trunk
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.sampling.slot_cache import Kept, SlotLayer, SlotStates, TokenRows
+from rlhf_lightning.sampling.static_steps import StaticSteps, is_replayable
 
 ROOM = 256
 """Free columns of the first allocation; a batch that needs more columns doubles the buffer."""
@@ -108,6 +110,7 @@ class Decoder:
         self.cache: Any = None
         self.columns = 0  # number of cached columns, if the decoder does not refill
         self.slots, self.room = slots, min(room, ROOM)
+        self.static: StaticSteps | None = None
 
     @property
     def refills(self) -> bool:
@@ -142,7 +145,7 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             input_ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
-        input_ids, mask = input_ids.to(device), mask.to(device)
+        input_ids, mask = to_device(input_ids, device), to_device(mask, device)
         if not self.refills:
             return self._read_together(input_ids, mask)
         cache = whole_cache(self.config)
@@ -171,10 +174,10 @@ class Decoder:
                 behind += size - shared
             start = behind
         device = next(self.model.parameters()).device
-        cells, packed = cells.to(device), PackedRow(trees, device)
-        ids, places = (torch.cat(parts).unsqueeze(0).to(device) for parts in (pieces, positions))
+        cells, packed = to_device(cells, device), PackedRow(trees, device)
+        ids, places = (to_device(torch.cat(parts).unsqueeze(0), device) for parts in (pieces, positions))
         read = DynamicCache(config=self.config)
-        step = DecodingStep(ids, SEES_NOTHING.to(device), places, read, packed, cells[:, -1])
+        step = DecodingStep(ids, to_device(SEES_NOTHING, device), places, read, packed, cells[:, -1])
         logits = self.model(step)
         cache = DynamicCache(config=self.config)
         for number, layer in enumerate(read.layers):
@@ -205,8 +208,8 @@ class Decoder:
             )
             cache.update(keys, values, layer)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
-        mask = mask.to(device)
-        step = DecodingStep(input_ids.to(device), mask, positions.to(device), cache)
+        ids, mask, positions = (to_device(part, device) for part in (input_ids, mask, positions))
+        step = DecodingStep(ids, mask, positions, cache)
         return Prefix(self.model(step), cache)
 
     def _read_together(self, input_ids: Tensor, mask: Tensor) -> Prefix:
@@ -259,6 +262,8 @@ class Decoder:
             tokens: int64, shape (rows,).
             lengths: number of tokens of each row including this token, int64, shape (rows,).
         """
+        if self.static is not None and self.refills:
+            return self.static.run(self.cache, tokens, lengths)
         width = self.width + 1 if self.width else int(lengths.max())
         self.columns += 1
         if self.decoding == "uncached":
@@ -271,9 +276,10 @@ class Decoder:
         whole = self.refills and self.model.reads_trees
         if not whole or (lengths != width).any():
             seen = np.arange(width) >= width - lengths[:, None]
-            mask = torch.from_numpy(seen[:, None, None] if whole else seen.astype(np.int64)).to(tokens.device)
+            cells = torch.from_numpy(seen[:, None, None] if whole else seen.astype(np.int64))
+            mask = to_device(cells, tokens.device)
         takes_them = takes_positions(self.model)
-        positions = torch.from_numpy(lengths[:, None] - 1).to(tokens.device) if takes_them else None
+        positions = to_device(torch.from_numpy(lengths[:, None] - 1), tokens.device) if takes_them else None
         return self.model(DecodingStep(tokens.unsqueeze(-1), mask, positions, self.cache))
 
     def leave(self, slots: Sequence[int], counts: Sequence[int]) -> list[Kept]:
@@ -347,9 +353,15 @@ def _padded_left(states: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
 
 
-def make_decoder(model: CausalLM, slots: int, room: int, mixture: Mixture | None = None) -> Decoder:
-    """Return the decoder of a model, or of the two models of a mixture."""
-    return Decoder(model, slots, room) if mixture is None else MixedDecoder(model, slots, room, mixture)
+def make_decoder(
+    model: CausalLM, slots: int, room: int, mixture: Mixture | None = None, graphs: bool = False
+) -> Decoder:
+    """Return the decoder of a model, or of the two models of a mixture; with ``graphs``, CUDA replays its steps."""
+    if mixture is not None:
+        return MixedDecoder(model, slots, room, mixture)
+    decoder = Decoder(model, slots, room)
+    decoder.static = StaticSteps(model) if graphs and is_replayable(model) else None
+    return decoder
 
 
 def idle_pass(model: CausalLM, mixture: Mixture | None) -> None:

@@ -25,6 +25,8 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.slots, self.room = slots, room
         self.rows = self.start = self.stop = 0
+        self.fixed: tuple[Tensor, int] | None = None
+        """Index of the next column, and number of columns to return, from the first on; None returns those in use."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers. They hold zeros because masked values must be finite."""
@@ -37,6 +39,11 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the next columns of all rows in use; return their keys and values, (rows, heads, width, head size)."""
+        if self.fixed is not None:
+            column, width = self.fixed
+            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+                buffer[: self.rows].index_copy_(2, column, states)
+            return self.keys[: self.rows, :, :width], self.values[: self.rows, :, :width]
         columns = key_states.shape[-2]
         self.reserve(self.stop - self.start, columns)
         stop = self.stop + columns

@@ -16,6 +16,7 @@ from rlhf_lightning.loading import load, shipped_classes
 from rlhf_lightning.models.causal_lm import CausalLM, inference_mode_of
 from rlhf_lightning.models.scalar_head import rope_switch, text_config
 from rlhf_lightning.models.sharding import in_step
+from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.sampling.conversation import PendingReplies, Turns
 from rlhf_lightning.sampling.decoding import FULL_ENOUGH, Prefix, idle_pass, make_decoder
 from rlhf_lightning.sampling.decoding_check import settle_decoding
@@ -37,16 +38,23 @@ class SlotEngine(SamplingEngine):
     If the environment has ``start_replies``, the episodes enter again when next a quarter of the slots is free, and
     other episodes are decoded until then. This moment depends on token counts alone: a reply that is late is waited
     for. Therefore delays do not even change the rounding of log-probabilities, and resumed runs are bit-identical.
+
+    Args:
+        cuda_graphs: replay decode steps as CUDA graphs, for unsharded models with full attention in all layers on a
+            GPU. Samples change only by rounding.
     """
 
     keeps_turns = True
+
+    def __init__(self, cuda_graphs: bool = False) -> None:
+        self.cuda_graphs = cuda_graphs
 
     def complete(self, model: CausalLM, request: SamplingRequest) -> Completions:
         settle_decoding(model, sample)
         if request.mixture is not None:
             with request.mixture.other() as other:
                 settle_decoding(other, sample)
-        run = _Run(model, request)
+        run = _Run(model, request, self.cuda_graphs)
         idle = partial(idle_pass, model, request.mixture)
         with inference_mode_of(model), in_step(model, idle) as before_pass:
             try:
@@ -82,13 +90,15 @@ class _Run:
     tokens.
     """
 
-    def __init__(self, model: CausalLM, request: SamplingRequest) -> None:
+    def __init__(self, model: CausalLM, request: SamplingRequest, graphs: bool) -> None:
         prompts, settings = request.prompts, request.settings
         self.prompts, self.settings, self.seed = list(prompts), settings, request.seed
         self.on_progress, self.turns = request.on_progress, request.turns
         like = next(model.parameters())[:0]
         self.device = like.device
-        self.episodes, self.starts = (part.to(self.device) for part in (request.episodes, request.first_positions))
+        self.episodes, self.starts = (
+            to_device(part, self.device) for part in (request.episodes, request.first_positions)
+        )
         self.ends = np.array(list(request.end_ids), dtype=np.int64)
         self.texts = request.end_ids
         self.said: list[list[int]] = [[] for _ in prompts]  # the current turn of each episode, for stop strings
@@ -101,7 +111,7 @@ class _Run:
         self.waiting = deque(order)
         self.own = request.mixture is None  # whether entropies are those of the model's own distribution
         self.slots = min(settings.batch_size or len(prompts), len(prompts))
-        self.decoder = make_decoder(model, self.slots, settings.max_new_tokens, request.mixture)
+        self.decoder = make_decoder(model, self.slots, settings.max_new_tokens, request.mixture, graphs)
         longest = max(map(len, prompts), default=0) + settings.max_new_tokens
         if longest > (rope_switch(text_config(model.model)) or longest):
             self.decoder.decoding = "uncached"  # cached keys would need another rotary embedding
@@ -185,11 +195,11 @@ class _Run:
         self._drop_prefixes(rows[-1])
 
     def _enter(self, prefix: Prefix, places: list[int], slots: np.ndarray, rows: list[int]) -> None:
-        place = torch.tensor(places, device=self.device)
+        place = to_device(torch.tensor(places), self.device)
         logits = prefix.logits
         if places != list(range(len(logits))):
             logits = logits[place]
-        self.decoder.enter(prefix, place, torch.from_numpy(slots).to(self.device))
+        self.decoder.enter(prefix, place, to_device(torch.from_numpy(slots), self.device))
         self.owners[slots] = rows
         self.lengths[slots] = [len(self.prompts[row]) for row in rows]
         self.drawn[slots] = begun = self.begun[rows]
@@ -231,7 +241,7 @@ class _Run:
         count, begun = int(self.counts[row]), len(ids)
         room = self.turns.room(row, self.settings.max_new_tokens)
         self._widen(begun + room)
-        self.tokens[row, count:begun] = torch.tensor(ids[count:], device=self.device)
+        self.tokens[row, count:begun] = to_device(torch.tensor(ids[count:]), self.device)
         before = self.prompts[row][: len(self.prompts[row]) - int(self.begun[row])]
         self.prompts[row] = torch.cat([before, torch.tensor(ids, dtype=before.dtype)])
         self.keys[row] = self.prompts[row].cpu().numpy().tobytes()
@@ -270,7 +280,7 @@ class _Run:
     def _shrink(self) -> None:
         """Remove the slots of finished completions if no prompt waits for them."""
         kept = np.flatnonzero(self.active)
-        there = torch.from_numpy(kept).to(self.device)
+        there = to_device(torch.from_numpy(kept), self.device)
         self.decoder.keep(there)
         self.owners, self.active, self.drawn = self.owners[kept], self.active[kept], self.drawn[kept]
         self.lengths, self.last = self.lengths[kept], self.last[there]
@@ -289,7 +299,7 @@ class _Run:
         due = active & (drawn % self.ahead == 0)
         if due.any():
             self._draw_numbers(owners[due], drawn[due])
-        places = torch.from_numpy(owners * self.numbers.shape[1] + drawn).to(self.device)
+        places = to_device(torch.from_numpy(owners * self.numbers.shape[1] + drawn), self.device)
         chosen, logprobs, entropies = draw(logits, self.numbers.view(-1)[places], *self.settings.distribution)
         self.unwritten.append(_Unwritten(owners, drawn, active, chosen, logprobs, entropies))
         ids = chosen.cpu().numpy()
@@ -299,7 +309,7 @@ class _Run:
         if len(slots) == len(self.last):
             self.last = chosen
         else:
-            self.last = self.last.index_put((torch.from_numpy(slots).to(self.device),), chosen)
+            self.last = self.last.index_put((to_device(torch.from_numpy(slots), self.device),), chosen)
         drawn = drawn + active
         self.drawn[slots], self.lengths[slots] = drawn, np.minimum(self.lengths[slots] + 1, self.longest[owners])
         done = active & (stops | (drawn >= self.limits[owners]))
@@ -333,14 +343,14 @@ class _Run:
             torch.cat(part) for part in zip(*(one[3:] for one in self.unwritten), strict=True)
         )
         self.unwritten = []
-        kept = torch.from_numpy(np.flatnonzero(active)).to(self.device)
-        places = torch.from_numpy((owners * self.tokens.shape[1] + drawn)[active]).to(self.device)
+        kept = to_device(torch.from_numpy(np.flatnonzero(active)), self.device)
+        places = to_device(torch.from_numpy((owners * self.tokens.shape[1] + drawn)[active]), self.device)
         for grid, values in ((self.tokens, chosen), (self.scores, logprobs), (self.entropies, entropies)):
             grid.view(-1)[places] = values[kept].to(grid.dtype)
 
     def _draw_numbers(self, rows: np.ndarray, places: np.ndarray) -> None:
         """Generate the random numbers of the next tokens of some completions."""
-        owners, starts = (torch.from_numpy(part).to(self.device).unsqueeze(-1) for part in (rows, places))
+        owners, starts = (to_device(torch.from_numpy(part), self.device).unsqueeze(-1) for part in (rows, places))
         positions = starts + torch.arange(self.ahead, device=self.device)
         episodes = self.episodes[owners].expand_as(positions)
         self.numbers[owners, positions] = uniform(self.seed, episodes, positions + self.starts[owners])

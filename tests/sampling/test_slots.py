@@ -1,6 +1,7 @@
 """Test the engine's slots: rows entering and leaving, forward passes, and unchanged episodes."""
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from transformers import (
 
 from rlhf_lightning.models.causal_lm import CausalLM, DecodingStep
 from rlhf_lightning.models.packing import prefix_trees
-from rlhf_lightning.sampling import decoding, slot_engine
+from rlhf_lightning.sampling import decoding, slot_engine, static_steps
 from rlhf_lightning.sampling.decoding import Decoder, Mixture
 from rlhf_lightning.sampling.drawing import uniform
 from rlhf_lightning.sampling.engines import Completions, SamplingSettings
 from rlhf_lightning.sampling.slot_cache import SlotLayer
 from rlhf_lightning.sampling.slot_engine import SlotEngine
+from rlhf_lightning.sampling.static_steps import StaticStep
 
 DISTINCT = [torch.tensor(prompt) for prompt, _ in random_rows(7, seed=3, prompt=14)]
 GROUPS = [prompt for prompt in DISTINCT for _ in range(3)]
@@ -163,6 +165,35 @@ def test_a_sliding_window_of_one_mixture_model_limits_both(policy: CausalLM) -> 
 def test_no_prompts_give_no_completions(policy: CausalLM) -> None:
     drawn = draw(policy, prompts=[])
     assert drawn.ids == () and drawn.logprobs == () and drawn.finished.shape == (0,)
+
+
+# -- static steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [4, None])
+def test_static_steps_draw_the_same_completions_and_keep_their_addresses(
+    policy: CausalLM, slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SamplingSettings(LIMIT, 0.9, batch_size=slots)
+    expected = draw(policy, slots)
+    monkeypatch.setattr(decoding, "is_replayable", lambda model: True)
+    monkeypatch.setattr(static_steps, "STRIDE", 8)
+    forward, addresses = StaticStep._forward, dict[StaticStep, list[tuple[int, ...]]]()
+
+    def noted(step: StaticStep) -> Tensor:
+        buffers = [buffer for layer in step.cache.layers for buffer in (layer.keys, layer.values)]
+        place = tuple(part.data_ptr() for part in (step.ids, step.counts, *buffers))
+        addresses.setdefault(step, []).append((*step.ids.shape, step.width, *place))
+        return forward(step)
+
+    monkeypatch.setattr(StaticStep, "_forward", noted)
+    drawn = SlotEngine(cuda_graphs=True).sample(policy, GROUPS, EPISODES, settings, 11, ENDS)
+    assert as_lists(drawn) == as_lists(expected)
+    for found, known in zip(drawn.logprobs, expected.logprobs, strict=True):  # sums over more columns round otherwise
+        torch.testing.assert_close(found, known, atol=1e-5, rtol=0)
+    assert len(addresses) > 2 and max(map(len, addresses.values())) > 4
+    for places in addresses.values():
+        assert all(one == other for one, other in pairwise(places))
 
 
 # -- what is read -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 Other runs exclude these tests; selected on a machine without a GPU, they are skipped with the reason.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,16 @@ from tiny_run import BASIC, SlopeModule
 from rlhf_lightning import modules
 from rlhf_lightning.cli import main as rlhf
 from rlhf_lightning.models.compiling import missing_compiler
+from rlhf_lightning.models.loading import LoadSettings
 from rlhf_lightning.models.lora import LoraSettings
 from rlhf_lightning.models.packing import PackedRow, attend_by_block, half_precision_of
 from rlhf_lightning.models.quantization import quantization_of
+from rlhf_lightning.models.roles import load_policy
 from rlhf_lightning.models.scalar_head import unwrapped
+from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.sampling.drawing import uniform
+from rlhf_lightning.sampling.engines import SamplingSettings
+from rlhf_lightning.sampling.slot_engine import SlotEngine
 from strategies.test_ranks import FAMILIES, OBJECTIVES, TAUGHT, assert_equal
 
 pytestmark = [
@@ -112,6 +118,44 @@ def test_fsdp_on_one_gpu_trains_identically(policy_folder: str, family: str) -> 
     name, settings = FAMILIES[family]
     found = train(name, policy_folder, strategy="fsdp", accelerator=GPU, **settings)
     assert_equal([found], train(name, policy_folder, **settings))
+
+
+def test_captured_decode_steps_draw_what_eager_steps_draw(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(policy_folder, LoadSettings(), None).cuda()
+    settings, ends = SamplingSettings(24, batch_size=4), tuple(range(20, 24))
+    prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+    replays: list[Any] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    eager, captured = (
+        SlotEngine(cuda_graphs).sample(policy, prompts, torch.arange(len(prompts)), settings, 0, ends)
+        for cuda_graphs in (False, True)
+    )
+    assert len(replays) > 10
+    assert [ids.tolist() for ids in captured.ids] == [ids.tolist() for ids in eager.ids]
+    for one, other in zip(captured.logprobs, eager.logprobs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+class Counted(SFTModule):
+    """Counts how often each update waits for the GPU."""
+
+    def update(self, *given: Any) -> float:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                return super().update(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits = [one for one in told if "synchronizing CUDA operation" in str(one.message)]
+            self.__dict__.setdefault("waits", []).append(len(waits))
+
+
+def test_an_update_waits_once_for_the_gpu(policy_folder: str) -> None:
+    module = Counted(init_from=policy_folder)
+    fit(module, [demonstration_step(random_rows(6, seed=seed), 2) for seed in range(3)], accelerator=GPU)
+    assert module.waits[1:] == [1, 1]  # kernels of the first update initialise their libraries
 
 
 def test_random_numbers_on_gpu_equal_those_on_cpu() -> None:
