@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from rlhf_lightning.models.sharding import shard_like, whole
 
 
 class MuonAdamW(Optimizer):
@@ -21,7 +23,8 @@ class MuonAdamW(Optimizer):
     NS is five Newton-Schulz iterations in bf16. The factor 0.2 \sqrt{...} gives an update a root mean square of 0.2 lr,
     as AdamW's in long runs, so that both take one learning rate (Liu et al. 2025, arXiv 2502.16982, Section 2.2). Muon
     keeps one moment, AdamW two. Embeddings, LM heads, value and score heads take AdamW, and so do vectors, without
-    weight decay.
+    weight decay. Of sharded weights each rank keeps its share of the moments; NS needs whole matrices, so every rank
+    gathers them one at a time and computes all of them.
 
     Args:
         params: the weights; `mark_layers` has marked those of the decoder layers.
@@ -46,12 +49,9 @@ class MuonAdamW(Optimizer):
             matrix = "layers" if weight.dim() == 2 and getattr(weight, MARK, False) else "matrices"
             kinds[matrix if weight.dim() > 1 else "vectors"].append(weight)
         groups: list[dict[str, Any]] = [{"params": kinds[name], "name": name} for name in kinds]
-        groups[-1]["weight_decay"] = 0.0
-        self._muon = Muon(
-            groups[:1], lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-        )
+        groups[0]["momentum"], groups[-1]["weight_decay"] = momentum, 0.0
         self._adamw = AdamW(groups[1:], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], self._adamw.defaults)
+        super().__init__([groups[0], *self._adamw.param_groups], self._adamw.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights that have a gradient; return the result of ``closure``."""
@@ -59,12 +59,40 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_layers(self.param_groups[0])
         # Shared anew in each step: loading a state replaces both, and a callback may add a group.
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self._muon.state = self._adamw.state = self.state
-        self._muon.step()
+        self._adamw.param_groups, self._adamw.state = self.param_groups[1:], self.state
         self._adamw.step()
         return loss
+
+    @torch.no_grad()
+    def _step_layers(self, group: dict[str, Any]) -> None:
+        rate, momentum = float(group["lr"]), group["momentum"]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            moment = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+            update = orthogonalised(whole(weight.grad.lerp(moment, momentum)))
+            weight.mul_(1 - rate * group["weight_decay"])
+            weight.add_(shard_like(update, weight), alpha=-0.2 * rate * max(weight.shape) ** 0.5)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Return a matrix with the same singular vectors, and singular values near 1, in bf16, shape (rows, columns).
+
+    Five Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024). The coefficients raise
+    small singular values fastest; the singular values end between 0.7 and 1.2.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = matrix.T.bfloat16() if tall else matrix.bfloat16()
+    found = found / found.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = found @ found.T
+        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), found, beta=3.4445)
+    return found.T if tall else found
 
 
 MARK = "in_decoder_layer"

@@ -95,6 +95,14 @@ def test_multi_turn_training_is_identical_on_two_ranks(
     compare(pool, name, policy_folder, 2, strategy, accumulation, engine="faulty_environment.ManyEnds", **settings)
 
 
+MUON = {"class_path": "rlhf_lightning.training.muon.MuonAdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.1}}
+
+
+def test_muon_trains_identically_on_two_ranks(pool: RankPool, policy_folder: str) -> None:
+    """Muon orthogonalises a whole matrix, of which each rank holds some rows."""
+    compare(pool, "SFTModule", policy_folder, 2, "fsdp", 1, sgd=None, optimizer=MUON)
+
+
 COMPILED = {
     "padded": ("SFTModule", {"pack_rows": False}),
     "packed": ("DPOModule", {"lora": LORA}),
