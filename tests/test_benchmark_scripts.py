@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ import gpu_report
 import long_context
 import results
 import rollouts
+import vllm_rollouts
 from cases import LIMIT, PEER
 
 
@@ -61,7 +63,25 @@ def printed(main, monkeypatch, capsys, *arguments):
     return json.loads(line[line.index("{") :])
 
 
-@pytest.mark.parametrize("engine", gpu_report.ENGINES.values())
+def test_the_rollouts_cell_has_vllm_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    case = next(case for case in gpu_report.cells("gpu", False, has_vllm=True).values() if case.stage == "rollouts")
+    assert case.sides[-1] == gpu_report.VLLM and len(case.goals) == len(gpu_report.ENGINES) + 1
+
+    class Stub:
+        def __init__(self, model, **settings):
+            assert settings["max_model_len"] == 16 + 2 + 5
+
+        def generate(self, prompts, settings, use_tqdm):
+            assert [len(prompt["prompt_token_ids"]) for prompt in prompts] == [16, 17]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1] * settings["max_tokens"])])] * len(prompts)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Stub, SamplingParams=dict))
+    asked = ["--model", tmp_path, "--batch", 2, "--length", 5, "--steps", 3]
+    found = printed(vllm_rollouts.main, monkeypatch, capsys, *asked)
+    assert found["tokens"] == [10, 20, 30] and len(found["seconds"]) == 3
+
+
+@pytest.mark.parametrize("engine", gpu_report.ENGINES.values(), ids=gpu_report.ENGINES)
 def test_a_rollouts_cell_measures_an_engine(engine, tiny_folder, monkeypatch, capsys):
     asked = ["--device", "cpu", "--sample", tiny_folder, "--engine", engine]
     found = printed(gpu_report.main, monkeypatch, capsys, *asked, "--batch", 3, "--length", 4, "--steps", 2)

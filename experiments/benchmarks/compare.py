@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Bench:
         self.folder: Path = args.runs
         self.folder.mkdir(parents=True, exist_ok=True)
         self.code = code_hash([ROOT / "rlhf_lightning", HERE / "stage.py", HERE / "folders.py"])
-        self._versions: dict[Path, dict[str, str]] = {}
+        self._versions: dict[tuple[Path | str, ...], dict[str, str]] = {}
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -92,17 +92,18 @@ class Bench:
         """Return the Python interpreter of the peer's environment that supports the stage."""
         return self.args.ppo_python if case.stage == "ppo" and self.args.ppo_python else self.args.peer_python
 
-    def versions(self, python: Path) -> dict[str, str]:
-        """Return the package versions in a peer's environment."""
-        if python not in self._versions:
+    def versions(self, python: Path, packages: Sequence[str] = PEER_PACKAGES) -> dict[str, str]:
+        """Return the package versions in another environment."""
+        key = (python, *packages)
+        if key not in self._versions:
             program = (
                 "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
             )
-            done = subprocess.run([str(python), "-c", program, *PEER_PACKAGES], capture_output=True, text=True)
+            done = subprocess.run([str(python), "-c", program, *packages], capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"{python} has not what the peer's script needs:\n{done.stderr[-1000:]}")
-            self._versions[python] = json.loads(done.stdout)
-        return self._versions[python]
+                raise SystemExit(f"{python} lacks a package of {', '.join(packages)}:\n{done.stderr[-1000:]}")
+            self._versions[key] = json.loads(done.stdout)
+        return self._versions[key]
 
     def identity(self, name: str, side: str, command: list[str]) -> str:
         """Return everything that a run's figures depend on. If it changes, older runs of the side are discarded."""

@@ -1,16 +1,20 @@
 """Measure training of models of published sizes on one GPU, most important cells first, and write gpu_report.md.
 
     python experiments/benchmarks/gpu_report.py [--seconds 540] [--peer-python PEER/bin/python --peer-script SCRIPT]
+    python experiments/benchmarks/gpu_report.py --vllm-python VLLM/bin/python     # with vLLM in the rollouts cell
     python experiments/benchmarks/gpu_report.py --device cpu --smoke     # the same cells with a tiny model, for a test
 
 No network is needed: weights are random. Each cell trains for a few steps on rows of equal length: by our command, by a
 plain PyTorch + peft loop (SFT only), and by the peer's script if one is given, in turn. The rollouts cell samples
-completions of equal length with each engine of this process. A cell takes at most ``--cell-seconds``; no cell starts
+completions of equal length with each engine of this process, and with vLLM if it is installed here or its interpreter
+is given. A cell takes at most ``--cell-seconds``; no cell starts
 after ``--seconds``, and the next call continues with the first missing cell. Stored runs are valid while code, command
 and versions stay the same (see compare.py). The page names the missing cells; ``--seconds 0`` only writes it.
 """
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -21,7 +25,7 @@ from typing import Any
 
 # Import no large packages here: a child process inherits the peak resident memory of its parent.
 from cases import ALLOCATED, HALF, LIMIT, RESIDENT, Case, Goal, Suite
-from compare import HERE, Bench
+from compare import HERE, Bench, code_hash
 
 SIZES = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -47,17 +51,20 @@ CELLS = [
 """Stage and training mode, model size, tokens per row; most important first."""
 BATCH_TOKENS = 65536
 STEPS, WARM = 6, slice(2, None)
-ENGINES = {"slots": "SlotEngine", "generate": "GenerateEngine", "continuous batching": "ContinuousBatchingEngine"}
+GRAPHS = json.dumps({"class_path": "SlotEngine", "init_args": {"cuda_graphs": True}})
+ENGINES = {"slots": "SlotEngine", "slots with graphs": GRAPHS, "generate": "GenerateEngine",
+           "continuous batching": "ContinuousBatchingEngine"}  # fmt: skip
 """Sides of the rollouts cell, and their engines."""
+VLLM, VLLM_SCRIPT = "vLLM", HERE / "vllm_rollouts.py"
 
 
-def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
+def cells(device: str, smoke: bool, has_peer: bool = False, has_vllm: bool = False) -> dict[str, Case]:
     """Return the cells as cases in the format of compare.py."""
     found = {}
     for name, size, length in CELLS:
         stage, _, kind = name.partition("_")
         if stage == "rollouts":
-            found[f"{name}, {size}, {length} tokens"] = rollouts_cell(size, length, smoke)
+            found[f"{name}, {size}, {length} tokens"] = rollouts_cell(size, length, smoke, has_vllm)
             continue
         rolls, length_now = stage in ("grpo", "ppo"), 48 if smoke else length
         batch = 4 if smoke else (64 if rolls else max(BATCH_TOKENS // length, 2))
@@ -81,12 +88,12 @@ def cells(device: str, smoke: bool, has_peer: bool = False) -> dict[str, Case]:
     return found
 
 
-def rollouts_cell(size: str, length: int, smoke: bool) -> Case:
-    """Return the cell that samples ``length`` tokens for each prompt with every engine."""
+def rollouts_cell(size: str, length: int, smoke: bool, has_vllm: bool) -> Case:
+    """Return the cell that samples ``length`` tokens for each prompt with every engine, and with vLLM."""
     model, steps = ("tiny:48", 3) if smoke else (f"{size}:512", STEPS)
     flags = ("--batch", "4" if smoke else "64", "--length", "8" if smoke else str(length), "--steps", str(steps))
-    goals = tuple(Goal(side, side, steps=slice(1, None) if smoke else WARM) for side in ENGINES)
-    sides = {side: ("--engine", engine) for side, engine in ENGINES.items()}
+    sides = {side: ("--engine", engine) for side, engine in ENGINES.items()} | ({VLLM: ()} if has_vllm else {})
+    goals = tuple(Goal(side, side, steps=slice(1, None) if smoke else WARM) for side in sides)
     return Case("rollouts", goals, flags, sides, model=model, has_peer=False)
 
 
@@ -124,6 +131,16 @@ class Report(Bench):
         """Return the command line of a side; the plain loop and the sampling of rollouts are in this file."""
         case = self.cases[name]
         script = [sys.executable, str(HERE / "gpu_report.py"), "--device", self.args.device]
+        if side == VLLM:
+            dtype = ["--dtype", "bfloat16" if self.args.device == "gpu" else "float32"]
+            return [
+                str(self.args.vllm_python),
+                str(VLLM_SCRIPT),
+                "--model",
+                str(self.model_of(case, side)),
+                *case.flags,
+                *dtype,
+            ]
         if case.stage == "rollouts":
             return [*script, "--sample", str(self.model_of(case, side)), *case.flags, *case.ours[side]]
         if side != LIMIT:
@@ -132,6 +149,18 @@ class Report(Bench):
         loop = [*script, "--bare", str(self.model_of(case, side))]
         figures = ["--steps", kept["--steps"], "--batch", kept["--batch"], "--length", kept["--max-length"]]
         return [*loop, *figures, *(["--lora"] if "--lora" in case.flags else [])]
+
+    def identity(self, name: str, side: str, command: list[str]) -> str:
+        """Return what a run's figures depend on; vLLM's run depends on its script and its release alone."""
+        if side != VLLM:
+            return super().identity(name, side, command)
+        known = [
+            command[1:],
+            self.args.threads,
+            code_hash([VLLM_SCRIPT]),
+            self.versions(self.args.vllm_python, ["vllm"]),
+        ]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
     def pythons(self) -> Iterator[Path]:
         """Yield the interpreter of the peer's environment, if one is given."""
@@ -224,7 +253,8 @@ def sample(args: argparse.Namespace) -> None:
     from rlhf_lightning.tokenization import end_token_ids, load_tokenizer
 
     device = "cuda" if args.device == "gpu" else "cpu"
-    model, engine = load_policy(str(args.sample)).to(device).eval(), load_engine(args.engine)
+    model = load_policy(str(args.sample)).to(device).eval()
+    engine = load_engine(json.loads(args.engine) if args.engine.startswith("{") else args.engine)
     ends, draws = end_token_ids(load_tokenizer(str(args.sample))), torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, 500, (16 + row,), generator=draws) for row in range(args.batch)]
     seconds, tokens = [], [0]
@@ -256,7 +286,9 @@ def measure(args: argparse.Namespace) -> None:
     args.out = args.out or (args.runs / "gpu_report.md" if args.smoke else HERE / "gpu_report.md")
     args.time_limit, args.repeats, args.ppo_python, args.conversations = args.cell_seconds, 1, None, None
     args.limit_script = HERE / "gpu_report.py"
-    wanted = cells(args.device, args.smoke, args.peer_script is not None)
+    if args.vllm_python is None and importlib.util.find_spec("vllm") is not None:
+        args.vllm_python = Path(sys.executable)
+    wanted = cells(args.device, args.smoke, args.peer_script is not None, args.vllm_python is not None)
     if args.only:
         wanted = {name: case for name, case in wanted.items() if name.startswith(tuple(args.only))}
     done = Report(args, wanted).report()
@@ -273,6 +305,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None, metavar="STAGE", help="cells whose names begin so")
     parser.add_argument("--peer-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--peer-script", type=Path, default=None)
+    parser.add_argument("--vllm-python", type=Path, default=None, help="interpreter of an environment with vLLM")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=None)
