@@ -1,10 +1,14 @@
 """Kernels of liger-kernel replace a family's modules; with the package installed, results stay the same."""
 
+import importlib.util
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import refused
 
 from rlhf_lightning.models.liger import LigerKernels
@@ -24,6 +28,44 @@ def with_package(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, Any] | None
 def set_up(folder: str) -> None:
     trainer: Any = SimpleNamespace()
     LigerKernels().setup(trainer, SFTModule(init_from=folder), "fit")
+
+
+COMPARED = """
+import sys, torch
+from types import SimpleNamespace
+from rlhf_lightning.models.layout import padded_layout
+from rlhf_lightning.models.liger import LigerKernels
+from rlhf_lightning.models.roles import load_policy
+from rlhf_lightning.modules import SFTModule
+from rlhf_lightning.types import Sequences
+
+ids, flags = torch.arange(4, 12), torch.ones(5, dtype=torch.bool)
+layout = padded_layout(Sequences((ids[:3], ids[2:4]), (ids[3:], ids[1:6]), (0, 1), (flags, flags)))
+found = []
+for kernels in (False, True):
+    if kernels:
+        LigerKernels().setup(SimpleNamespace(), SFTModule(init_from=sys.argv[1]), "fit")
+    policy = load_policy(sys.argv[1])
+    assert kernels == any("Liger" in type(part).__name__ for part in policy.modules())
+    logprobs = policy(layout).logprobs
+    logprobs.sum().backward()
+    found.append([logprobs.detach(), *(weight.grad for weight in policy.parameters())])
+for one, other in zip(*found, strict=True):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+print("EQUAL")
+"""
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("liger_kernel", "triton")),
+    reason="liger-kernel or triton is not installed",
+)
+def test_the_packages_kernels_give_the_same_log_probabilities_and_gradients(policy_folder: str) -> None:
+    """In a process of its own, since they replace transformers' classes; on a CPU, Triton interprets them."""
+    environment = {**os.environ, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})}
+    command = [sys.executable, "-c", COMPARED, policy_folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("EQUAL\n"), done.stderr
 
 
 def test_the_kernels_of_losses_are_left_out(policy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
