@@ -99,7 +99,7 @@ MUON = {"class_path": "rlhf_lightning.training.muon.MuonAdamW", "init_args": {"l
 
 
 def test_muon_trains_identically_on_two_ranks(pool: RankPool, policy_folder: str) -> None:
-    """Muon orthogonalises a whole matrix, of which each rank holds some rows."""
+    """Muon orthogonalises whole matrices, and each rank holds some of their rows."""
     compare(pool, "SFTModule", policy_folder, 2, "fsdp", 1, sgd=None, optimizer=MUON)
 
 
