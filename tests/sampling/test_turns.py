@@ -182,6 +182,15 @@ def test_a_server_gets_one_seed_per_turn(policy_folder: str) -> None:
         torch.testing.assert_close(mine, torch.where(mask, theirs, 0.0), atol=1e-4, rtol=0)
 
 
+def test_episodes_of_a_text_server_get_the_policys_own_logprobs(policy_folder: str) -> None:
+    model = load_policy(policy_folder).requires_grad_(False).eval()
+    with serving(policy_folder, text=True) as server:
+        drawn = converse(RemoteEngine(server.url, BASE, tokenizer=policy_folder), model)
+    assert drawn.learned is not None and not all(bool(mask.all()) for mask in drawn.learned)
+    for mine, theirs, mask in zip(drawn.logprobs, scored(model, PROMPTS, drawn.ids, 0.9), drawn.learned, strict=True):
+        torch.testing.assert_close(mine, torch.where(mask, theirs, 0.0), atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 def test_worker_processes_draw_the_same_episodes(policy_folder: str) -> None:
     model, engine = load_policy(policy_folder), WorkerEngine(workers=2, threads=1)
