@@ -34,45 +34,32 @@ BOUND = 0.03
 """Difference of gold rewards that counts as equal."""
 
 
-class Budget(NamedTuple):
-    """How long a learning rate is trained and how exactly its result is measured.
+class Task(NamedTuple):
+    """A column of the table.
 
     Attributes:
-        rollouts: number of rollouts; more at lower learning rates.
+        rate: learning rate.
+        rollouts: number of rollouts.
         samples: completions of each held-out prompt after training.
     """
 
-    rollouts: int
-    samples: int
-
-
-class Setting(NamedTuple):
-    """Settings of a run.
-
-    Attributes:
-        lag: ``model.lag``.
-        correction: ``model.sampler_correction``.
-        rate: learning rate.
-    """
-
-    lag: int
-    correction: str | None
     rate: float
+    rollouts: int
+    samples: int = 4
+
+    @property
+    def title(self) -> str:
+        """The settings in words."""
+        return f"learning rate {self.rate:g}, {self.rollouts} rollouts"
 
 
-RATES = {1e-3: Budget(48, 1), 3e-4: Budget(144, 4), 1e-4: Budget(432, 4)}
+TASKS = (Task(1e-3, 48, 1), Task(3e-4, 72), Task(1e-4, 72))
 CURVES = {"lag 0": (0, None)} | {
     f"lag {lag}, {correction or 'no correction'}": (lag, correction) for lag in (1, 2, 4) for correction in CORRECTIONS
 }
 """Lag and correction of each row of the table."""
 
-
-def title_of(name: str, rate: float) -> str:
-    """Return the name of a row's run at a learning rate."""
-    return name if rate == max(RATES) else f"{name}, learning rate {rate:g}"
-
-
-SETTINGS = {title_of(name, rate): Setting(*curve, rate) for rate in RATES for name, curve in CURVES.items()}
+SETTINGS = {f"{name}, {task.title}": (task, *curve) for task in TASKS for name, curve in CURVES.items()}
 
 
 def gold(prompts: list[Prompt], completions: list[str], **columns: Any) -> list[float]:
@@ -116,21 +103,20 @@ def quiet(**settings: Any) -> pl.Trainer:
 
 def trained(name: str, seed: int, policy: str, out: Path) -> dict[str, Any]:
     """Train one setting; return its curve, and the mean gold reward of completions of the held-out prompts."""
-    setting = SETTINGS[name]
-    budget = RATES[setting.rate]
+    task, lag, correction = SETTINGS[name]
     started, curve = time.process_time(), Curve()
     data = PromptDataModule(
         str(out / "world" / "prompts_train.jsonl"), batch_size=PROMPTS * SAMPLES, samples_per_prompt=SAMPLES,
-        rollouts=budget.rollouts, seed=seed, cache_dir=str(out / "cache"),
+        rollouts=task.rollouts, seed=seed, cache_dir=str(out / "cache"),
     )  # fmt: skip
     module = GRPOModule(
-        init_from=policy, scorer=gold, lag=setting.lag, sampler_correction=setting.correction, max_new_tokens=48,
-        learning_rate=setting.rate, lr_schedule="constant", kl_coef=0.0, mini_batch_size=32, seed=seed,
+        init_from=policy, scorer=gold, lag=lag, sampler_correction=correction, max_new_tokens=48,
+        learning_rate=task.rate, lr_schedule="constant", kl_coef=0.0, mini_batch_size=32, seed=seed,
         self_check=False,
     )  # fmt: skip
     quiet(max_epochs=1, callbacks=[curve]).fit(module, data)
     lines = (out / "world" / "prompts_test.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines] * budget.samples
+    prompts = [json.loads(line)["prompt"] for line in lines] * task.samples
     module.eval()
     with torch.no_grad():
         texts = module.answer(prompts, SamplingSettings(48, batch_size=128), seed=1234).texts
@@ -176,54 +162,53 @@ def main() -> None:
 def write_page(rows: list[dict[str, Any]], page: Path) -> None:
     """Write the table and the curves; a setting enters with the seeds that lag 0 has too."""
     found = {title: {row["seed"]: row for row in rows if row["setting"] == title} for title in SETTINGS}
-    lines = [[name, *(cell(found, name, rate) for rate in RATES)] for name in CURVES]
+    lines = [[name, *(cell(found, name, task) for task in TASKS)] for name in CURVES]
     draw_curves(found, page.with_suffix(".png"))
-    header = ["", *(f"{rate:g}: {budget.rollouts} rollouts" for rate, budget in RATES.items())]
     seconds = sum(row["seconds"] for row in rows)
-    samples = ", ".join(f"{budget.samples} at {rate:g}" for rate, budget in RATES.items())
+    samples = ", ".join(str(task.samples) for task in TASKS)
     write_markdown(page, (
         "# Learning curves with lag\n\n"
         "`python experiments/engines/lag.py` writes this page. A policy with 0.3 M parameters of the assistant world, "
         "which has imitated demonstrations, is trained by GRPO on the known gold reward: rollouts of "
-        f"{PROMPTS} prompts with {SAMPLES} completions, two updates for each rollout, no KL penalty. "
-        "The columns are learning rates; lower rates are trained for more rollouts. "
-        "The first row shows the mean gold reward at lag 0 after training, over seeds, on 400 held-out prompts "
-        f"(completions of each prompt: {samples}). The other rows show the difference to lag 0 on the same seeds with "
-        "its 95 % interval (Student's t over seeds), and *equal* if the whole interval lies within "
-        f"{BOUND:g}. {len(rows)} runs, {seconds / 60:.0f} minutes of CPU time."
-        f"\n\n{markdown_table(header, lines)}\n\n![Learning curves]({page.with_suffix('.png').name})\n\n"
-        "The curves are means over seeds, each point over "
-        f"{LAST} rollouts.\n\n"
+        f"{PROMPTS} prompts with {SAMPLES} completions, two updates for each rollout, no KL penalty. The first row "
+        "shows the mean gold reward at lag 0 after training, over seeds, on 400 held-out prompts (completions of each "
+        "prompt, by "
+        f"column: {samples}). The other rows show the difference to lag 0 on the same seeds with its 95 % interval "
+        f"(Student's t over seeds), and *equal* if the whole interval lies within {BOUND:g}. {len(rows)} runs, "
+        f"{seconds / 60:.0f} minutes of CPU time.\n\n"
+        f"{markdown_table(['', *(task.title for task in TASKS)], lines)}\n\n"
+        f"![Learning curves]({page.with_suffix('.png').name})\n\n"
+        f"The curves are means over seeds; each point is the mean of {LAST} rollouts.\n\n"
         "See also: [exact bias and variance of each correction](corrections.md), and [engines](../../docs/engines.md)."
         "\n"
     ))  # fmt: skip
 
 
-def cell(found: dict[str, dict[int, dict[str, Any]]], name: str, rate: float) -> str:
+def cell(found: dict[str, dict[int, dict[str, Any]]], name: str, task: Task) -> str:
     """Return the result of a setting: its gold reward at lag 0, otherwise its difference to lag 0."""
-    base, own = found[title_of("lag 0", rate)], found[title_of(name, rate)]
-    paired = {seed: row["gold"] for seed, row in own.items() if seed in base}
+    base, own = ({seed: row["gold"] for seed, row in found[f"{one}, {task.title}"].items()} for one in ("lag 0", name))
+    paired = {seed: gold for seed, gold in own.items() if seed in base}
     if len(paired) < 2:
         return ""
     if name == "lag 0":
         return f"{mean_interval(list(paired.values()))[0]:.3f}, {len(paired)} seeds"
-    gap = seed_difference({seed: row["gold"] for seed, row in base.items()}, paired)
+    gap = seed_difference(base, paired)
     equal = ", equal" if gap.low >= -BOUND and gap.high <= BOUND else ""
     return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}){equal}"
 
 
 def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
-    """Plot the mean gold reward of training rollouts: a row for each learning rate, a column for each correction."""
-    size = (9.0, 2.6 * len(RATES))
-    figure, grid = pyplot().subplots(len(RATES), len(CORRECTIONS), figsize=size, sharey=True, squeeze=False)
-    for (rate, budget), panels in zip(RATES.items(), grid, strict=True):
+    """Plot the mean gold reward of training rollouts: a row for each column of the table."""
+    size = (9.0, 2.6 * len(TASKS))
+    figure, grid = pyplot().subplots(len(TASKS), len(CORRECTIONS), figsize=size, sharey=True, squeeze=False)
+    for task, panels in zip(TASKS, grid, strict=True):
         for panel, shown in zip(panels, CORRECTIONS, strict=True):
             for name, (lag, correction) in CURVES.items():
-                runs = found[title_of(name, rate)].values()
-                if runs and (lag == 0 or correction == shown):
+                runs = found[f"{name}, {task.title}"].values()
+                if len(runs) > 1 and (lag == 0 or correction == shown):
                     curve = torch.tensor([row["curve"] for row in runs]).mean(0).unflatten(0, (-1, LAST)).mean(1)
-                    panel.plot(range(LAST, budget.rollouts + 1, LAST), curve, label=f"lag {lag}", color=f"C{lag}")
-            panel.set_title(f"learning rate {rate:g}, {shown or 'no correction'}", fontsize=9)
+                    panel.plot(range(LAST, task.rollouts + 1, LAST), curve, label=f"lag {lag}", color=f"C{lag}")
+            panel.set_title(f"{task.title}, {shown or 'no correction'}", fontsize=8)
             panel.legend(fontsize=7)
         panels[0].set_ylabel("gold reward")
     for panel in grid[-1]:
