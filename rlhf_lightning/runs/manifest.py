@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that affect results."""
+    """Return the installed versions of the packages that affect results, read once per process."""
     found = {}
     for name in PACKAGES:
         try:

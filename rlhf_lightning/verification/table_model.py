@@ -34,6 +34,10 @@ IMPOSSIBLE = -1e4
 """Logit of tokens that occur in no completion: their probability is exactly 0, and so is its gradient."""
 
 
+_READ: dict[str, Any] = {}
+"""Configs by their contents."""
+
+
 class TabularConfig(PretrainedConfig):
     """Sizes of the table.
 
@@ -52,6 +56,14 @@ class TabularConfig(PretrainedConfig):
         # Ids: 0 is padding, 1 is the end token, 2 .. tokens are the other answer tokens, the rest are prompts.
         defaults = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_labels": 1}
         super().__init__(**{**defaults, **kwargs})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config, cached by its contents: transformers formats each config for its log, which takes longest."""
+        key = str((sorted(config_dict.items()), sorted(kwargs.items())))
+        if key not in _READ:
+            _READ[key] = super().from_dict(dict(config_dict), **kwargs)
+        return copy.deepcopy(_READ[key])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -111,7 +123,8 @@ class TabularPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load a folder, cached per process while it is unchanged: the checks create a hundred instances of a class."""
         changed = max(path.stat().st_mtime_ns for path in Path(name).iterdir())
-        key = (cls.__name__, str(name), str(changed), str(config), str(sorted(kwargs.items())))
+        written = "" if config is None else config.to_json_string(use_diff=False)
+        key = (cls.__name__, str(name), str(changed), written, str(sorted(kwargs.items())))
         if key not in cls._read:
             cls._read[key] = super().from_pretrained(name, *args, config=config, **kwargs)
         return copy.deepcopy(cls._read[key])
