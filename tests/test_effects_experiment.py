@@ -13,6 +13,7 @@ import pytest
 from rlhf_lightning import modules
 from rlhf_lightning.commands import train
 from rlhf_lightning.commands.sweep import Sweep, fit_command
+from rlhf_lightning.evaluation.report import MARK
 from rlhf_lightning.evaluation.run_curves import FinishedRun
 from rlhf_lightning.worlds.assistant import write_world
 
@@ -86,7 +87,7 @@ def test_a_page_has_means_intervals_and_paired_tests_and_keeps_what_is_written_b
     page = pages.write_page("chosen_logprob", effect, found, arguments).read_text()
     assert "| DPO" in page and "-20.000 [" in page and "-10.000 [" in page  # in nats: divided by beta
     assert re.search(r"\| 10.000 +\| \[10.000, 10.000\]", page) and (tmp_path / "chosen_logprob.svg").is_file()
-    assert page.count(pages.MARK) == 1 and page.endswith(f"{pages.MARK}\nRead by hand.\n")
+    assert page.count(MARK) == 1 and page.endswith(f"{MARK}\nRead by hand.\n")
     assert arms.final(found["DPO"][0], "val/chosen_reward") == -1.0
 
 

@@ -42,12 +42,16 @@ def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
 def test_onset_is_the_first_of_two_consecutive_rollouts(script):
     assert script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0, 0.02, 0.5, 0.9]})) == 4
     assert np.isnan(script.onset(run_of(**{script.HACK: [0.0, 0.03, 0.0]})))
-    rates = {"rollout/hack_rate": [0.0, 0.5, 1.0], "rollout/monitor_flagged": [0.1, 0.0, 0.9]}
-    told = {f"rollout/monitor_{name}": [0.0, 0.8, 0.4] for name in ("precision", "recall", "auroc")}
-    found = [script.measured(run_of(**rates, **told), tag) for tag in told]
-    assert found == pytest.approx([0.2, 0.6, 0.8])
-    assert script.measured(run_of(**rates, **told), "rollout/monitor_recall", (0.6, 1.0)) == pytest.approx(0.4)
     assert script.last_tenth(run_of(a=list(range(20))), "a") == 18.5
     assert (
         script.shown([1.0, 3.0, float("nan")]) == "2 [-10.7, 14.7], 2 of 3" and script.shown([float("nan")]) == "none"
     )
+
+
+def test_a_monitor_is_measured_in_the_rollouts_that_log_it(script):
+    run = run_of(**{script.HACK: [0.0, 0.5, 1.0, 0.5]})
+    run.scalars["rollout/monitor_auroc"] = np.array([1, 3]), np.array([0.8, 0.4])
+    assert script.measured(run, "rollout/monitor_auroc") == pytest.approx(0.6)
+    assert script.measured(run, "rollout/monitor_auroc", (0.75, 1.0)) == pytest.approx(0.4)
+    assert np.isnan(script.measured(run, "rollout/monitor_auroc", (0.5, 0.75)))
+    assert np.isnan(script.measured(run, "rollout/monitor_recall"))

@@ -9,20 +9,16 @@ import numpy as np
 from arms import HELD_OUT_PROMPTS, Arguments, Effect  # in this folder
 
 from rlhf_lightning.evaluation.differences import holm, mean_interval, seed_difference
-from rlhf_lightning.evaluation.report import interval, markdown_table, p_value, write_markdown
+from rlhf_lightning.evaluation.report import interval, markdown_table, p_value, rewrite_markdown
 from rlhf_lightning.evaluation.run_curves import FinishedRun
-
-MARK = "<!-- measured -->\n"
-"""What stands below this line on a page is written by hand, and is kept."""
 
 
 def write_page(name: str, effect: Effect, arms: dict[str, list[FinishedRun]], arguments: Arguments) -> Path:
-    """Write page and plots of an effect, keep the text below `MARK`, and return the path."""
+    """Write page and plots of an effect, keep what is written below it by hand, and return the path."""
     path = Path(arguments.pages) / f"{name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_text(encoding="utf-8").partition(MARK)[2] if path.is_file() else ""
     draw(path.with_suffix(".svg"), effect, arms, arguments)
-    return write_markdown(path, f"{page(name, effect, arms, arguments)}\n{MARK}{kept}")
+    return rewrite_markdown(path, page(name, effect, arms, arguments))
 
 
 def page(name: str, effect: Effect, arms: dict[str, list[FinishedRun]], arguments: Arguments) -> str:

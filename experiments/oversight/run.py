@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.evaluation.differences import mean_interval
-from rlhf_lightning.evaluation.report import markdown_table, write_markdown
+from rlhf_lightning.evaluation.report import markdown_table, rewrite_markdown
 from rlhf_lightning.evaluation.run_curves import FinishedRun, read_run
 from rlhf_lightning.runs.run import find_run
 from rlhf_lightning.worlds.loopholes import INSTRUCTION, write_loopholes
@@ -143,17 +143,16 @@ def onset(run: FinishedRun) -> float:
 
 
 def measured(run: FinishedRun, tag: str, part: tuple[float, float] = (0.0, 1.0)) -> float:
-    """Return the mean of a monitor metric over the rollouts in which it is defined. ``part`` limits it to a range of
-    the run, as fractions.
+    """Return the mean of a monitor metric over the rollouts in which it is defined, and so logged. ``part`` limits it
+    to a range of the run, as fractions.
     """
-    flagged, hacks = run.scalars["rollout/monitor_flagged"][1], run.scalars[HACK][1]
-    defined = {"precision": flagged > 0, "recall": hacks > 0, "auroc": (hacks > 0) & (hacks < 1)}[
-        tag.rpartition("_")[2]
-    ]
-    values = run.scalars[tag][1]
-    places = np.arange(len(values)) / len(values)
-    defined &= (places >= part[0]) & (places < part[1])
-    return float(values[defined].mean()) if defined.any() else float("nan")
+    if tag not in run.scalars:
+        return float("nan")
+    steps, values = run.scalars[tag]
+    rollouts = run.scalars[HACK][0]
+    places = np.searchsorted(rollouts, steps) / len(rollouts)
+    values = values[(places >= part[0]) & (places < part[1])]
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def shown(values: list[float]) -> str:
@@ -252,8 +251,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--init_from", default="runs/quickstart/sft/version_0/model")
     parser.add_argument("--loophole", default="phrase")
-    parser.add_argument("--share", type=float, default=0.05, help="share of gaming demonstrations")
-    parser.add_argument("--instructed", type=float, default=0.1, help="share of gaming demonstrations on instruction")
+    parser.add_argument("--share", type=float, default=0.0, help="share of gaming demonstrations")
+    parser.add_argument("--instructed", type=float, default=0.02, help="share of gaming demonstrations on instruction")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rollouts", type=int, default=40)
@@ -268,7 +267,7 @@ def main() -> None:
         for arm in arguments.arms:
             if finished(arguments, arm, seed) is None:
                 train(arguments, arm, seed)
-    write_markdown(arguments.page, page(arguments))
+    rewrite_markdown(arguments.page, page(arguments))
     print(arguments.page)
 
 

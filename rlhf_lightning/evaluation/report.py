@@ -23,6 +23,17 @@ def write_markdown(path: str | Path, text: str) -> Path:
     return write_text(Path(path), text)
 
 
+MARK = "<!-- measured -->\n"
+"""What stands below this line of a generated page is written by hand."""
+
+
+def rewrite_markdown(path: str | Path, text: str) -> Path:
+    """Write a generated page atomically, keep what stands below `MARK` on the old one, and return its path."""
+    path = Path(path)
+    kept = path.read_text(encoding="utf-8").partition(MARK)[2] if path.is_file() else ""
+    return write_markdown(path, f"{text}\n{MARK}{kept}")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table with padded columns, readable in a terminal."""
     cells = [[cell(value) for value in row] for row in [header, *rows]]
