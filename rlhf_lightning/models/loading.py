@@ -50,6 +50,7 @@ class LoadSettings:
         trust_remote_code: names of the models whose own Python code may be run.
         self_check: compare our forward with the model's own when it is loaded, see `models.self_check`.
         embeddings: minimum number of rows of embeddings and LM head; added rows are the mean of the existing rows.
+        says_new_head: print a line if a new score head is drawn; false where an adapter's head replaces it.
 
     Raises:
         SettingError: ``quantized-from-scratch``: new weights must be trained, and quantised weights are frozen.
@@ -66,6 +67,7 @@ class LoadSettings:
     trust_remote_code: tuple[str, ...] = ()
     self_check: bool = True
     embeddings: int = 0
+    says_new_head: bool = True
 
     def __post_init__(self) -> None:
         if self.quantization is not None and self.from_scratch:
@@ -187,7 +189,8 @@ def _load_hf_model(name: str, kind: Any, settings: LoadSettings, options: dict[s
     if any(key.startswith("score.") for key in missing):
         initialise_head(model.score, text_config(model).hidden_size, settings.seed)
         missing = {key for key in missing if not key.startswith("score.")}
-        rank_zero_info(f"{name} has no score head: a new one is drawn with seed {settings.seed}.")
+        if settings.says_new_head:
+            rank_zero_info(f"{name} has no score head: a new one is drawn with seed {settings.seed}.")
     if missing:
         few = ", ".join(sorted(missing)[:3])
         raise ModelError(
@@ -294,6 +297,7 @@ def load_weights(name: str, kind: Any, settings: LoadSettings, **config_changes:
     if settings.quantization is not None:
         refuse_other_quantization(name, settings.quantization)
     whole = settings if settings.quantization else replace(settings, dtype="float32")
+    whole = replace(whole, says_new_head=read_adapter(name).head is None)
     model = load_hf_model(load_base_of_adapter(name), kind, whole, **config_changes)
     refuse_slow_patterns(name, model)
     with reading(name, "adapter"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from rlhf_lightning.functional.ranking import (
     thurstone_loss,
     untied_pairs,
 )
+from rlhf_lightning.models.adapters import read_adapter
 from rlhf_lightning.models.export import export_reward_model
 from rlhf_lightning.models.loading import load_reward_hf_model, prepare_for_training
 from rlhf_lightning.models.lora import add_lora
@@ -98,7 +100,8 @@ class RewardModule(OfflineModule):
         if continued is not None:
             refuse_other_quantization(continued, self.load_settings.quantization)
             name = load_base_of_adapter(continued)
-        model = load_reward_hf_model(name, self.load_settings, self.outputs, pad_token_id=self.tokenizer.pad_token_id)
+        settings = replace(self.load_settings, says_new_head=continued is None or read_adapter(continued).head is None)
+        model = load_reward_hf_model(name, settings, self.outputs, pad_token_id=self.tokenizer.pad_token_id)
         refuse_quantized_file(model, name, self.load_settings.quantization)
         prepare_for_training(model, self.load_settings)
         if self.lora is not None:

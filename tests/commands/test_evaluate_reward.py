@@ -234,6 +234,20 @@ def test_a_multi_label_model_scores_by_its_first_output(tmp_path):
     assert len(parts) == 5 and model["margin"] == pytest.approx(first[0] - first[1], abs=1e-6) and model["margin"] != 0
 
 
+def test_an_adapter_brings_its_head_and_no_new_one_is_announced(policy_folder, pairs, caplog):
+    from rlhf_lightning.commands.train import run
+
+    flags = ["--data.source", pairs, "--data.rows", "8", "--trainer.max_steps", "1", "--model.lora.r", "2"]
+    argv = ["fit", "--model", "RewardModule", "--data", "PreferenceDataModule", *flags, "--model.init_from"]
+    with caplog.at_level("INFO"):
+        first = run([*argv, policy_folder]).folder / "model"
+        announced = [record for record in caplog.records if "no score head" in record.message]
+        assert len(announced) == 1, "training starts with a new head"
+        run([*argv, str(first)])
+        assert main([str(first), "--pairs", pairs]) == 0
+    assert [record for record in caplog.records if "no score head" in record.message] == announced
+
+
 def test_a_process_reward_model_scores_pairs_by_its_steps(policy_folder, pairs):
     from rlhf_lightning.commands.train import run
 
