@@ -85,6 +85,8 @@ def notes_of(comparison: "RunComparison", left_out: "Sequence[FinishedRun]") -> 
         notes.append("An arm has a single seed: without a second one there is no interval and no test.")
     if comparison.within:
         notes.append(f"Settings that also differ within an arm: {', '.join(comparison.within)}.")
+    if "model.class_path" in comparison.differing:
+        notes.append("The runs have different objectives, and losses of different objectives cannot be compared.")
     seeds = {frozenset(arm) for arm in comparison.arms.values()}
     if len(seeds) > 1:
         notes.append("The arms have different seeds; paired tests use only the shared seeds.")

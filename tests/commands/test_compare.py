@@ -87,12 +87,13 @@ def test_arms_that_differ_in_many_settings_are_named_by_their_runs(tmp_path, cap
     for name in ("first", "second"):
         for seed in range(2):
             run = write_run(tmp_path / name / f"seed_{seed}" / "version_0", 0.1, seed)
-            model = {"class_path": "PPOModule", "init_args": {f"setting_{number}": name for number in range(12)}}
+            model = {"class_path": f"{name}.Module", "init_args": {f"setting_{number}": name for number in range(11)}}
             config = {"seed_everything": seed, "run_name": f"{name}/seed_{seed}", "model": model}
             (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "4 runs in 2 arms by the 12 settings that differ; seeds per arm: 2, 2." in said
+    assert "losses of different objectives cannot be compared" in said
     assert set(json.loads(Path("comparison/report.json").read_text())["arms"]) == {"first", "second"}
     assert main([str(tmp_path), "--by", "model.setting_1"]) == 0
     assert set(json.loads(Path("comparison/report.json").read_text())["arms"]) == {
