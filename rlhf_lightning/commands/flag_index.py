@@ -68,8 +68,8 @@ def is_stale() -> bool:
     return bool(index()["sources"] != source_digests())
 
 
-_NAMED = re.compile(rb"^class (\w+)|(?:^ +|[(,] ?)(\w+): ", re.MULTILINE)
-"""Matches what can be a class or a setting: a name with an annotation."""
+_NAMED = re.compile(rb"^class (\w+)|(?:^    |^        (?=.*,$)|[(,] ?)(\w+): ", re.MULTILINE)
+"""Matches what can be a class or a setting: an annotated name in a class or among the arguments of a function."""
 
 
 def source_digests(package: Path = INDEX.parents[1]) -> dict[str, str]:
