@@ -1,4 +1,4 @@
-"""Measure learning curves at lag 0, 1, 2 and 4 and three learning rates, with and without a correction.
+"""Measure learning curves at lag 0, 1, 2 and 4 and two learning rates, with and without a correction.
 
     python experiments/engines/lag.py [--out runs/lag] [--seeds 5] [--minutes 40]
 
@@ -53,7 +53,7 @@ class Task(NamedTuple):
         return f"learning rate {self.rate:g}, {self.rollouts} rollouts"
 
 
-TASKS = (Task(1e-3, 48, 1), Task(3e-4, 72), Task(1e-4, 72))
+TASKS = (Task(1e-3, 48, 1), Task(3e-4, 48), Task(3e-4, 72))
 CURVES = {"lag 0": (0, None)} | {
     f"lag {lag}, {correction or 'no correction'}": (lag, correction) for lag in (1, 2, 4) for correction in CORRECTIONS
 }
@@ -194,7 +194,7 @@ def cell(found: dict[str, dict[int, dict[str, Any]]], name: str, task: Task) -> 
         return f"{mean_interval(list(paired.values()))[0]:.3f}, {len(paired)} seeds"
     gap = seed_difference(base, paired)
     equal = ", equal" if gap.low >= -BOUND and gap.high <= BOUND else ""
-    return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}){equal}"
+    return f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}), {len(paired)} seeds{equal}"
 
 
 def draw_curves(found: dict[str, dict[int, dict[str, Any]]], file: Path) -> None:
