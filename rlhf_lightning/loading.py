@@ -360,13 +360,13 @@ def _found(name: str, shipped: Mapping[str, Any], what: str) -> Any:
     if "." in name:
         return import_path(name, what)
     usable = sorted(key for key, kind in shipped.items() if not inspect.isabstract(kind))
-    hint = hint_at(name, usable)
     own = f"Your own has its module before it: my_file.{name}"
+    hint = hint_at(name, usable) if usable else ""
     if ":" in name:
         hint, own = f"a dot comes before a name: {name.replace(':', '.')}", ""
     elif name.isidentifier() and importlib.util.find_spec(name) is not None:
         hint, own = f"{name} is a module: name what is in it, such as {name}.score", ""
-    raise SettingError("unknown-name", f"there is no {what} {name!r}; {hint} {own}".rstrip())
+    raise SettingError("unknown-name", f"there is no {what} {name!r}; {' '.join(filter(None, (hint, own)))}")
 
 
 def _check_kind(found: Any, base: Any, name: str, what: str, of_class: bool) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 ALIKE = 0.6
 """Likeness from which a known name is the one that was meant."""
 
+VAGUELY_ALIKE = 0.5
+"""Likeness from which a known name is worth showing; below it, names share only a few letters."""
+
 FEW = 12
 """Largest number of names that a message lists in full."""
 
@@ -23,14 +26,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def hint_at(name: str, known: Iterable[str]) -> str:
-    """Return a hint at known names: the one that was meant, all of a few, or the three nearest of many."""
+    """Return a hint at known names: the one that was meant, all of a few, or up to three that resemble it of many."""
     names = _by_likeness(name, known)
     near = nearest(name, names)
     if near is not None:
         return f"did you mean {near}?"
     if len(names) <= FEW:
         return f"there are {', '.join(sorted(names))}." if names else "there are none."
-    return f"the nearest of {len(names)} are {', '.join(names[:3])}."
+    alike = [one for one in names[:3] if _likeness(name, one) >= VAGUELY_ALIKE]
+    return f"the nearest of {len(names)}: {', '.join(alike)}." if alike else f"none of {len(names)} names resembles it."
 
 
 def _by_likeness(name: str, known: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_lightning.atomic_files import refuse_special, write_text
 from rlhf_lightning.commands.parsing import run_function
 from rlhf_lightning.errors import DataError, SettingError, check_range
 
@@ -79,6 +80,8 @@ def audit(
         raise SettingError("missing-setting", "max_length, max_prompt_length and chat_template need a --tokenizer")
     check_range(similar is None or 0 < similar <= 1, "it must lie in (0, 1]", similar=similar)
     check_range(overlap is None or overlap >= 1, "it must be at least 1", overlap=overlap)
+    if json is not None:
+        refuse_special(Path(json))
     if overlap is not None and eval is None:
         raise SettingError("missing-setting", "overlap compares with evaluation data: name it with --eval")
     settings = {
@@ -93,7 +96,7 @@ def audit(
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print("\n\n".join(page(report, width) for report in reports))
     if json is not None:
-        Path(json).write_text(writer.dumps(reports, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(json), writer.dumps(reports, indent=2) + "\n")
     found = sum(len(report["findings"]) for report in reports)
     return 1 if strict and found else 0
 

@@ -82,6 +82,8 @@ def evaluate(
     gold_of = None if gold is None else load_gold_reward(gold)
     asked = read_prompts(prompts, as_chat)
     baseline = reference or names[0]
+    for name in (*names, baseline):
+        sampling.find(name)  # a wrong name is refused before the first model samples
     kept: Any = None
     found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -113,7 +115,9 @@ def evaluate(
                 "seed": sampling.seed, "reference": baseline, **sampling.provenance()}  # fmt: skip
     report = {"settings": settings, **report}
     listed = "all" if shown >= len(asked) else f"the first {shown}"
-    notes = [f"{len(asked)} prompts from {prompts}, {samples} completions each; the page shows {listed}."]
+    notes = [
+        f"{len(asked)} prompts from {prompts}, {samples} completion{'s' * (samples > 1)} each; the page shows {listed}."
+    ]
     items = by_prompt(found, samples)[:shown]
     title = "Evaluation of policies"
     print("\n" + write_report(folder, "evaluate.html.jinja", title, notes, sections, report, pictures, items=items))

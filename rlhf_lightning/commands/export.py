@@ -104,6 +104,8 @@ def write_folder(
     checkpoint = find_checkpoint(path, best)
     module = module_from(checkpoint, own)
     if not merge or module.lora is None:
+        if merge:
+            print(f"{checkpoint} has no adapter to merge: all its weights were trained")
         module.export(target)
         print(f"{checkpoint} -> {target}")
         return target

@@ -83,22 +83,34 @@ class SamplingArguments:
             return None
         return conversing(self.environment, self.max_turns, self.max_episode_tokens)
 
-    def load(self, model: str) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
-        """Load a policy and its tokenizer onto the best device.
+    def find(self, model: str) -> str:
+        """Return the folder of a policy, without loading it.
 
         Raises:
-            MissingError: the folder does not exist, or has no weights.
-            ValueError: it is a reward model.
+            MissingError: the folder does not exist, or has no config.json.
+            ModelError: it is a reward model.
         """
         from rlhf_lightning.models.resolving import is_adapter, resolve_folder
-        from rlhf_lightning.models.roles import load_frozen, refuse_reward_model
-        from rlhf_lightning.models.self_check import check_weights
-        from rlhf_lightning.tokenization import load_tokenizer
+        from rlhf_lightning.models.roles import refuse_reward_model
 
         name = resolve_folder(model)
         if Path(name).is_dir() and not is_adapter(name) and not (Path(name) / "config.json").is_file():
             raise MissingError("no-model", f"{model} is not a model folder: it has no config.json")
         refuse_reward_model(name)
+        return name
+
+    def load(self, model: str) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
+        """Load a policy and its tokenizer onto the best device.
+
+        Raises:
+            MissingError: the folder does not exist, or has no weights.
+            ModelError: it is a reward model.
+        """
+        from rlhf_lightning.models.roles import load_frozen
+        from rlhf_lightning.models.self_check import check_weights
+        from rlhf_lightning.tokenization import load_tokenizer
+
+        name = self.find(model)
         tokenizer = load_tokenizer(
             name,
             self.chat_template,

@@ -12,11 +12,14 @@ from typing import Any
 from rlhf_lightning.data.canonical import RowRefused
 from rlhf_lightning.data.formats import preference_with_ties, prompt, read_row
 from rlhf_lightning.data.sources import usable_rows
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, SettingError
 from rlhf_lightning.evaluation.completions import Row
 from rlhf_lightning.evaluation.overoptimization import FEWEST
 from rlhf_lightning.evaluation.reward_models import KnownPair
 from rlhf_lightning.scoring.scorer import load_gold_reward
+
+NO_SUBSET = "none"
+"""Subset of the rows without the column of subsets."""
 
 
 def read_pairs(path: str, subset: str | None = None, as_chat: bool = False) -> tuple[list[KnownPair], dict[int, int]]:
@@ -30,6 +33,7 @@ def read_pairs(path: str, subset: str | None = None, as_chat: bool = False) -> t
     Raises:
         MissingError: the file does not exist.
         DataError: no row can be used.
+        SettingError: no row has the column of subsets.
     """
     pairs: list[KnownPair] = []
     lists: dict[int, int] = {}
@@ -37,6 +41,8 @@ def read_pairs(path: str, subset: str | None = None, as_chat: bool = False) -> t
         pairs += [pair._replace(row=number) for pair in found]
         if count != 2:
             lists[number] = count
+    if subset is not None and all(pair.subset == NO_SUBSET for pair in pairs):
+        raise SettingError("unknown-column", f"no row of {path} has a column {subset!r}, which subset names")
     if all(pair.tied for pair in pairs):
         raise DataError("no-usable-rows", f"{path} has no pair with a winner")
     return pairs, lists
@@ -47,7 +53,7 @@ def _pairs_of(raw: Any, subset: str | None, as_chat: bool) -> tuple[int, list[Kn
     row = read_row(_as_list(raw), preference_with_ties, as_chat)
     texts = [_text(completion) for completion in row.completions]
     assert row.prompt is not None
-    name = "all" if subset is None else str(row.columns.get(subset, "none"))
+    name = "all" if subset is None else str(row.columns.get(subset, NO_SUBSET))
     alone, pairs = len(texts) == 2, []
     for a in range(len(texts)):
         for b in range(a + 1, len(texts)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.commands.parsing import run_function
+from rlhf_lightning.errors import SettingError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -57,12 +58,32 @@ def rollout_worker(
     from rlhf_lightning.sampling.worker_process import JobRunner
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_device(place)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise SettingError("not-a-folder", f"{folder} is a file: name the folder that trainer and worker share")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with closing(listen(host, port)) as listening:
         app = make_app(JobRunner(Path(folder), place, trust_remote_code or ()), key)
         print(f"rollout worker on {place} at {base_url(listening, host)}   Ctrl+C stops", flush=True)
         make_server(app).run(sockets=[listening])
     return 0
+
+
+def refuse_device(device: str) -> None:
+    """Refuse a device that this machine does not have, before a run sends the first job.
+
+    Raises:
+        SettingError: ``unknown-device``.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's classes depend on how it was built
+        reason = str(error).partition("\n")[0]
+        raise SettingError(
+            "unknown-device", f"device {device!r} cannot be used ({reason}); give cpu, cuda or cuda:1, or leave it out"
+        ) from error
 
 
 def make_app(runner: "JobRunner", key: str | None = None) -> "ASGIApp":

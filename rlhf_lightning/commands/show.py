@@ -87,7 +87,12 @@ def show(
     from rlhf_lightning.data.tokenizing import encoder_for
     from rlhf_lightning.environments import load_environment
 
-    check_range(all(0 < n < 2**31 for n in (rows, row or 1)), "both count from 1 to 2147483647", row=row, rows=rows)
+    check_range(
+        all(0 < n < 2**31 for n in (rows, 1 if row is None else row)),
+        "both count from 1 to 2147483647",
+        row=row,
+        rows=rows,
+    )
     found, taken = peek(data, split, row or rows, kind, columns)
     numbered = enumerate(taken, 1)
     chosen = [(number, one) for number, one in islice(numbered, row or rows) if row is None or number == row]

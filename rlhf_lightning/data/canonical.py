@@ -50,7 +50,7 @@ REASONS = {
     "prompts_differ": "chosen and rejected answer different prompts",
     "turns_do_not_alternate": "a transcript's turns do not alternate",
     "inline_role_marker": "a transcript's turn holds another role marker",
-    "identical_completions": "chosen equals rejected",
+    "identical_completions": "chosen equals rejected, as text or as tokens",
     "identical_after_truncation": "truncation makes chosen and rejected equal; raise max_length",
     "bad_label": "the label must be one of true, false, 1, 0 and -1",
     "bad_vote": "a vote on two completions must be one of 1, 2, 0 and tie",

@@ -96,7 +96,8 @@ def files_of(given: str, split: str = "train") -> list[Path] | None:
     suffix = format_of(path) is not None
     if suffix or given.count("/") > 1 or given.startswith((".", "~", "/")):
         folder = path.parent if path.parent.is_dir() else None
-        near = nearest(path.name, [one.name for one in folder.iterdir()]) if folder else None
+        alike = [one.name for one in folder.iterdir() if nearest(path.stem, [one.stem])] if folder else []
+        near = nearest(path.name, alike)
         hint = f"the nearest is {str(folder / near)!r}" if folder and near else "check the path"
         raise MissingError("no-data", f"there is no file {given!r} (in {Path.cwd()}); {hint}")
     return None

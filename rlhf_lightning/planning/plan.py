@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_lightning.atomic_files import refuse_special, write_text
 from rlhf_lightning.commands.flags import flags, option_pairs, with_underscores
 from rlhf_lightning.commands.messages import parameters_of, subclasses_of
 from rlhf_lightning.commands.parsing import PlainParser, in_copied_context
@@ -81,9 +82,14 @@ def main(argv: Sequence[str]) -> int:
     argv = with_underscores(argv)
     cli = in_copied_context(PlanCLI, ["fit", *argv, *placeholders(argv)])
     settings = cli.config_init.fit
+    check_range(settings.memory is None or settings.memory > 0, "give the GB of a device", memory=settings.memory)
+    for name in ("prompt_length", "completion_length"):
+        length = getattr(settings.plan, name)
+        check_range(length is None or length >= 1, "it must be at least 1 token", **{f"plan.{name}": length})
+    if settings.json is not None:
+        refuse_special(Path(settings.json))
     setup = setup_of(cli.model, cli.datamodule, settings.trainer, settings.plan)
     found = plan(setup)
-    check_range(settings.memory is None or settings.memory > 0, "give the GB of a device", memory=settings.memory)
     limit = None if settings.memory is None else int(settings.memory * GB)
     helpful = remedies(setup, limit) if limit is not None and found.peak > limit else []
     print(described(type(cli.model).__name__, setup, found, limit, helpful))
@@ -93,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         record["most_tokens_per_second"] = None if rates is None else most_tokens_per_second(setup, found, rates)
         print(_speed(rates, record["most_tokens_per_second"]))
     if settings.json is not None:
-        Path(settings.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(settings.json), json.dumps(record, indent=2) + "\n")
     return DOES_NOT_FIT if helpful else FITS
 
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import traceback
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         # torch's message mostly explains how to load the file anyway; one line of it says what is wrong.
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "Unsupported" in line), lines[0]).partition(". Please")[0].strip()
+        if file.is_file() and not zipfile.is_zipfile(file):
+            reason = "it is damaged, or not a .ckpt file of a run"
         raise DataError(
             "unreadable-checkpoint", f"{path} cannot be read as a checkpoint of plain tensors and settings: {reason}"
         ) from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.atomic_files import refuse_special, write_text
 from rlhf_lightning.commands.flags import with_underscores
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.commands.parsing import usage_error
@@ -18,7 +19,8 @@ from rlhf_lightning.evaluation.report import markdown_table
 from rlhf_lightning.loading import read_yaml
 
 HELD, FAILED, COULD_NOT_RUN, NO_TARGET = 0, 1, 2, 3
-FILES = ("json", "markdown", "report", "foreign")
+WRITTEN = {"json", "markdown", "report"}
+FILES = (*sorted(WRITTEN), "foreign")
 HELP = """usage: rlhf verify [my_objective.MyModule ...] [--model.SETTING VALUE ...] [options]
 
 Check unmodified objectives in a small world where every completion is enumerated: padding, micro-batches and ranks,
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return HELD if "help" in options else COULD_NOT_RUN
     try:
+        for name in WRITTEN & options.keys():
+            refuse_special(Path(options[name]))
         named = [*([*objective_classes()] if "all" in options else []), *(find(name) for name in names)]
         kinds = [(kind, kind.__name__, settings) for kind in named]
         kinds += foreign(options["foreign"], settings) if "foreign" in options else []
@@ -71,12 +75,10 @@ def main(argv: Sequence[str]) -> int:
         done.append(found)
         print(f"\n{report_of(found, brief=len(kinds) > 1)}", flush=True)
     if "json" in options:
-        Path(options["json"]).write_text(
-            json.dumps([plain(found) for found in done], indent=2) + "\n", encoding="utf-8"
-        )
+        write_text(Path(options["json"]), json.dumps([plain(found) for found in done], indent=2) + "\n")
     if "markdown" in options:
         table = peers_table(done, broken) if "foreign" in options else page(done)
-        Path(options["markdown"]).write_text(table, encoding="utf-8")
+        write_text(Path(options["markdown"]), table)
     if "report" in options:
         write_report(Path(options["report"]), done)
     if status == HELD and any(found.failed for found in done):

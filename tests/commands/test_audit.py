@@ -26,7 +26,7 @@ def test_findings_are_counted_and_numbered(write_rows, capsys, tmp_path):
     status, told, _ = run(capsys, source, "--eval", other, "--json", str(report))
     assert status == 0
     assert "preference data, 3 rows, 2 of them usable" in told
-    assert "1 33.3% identical_completions: chosen equals rejected [3]" in told
+    assert "1 33.3% identical_completions: chosen equals rejected, as text or as tokens [3]" in told
     assert "1 33.3% duplicate: repeats an earlier row [2]" in told
     assert "1 100.0% leaked_row: the whole row is in the training data [1]" in told
     train, held_out = json.loads(report.read_text())

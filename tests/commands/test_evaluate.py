@@ -55,6 +55,13 @@ def test_one_model_alone_has_no_win_rate(policy_folder, prompts, capsys):
     assert "Win rate" not in capsys.readouterr().out
 
 
+def test_every_model_is_checked_before_the_first_samples(policy_folder, reward_folder, prompts, capsys):
+    for further in ([reward_folder], ["--reference", reward_folder]):
+        with refused("reward-model"):
+            main([policy_folder, *further, "--prompts", prompts])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [(["--samples", "0"], "setting-out-of-range"), (["--correct", "1"], "missing-setting"),

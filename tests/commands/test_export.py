@@ -188,7 +188,7 @@ def test_invalid_exports_are_refused(policy_folder, trained, capsys):
         ("adapter", "out", "is already an adapter folder; --merge merges it"),
         ("foreign.ckpt", "out", "does not name the class that wrote it"),
         ("class.ckpt", "out", "was written by collections.OrderedDict: add --import"),
-        ("text.ckpt", "out", "cannot be read as a checkpoint of plain tensors and settings"),
+        ("text.ckpt", "out", "settings: it is damaged, or not a .ckpt file of a run"),
     ):
         assert rlhf(["export", source, "--out", out]) == 1, source
         told = capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_exit_status_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["NoSuchModule"], "my_file.NoSuchModule"),
         (["DPO"], "did you mean DPOModule?"),
-        (["mine"], "the nearest of "),
+        (["zzz"], " names resembles it."),
         (["no_such_file.MyModule"], "No module named 'no_such_file'"),
         (["wrong_objectives.NoSuchModule"], "wrong_objectives has no NoSuchModule"),
         (["wrong_objectives.caught_by"], "it must be a subclass of"),
