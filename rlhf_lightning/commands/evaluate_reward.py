@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.commands.generate import SamplingArguments
 from rlhf_lightning.commands.parsing import run_function
-from rlhf_lightning.errors import SettingError, check_range
+from rlhf_lightning.errors import DataError, SettingError, check_range
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.report import Section
@@ -101,6 +101,8 @@ def evaluate_reward(
         else:
             margins = partial(room.judge_margins, load_judge(name, judge_args), question=question or QUESTION)
         gaps[name] = margins(decided)
+        if np.isnan(gaps[name]).all():
+            raise DataError("no-scores", f"{name} answers none of {len(decided)} pairs; try it on one of them alone")
         blind[f"{name}, prompt-blind"] = margins(decided, prompt_blind=True)
         tied[name] = margins([pair for pair in read if pair.tied])
     baselines = {

@@ -28,6 +28,7 @@ def pairs(monkeypatch, tmp_path):
     code = "def length(prompts, completions, **c):\n    return [float(len(t)) for t in completions]\n"
     Path("lengths.py").write_text(
         code + "def nothing(prompts, completions, **c):\n    return [0.0] * len(completions)\n"
+        "def silent(prompts, completions, **c):\n    return [None] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     return "p.jsonl"
@@ -44,6 +45,8 @@ def test_baselines_detect_a_model_that_scores_only_length(pairs, capsys):
     assert same["difference"] == 0 and same["p"] == 1 and same["test"] == "McNemar" and same["rows"] == 100
     assert blank["accuracy"] == 0.5 and blank["equal"] == 100
     assert report["against_first"]["lengths.nothing"]["ci"][1] < 0
+    with refused("no-scores", "lengths.silent"):
+        main(["lengths.silent", "--pairs", pairs])
     assert set(model["subsets"]) == {"a", "b"} and "Subsets" in capsys.readouterr().out
     assert 'src="data:' in Path("reward_evaluation/report.html").read_text()
 
