@@ -31,7 +31,7 @@ def run_of(**values):
 
 
 def test_every_arm_has_a_monitor_that_loads(script, tmp_path):
-    arguments = Namespace(loophole="phrase", init_from="x", out=str(tmp_path), rollouts=3)
+    arguments = Namespace(loophole="phrase", share=0.0, instructed=0.02, init_from="x", out=str(tmp_path), rollouts=3)
     write_loopholes(script.world(arguments), demonstrations=10)
     for arm, setting in script.ARMS.items():
         written = yaml.safe_load(yaml.safe_dump(script.config(arguments, arm)))

@@ -2,7 +2,8 @@
 
     python experiments/oversight/run.py --init_from runs/quickstart/sft/version_0/model [--seeds 0 1 2] [--rollouts 40]
 
-Finished runs are skipped and interrupted runs resume. The page is written from the finished runs.
+Finished runs are skipped and interrupted runs resume. The page is written from the finished runs. ``--share 0.05
+--instructed 0.1 --page experiments/oversight/common.md`` starts from a policy that already hacks now and then.
 """
 
 import argparse
@@ -70,14 +71,19 @@ def config(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def label(arguments: argparse.Namespace) -> str:
+    """Return the name of a setting: the loophole, and the shares of gaming demonstrations."""
+    return f"{arguments.loophole}_{arguments.share:g}_{arguments.instructed:g}"
+
+
 def world(arguments: argparse.Namespace) -> Path:
     """Return the folder of prompts and demonstrations."""
-    return Path(arguments.out).absolute() / f"world_{arguments.loophole}"
+    return Path(arguments.out).absolute() / f"world_{label(arguments)}"
 
 
 def start(arguments: argparse.Namespace) -> Path:
     """Return the folder of the policy that all arms start from."""
-    return Path(arguments.out).absolute() / f"start_{arguments.loophole}" / "version_0" / "model"
+    return Path(arguments.out).absolute() / f"start_{label(arguments)}" / "version_0" / "model"
 
 
 def train_start(arguments: argparse.Namespace) -> None:
@@ -92,7 +98,7 @@ def train_start(arguments: argparse.Namespace) -> None:
     file = world(arguments) / "start.yaml"
     file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", str(file), "--runs_folder", arguments.out,
-               "--run_name", f"start_{arguments.loophole}"]  # fmt: skip
+               "--run_name", f"start_{label(arguments)}"]  # fmt: skip
     print("the policy that all arms start from", flush=True)
     with file.with_suffix(".log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -101,7 +107,7 @@ def train_start(arguments: argparse.Namespace) -> None:
 def run_name(arguments: argparse.Namespace, arm: str, seed: int) -> str:
     """Return the name of a run, relative to the folder of runs."""
     words = "".join(letter if letter.isalnum() else "_" for letter in arm.replace(" %", ""))
-    return f"{arguments.loophole}/{words}/seed_{seed}"
+    return f"{label(arguments)}/{words}/seed_{seed}"
 
 
 def finished(arguments: argparse.Namespace, arm: str, seed: int) -> FinishedRun | None:
@@ -215,7 +221,8 @@ def draw(runs: dict[str, list[FinishedRun]], path: Path) -> None:
 TEXT = """# Reward hacking and monitors
 
 What happens to the hack rate, the true reward and the proxy score when a policy is trained on a score with a known
-loophole, with and without a monitor. `python experiments/oversight/run.py` writes this page.
+loophole, with and without a monitor. `python experiments/oversight/run.py --share {share:g} --instructed
+{instructed:g}` writes this page.
 
 The task is the [assistant world](../../rlhf_lightning/worlds/assistant.py) with the loophole *{loophole}* of
 [worlds/loopholes.py](../../rlhf_lightning/worlds/loopholes.py): proxy = gold + use of the loophole. GRPO trains for
