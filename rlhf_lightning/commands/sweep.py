@@ -29,6 +29,7 @@ SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
 MOST_PREEMPTIONS = 20
 """Maximum number of times in a row that a run is resumed after exit status 75."""
 MOST_RUNS = 10_000
+HINT = "--help` lists the options"
 OWNED = ("seed_everything", "run_name", "runs_folder", "resume", "ckpt_path")
 """Settings that the sweep sets for each run."""
 
@@ -353,9 +354,9 @@ class Sweep:
 
 
 def last_line(log: Path) -> str:
-    """Return the last non-empty line of a log."""
+    """Return the last non-empty line of a log that is not the hint at --help, which follows the reason."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip() and HINT not in line), "no output")
 
 
 def submit(folder: Path, arguments: Sequence[str], count: int, sbatch: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ if "slow" in folder and not resumed:
 if "preempted" in folder and not resumed:
     end("preempted", 75)
 if "broken" in folder and not os.path.exists("mended"):
-    print("rlhf: the loss is not finite")
+    print("rlhf: the loss is not finite\\n`rlhf fit --help` lists the options.")
     end("failed", 1)
 end("finished", 0)
 """
