@@ -129,10 +129,10 @@ def write_report(
 
 
 def breakable(text: str) -> Any:
-    """Return a text as HTML that narrow columns may break after slashes and underscores."""
+    """Return a text as HTML that narrow columns may break after slashes, underscores and dots."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([/_.])", r"\1<wbr>", str(escape(text))))
 
 
 def _embedded(picture: Path) -> str:

@@ -81,4 +81,4 @@ def test_a_position_biased_judge_gives_ties():
 
 
 def test_line_break_hints_do_not_break_html_escaping():
-    assert breakable("runs/a_b <i>&amp;") == "runs/<wbr>a_<wbr>b &lt;i&gt;&amp;amp;"
+    assert breakable("runs/a_b.c <i>&amp;") == "runs/<wbr>a_<wbr>b.<wbr>c &lt;i&gt;&amp;amp;"
