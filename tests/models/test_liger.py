@@ -1,7 +1,6 @@
 """Kernels of liger-kernel replace a family's modules; with the package installed, results stay the same."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -40,12 +39,12 @@ from rlhf_lightning.modules import SFTModule
 from rlhf_lightning.types import Sequences
 
 ids, flags = torch.arange(4, 12), torch.ones(5, dtype=torch.bool)
-layout = padded_layout(Sequences((ids[:3], ids[2:4]), (ids[3:], ids[1:6]), (0, 1), (flags, flags)))
+layout = padded_layout(Sequences((ids[:3], ids[2:4]), (ids[3:], ids[1:6]), (0, 1), (flags, flags))).to("cuda")
 found = []
 for kernels in (False, True):
     if kernels:
         LigerKernels().setup(SimpleNamespace(), SFTModule(init_from=sys.argv[1]), "fit")
-    policy = load_policy(sys.argv[1])
+    policy = load_policy(sys.argv[1]).cuda()
     assert kernels == any("Liger" in type(part).__name__ for part in policy.modules())
     logprobs = policy(layout).logprobs
     logprobs.sum().backward()
@@ -56,15 +55,15 @@ print("EQUAL")
 """
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("liger_kernel", "triton")),
-    reason="liger-kernel or triton is not installed",
+    not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None,
+    reason="no GPU that PyTorch sees, or liger-kernel is not installed; Triton's interpreter cannot run its norms",
 )
 def test_the_packages_kernels_give_the_same_log_probabilities_and_gradients(policy_folder: str) -> None:
-    """In a process of its own, since they replace transformers' classes; on a CPU, Triton interprets them."""
-    environment = {**os.environ, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})}
+    """In a process of its own, since they replace transformers' classes."""
     command = [sys.executable, "-c", COMPARED, policy_folder]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("EQUAL\n"), done.stderr
 
 
