@@ -243,7 +243,7 @@ def attend_by_block(
     Queries have shape (rows, heads, width, size); keys and values may have fewer heads. Return the output, shape (rows,
     width, heads, size), and None instead of the attention probabilities, which these kernels do not return.
     """
-    if packed is None or not packed.trees:
+    if packed is None or not packed.trees:  # under DDP, compiled layers do not know CAUSAL_ROWS by identity
         mask = attention_mask if packed is None else None
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     return attend_in_row(module, query, key, value, packed, **options)

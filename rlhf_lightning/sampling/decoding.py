@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import (
@@ -357,10 +358,14 @@ def make_decoder(
     model: CausalLM, slots: int, room: int, mixture: Mixture | None = None, graphs: bool = False
 ) -> Decoder:
     """Return the decoder of a model, or of the two models of a mixture; with ``graphs``, CUDA replays its steps."""
-    if mixture is not None:
-        return MixedDecoder(model, slots, room, mixture)
-    decoder = Decoder(model, slots, room)
-    decoder.static = StaticSteps(model) if graphs and is_replayable(model) else None
+    decoder = Decoder(model, slots, room) if mixture is None else MixedDecoder(model, slots, room, mixture)
+    if graphs and mixture is None and is_replayable(model):
+        decoder.static = StaticSteps(model)
+    elif graphs:
+        rank_zero_warn(
+            "cuda_graphs has no effect on these rollouts: it needs one model with whole weights on a GPU, and full "
+            "attention in all layers. The tokens are sampled without it."
+        )
     return decoder
 
 

@@ -196,6 +196,13 @@ def test_static_steps_draw_the_same_completions_and_keep_their_addresses(
         assert all(one == other for one, other in pairwise(places))
 
 
+def test_cuda_graphs_without_a_gpu_warn_and_change_no_bit(policy: CausalLM) -> None:
+    settings = SamplingSettings(LIMIT, 0.9, batch_size=4)
+    with pytest.warns(UserWarning, match="cuda_graphs has no effect"):
+        drawn = SlotEngine(cuda_graphs=True).sample(policy, GROUPS, EPISODES, settings, 11, ENDS)
+    assert as_lists(drawn) == as_lists(draw(policy, 4))
+
+
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
