@@ -83,10 +83,14 @@ class PackedRow:
     Args:
         trees: for each tree, the number of tokens of its prompt and of each completion.
         device: device of the row.
+
+    Attributes:
+        is_causal: whether there are no trees: the pattern of rows with one sequence each.
     """
 
     def __init__(self, trees: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
         self.trees, self.device = trees, device
+        self.is_causal = not trees
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -243,7 +247,8 @@ def attend_by_block(
     Queries have shape (rows, heads, width, size); keys and values may have fewer heads. Return the output, shape (rows,
     width, heads, size), and None instead of the attention probabilities, which these kernels do not return.
     """
-    if packed is None or not packed.trees:  # under DDP, compiled layers do not know CAUSAL_ROWS by identity
+    # Compiled layers depend on this condition: on a row's identity or number of trees, they would be compiled again.
+    if packed is None or packed.is_causal:
         mask = attention_mask if packed is None else None
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     return attend_in_row(module, query, key, value, packed, **options)
