@@ -272,9 +272,12 @@ class _Head(NamedTuple):
         return slope.mul_(linear * (1 - (logits * self.temperature / self.softcap) ** 2))
 
 
-def _logprob_slope(log_softmax: Tensor, targets: Tensor) -> Tensor:
-    """Return the derivative of log softmax(z)_{target} with respect to z: onehot(target) - p."""
-    slope = log_softmax.exp().neg_()
+def _logprob_slope(log_softmax: Tensor, targets: Tensor, out: Tensor | None) -> Tensor:
+    """Return the derivative of log softmax(z)_{target} with respect to z: onehot(target) - p.
+
+    ``out`` is overwritten with it; it may be ``log_softmax``, if that is not needed any more.
+    """
+    slope = torch.exp(log_softmax, out=out).neg_()
     return slope.scatter_add_(-1, targets.unsqueeze(-1), slope.new_ones(len(targets), 1))
 
 
@@ -296,15 +299,18 @@ def _store_chunk(
     logprobs, entropy, logprob_directions, entropy_directions = into
     logits = head.logits(hidden, weight, bias)
     log_softmax = logits.log_softmax(-1)  # (chunk, vocabulary)
+    if head.softcap is None:
+        logits = log_softmax  # frees the logits, which no slope depends on
     if logprobs is not None:
         logprobs.copy_(log_softmax.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
     if entropy is not None:
         entropy.copy_(-log_softmax.exp().mul_(log_softmax).sum(-1))
-    if logprob_directions is not None:
-        logprob_directions.copy_(head.through(_logprob_slope(log_softmax, targets), logits).type_as(weight) @ weight)
     if entropy_directions is not None:
         entropy_directions.copy_(head.through(_entropy_slope(log_softmax), logits).type_as(weight) @ weight)
-    return log_softmax if head.softcap is None else logits
+    if logprob_directions is not None:  # the backward pass then needs only directions
+        slope = _logprob_slope(log_softmax, targets, out=log_softmax)
+        logprob_directions.copy_(head.through(slope, logits).type_as(weight) @ weight)
+    return logits
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -361,12 +367,16 @@ def _through_logits(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor
     ]
     for rows in ctx.head.chunks(len(targets)):
         logits = ctx.head.logits(hidden[rows], weight, bias) if kept is None else kept[rows]
-        log_softmax = logits if kept is not None and ctx.head.softcap is None else logits.log_softmax(-1)
+        stored = kept is not None and ctx.head.softcap is None
+        log_softmax = logits if stored else logits.log_softmax(-1)
+        if ctx.head.softcap is None:
+            logits = log_softmax
         slopes = []
-        if grad_logprobs is not None:
-            slopes.append(_logprob_slope(log_softmax, targets[rows]).mul_(grad_logprobs[rows, None]))
         if grad_entropy is not None:
             slopes.append(_entropy_slope(log_softmax).mul_(grad_entropy[rows, None]))
+        if grad_logprobs is not None:
+            out = None if stored else log_softmax
+            slopes.append(_logprob_slope(log_softmax, targets[rows], out).mul_(grad_logprobs[rows, None]))
         if not slopes:
             continue
         slope = slopes[0] if len(slopes) == 1 else slopes[0].add_(slopes[1])
