@@ -47,7 +47,7 @@ from rlhf_lightning.sampling.conversation import Turns
 from rlhf_lightning.sampling.engines import SamplingSettings
 from rlhf_lightning.sampling.hand_over import FolderHandOver
 from rlhf_lightning.sampling.own_logprobs import scored
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import (
     DemonstrationBatch,
     Judgement,

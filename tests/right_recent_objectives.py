@@ -24,7 +24,7 @@ from rlhf_lightning.modules import (
     SelfDistillationModule,
     SFTModule,
 )
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import Loss
 
 

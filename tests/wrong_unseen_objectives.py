@@ -27,7 +27,7 @@ from rlhf_lightning.modules import (
     XPOModule,
 )
 from rlhf_lightning.training.meter import moments_over_ranks
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import Advantages, Loss
 
 

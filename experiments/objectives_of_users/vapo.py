@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.modules import PPOModule
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import Loss, PolicyLogprobs, Rollout
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.functional.logprobs import MAX_LOG_RATIO, masked_mean
 from rlhf_lightning.modules.dpo import DPOModule
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.pairs import PairObjective, tilted
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs, Step
 
 ROUNDING = 1e-4

@@ -32,9 +32,10 @@ from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.scoring import Scorer
 from rlhf_lightning.scoring.scorer import ZeroScorer
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import (
     Advantages,
     DemonstrationBatch,
@@ -108,7 +109,7 @@ class DivergenceObjective(AlignmentModule):
         """Return loss and metrics of a chunk of tokens."""
         both = common_vocabulary(student_logits, self.teacher.logits(teacher_hidden))
         logits = DistillationLogits(*both, targets)
-        loss = as_loss(self.distillation_loss(logits))
+        loss = loss_of(self.distillation_loss, logits, like=targets)
         with torch.no_grad():  # after the loss, so that the backward pass does not recompute these metrics
             measured = {
                 "distill/kl_forward": forward_kl(*both),

@@ -19,9 +19,9 @@ from torch import Tensor
 from rlhf_lightning.errors import SettingError
 from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
 from rlhf_lightning.training.pairs import PairObjective, WholeStep, stacked_pairs, whole_step
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import EnumeratedProblem, PreferenceBatch, PreferenceLogprobs, Step
 
 
@@ -62,7 +62,7 @@ class DPOModule(PairObjective, OfflineModule):
 
     def _measured_loss(self, pairs: PreferenceLogprobs, meter: Meter) -> Tensor:
         """Return the weighted loss of each pair, and record the metrics."""
-        loss = as_loss(self.preference_loss(pairs))
+        loss = loss_of(self.preference_loss, pairs, like=pairs.target)
         self.measure_pairs(pairs, loss, len(loss.values), meter)
         return loss.values * pairs.weights
 

@@ -18,9 +18,9 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.training.collector import Samples
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import ObjectiveName
 from rlhf_lightning.training.pairs import tilted
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import (
     Advantages,
     EnumeratedProblem,

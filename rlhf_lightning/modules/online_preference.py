@@ -17,8 +17,8 @@ from rlhf_lightning.models.sharding import most_passes
 from rlhf_lightning.training.checkpoint_state import of_all_ranks
 from rlhf_lightning.training.collector import Samples, merged_completions, select_episodes, select_prompts
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.pairs import PairObjective, stacked_pairs
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import (
     EnumeratedProblem,
@@ -165,7 +165,7 @@ class OnlineDPOModule(PairObjective, RolloutModule):
         moved = _moved(rollout, pairs, logprobs)
         if self._untouched:
             self.invariants.check_ratio(moved, meter)
-        loss = as_loss(self.preference_loss(logprobs))
+        loss = loss_of(self.preference_loss, logprobs, like=logprobs.target)
         self.measure_pairs(logprobs, loss, int((pairs.weights > 0).sum()), meter)
         self.measure_update(moved, meter)
         return (loss.values * logprobs.weights).sum()

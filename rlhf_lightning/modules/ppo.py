@@ -33,8 +33,8 @@ from rlhf_lightning.scoring.encoders import EncoderScorer
 from rlhf_lightning.training.collector import Samples, last_learned
 from rlhf_lightning.training.judgements import OBJECTIVE
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.training.token_rewards import with_token_rewards
 from rlhf_lightning.types import (
     Advantages,
@@ -329,7 +329,7 @@ class PPOModule(OnPolicyModule):
         total, metrics = torch.zeros_like(critics[0][1]), {}
         for suffix, now, old, returns in critics:
             values = CriticValues(now, old[rows, :count], returns[rows, :count], mask)
-            loss = as_loss(self.value_loss(values))
+            loss = loss_of(self.value_loss, values, like=mask)
             masked = torch.where(mask, loss.values, 0.0)
             total, metrics[f"value_loss{suffix}"] = total + masked, masked
             if self.value_clip is not None:

@@ -14,7 +14,7 @@ from rlhf_lightning.models.resolving import STEP_SEPARATOR
 from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import DataNeeds, Loss, ProcessBatch, ProcessScores, Step
 
 
@@ -82,7 +82,7 @@ class ProcessRewardModule(RewardModule):
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
         scores = self.step_scores(batch)
-        loss = as_loss(self.process_loss(scores))
+        loss = loss_of(self.process_loss, scores, like=scores.labels)
         losses = loss.values * scores.weights[scores.row]
         meter.add("loss", losses)
         self._measure_steps(scores, meter)

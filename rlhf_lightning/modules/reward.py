@@ -40,8 +40,9 @@ from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.checkpoint_state import of_all_ranks, rank_of
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss, prompt_form
+from rlhf_lightning.training.module import prompt_form
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import (
     DataNeeds,
     DemonstrationBatch,
@@ -143,7 +144,7 @@ class RewardModule(OfflineModule):
         parts = (batch.ranks, batch.target, batch.margin, batch.weights)
         ranks, target, margin, weights = (to_device(part, self.device) for part in parts)
         ranked = RankedScores(scores, group, ranks, target, margin, weights, extras)
-        loss = as_loss(self.ranking_loss(ranked))
+        loss = loss_of(self.ranking_loss, ranked, like=ranked.weights)
         self._measure(ranked, loss.values, meter)
         for name, values in loss.metrics.items():
             meter.add(name, values)

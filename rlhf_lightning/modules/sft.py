@@ -12,8 +12,8 @@ from rlhf_lightning.models.causal_lm import OverLogits
 from rlhf_lightning.models.layout import Layout
 from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import DemonstrationBatch, TokenLogprobs
 
 
@@ -63,7 +63,7 @@ class SFTModule(OfflineModule):
         mask = layout.completion_mask
         extras = {**self.slots_of(batch), **outputs.extras}
         logprobs = TokenLogprobs(outputs.logprobs, mask, to_device(batch.weights, self.device), extras)
-        loss = as_loss(self.token_loss(logprobs))
+        loss = loss_of(self.token_loss, logprobs, like=mask)
         meter.add("loss", loss.values, mask)
         meter.add("negative_logprob", -outputs.logprobs, mask)
         if outputs.entropy is not None:

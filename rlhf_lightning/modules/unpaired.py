@@ -15,8 +15,8 @@ from rlhf_lightning.models.causal_lm import TokenOutputs
 from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.gathering import gathered_rows
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.offline import OfflineModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.types import DataNeeds, Loss, Sequences, Step, UnpairedBatch, UnpairedLogprobs
 
 
@@ -124,7 +124,7 @@ class UnpairedModule(OfflineModule):
         if point is None:  # called outside a step: treat the micro-batch as a step
             point = self._point_of(Step((batch,), len(batch.desirable), 0))
         logprobs = self.unpaired_logprobs(batch, point)
-        loss = as_loss(self.unpaired_loss(logprobs))
+        loss = loss_of(self.unpaired_loss, logprobs, like=logprobs.weights)
         self._measure(logprobs, loss, meter)
         return (loss.values * logprobs.weights).sum()
 

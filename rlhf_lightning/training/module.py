@@ -61,7 +61,7 @@ from rlhf_lightning.training.compatibility import check, refused_strategy, settl
 from rlhf_lightning.training.gathering import data_ranks
 from rlhf_lightning.training.meter import Meter, TokenClock, log_scalars, log_to_tensorboard, peak_flops
 from rlhf_lightning.training.muon import mark_layers
-from rlhf_lightning.types import DataNeeds, EnumeratedProblem, Loss, MultiTurn, Prompt, Sequences, Step
+from rlhf_lightning.types import DataNeeds, EnumeratedProblem, MultiTurn, Prompt, Sequences, Step
 
 NEED_WEIGHTS = (BaseFinetuning, ModelPruning)
 """Callbacks that read the weights in their ``setup``, so the weights must be loaded before it."""
@@ -1035,8 +1035,3 @@ def prompt_form(module: AlignmentModule) -> str | None:
     if not shown or shown[0][0] is None:
         return None
     return "plain text" if isinstance(shown[0][0], str) else "messages"
-
-
-def as_loss(returned: Tensor | Loss) -> Loss:
-    """Return an objective's result as a Loss; a plain tensor has no metrics."""
-    return returned if isinstance(returned, Loss) else Loss(returned)

@@ -42,7 +42,7 @@ from rlhf_lightning.models.transfer import to_device
 from rlhf_lightning.training.collector import Samples, last_learned, select_episodes, without_unscored
 from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter, moments_over_ranks
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import (
     Advantages,
@@ -283,7 +283,7 @@ class OnPolicyModule(RolloutModule):
             self.invariants.check_ratio(logprobs, meter)
         learned = mask if advantages.learned is None else advantages.learned[rows, :length]
         aggregation = self.aggregation(learned)
-        policy = as_loss(self.policy_loss(logprobs))
+        policy = loss_of(self.policy_loss, logprobs, like=mask)
         total = aggregation.weighted_sum(policy.values)
         for name, values in {"policy_loss": policy.values, **policy.metrics}.items():
             meter.add(name, values, learned)
@@ -408,7 +408,7 @@ class OnPolicyModule(RolloutModule):
 
     def policy_loss(self, logprobs: PolicyLogprobs) -> Tensor | Loss:
         """Return the loss of each token, shape (rows, length)."""
-        values, found = as_loss(self.objective(self.ratio(logprobs), logprobs))
+        values, found = loss_of(self.objective, self.ratio(logprobs), logprobs, like=logprobs.completion_mask)
         metrics = dict(found)
         weight = self.sampler_weight(logprobs)
         if weight is not None:

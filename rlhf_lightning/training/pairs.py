@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from rlhf_lightning.training.gathering import data_ranks, each_share, gathered_rows, padded
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.returned_loss import as_loss, loss_of
 from rlhf_lightning.types import EnumeratedProblem, Loss, PreferenceLogprobs
 
 
@@ -51,11 +52,11 @@ class PairObjective(AlignmentModule):
         """
         p = pairs.target
         if p.device.type == "cpu" and bool((p == 1).all()):  # on a GPU this test would synchronise with the device
-            return self.pair_loss(pairs)
+            return loss_of(self.pair_loss, pairs, like=p)
         # 0 * inf is NaN: if an order has probability 0, compute the loss of the other order in its place.
         swapped = pairs.swapped()
-        agrees = as_loss(self.pair_loss(pairs.where(p > 0, swapped)))
-        disagrees = as_loss(self.pair_loss(swapped.where(p < 1, pairs)))
+        agrees = loss_of(self.pair_loss, pairs.where(p > 0, swapped), like=p)
+        disagrees = loss_of(self.pair_loss, swapped.where(p < 1, pairs), like=p)
 
         def mixed(one: Tensor, other: Tensor) -> Tensor:
             return p * one + (1 - p) * other if one.shape == p.shape else one

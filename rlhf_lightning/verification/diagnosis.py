@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.errors import RlhfError
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import (
     CriticValues,
     DistillationLogits,

@@ -20,8 +20,8 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.training.gathering import whole_minibatch
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.returned_loss import loss_of
 from rlhf_lightning.training.rollout import RolloutModule
 from rlhf_lightning.types import Advantages, Minibatch, PolicyLogprobs, Rollout
 from rlhf_lightning.verification.world import END, EnumerableWorld
@@ -82,7 +82,7 @@ class PolicyGradient:
             outputs.logprobs, old, reference, outputs.entropy, advantages.advantages, mask, behaviour_logprobs=old,
             extras=outputs.extras, rollout=rollout, minibatch=minibatch_of(module, rollout, advantages),
         )  # fmt: skip
-        loss = as_loss(module.policy_loss(logprobs)).values
+        loss = loss_of(module.policy_loss, logprobs, like=mask).values
         learned = mask if advantages.learned is None else advantages.learned
         aggregation = module.aggregation(learned)
         per_row = (torch.where(learned, loss, 0.0) * aggregation.weights).sum(-1)
@@ -201,7 +201,7 @@ class PairPopulation(PolicyGradient):
         if not len(pairs.chosen):
             return 0.0 * torch.stack([p.sum() for p in module.parameters() if p.requires_grad]).sum()
         logprobs = module.preference_logprobs(rollout, pairs)
-        values = as_loss(module.preference_loss(logprobs)).values * logprobs.weights
+        values = loss_of(module.preference_loss, logprobs, like=logprobs.target).values * logprobs.weights
         assert rollout.behaviour_logprobs is not None
         chance = self.likelihood(rollout.behaviour_logprobs.sum(-1))[pairs.chosen]
         return (chance * values).sum() / self.world.config.prompts

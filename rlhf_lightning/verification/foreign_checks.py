@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import CriticValues, PolicyLogprobs, RankedScores, Rollout, TokenLogprobs
 from rlhf_lightning.verification.cases import Case
 from rlhf_lightning.verification.diagnosis import probe_input, value_input

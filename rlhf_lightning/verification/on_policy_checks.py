@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.training.module import as_loss
 from rlhf_lightning.training.on_policy import OnPolicyModule
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import CriticValues
 from rlhf_lightning.verification.cases import Case, widened
 from rlhf_lightning.verification.convergence import descend

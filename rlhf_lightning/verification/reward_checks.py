@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.layout import padded_layout
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import DemonstrationBatch, ProcessBatch, ProcessScores, RankedScores
 from rlhf_lightning.verification.cases import some_rows
 from rlhf_lightning.verification.convergence import SAFETY

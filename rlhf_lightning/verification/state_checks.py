@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import difflib
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.scoring import LearnedScorer
+from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollout import RolloutModule
@@ -62,6 +65,7 @@ def state_checks(subject: Subject) -> list[Check]:
     unread = unread_settings(subject.kind)
     advice = f"the setting {', '.join(unread)} is never read: use it, or remove it"
     checks.append(at_most("settings read", len(unread), 0, advice))
+    checks += misnamed_checks(subject.kind)
     if getattr(module, "reference", None) is not None and not module.reference_moves:
         checks.append(reference_check(subject))
     if "kl_coef" in trained:
@@ -74,16 +78,47 @@ def unread_settings(kind: type) -> list[str]:
     own = own_bases(kind)
     named = {name for base in own for name in parameters_of(base)}
     taken = {name for base in kind.__mro__[len(own) :] for name in parameters_of(base)}
-    try:
-        texts = {inspect.getsource(sys.modules[base.__module__]) for base in own if parameters_of(base)}
-    except (KeyError, OSError, TypeError):  # defined in a notebook
-        return []
-    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    nodes = nodes_of(base for base in own if parameters_of(base))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     kept = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
     read = {node.attr for node in attributes if isinstance(node.ctx, ast.Load)}
     handed_on = {node.arg for node in nodes if isinstance(node, ast.keyword)}
     return sorted((named - taken) & kept - read - handed_on)
+
+
+def nodes_of(kinds: Iterable[type]) -> list[ast.AST]:
+    """Return the syntax of the files that define classes; nothing if one is defined in a notebook."""
+    try:
+        texts = {inspect.getsource(sys.modules[kind.__module__]) for kind in kinds}
+    except (KeyError, OSError, TypeError):
+        return []
+    return [node for text in texts for node in ast.walk(ast.parse(text))]
+
+
+def misnamed_checks(kind: type) -> list[Check]:
+    """Return the check that methods of a user-defined class override what they were written for.
+
+    A method is suspect if no base has its name, no code of its file uses it, and it either resembles the name of a
+    base's method or the class overrides nothing: then it computes what its base computes.
+    """
+    own = own_bases(kind)
+    if not own:
+        return []
+    theirs = {name for base in kind.__mro__[len(own) :] for name in vars(base)}
+    methods = {name for base in own for name, value in vars(base).items() if is_method(value) and name[0] != "_"}
+    nodes = nodes_of(own)
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    alone = methods - theirs - used if nodes else set()
+    known = {name for base in kind.__mro__[len(own) :] for name, value in vars(base).items() if is_method(value)}
+    overrides = any(name in theirs for base in own for name in vars(base) if name[:2] != "__")
+    suspects = [name for name in sorted(alone) if not overrides or difflib.get_close_matches(name, known, 1, 0.8)]
+    advice = " ".join(f"{name} overrides nothing, and nothing uses it: {hint_at(name, known)}" for name in suspects)
+    return [at_most("methods meant", len(suspects), 0, advice)]
+
+
+def is_method(value: Any) -> bool:
+    """Return whether a class's attribute is a method or a property."""
+    return inspect.isfunction(value) or isinstance(value, property | cached_property)
 
 
 # -- changes of state -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from torch import Tensor
 from rlhf_lightning.errors import ContractError, SettingError
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.similar_names import hint_at
-from rlhf_lightning.training.module import AlignmentModule, as_loss
+from rlhf_lightning.training.module import AlignmentModule
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import (
     DistillationLogits,
     PolicyLogprobs,
@@ -220,6 +221,7 @@ class Subject:
         found: list[Any] = []
         original = getattr(module, self.overridden)
 
+        @wraps(original)
         def listening(given: Any) -> Any:
             found.append(given)
             return original(given)

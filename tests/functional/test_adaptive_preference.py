@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.functional.logprobs import token_logprobs
 from rlhf_lightning.modules import BetaDPOModule
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 
 from .pair_losses import certain_pairs, unloaded
 from .worked import Worked, check, each, normal, property_test, right_padded_mask

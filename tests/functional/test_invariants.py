@@ -29,7 +29,7 @@ from rlhf_lightning.modules import (
     SFTModule,
 )
 from rlhf_lightning.modules.unpaired import UnpairedModule
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import (
     PolicyLogprobs,
     PreferenceBatch,

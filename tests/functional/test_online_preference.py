@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.functional.logprobs import nash_md_logits
 from rlhf_lightning.functional.selection import best_and_worst
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 
 from .pair_losses import certain_pairs, unloaded
 from .worked import gradient, normal, property_test

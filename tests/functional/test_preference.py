@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 
 from .pair_losses import certain_pairs, dpo_loss, loss_of, of_margin, unloaded
 from .worked import Worked, check, each, gradient, normal, property_test

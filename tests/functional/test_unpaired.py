@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import UnpairedLogprobs
 
 from .pair_losses import unloaded

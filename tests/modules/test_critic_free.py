@@ -26,7 +26,7 @@ from rlhf_lightning import modules, tokenization
 from rlhf_lightning.modules import CriticFreeModule
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.training.invariants import Invariants
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import Advantages, Aggregation, PolicyLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]

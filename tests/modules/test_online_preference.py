@@ -32,7 +32,7 @@ from rlhf_lightning.sampling.decoding import Mixture
 from rlhf_lightning.sampling.slot_engine import sample
 from rlhf_lightning.tokenization.facts import Facts
 from rlhf_lightning.training.meter import Meter
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import PreferenceLogprobs, PromptBatch, Rollout, Sequences, Step
 
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=81)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_lightning import modules
 from rlhf_lightning.commands.objectives import objective_classes
 from rlhf_lightning.modules import DPOModule
-from rlhf_lightning.training.module import as_loss
+from rlhf_lightning.training.returned_loss import as_loss
 from rlhf_lightning.types import Loss, PreferenceLogprobs
 
 S_CHOSEN, S_REJECTED = [-10.0, -13.0, -7.0], [-11.0, -12.6, -7.6]
