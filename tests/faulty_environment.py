@@ -1,4 +1,4 @@
-"""Environments for tests, importable in other processes: working ones and failing ones."""
+"""Environments for tests, importable in other processes without the training stack: working ones and failing ones."""
 
 import os
 import signal
@@ -6,7 +6,6 @@ import subprocess
 import time
 from typing import Any
 
-from rlhf_lightning.sampling.slot_engine import SlotEngine
 from rlhf_lightning.types import Episode, Reply
 
 
@@ -49,14 +48,6 @@ class Hangs(Talks):
             file.write(f"{os.getpid()} {child.pid}\n")
         time.sleep(300)
         return super().reply(episode)
-
-
-class ManyEnds(SlotEngine):
-    """Ends a turn on a third of all tokens, so that random weights produce several turns."""
-
-    def sample(self, model: Any, prompts: Any, episodes: Any, settings: Any, seed: int, ends: Any, *args: Any,
-               **further: Any) -> Any:  # fmt: skip
-        return super().sample(model, prompts, episodes, settings, seed, (*ends, *range(10, 50)), *args, **further)
 
 
 class Deadly(Talks):

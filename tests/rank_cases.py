@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
-from faulty_environment import ManyEnds, Talks
+from faulty_environment import Talks
 from lightning.pytorch.strategies import ModelParallelStrategy
+from many_ends import ManyEnds
 from tiny_models import (
     EOS,
     FIRST_WORD,

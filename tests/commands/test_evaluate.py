@@ -79,7 +79,7 @@ def test_a_judge_and_the_page_get_all_turns_of_an_episode(policy_folder, plain_f
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = [policy_folder, plain_folder, "--prompts", "g.jsonl", "--max_new_tokens", "8", "--max_turns", "3"]
-    argv += ["--environment", "GuessTheNumber", "--engine", "faulty_environment.ManyEnds", "--judge", "SimulatedJudge"]
+    argv += ["--environment", "GuessTheNumber", "--engine", "many_ends.ManyEnds", "--judge", "SimulatedJudge"]
     assert main([*argv, "--judge_args.gold_reward", "judges.turns"]) == 0
     rows = [json.loads(line) for line in Path("evaluation/completions.jsonl").read_text().splitlines()]
     assert max(len(row["turns"]) for row in rows) > 1

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_environment import ManyEnds, Talks
+from faulty_environment import Talks
+from many_ends import ManyEnds
 from tiny_folders import policy_folder
 from tiny_models import fit, prompt_step, quiet_trainer
 
@@ -22,7 +23,7 @@ from rlhf_lightning.types import MultiTurn, Step
 __all__ = ["policy_folder"]
 
 ENVIRONMENT = '{"class_path": "faulty_environment.Talks"}'
-FLAGS = ["--environment", ENVIRONMENT, "--engine", "faulty_environment.ManyEnds", "--max_turns", "3",
+FLAGS = ["--environment", ENVIRONMENT, "--engine", "many_ends.ManyEnds", "--max_turns", "3",
          "--max_new_tokens", "5", "--batch_size", "3"]  # fmt: skip
 
 

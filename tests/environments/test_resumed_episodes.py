@@ -32,7 +32,7 @@ def fit(folder: Path, *further: str, deadly: Path | None = None) -> int:
 def settings(folder: Path, name: str, rollouts: int) -> list[str]:
     return [
         "--model", "GRPOModule", "--model.init_from", str(folder / "policy"), "--model.scorer", "ZeroScorer",
-        "--model.engine", '{"class_path": "faulty_environment.ManyEnds"}', "--model.max_new_tokens", "5",
+        "--model.engine", '{"class_path": "many_ends.ManyEnds"}', "--model.max_new_tokens", "5",
         "--model.sampling_batch_size", "3", "--model.learning_rate", "1e-3", "--model.seed", "3",
         "--data", "PromptDataModule", "--data.source", "prompts.jsonl", "--data.batch_size", "8",
         "--data.samples_per_prompt", "4", "--data.rollouts", str(rollouts), "--data.max_turns", "3",

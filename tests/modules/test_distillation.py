@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
-from faulty_environment import ManyEnds, Talks
+from faulty_environment import Talks
+from many_ends import ManyEnds
 from tiny_models import (
     EOS,
     MetricsLog,

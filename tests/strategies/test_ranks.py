@@ -92,7 +92,7 @@ def test_multi_turn_training_is_identical_on_two_ranks(
     pool: RankPool, policy_folder: str, family: str, strategy: str, accumulation: int
 ) -> None:
     name, settings = TURNS[family]
-    compare(pool, name, policy_folder, 2, strategy, accumulation, engine="faulty_environment.ManyEnds", **settings)
+    compare(pool, name, policy_folder, 2, strategy, accumulation, engine="many_ends.ManyEnds", **settings)
 
 
 MUON = {"class_path": "rlhf_lightning.training.muon.MuonAdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.1}}

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
-from faulty_environment import Faulty, ManyEnds, Talks
+from faulty_environment import Faulty, Talks
+from many_ends import ManyEnds
 from tiny_models import (
     VOCABULARY,
     MetricsLog,
