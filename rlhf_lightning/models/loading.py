@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.errors import MissingError, ModelError, SettingError
 from rlhf_lightning.models.adapters import chunk_mlps, read_adapter, recomputation_contexts, refuse_other_adapter
+from rlhf_lightning.models.allocator import return_freed_blocks
 from rlhf_lightning.models.folders import SAFETENSORS, explained, reading, require_safetensors, trusts
 from rlhf_lightning.models.lora import refuse_slow_patterns, untie_adapted
 from rlhf_lightning.models.quantization import Quantization, leave_the_file, quantization_config, use_one_arithmetic
@@ -347,6 +348,7 @@ def prepare_for_training(model: Any, settings: LoadSettings | None = None, dropo
         kwargs = {"use_reentrant": False, "context_fn": partial(recomputation_contexts, model)}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         chunk_mlps(model)
+        return_freed_blocks()
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
