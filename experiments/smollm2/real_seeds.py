@@ -24,7 +24,7 @@ import real_stages  # noqa: E402
 
 from rlhf_lightning.evaluation.differences import mean_interval  # noqa: E402
 from rlhf_lightning.evaluation.policies import mean_with_interval, sample_and_score  # noqa: E402
-from rlhf_lightning.evaluation.report import interval, markdown_table, write_json, write_markdown  # noqa: E402
+from rlhf_lightning.evaluation.report import interval, markdown_table, rewrite_markdown, write_json  # noqa: E402
 
 POLICIES = ("sft", "dpo", "ppo")
 JUDGE_ROWS = {"truthful": 180, "harmless": 180}
@@ -148,12 +148,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the human data")
     parser.add_argument("--out", type=Path, default=Path("runs/real_seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--page", type=Path, help="default: report.md in the folder of --out")
     parser.add_argument("--smoke", action="store_true", help="tiny budgets: shows that it runs, not that it learns")
     arguments = parser.parse_args()
     budget = real_stages.SMOKE if arguments.smoke else real_stages.FULL
     found = {seed: judged(arguments, run_seed(arguments, seed), seed, budget) for seed in arguments.seeds}
     write_json(arguments.out / "report.json", {str(seed): scores for seed, scores in found.items()})
-    print(write_markdown(arguments.out / "report.md", page(found, arguments.smoke)))
+    print(rewrite_markdown(arguments.page or arguments.out / "report.md", page(found, arguments.smoke)))
     return 0
 
 

@@ -13,7 +13,7 @@ RETURNED = 2**22
 
 
 def return_freed_blocks() -> None:
-    """Have glibc return a block of 4 MiB or more to the system as soon as it is freed; other libraries are left alone.
+    """Have glibc return a block of 4 MiB or more to the system once it is freed; no effect with other C libraries.
 
     By default glibc keeps freed blocks of up to 32 MiB in its heap. There the blocks that a layer frees lie between
     those that are still needed, and a later layer's do not fit into the gaps: in long contexts on a CPU, a process took
