@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -261,13 +262,22 @@ def _refuse_larger_than_memory(name: str, described: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights: this module refuses or reports them itself."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Silence transformers' table of missing weights: this module refuses or reports them itself.
+
+    The handlers are filtered: changing a level clears the caches of all loggers, 0.4 ms each time.
+    """
+    handlers = list(transformers_logging.get_logger().handlers)
+    for handler in handlers:
+        handler.addFilter(_is_error)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        for handler in handlers:
+            handler.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def refuse_nonfinite_weights(model: nn.Module, name: str) -> None:
