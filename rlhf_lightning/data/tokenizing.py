@@ -50,7 +50,7 @@ class EncodedRow:
         ranks, target, margin, weight: as in `CanonicalRow`.
         text: the prompt as given by the data; without a prompt, the decoded text of its ids.
         columns: further columns.
-        group: number of the prompt; rows of the same prompt share it.
+        asked: the prompt, or the whole text without one; rows with an equal one are of the same group.
         source: index of the row's source.
         slots: numbers that the objective asks for, by column name.
     """
@@ -64,9 +64,15 @@ class EncodedRow:
     weight: float = 1.0
     text: Prompt = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    group: int = 0
+    asked: Prompt = ""
     source: int = 0
     slots: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def group(self) -> int:
+        """Number of what is asked."""
+        key = _as_json(self.asked).encode("utf-8")
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
 
     @property
     def record(self) -> str:
@@ -346,7 +352,7 @@ class Encoder:
         cuts |= {"completion"} if any(len(a) < len(b) for a, b in zip(completions, full, strict=True)) else set()
         one = EncodedRow(
             cut, completions, supervised, row.ranks, row.target, row.margin, row.weight * case.weight, text,
-            row.columns, _number(row.completions[0] if row.prompt is None else row.prompt), slots=slots,
+            row.columns, row.completions[0] if row.prompt is None else row.prompt, slots=slots,
         )  # fmt: skip
         return one, cuts
 
@@ -415,8 +421,3 @@ def no_rows(report: Report, where: str) -> DataError:
     if report.read == 0:
         return DataError("no-rows", f"{where} is empty: it holds no row")
     return DataError("no-usable-rows", f"no usable row: {report.describe(where)}")
-
-
-def _number(value: Any) -> int:
-    key = _as_json(value).encode("utf-8")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)

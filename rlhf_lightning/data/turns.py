@@ -190,6 +190,8 @@ def template_args_in(given: Any, documents: Any = None) -> dict[str, Any]:
 
     Documents of any other form belong to no template, and are not read.
     """
+    if given is None and documents is None:
+        return {}
     if isinstance(given, str):
         given = from_json(given, "bad_template_args") if given.strip() else None
     if not isinstance(given, Mapping | None) or is_too_deep(given):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, wraps
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from jinja2 import Template
@@ -186,14 +187,18 @@ def render(text: str, messages: Sequence[Message], generation: bool, variables: 
         SecurityError: the template accesses something that is not allowed.
     """
     given = {"add_generation_prompt": generation, **variables}
-    simple = 0 < len(messages) <= MOST_TURNS and all(map(_is_plain, messages)) and all(map(_is_simple, given.values()))
-    if simple and not compiled(text)[0].given_up:
+    simple = 0 < len(messages) <= MOST_TURNS and all(map(_is_plain, messages))
+    if simple and SIMPLE.issuperset(map(type, given.values())) and not compiled(text)[0].given_up:
         roles = tuple(message["role"] for message in messages)
         outline = _outline(text, roles, tuple((name, type(value), value) for name, value in given.items()))
         filled = None if outline is None else outline.filled([message["content"] for message in messages])
         if filled is not None:
             return filled
     return sandbox.render(text, messages, **given)
+
+
+SIMPLE = frozenset((str, int, float, bool, type(None), FunctionType))
+"""Types of variables that an outline may depend on."""
 
 
 @lru_cache(maxsize=64)
@@ -219,10 +224,6 @@ def _is_plain(message: Message) -> bool:
     """Return whether a message is a role and a text that is not blank, in this order."""
     content = message.get("content")
     return tuple(message) == ("role", "content") and isinstance(content, str) and content.strip() != ""
-
-
-def _is_simple(value: Any) -> bool:
-    return isinstance(value, str | int | float | None) or callable(value)
 
 
 def _parts_of(text: Any) -> tuple[Part, ...]:

@@ -36,7 +36,7 @@ class WordCache:
     def encode(self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
         """Return the ids of each text; words that are not in the cache are encoded with ``encode``."""
         ids, words = self.ids, [words_of(text) for text in texts]
-        new = list({word for one in words for word in one if word not in ids})
+        new = list(set(chain.from_iterable(words)).difference(ids))
         ids.update(zip(new, encode(new), strict=True))
         self.characters += sum(map(len, new))
         if self.characters > MOST_CHARACTERS:
