@@ -112,7 +112,8 @@ def misnamed_checks(kind: type) -> list[Check]:
     known = {name for base in kind.__mro__[len(own) :] for name, value in vars(base).items() if is_method(value)}
     overrides = any(name in theirs for base in own for name in vars(base) if name[:2] != "__")
     suspects = [name for name in sorted(alone) if not overrides or difflib.get_close_matches(name, known, 1, 0.8)]
-    advice = " ".join(f"{name} overrides nothing, and nothing uses it: {hint_at(name, known)}" for name in suspects)
+    hints = " ".join(hint_at(name, known) for name in suspects)
+    advice = f"{', '.join(suspects)} overrides nothing, and nothing uses it: {hints}"
     return [at_most("methods meant", len(suspects), 0, advice)]
 
 
