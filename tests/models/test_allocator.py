@@ -29,3 +29,7 @@ def test_freed_blocks_are_returned() -> None:
     subprocess.run([sys.executable, "-c", CODE], check=True)
     kept = CODE.replace("\nreturn_freed_blocks()\n", "\n")
     assert kept != CODE and subprocess.run([sys.executable, "-c", kept], check=False, capture_output=True).returncode
+    chosen = CODE.replace("import torch", "import os, torch; os.environ['MALLOC_MMAP_THRESHOLD_'] = ''")
+    assert (
+        chosen != CODE and subprocess.run([sys.executable, "-c", chosen], check=False, capture_output=True).returncode
+    )
