@@ -97,7 +97,7 @@ def measured(case: str, file: str, folder: str, cache: str) -> dict[str, Any]:
     further = CASES[case](file, tokenizer, cache)
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - used
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
-    found = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_MB": round(memory)}
+    found = {"seconds": round(seconds, 4), "cpu_seconds": round(cpu, 4), "peak_MB": round(memory)}
     return found | (further if isinstance(further, dict) else {})
 
 
