@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -37,6 +37,7 @@ from rlhf_lightning.deprecation import warn_of_metric
 from rlhf_lightning.errors import ContractError, SettingError, StateError
 from rlhf_lightning.training.compatibility import Stage
 from rlhf_lightning.training.optimization import check_moments
+from rlhf_lightning.training.user_classes import misnamed_methods
 from rlhf_lightning.types import PromptBatch, Step
 
 ONE_STEP = (
@@ -74,13 +75,15 @@ PACKAGES, GROUPS = ("rlhf_lightning", "lightning", "pytorch_lightning"), ("train
 
 
 def check_trainer(trainer: Trainer, module: Any) -> None:
-    """Refuse trainer settings and callbacks that cannot work with ``fit``, before anything is loaded.
+    """Refuse trainer settings and callbacks that cannot work with ``fit``, and warn of methods that nothing calls.
 
     Raises:
         SettingError: with the code of the refusal.
     """
     for code, sentence in trainer_refusals(trainer, module):
         raise SettingError(code, sentence)
+    for sentence in misnamed_methods(type(module)).values():
+        rank_zero_warn(sentence)
     if trainer.max_epochs == -1 and isinstance(trainer.progress_bar_callback, RichProgressBar):
         describe_endless_epochs(trainer.progress_bar_callback)
     # Lightning warns at each save that the weights are those after the update, which is intended here.

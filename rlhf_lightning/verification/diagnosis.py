@@ -20,6 +20,7 @@ from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.on_policy import OnPolicyModule
 from rlhf_lightning.training.returned_loss import as_loss
+from rlhf_lightning.training.user_classes import own_bases
 from rlhf_lightning.types import (
     CriticValues,
     DistillationLogits,
@@ -37,7 +38,6 @@ from rlhf_lightning.verification.mistakes import Losses, is_certain, settings_of
 from rlhf_lightning.verification.subject import (
     Subject,
     known_statistics,
-    own_bases,
     parameters_of,
     point_of,
 )

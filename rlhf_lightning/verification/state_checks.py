@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ast
 import copy
-import difflib
-import inspect
-import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +21,15 @@ from rlhf_lightning.modules.online_preference import OnlineDPOModule
 from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.modules.self_distillation import SelfDistillationModule
 from rlhf_lightning.scoring import LearnedScorer
-from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.checkpoint_state import COUNTERS
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.training.rollout import RolloutModule
+from rlhf_lightning.training.user_classes import misnamed_methods, nodes_of, own_bases
 from rlhf_lightning.types import Step
 from rlhf_lightning.verification import online_checks
 from rlhf_lightning.verification.cases import Case, some_rows
 from rlhf_lightning.verification.exact import SelfTaught
-from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, own_bases, parameters_of
+from rlhf_lightning.verification.subject import Check, Subject, at_least, at_most, parameters_of
 from rlhf_lightning.verification.targets import all_rows, scores_of
 from rlhf_lightning.verification.world import EnumerableWorld
 
@@ -65,7 +61,9 @@ def state_checks(subject: Subject) -> list[Check]:
     unread = unread_settings(subject.kind)
     advice = f"the setting {', '.join(unread)} is never read: use it, or remove it"
     checks.append(at_most("settings read", len(unread), 0, advice))
-    checks += misnamed_checks(subject.kind)
+    if own_bases(subject.kind):
+        misnamed = misnamed_methods(subject.kind)
+        checks.append(at_most("methods meant", len(misnamed), 0, "; ".join(misnamed.values())))
     if getattr(module, "reference", None) is not None and not module.reference_moves:
         checks.append(reference_check(subject))
     if "kl_coef" in trained:
@@ -84,42 +82,6 @@ def unread_settings(kind: type) -> list[str]:
     read = {node.attr for node in attributes if isinstance(node.ctx, ast.Load)}
     handed_on = {node.arg for node in nodes if isinstance(node, ast.keyword)}
     return sorted((named - taken) & kept - read - handed_on)
-
-
-def nodes_of(kinds: Iterable[type]) -> list[ast.AST]:
-    """Return the syntax of the files that define classes; nothing if one is defined in a notebook."""
-    try:
-        texts = {inspect.getsource(sys.modules[kind.__module__]) for kind in kinds}
-    except (KeyError, OSError, TypeError):
-        return []
-    return [node for text in texts for node in ast.walk(ast.parse(text))]
-
-
-def misnamed_checks(kind: type) -> list[Check]:
-    """Return the check that methods of a user-defined class override what they were written for.
-
-    A method is suspect if no base has its name, no code of its file uses it, and it either resembles the name of a
-    base's method or the class overrides nothing: then it computes what its base computes.
-    """
-    own = own_bases(kind)
-    if not own:
-        return []
-    theirs = {name for base in kind.__mro__[len(own) :] for name in vars(base)}
-    methods = {name for base in own for name, value in vars(base).items() if is_method(value) and name[0] != "_"}
-    nodes = nodes_of(own)
-    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    alone = methods - theirs - used if nodes else set()
-    known = {name for base in kind.__mro__[len(own) :] for name, value in vars(base).items() if is_method(value)}
-    overrides = any(name in theirs for base in own for name in vars(base) if name[:2] != "__")
-    suspects = [name for name in sorted(alone) if not overrides or difflib.get_close_matches(name, known, 1, 0.8)]
-    hints = " ".join(hint_at(name, known) for name in suspects)
-    advice = f"{', '.join(suspects)} overrides nothing, and nothing uses it: {hints}"
-    return [at_most("methods meant", len(suspects), 0, advice)]
-
-
-def is_method(value: Any) -> bool:
-    """Return whether a class's attribute is a method or a property."""
-    return inspect.isfunction(value) or isinstance(value, property | cached_property)
 
 
 # -- changes of state -------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial, wraps
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from rlhf_lightning.modules.reward import RewardModule
 from rlhf_lightning.similar_names import hint_at
 from rlhf_lightning.training.module import AlignmentModule
 from rlhf_lightning.training.returned_loss import as_loss
+from rlhf_lightning.training.user_classes import own_bases
 from rlhf_lightning.types import (
     DistillationLogits,
     PolicyLogprobs,
@@ -385,11 +385,6 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     if "__init__" not in vars(kind):
         return {}
     return dict(inspect.signature(vars(kind)["__init__"]).parameters)
-
-
-def own_bases(kind: type) -> list[type]:
-    """Return a user-defined class and its bases below the shipped class that it derives from."""
-    return list(takewhile(lambda base: not base.__module__.startswith("rlhf_lightning."), kind.__mro__))
 
 
 def all_parameters(kind: type) -> set[str]:

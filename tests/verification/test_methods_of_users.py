@@ -10,8 +10,8 @@ from rlhf_lightning import modules
 from rlhf_lightning.errors import ContractError
 from rlhf_lightning.modules import DPOModule
 from rlhf_lightning.training.returned_loss import as_loss
+from rlhf_lightning.training.user_classes import misnamed_methods
 from rlhf_lightning.verification.contract import verify
-from rlhf_lightning.verification.state_checks import misnamed_checks
 
 POINTS = {
     "DPOModule": "pair_loss",
@@ -86,10 +86,13 @@ class WithHelper(DPOModule):
         return self.pair_losses(pair)
 
 
-def test_methods_that_nothing_uses_are_reported() -> None:
-    (check,) = misnamed_checks(Misspelt)
-    assert not check.held and check.advice == "pair_los overrides nothing, and nothing uses it: did you mean pair_loss?"
-    assert not misnamed_checks(OfAnotherLibrary)[0].held
-    assert misnamed_checks(WithHelper)[0].held and misnamed_checks(DPOModule) == []
-    failed = [check.name for check in verify(Misspelt, with_convergence=False).checks if not check.held]
-    assert failed == ["methods meant"]
+def test_methods_that_nothing_uses_are_reported(tmp_path: Any) -> None:
+    """`rlhf verify` fails, and training warns."""
+    sentence = "Misspelt.pair_los overrides nothing, and nothing uses it: did you mean pair_loss?"
+    assert misnamed_methods(Misspelt) == {"pair_los": sentence}
+    assert list(misnamed_methods(OfAnotherLibrary)) == ["compute"]
+    assert misnamed_methods(WithHelper) == misnamed_methods(DPOModule) == {}
+    (failed,) = [check for check in verify(Misspelt, with_convergence=False).checks if not check.held]
+    assert (failed.name, failed.advice) == ("methods meant", sentence)
+    with pytest.warns(UserWarning, match=sentence[:-1]):
+        fit(Misspelt(init_from=save_policy(tmp_path)), [preference_step(random_pairs(4, seed=0), None)])
