@@ -74,8 +74,6 @@ def audit(
         json: file for all findings, with the numbers of all rows.
         strict: exit with status 1 if anything was found.
     """
-    from rlhf_lightning.data.audit import summary
-
     if tokenizer is None and (max_length or max_prompt_length or chat_template):
         raise SettingError("missing-setting", "max_length, max_prompt_length and chat_template need a --tokenizer")
     check_range(similar is None or 0 < similar <= 1, "it must lie in (0, 1]", similar=similar)
@@ -155,6 +153,27 @@ def peek(
     return kind, chain(first, rows)
 
 
+def summary(audit: "Audit", source: str) -> dict[str, Any]:
+    """Return all findings of an audit as plain values, with the numbers of the rows."""
+    shortcut = audit.length_shortcut()
+    return {
+        "source": source,
+        "kind": audit.kind,
+        "read": audit.read,
+        "usable": audit.usable,
+        "distinct_prompts": len(audit.prompts),
+        "unit": "characters" if audit.tokenizer is None else "tokens",
+        "lengths": dict(zip(("median", "95%", "longest"), audit.quantiles(), strict=False)),
+        "unknown_tokens": audit.unknown_tokens / max(audit.tokens, 1),
+        "unused": dict(audit.unused),
+        "length_shortcut": None if shortcut is None else vars(shortcut),
+        "findings": [
+            {"check": one.check, "meaning": one.meaning, "count": len(one.rows), "rows": one.rows, "first": one.first}
+            for one in audit.findings()
+        ],
+    }
+
+
 def page(report: dict[str, Any], width: int) -> str:
     """Return a report as text, at most ``width`` columns wide."""
     read = report["read"]
@@ -169,6 +188,8 @@ def page(report: dict[str, Any], width: int) -> str:
             f"picking the longer completion is right in {100 * shortcut['accuracy']:.1f} % "
             f"(95 % interval {100 * shortcut['low']:.1f} to {100 * shortcut['high']:.1f}) of {shortcut['rows']:,} rows"
         )
+    if report["unknown_tokens"]:
+        facts.append(f"unknown to the tokenizer: {100 * report['unknown_tokens']:.3g} % of all tokens")
     if report["unused"]:
         facts.append("not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in report["unused"].items()))
     for fact in facts:

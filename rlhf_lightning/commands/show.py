@@ -142,6 +142,7 @@ def headline(kind: str, outcome: "Outcome") -> str:
     notes += ["turns after the first 256 trained turns are left out"] if outcome.turns_cut else []
     notes += ["text that spells control tokens is plain text"] if outcome.escaped else []
     notes += ["prompt and completion would be tokenized differently as one text"] if outcome.merged else []
+    notes += [f"{outcome.unknown} tokens are unknown to the tokenizer"] if outcome.unknown else []
     notes += [f"not used: {', '.join(outcome.unused)}"] if outcome.unused else []
     return "; ".join(notes)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ CHECKS = {
     "second_speaker": "a turn contains a speaker label, such as 'Human:'",
     "control_token": "the text spells a control token, which is encoded as plain characters",
     "boundary_mismatch": "the tokenizer would encode prompt and completion differently as one text",
+    "unknown_token": "the texts or the chat template contain tokens unknown to the tokenizer",
     "turns_apart": "the chat template rewrites earlier turns, so each trained turn becomes a row",
     "last_turn": "of several assistant turns only the last is trained on",
     "turns_cut": "more than 256 turns would be trained on; the later turns are left out",
@@ -84,6 +85,7 @@ class RowFacts(NamedTuple):
         exact: hash of the unmodified texts and labels.
         loose: hash of normalised texts and ranks.
         length: length of the prompt plus the longest completion, in tokens with a tokenizer, else in characters.
+        tokens, unknown: tokens of all its texts, and unknown tokens; 0 without a tokenizer.
         longer_wins: share of its pairs in which the longer completion is the better one.
         text: the normalised texts, if similar texts or n-grams are searched.
     """
@@ -97,6 +99,8 @@ class RowFacts(NamedTuple):
     exact: int = 0
     loose: int = 0
     length: int = 0
+    tokens: int = 0
+    unknown: int = 0
     longer_wins: float | None = None
     text: str | None = None
 
@@ -179,6 +183,7 @@ class Audit:
         self.train: Audit | None = None
         self.longer_wins = array("f")
         self.lengths = array("q")
+        self.tokens = self.unknown_tokens = 0
 
     def add(self, rows: Iterable[Row | Unreadable]) -> Iterator[Keys | None]:
         """Check rows.
@@ -226,6 +231,8 @@ class Audit:
             key_of([*("\0".join(part) for part in texts), labels]),
             hash((None if row.prompt is None else keys[0], *keys[1:], *row.ranks)),
             asked + max(said, default=0),
+            outcome.tokens,
+            outcome.unknown,
             None if self.kind != "preference" else longer_wins(row, said),
             " ".join(chain(*normal)) if self.similar is not None or self.ngrams is not None else None,
         )
@@ -245,6 +252,8 @@ class Audit:
             self.prompts.setdefault(facts.asked, self.read)
             self._check_judgements(facts, facts.asked, facts.said)
         self.lengths.append(facts.length)
+        self.tokens += facts.tokens
+        self.unknown_tokens += facts.unknown
         if facts.longer_wins is not None:
             self.longer_wins.append(facts.longer_wins)
         return facts.asked, facts.loose
@@ -374,6 +383,7 @@ def _of_tokens(outcome: Outcome) -> Iterator[str]:
     for check, found in (
         ("control_token", outcome.escaped),
         ("boundary_mismatch", outcome.merged),
+        ("unknown_token", outcome.unknown),
         ("turns_apart", outcome.split),
         ("last_turn", outcome.last_turn),
         ("turns_cut", outcome.turns_cut),
@@ -384,23 +394,3 @@ def _of_tokens(outcome: Outcome) -> Iterator[str]:
 
 def _length(row: EncodedRow) -> int:
     return len(row.prompt) + max(map(len, row.completions), default=0)
-
-
-def summary(audit: Audit, source: str) -> dict[str, Any]:
-    """Return all findings of an audit as plain values, with the numbers of the rows."""
-    shortcut = audit.length_shortcut()
-    return {
-        "source": source,
-        "kind": audit.kind,
-        "read": audit.read,
-        "usable": audit.usable,
-        "distinct_prompts": len(audit.prompts),
-        "unit": "characters" if audit.tokenizer is None else "tokens",
-        "lengths": dict(zip(("median", "95%", "longest"), audit.quantiles(), strict=False)),
-        "unused": dict(audit.unused),
-        "length_shortcut": None if shortcut is None else vars(shortcut),
-        "findings": [
-            {"check": one.check, "meaning": one.meaning, "count": len(one.rows), "rows": one.rows, "first": one.first}
-            for one in audit.findings()
-        ],
-    }

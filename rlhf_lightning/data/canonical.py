@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlhf_lightning.errors import RlhfError
+from rlhf_lightning.errors import DataError, RlhfError
 from rlhf_lightning.types import Message, Prompt
 
 Row = Mapping[str, Any]
@@ -134,6 +134,9 @@ class Report:
         last_turn: kept rows with several assistant turns, if only the last is used.
         turns_cut: kept conversations with more than 256 trained turns; later turns are left out.
         assistant_first: kept rows that begin with the assistant; turns before the first user turn are context.
+        unknown: kept rows with tokens that stand for text that the tokenizer does not know.
+        unknown_tokens: these tokens.
+        encoded_tokens: tokens of the kept rows, before truncation.
         unused: kept rows with a column, or a key of a turn, that is not used; by its name.
     """
 
@@ -148,6 +151,9 @@ class Report:
     last_turn: int = 0
     turns_cut: int = 0
     assistant_first: int = 0
+    unknown: int = 0
+    unknown_tokens: int = 0
+    encoded_tokens: int = 0
     unused: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
@@ -172,7 +178,7 @@ class Report:
         """The counts as ``data/...`` metrics."""
         counts = {"read": self.read, "kept": self.kept, "dropped": sum(self.dropped.values()), "tokens": self.tokens}
         rare = {"escaped": self.escaped, "boundary_mismatch": self.merged, "split": self.split}
-        rare |= {name: vars(self)[name] for name in ("last_turn", "turns_cut", "assistant_first")}
+        rare |= {name: vars(self)[name] for name in ("last_turn", "turns_cut", "assistant_first", "unknown_tokens")}
         counts |= {name: count for name, count in rare.items() if count}
         counts |= {f"dropped_{reason}": count for reason, count in self.dropped.items()}
         counts |= {f"truncated_{part}": count for part, count in self.truncated.items()}
@@ -186,6 +192,7 @@ class Report:
             text += ", dropped: " + ", ".join(f"{count:,} {reason} ({REASONS[reason]})" for reason, count in reasons)
         if self.truncated:
             text += "; truncated: " + ", ".join(f"{count:,} {part}s" for part, count in sorted(self.truncated.items()))
+        unknown = 100 * self.unknown_tokens / max(self.encoded_tokens, 1)
         for count, meaning in (
             (self.escaped, "spell control tokens, which stay plain text (rendered: true if a template wrote the data)"),
             (self.merged, "would be tokenized differently if prompt and completion were encoded together"),
@@ -193,6 +200,7 @@ class Report:
             (self.last_turn, "have several assistant turns; only the last turn is trained on"),
             (self.turns_cut, "have more than 256 trained turns; the later turns are left out"),
             (self.assistant_first, "begin with the assistant, whose turns before the first user turn are context"),
+            (self.unknown, f"contain tokens unknown to the tokenizer ({unknown:.3g} % of all tokens)"),
         ):
             text += f"; {count:,} {meaning}" if count else ""
         if self.unused:
@@ -206,3 +214,10 @@ class Report:
     def restore(self, values: dict[str, Any]) -> None:
         """Restore the counts that `to_dict` returned."""
         vars(self).update(asdict(Report(**values)))
+
+
+def no_rows(report: Report, where: str) -> DataError:
+    """Return the error for a source without usable rows."""
+    if report.read == 0:
+        return DataError("no-rows", f"{where} is empty: it holds no row")
+    return DataError("no-usable-rows", f"no usable row: {report.describe(where)}")

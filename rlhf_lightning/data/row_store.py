@@ -28,10 +28,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.data.canonical import Report, Row
+from rlhf_lightning.data.canonical import Report, Row, no_rows
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
-from rlhf_lightning.data.tokenizing import EncodedRow, Encoder, no_rows
+from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
 from rlhf_lightning.loading import cache_folder
 from rlhf_lightning.tokenization import all_cores
 from rlhf_lightning.workers import in_forks
@@ -187,8 +187,9 @@ class RowStore:
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
-FORMAT = 4
-"""Increment this whenever the encoding of the same rows and settings changes, so that old caches are not used."""
+FORMAT = 5
+"""Increment this whenever the encoding of the same rows and settings, or their report, changes: old caches are then not
+used."""
 
 
 class Part(NamedTuple):

@@ -21,12 +21,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.batching import shuffled
-from rlhf_lightning.data.canonical import Report
+from rlhf_lightning.data.canonical import Report, no_rows
 from rlhf_lightning.data.files import RawRow, read_file
 from rlhf_lightning.data.finding import files_of
 from rlhf_lightning.data.loader import StepLoader
 from rlhf_lightning.data.sources import Source, load_hub
-from rlhf_lightning.data.tokenizing import CHUNK, PEEK, EncodedRow, Encoder, no_rows
+from rlhf_lightning.data.tokenizing import CHUNK, PEEK, EncodedRow, Encoder
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.types import Step
 

@@ -95,6 +95,7 @@ class Outcome(NamedTuple):
         turns_cut: whether trained turns beyond the first 256 are left out.
         assistant_first: whether its conversation begins with the assistant.
         unused: columns and keys of turns that are not used.
+        tokens, unknown: all tokens of its texts before truncation, and how many stand for unknown text.
     """
 
     row: CanonicalRow | None = None
@@ -108,6 +109,8 @@ class Outcome(NamedTuple):
     turns_cut: bool = False
     assistant_first: bool = False
     unused: tuple[str, ...] = ()
+    tokens: int = 0
+    unknown: int = 0
 
 
 class _Case(NamedTuple):
@@ -215,10 +218,12 @@ class Encoder:
                 report.drop(outcome.reason)
                 continue
             report.kept += 1
-            for name in ("escaped", "merged", "split", "last_turn", "turns_cut", "assistant_first"):
+            for name in ("escaped", "merged", "split", "last_turn", "turns_cut", "assistant_first", "unknown"):
                 if getattr(outcome, name):
                     setattr(report, name, getattr(report, name) + 1)
             report.leave_unused(outcome.unused)
+            report.encoded_tokens += outcome.tokens
+            report.unknown_tokens += outcome.unknown
             report.tokens += sum(sum(flags) for piece in outcome.encoded for flags in piece.supervised)
             for part in outcome.truncated:
                 report.truncated[part] = report.truncated.get(part, 0) + 1
@@ -299,6 +304,8 @@ class Encoder:
             turns_cut=any(text.turns_cut for case in cases for text in case.texts),
             assistant_first=bool(row.completions) and _begins_with_assistant(row.prompt),
             unused=self.unused_of(row),
+            tokens=sum(len(one.ids) for one in every),
+            unknown=sum(one.unknown for one in every),
         )
 
     def unused_of(self, row: CanonicalRow) -> tuple[str, ...]:
@@ -414,10 +421,3 @@ def _pairs(row: EncodedRow) -> list[EncodedRow]:
     if not pairs:
         raise RowRefused("identical_completions")
     return pairs
-
-
-def no_rows(report: Report, where: str) -> DataError:
-    """Return the error for a source without usable rows."""
-    if report.read == 0:
-        return DataError("no-rows", f"{where} is empty: it holds no row")
-    return DataError("no-usable-rows", f"no usable row: {report.describe(where)}")

@@ -38,12 +38,14 @@ class Encoded(NamedTuple):
         supervised: for each id, whether it enters the loss.
         escaped: whether a content spelt a control token, which was encoded as plain characters.
         merges: whether the tokenizer would encode the text differently together with the preceding text.
+        unknown: how many ids stand for text that the tokenizer does not know.
     """
 
     ids: list[int]
     supervised: list[bool]
     escaped: bool = False
     merges: bool = False
+    unknown: int = 0
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -164,7 +166,8 @@ def _encoded(
         ids, supervised = [*one.opening, *ids], [False] * len(one.opening) + supervised
     if one.closing and tuple(ids[-len(one.closing) :]) != one.closing:
         ids, supervised = [*ids, *one.closing], supervised + [True] * len(one.closing)
-    return Encoded(ids, supervised, escaped, merges)
+    unknown = 0 if facts.unknown is None else ids.count(facts.unknown[1])
+    return Encoded(ids, supervised, escaped, merges, unknown)
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strings: bool = True) -> str:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import refused
 from forked import forked
+from tiny_models import tiny_tokenizer as word_tokenizer
 
 from rlhf_lightning.data.audit import CHECKS, SHORTCUT, Audit
-from rlhf_lightning.data.canonical import REASONS
+from rlhf_lightning.data.canonical import REASONS, Report
 from rlhf_lightning.data.defects import NGrams, Preferences, SimilarTexts
 from rlhf_lightning.data.files import UNREADABLE
 from rlhf_lightning.data.formats import kind_of
+from rlhf_lightning.data.tokenizing import encoder_for
 from rlhf_lightning.runs.interruptions import has_ended
 from rlhf_lightning.workers import in_forks
 
@@ -135,6 +137,21 @@ def test_long_repetitive_texts_are_audited_in_linear_time(filler):
     began, text = time.monotonic(), filler * (400_000 // len(filler))
     audited("sft", [{"prompt": [turn("user", f"x{text}x")], "completion": f"x{text}x"}], similar=0.8)
     assert time.monotonic() - began < 20
+
+
+def test_unknown_tokens_are_counted():
+    """Also those of the chat template's own words; the report of training counts the same."""
+    tokenizer = word_tokenizer()
+    rows = [{"prompt": "w10 w11", "completion": "w12"}, {"prompt": "w10 new", "completion": "w12 newer"}]
+    audit, found = audited("sft", rows, tokenizer=tokenizer)
+    assert found["unknown_token"] == [2] and (audit.tokens, audit.unknown_tokens) == (9, 2)
+    report = Report()
+    encoder_for("sft").counted(tokenizer, rows, report)
+    assert "; 1 contain tokens unknown to the tokenizer (22.2 % of all tokens)" in report.describe("rows")
+    assert report.metrics["data/unknown_tokens"] == 2
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }}Today ")
+    chats = [{"messages": [turn("user", "w10"), turn("assistant", "w11")]}]
+    assert audited("sft", chats, tokenizer=tokenizer)[1] == {"unknown_token": [1]}
 
 
 def test_truncated_tokens_are_counted(tiny_tokenizer):
