@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +51,49 @@ def implicit_scores(policy: Any, reference: Any, tokenizer: Any, beta: float) ->
 def margins(score: Score, pairs: Sequence[KnownPair], prompt_blind: bool = False) -> np.ndarray:
     """Return the score of chosen minus rejected, shape (pairs,); ``prompt_blind`` scores without the prompt."""
     prompts = [_blank(pair.prompt) if prompt_blind else pair.prompt for pair in pairs]
-    chosen = np.array([float(value) for value in score(prompts, [pair.chosen for pair in pairs])])
-    rejected = np.array([float(value) for value in score(prompts, [pair.rejected for pair in pairs])])
-    return chosen - rejected
+    sides = [(prompt, pair.chosen) for prompt, pair in zip(prompts, pairs, strict=True)]
+    sides += [(prompt, pair.rejected) for prompt, pair in zip(prompts, pairs, strict=True)]
+    chosen, rejected = unique_scores(score, sides).reshape(2, -1)
+    return np.asarray(chosen - rejected)
+
+
+def unique_scores(score: Score, asked: Sequence[tuple[Prompt, str]]) -> np.ndarray:
+    """Return the score of each prompt and completion; a completion that occurs again, as in lists, is scored once."""
+    keys = [(json.dumps(prompt, sort_keys=True), completion) for prompt, completion in asked]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    places = sorted(first.values())
+    if not places:
+        return np.zeros(0)
+    given = score([asked[place][0] for place in places], [asked[place][1] for place in places])
+    values = dict(zip((keys[place] for place in places), map(float, given), strict=True))
+    return np.array([values[key] for key in keys])
+
+
+def scores_by_comparison(
+    margins: Callable[[Sequence[KnownPair]], np.ndarray], groups: Sequence[tuple[Prompt, Sequence[str]]]
+) -> list[float]:
+    """Return the score of each completion by a judge: its mean log-odds against the prompt's other completions.
+
+    Every two completions of a prompt are compared. A completion that equals another one has log-odds 0 against it.
+
+    Args:
+        margins: returns the judge's log-odds for ``chosen``, NaN for a missing answer.
+        groups: prompts with their completions.
+
+    Returns:
+        the scores in the order of the groups; NaN for a completion without any answer.
+    """
+    places = [(number, i, j) for number, (_, texts) in enumerate(groups) for i, j in combinations(range(len(texts)), 2)]
+    differ = [(n, i, j) for n, i, j in places if groups[n][1][i] != groups[n][1][j]]
+    asked = [KnownPair(n, groups[n][0], groups[n][1][i], groups[n][1][j], "all", False, math.nan) for n, i, j in differ]
+    found = [np.full((len(texts), len(texts)), math.nan) for _, texts in groups]
+    for n, i, j in places:
+        found[n][i, j] = found[n][j, i] = 0.0
+    for (n, i, j), gap in zip(differ, margins(asked).tolist(), strict=True):
+        found[n][i, j], found[n][j, i] = gap, -gap
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a completion without any answer
+        return [value for table in found for value in np.nanmean(table, 1).tolist()]
 
 
 def judge_margins(judge: Any, pairs: Sequence[KnownPair], question: str, prompt_blind: bool = False) -> np.ndarray:
@@ -137,45 +179,6 @@ def quality(gaps: np.ndarray, pairs: Sequence[KnownPair], bins: int = 10) -> dic
         "length_correlation": float(np.corrcoef(gaps[there], lengths)[0, 1]) if spread else math.nan,
         "reliability": diagram,
     }  # fmt: skip
-
-
-def best_of_lists(gaps: np.ndarray, pairs: Sequence[KnownPair], lists: dict[int, int]) -> dict[str, Any] | None:
-    """Return how often the best completion of a list beats all others, and the chance rate; None without lists."""
-    wins = []
-    chance = []
-    for row, size in lists.items():
-        members = [place for place, pair in enumerate(pairs) if pair.row == row and not pair.tied]
-        beaten = Counter(pairs[place].chosen for place in members)
-        best = [text for text, count in beaten.items() if count == size - 1]
-        if len(best) == 1:
-            wins.append(all(gaps[place] > 0 for place in members if pairs[place].chosen == best[0]))
-            chance.append(1 / size)
-    if not wins:
-        return None
-    low, high = map(float, wilson_interval(float(np.mean(wins)), len(wins)))
-    return {"accuracy": float(np.mean(wins)), "ci": [low, high], "lists": len(wins), "chance": float(np.mean(chance))}
-
-
-def by_style(gaps: np.ndarray, pairs: Sequence[KnownPair], seed: int = 0) -> dict[str, Any]:
-    """Return the accuracy by the styles of the two completions, as in RM-Bench (Liu et al., arXiv 2410.16184).
-
-    The lists of chosen and rejected completions have the same styles in the same order, from plain to elaborate. Cell
-    (i, j) of the matrix is the accuracy on pairs of chosen style i and rejected style j. ``easy`` is the mean below the
-    diagonal (the chosen completion has the more elaborate style), ``normal`` the mean on the diagonal, and ``hard`` the
-    mean above it. Equal scores count as half right; RM-Bench's own code counts them as wrong. Intervals resample rows.
-
-    Returns:
-        ``easy``, ``normal`` and ``hard``, each as returned by `accuracy`, their mean ``average``, and ``matrix``.
-    """
-    cells = np.array([(place, *cell) for place, pair in enumerate(pairs) for cell in pair.styles])
-    place, chosen, rejected = cells.T
-    found = {
-        level: accuracy(gaps[place[among]], [pairs[one].row for one in place[among]], seed)
-        for level, among in (("easy", chosen > rejected), ("normal", chosen == rejected), ("hard", chosen < rejected))
-    }
-    styles, verdicts = range(int(cells[:, 1:].max()) + 1), right(gaps)[place]
-    matrix = [[float(np.nanmean(verdicts[(chosen == i) & (rejected == j)])) for j in styles] for i in styles]
-    return {**found, "average": float(np.mean([one["accuracy"] for one in found.values()])), "matrix": matrix}
 
 
 def compared(first: np.ndarray, second: np.ndarray, rows: Sequence[int], seed: int = 0) -> dict[str, Any]:

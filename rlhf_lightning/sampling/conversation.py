@@ -50,10 +50,7 @@ class Transcript(NamedTuple):
 
     def asked(self, prompt: Prompt) -> Prompt:
         """Return the context of the policy's last turn: the first prompt and the turns between."""
-        between = self.messages[:-1]
-        if isinstance(prompt, str):
-            return prompt + "".join(str(turn["content"]) for turn in between)
-        return [*prompt, *between]
+        return context_of(prompt, self.messages[:-1])
 
     def token_rewards(self) -> Tensor:
         """Return the rewards on the last tokens of their turns, and minus their sum on the last learned token.
@@ -64,6 +61,11 @@ class Transcript(NamedTuple):
         rewards[list(self.ends)] = torch.tensor(self.rewards, dtype=torch.float64)
         rewards[self.ends[-1]] -= math.fsum(self.rewards)
         return rewards.float()
+
+
+def context_of(prompt: Prompt, turns: Sequence[Message]) -> Prompt:
+    """Return a prompt followed by turns."""
+    return prompt + "".join(str(turn["content"]) for turn in turns) if isinstance(prompt, str) else [*prompt, *turns]
 
 
 class _Open:

@@ -12,6 +12,7 @@ from tiny_models import save_reward_model
 from rlhf_lightning.commands.evaluate_reward import main
 from rlhf_lightning.commands.known_rewards import read_pairs, read_samples
 from rlhf_lightning.evaluation import reward_models as room
+from rlhf_lightning.evaluation.reward_benchmarks import list_scores
 from rlhf_lightning.scoring import load_scorer
 from rlhf_lightning.scoring.scorer import ask_scorer
 
@@ -56,9 +57,9 @@ def test_ranked_lists_report_best_of_list_and_resample_pairs_by_row(tmp_path):
     Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, lists = read_pairs("l.jsonl")
     gaps = room.margins(lambda prompts, texts: [len(text) for text in texts], pairs)
-    assert len(pairs) == 24 and lists == {0: 4, 1: 4, 2: 4, 3: 4}
-    assert room.best_of_lists(gaps, pairs, lists)["accuracy"] == 1.0
-    assert room.best_of_lists(-gaps, pairs, lists)["accuracy"] == 0.0
+    assert len(pairs) == 24 and [one.size for one in lists.values()] == [4] * 4
+    assert list_scores(gaps, None, pairs, [], lists)["lists"]["accuracy"] == 1.0
+    assert list_scores(-gaps, None, pairs, [], lists)["lists"]["accuracy"] == 0.0
     found = room.accuracy(gaps, [pair.row for pair in pairs])
     assert found["accuracy"] == pytest.approx(5.5 / 6) and found["ci"][0] == pytest.approx(found["ci"][1])
 
@@ -71,11 +72,16 @@ def test_lists_of_right_and_wrong_completions_are_ranked_lists(tmp_path):
     Path("l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs, lists = read_pairs("l.jsonl", "subset")
     won = [(pair.chosen, pair.rejected) for pair in pairs if not pair.tied and pair.subset == "Focus"]
-    assert won == [("aaa", "a"), ("aaa", "aa"), ("aaa", "b")] and lists == {0: 4, 1: 4}
+    assert won == [("aaa", "a"), ("aaa", "aa"), ("aaa", "b")] and [one.size for one in lists.values()] == [4, 4]
     assert sum(not pair.tied for pair in pairs if pair.subset == "Ties") == 4
+    assert [pair[2:4] for pair in pairs if pair.tied] == [("aaa", "bb")], "two wrong ones are not equally bad"
     assert all(np.isnan(pair.position) for pair in pairs), "the form always names the right ones first"
-    gaps = room.margins(lambda prompts, texts: [len(text) for text in texts], pairs)
-    assert room.best_of_lists(gaps, pairs, lists)["lists"] == 1
+    seen = []
+    gaps = room.margins(lambda prompts, texts: seen.extend(texts) or [len(text) for text in texts], pairs)
+    assert len(seen) == 8, "a completion is scored once, not once for each of its pairs"
+    won = [pair for pair in pairs if not pair.tied]
+    gaps = np.array([gap for gap, pair in zip(gaps, pairs, strict=True) if not pair.tied])
+    assert list_scores(gaps, None, won, [], lists)["lists"]["lists"] == 1
 
 
 def write(name, rows):
@@ -105,6 +111,12 @@ def test_lists_with_a_completion_of_each_style_give_easy_normal_and_hard_accurac
     assert "by style" not in capsys.readouterr().out, "a row without a completion of each style"
 
 
+def rounded_report():
+    """Return the report; its fits differ by rounding between runs."""
+    text = Path("reward_evaluation/report.json").read_text()
+    return json.loads(text, parse_float=lambda value: round(float(value), 9))
+
+
 def test_a_known_gold_reward_gives_best_of_n_by_each_model(pairs, capsys):
     """Scores 1, 2, 3 and gold rewards .3, .6, 0, as worked by hand for `best_of_n_points`."""
     gold = {"a": 0.3, "bb": 0.6, "ccc": 0.0}
@@ -114,7 +126,7 @@ def test_a_known_gold_reward_gives_best_of_n_by_each_model(pairs, capsys):
     Path("truth.py").write_text(f"def of(prompt, text):\n    return {gold}[text]\n")
     argv = ["lengths.length", "lengths.nothing", "--pairs"]
     assert main([*argv, "lists.jsonl", "--gold", "truth"]) == 0
-    report = json.loads(Path("reward_evaluation/report.json").read_text())
+    report = rounded_report()
     curves = {name: [point["gold"]["mean"] for point in one["points"]]
               for name, one in report["best_of_n"]["curves"].items()}  # fmt: skip
     assert curves["lengths.length"] == pytest.approx([0.3, 0.2, 0.0]) == curves["baseline: longer completion"]
@@ -123,16 +135,66 @@ def test_a_known_gold_reward_gives_best_of_n_by_each_model(pairs, capsys):
     assert "Best of n by score" in capsys.readouterr().out
     assert Path("reward_evaluation/report.html").read_text().count("data:image/png") == 2
     assert main([*argv, pairs, "--completions", "drawn.jsonl", "--gold", "truth.of"]) == 0
-    again = json.loads(Path("reward_evaluation/report.json").read_text())["best_of_n"]
+    again = rounded_report()["best_of_n"]
     assert again["curves"] == report["best_of_n"]["curves"] and again["completions"] == "drawn.jsonl"
+    alone = [*argv[:2], "--completions", "drawn.jsonl"]
+    assert main([*alone, "--gold", "truth.of"]) == 0
+    assert rounded_report() == {"best_of_n": again}, "without pairs"
     for flags, code in (
-        (["--completions", "drawn.jsonl"], "missing-setting"), (["--gold", "truth"], "no-usable-rows"),
-        (["--gold", "truth.none"], "not-importable"),
+        ([*argv, pairs, "--completions", "drawn.jsonl"], "missing-setting"), (alone, "missing-setting"),
+        ([*argv, pairs, "--gold", "truth"], "no-usable-rows"),
+        ([*argv, pairs, "--gold", "truth.none"], "not-importable"),
+        ([*argv[:2], "--gold", "truth"], "missing-setting"), (argv[:2], "missing-setting"),
+        ([*alone, "--gold", "truth.of", "--subset", "kind"], "missing-setting"),
     ):  # fmt: skip
         with refused(code):
-            main([*argv, pairs, *flags])
-    with refused("missing-setting", "judges only compare"):
-        main(["--judges", "SimulatedJudge", "--pairs", "lists.jsonl", "--gold", "truth"])
+            main(flags)
+
+
+def test_a_judge_ranks_completions_by_all_comparisons_of_a_prompt(pairs):
+    """A judge that prefers length takes the same completions as a scorer of length, also if it prefers a position."""
+    write("lists.jsonl", [{"prompt": f"ask {n}", "completions": ["a", "bb", "ccc", "bb"], "truth": [n, 6, 0, 6]}
+                          for n in range(3)])  # fmt: skip
+    Path("gold.py").write_text("def length(prompt, text):\n    return len(text) / 10\n")
+    judge = ["--judges", "SimulatedJudge", "--judge_args.gold_reward", "gold.length", "--judge_args.scale", "1"]
+    assert main(["lengths.length", *judge, "--judge_args.position_bias", "3",
+                 "--completions", "lists.jsonl", "--gold", "truth"]) == 0  # fmt: skip
+    curves = json.loads(Path("reward_evaluation/report.json").read_text())["best_of_n"]["curves"]
+    model, judged = (
+        [(point["n"], point["gold"]) for point in curves[name]["points"]]
+        for name in ("lengths.length", "SimulatedJudge")
+    )
+    assert judged == model and judged[-1][1]["mean"] == 0
+    found = room.scores_by_comparison(
+        lambda asked: np.array([{"ab": 1.0, "ac": np.nan, "bc": -0.5}[pair.chosen + pair.rejected] for pair in asked]),
+        [("p", ["a", "b", "c"]), ("q", ["a", "a"])],
+    )
+    assert found == [1.0, -0.75, 0.5, 0.0, 0.0], "a missing answer is left out of the mean"
+
+
+def test_episodes_are_scored_in_their_context(pairs):
+    """The scorer gets the last turn after the earlier turns; the gold reward gets the whole episode."""
+    asked = [{"role": "user", "content": "ask"}]
+    episodes = [
+        [
+            {"role": "assistant", "content": "x" * n},
+            {"role": "user", "content": "go on"},
+            {"role": "assistant", "content": "y"},
+        ]
+        for n in (1, 2, 3)
+    ]
+    rows = [{"prompt": asked, "completion": "y", "turns": turns} for turns in episodes]
+    write("episodes.jsonl", [*rows, {**rows[0], "completion": "z"}, {**rows[0], "turns": []}])
+    Path("talk.py").write_text(
+        "def context(prompts, completions, **c):\n    return [len(p[1]['content']) + len(p) for p in prompts]\n"
+        "def gold(prompt, text):\n    return text.count('x') * len(prompt)\n"
+    )
+    (group,) = read_samples("episodes.jsonl", "talk.gold")
+    assert [row["asked"] for row in group] == [asked + turns[:-1] for turns in episodes]
+    assert [row["gold"] for row in group] == [1, 2, 3]
+    assert main(["talk.context", "--completions", "episodes.jsonl", "--gold", "talk.gold"]) == 0
+    curve = json.loads(Path("reward_evaluation/report.json").read_text())["best_of_n"]["curves"]["talk.context"]
+    assert curve["points"][-1]["score"] == 6 and curve["points"][-1]["gold"]["mean"] == 3
 
 
 def test_gold_samples_are_read_as_rows_and_as_lists_with_a_column_or_a_function(monkeypatch, tmp_path, capsys):
@@ -142,7 +204,7 @@ def test_gold_samples_are_read_as_rows_and_as_lists_with_a_column_or_a_function(
     drawn = [{"prompt": chat, "completion": "x" * n, "truth": n} for n in (1, 2, 3)]
     write("drawn.jsonl", [*drawn, {"prompt": "alone", "completion": "x", "truth": 1}])
     write("lists.jsonl", [{"prompt": chat, "completions": ["x", "xx", "xxx"], "truth": [1, 2, 3]}])
-    expected = [[{"prompt": chat, "completion": "x" * n, "gold": n} for n in (1, 2, 3)]]
+    expected = [[{"prompt": chat, "asked": chat, "completion": "x" * n, "gold": n} for n in (1, 2, 3)]]
     assert read_samples("drawn.jsonl", "truth") == read_samples("lists.jsonl", "truth") == expected
     assert [row["gold"] for row in read_samples("lists.jsonl", "truth.length")[0]] == [4, 5, 6]
     wrong = [
@@ -153,7 +215,7 @@ def test_gold_samples_are_read_as_rows_and_as_lists_with_a_column_or_a_function(
     write("wrong.jsonl", [*drawn, *wrong])
     assert read_samples("wrong.jsonl", "truth") == expected
     said = capsys.readouterr().err
-    assert "4 rows: truth is not a finite number" in said and "3 rows: its completions" in said
+    assert "4 rows: truth is not a finite number" in said and "2 rows: its completions" in said
     write("wrong.jsonl", wrong)
     with refused("no-usable-rows", "no completions with a gold reward"):
         read_samples("wrong.jsonl", "truth")
