@@ -439,7 +439,7 @@ class AlignmentModule(LightningModule):
     def on_train_start(self) -> None:
         """On resuming, apply changed optimizer settings, and restore the data position and random state."""
         trainer_checks.check_optimizers(self.trainer)
-        trainer_checks.check_loader(self.trainer)
+        trainer_checks.check_loader(self.trainer, self)
         trainer_checks.check_progress(self.trainer, self)
         state = self.resume_state
         if state.asked_before is not None and state.asked is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from types import CodeType
@@ -222,8 +223,10 @@ def refused_checkpoint_period(every: int, interval: Any, module: Stage) -> Itera
         )
 
 
-def check_loader(trainer: Trainer) -> None:
+def check_loader(trainer: Trainer, module: Any) -> None:
     """Refuse a DataLoader of Steps that the Trainer distributed to the ranks: a Step is one rank's share already.
+
+    Steps that have fewer rows than asked are announced.
 
     Raises:
         SettingError: ``dealt-steps``.
@@ -235,6 +238,29 @@ def check_loader(trainer: Trainer) -> None:
             "the Trainer distributed the loader's Steps over the ranks, but a Step is already one rank's share of an "
             "update: set Trainer(use_distributed_sampler=False) and give each rank its share, or the rows to a "
             "DataModule",
+        )
+    for sentence in _too_few_rows(attached_datamodule(trainer), module):
+        rank_zero_info(sentence)
+
+
+def _too_few_rows(data: Any, module: Any) -> Iterator[str]:
+    """Yield a sentence for each size that the data or the rollout cannot fill."""
+    if getattr(data, "batch_size", None) is None or not hasattr(data, "epoch_rows"):
+        return
+    episodes, rows = data.batch_size, math.inf if data.streaming else len(data.epoch_rows(0))
+    if module.batch_type is not PromptBatch:
+        if episodes > rows:
+            yield f"data.batch_size is {episodes}, but an epoch has {rows} rows: an optimizer step takes {rows} rows."
+        return
+    if (prompts := getattr(data, "prompts_per_rollout", 0)) > rows:
+        yield (
+            f"A rollout takes {prompts} prompts (data.batch_size / data.samples_per_prompt), but the "
+            f"data has {rows}: prompts repeat within a rollout, each time as another group."
+        )
+    if (asked := getattr(module, "mini_batch_size", None) or 0) > episodes:
+        yield (
+            f"model.mini_batch_size is {asked}, but a rollout has {episodes} episodes (data.batch_size): an optimizer "
+            f"step takes {episodes} episodes."
         )
 
 

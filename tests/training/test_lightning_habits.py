@@ -648,9 +648,26 @@ def test_a_distributed_sampler_over_steps_is_refused(deals: bool) -> None:
     sampler: Any = DistributedSampler(ROWS, num_replicas=2, rank=0)  # type: ignore[arg-type]
     trainer.fit_loop._combined_loader = CombinedLoader(DataLoader(ROWS, sampler=sampler))  # type: ignore[arg-type]
     if not deals:
-        return check_loader(trainer)
+        return check_loader(trainer, None)
     with refused("dealt-steps", "use_distributed_sampler=False"):
-        check_loader(trainer)
+        check_loader(trainer, None)
+
+
+def test_steps_with_fewer_rows_than_asked_are_announced(policy_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A rollout repeats prompts, and a step is smaller than asked."""
+    grpo = GRPOModule(init_from=policy_folder, scorer=lengths, max_new_tokens=2, mini_batch_size=16, self_check=False)
+    prompts = PromptDataModule([{"prompt": "w7"}, {"prompt": "w8"}], batch_size=12, samples_per_prompt=4)
+    texts = SFTDataModule([{"text": f"w{number} w9"} for number in range(7, 10)], batch_size=4)
+    with caplog.at_level(logging.INFO):
+        for module, data in ((grpo, prompts), (sft(policy_folder), texts)):
+            quiet_trainer(max_epochs=1).fit(module, data)
+    assert grpo.episodes == 12 and grpo.updates == 1
+    for sentence in (
+        "A rollout takes 3 prompts (data.batch_size / data.samples_per_prompt), but the data has 2",
+        "model.mini_batch_size is 16, but a rollout has 12 episodes",
+        "data.batch_size is 4, but an epoch has 3 rows: an optimizer step takes 3 rows.",
+    ):
+        assert sum(sentence in one.message for one in caplog.records) == 1
 
 
 def test_prediction_writers_get_the_rows(policy_folder: str) -> None:
