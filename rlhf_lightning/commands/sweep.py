@@ -29,6 +29,8 @@ SWEEP_FILE, SCRIPT_FILE, LOG_FILE = "sweep.json", "sweep.sbatch", "fit.log"
 MOST_PREEMPTIONS = 20
 """Maximum number of times in a row that a run is resumed after exit status 75."""
 MOST_RUNS = 10_000
+USAGE_ERROR = 2
+"""Exit status of a run whose settings are refused."""
 HINT = "--help` lists the options"
 OWNED = ("seed_everything", "run_name", "runs_folder", "resume", "ckpt_path")
 """Settings that the sweep sets for each run."""
@@ -64,8 +66,8 @@ def sweep(
     The same command resumes a killed sweep: finished runs are kept, interrupted runs continue from their last
     checkpoint, failed runs start again. A run that exits with status 75 (preempted) is resumed at once. On SIGTERM or
     Ctrl-C the runs write checkpoints, and the sweep exits with status 75. Failed runs are counted and listed, and the
-    exit status is 1. All arms use the same seeds, so that `rlhf compare` can test them in pairs. Seeds or values may be
-    added to a sweep later.
+    exit status is 1. If the settings of the first run are refused (exit status 2), no further run starts. All arms use
+    the same seeds, so that `rlhf compare` can test them in pairs. Seeds or values may be added to a sweep later.
 
     Args:
         config: YAML file of `rlhf fit`, or recipe:NAME.
@@ -266,7 +268,7 @@ class Sweep:
 
     def __init__(self, folder: Path, config: str, fixed: dict[str, str], runs: Sequence[PlannedRun], jobs: int) -> None:
         self.folder, self.config, self.fixed, self.runs, self.jobs = folder, config, fixed, runs, jobs
-        self.stopping = False
+        self.stopping = self.refused = False
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.started = 0
         self.lock = threading.Lock()
@@ -295,8 +297,8 @@ class Sweep:
     def train(self, run: PlannedRun) -> str:
         """Train a run to its end and return its state: finished, running, interrupted, or the reason of its failure."""
         for _ in range(MOST_PREEMPTIONS):
-            if self.stopping:
-                return "interrupted"
+            if self.stopping or self.refused:
+                return "interrupted" if self.stopping else "not started"
             command = fit_command(self.folder, self.config, self.fixed, run)
             if command is None:
                 return state_of(self.folder, run)[0]
@@ -309,6 +311,7 @@ class Sweep:
                     return "interrupted"
                 reason = f"exit status {status}: {last_line(self.log(run))}"
                 print(f"FAILED   {run.name}, {reason}", flush=True)
+                self.refused = self.refused or (status == USAGE_ERROR and self.started <= self.jobs)
                 return reason
         return "interrupted" if self.stopping else f"preempted {MOST_PREEMPTIONS} times"
 
@@ -337,15 +340,19 @@ class Sweep:
 
     def summarise(self, results: dict[str, str]) -> int:
         """Print the counts and the failed runs; return the exit status."""
-        unfinished = [name for name, state in results.items() if state in ("interrupted", "running")]
+        unfinished = [name for name, state in results.items() if state in ("interrupted", "running", "not started")]
         failed = {name: why for name, why in results.items() if why != "finished" and name not in unfinished}
         done = len(results) - len(failed) - len(unfinished)
         print(f"\n{self.folder}: {done} of {len(results)} runs finished, {len(failed)} failed, {len(unfinished)} open")
         for name, why in failed.items():
             print(f"  failed: {name}, {why} (log: {self.folder / name / LOG_FILE})")
         for name in unfinished:
-            print(f"  {'runs in another process' if results[name] == 'running' else 'interrupted'}: {name}")
-        if failed or unfinished:
+            print(f"  {'runs in another process' if results[name] == 'running' else results[name]}: {name}")
+        if self.refused:
+            print("the settings of the first run are refused, so no further run was started: correct them")
+            if all(state_of(self.folder, run)[0] == "new" for run in self.runs):
+                (self.folder / SWEEP_FILE).unlink()  # nothing was trained, so the corrected sweep may take the folder
+        elif failed or unfinished:
             print("the same command continues the sweep")
         names = dict.fromkeys(name for run in self.runs for name in run.settings)
         by = f" --by {' '.join(names)}" if names else ""

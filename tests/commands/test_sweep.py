@@ -18,6 +18,9 @@ from rlhf_lightning.commands.sweep import main, planned_runs, state_of
 FAKE = """
 import json, os, signal, sys, time
 flags = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:] if "=" in flag)
+if "model.bta" in flags:
+    print("rlhf fit: unknown setting model.bta\\n`rlhf fit --help` lists the options.")
+    sys.exit(2)
 resumed = sys.argv[3] if sys.argv[2] == "--resume" else None
 folder = resumed or os.path.join(flags["runs_folder"], flags["run_name"], "version_0")
 os.makedirs(folder + "/checkpoints", exist_ok=True)
@@ -105,6 +108,18 @@ def test_preempted_runs_are_resumed_and_failed_runs_named(capsys):
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "6 of 6 runs finished" in said and "kind=fine" not in said.split("\n\n")[0]
+
+
+def test_settings_that_the_first_run_refuses_stop_the_sweep(capsys):
+    """The corrected sweep may take the folder, since nothing was trained."""
+    argv = ["c.yaml", "--over", "model.kind=a,b", "--seeds", "2", "--out", "s", "--set"]
+    assert main([*argv, "model.bta=1"]) == 1
+    said = capsys.readouterr().out
+    assert "0 of 4 runs finished, 1 failed, 3 open" in said and said.count("training") == 1
+    assert "failed: kind=a/seed_0, exit status 2: rlhf fit: unknown setting model.bta" in said
+    assert "no further run was started" in said and "the same command" not in said
+    assert main([*argv, "model.beta=1"]) == 0
+    assert main([*argv[:2], "model.kind=a,b,c", *argv[3:], "model.beta=1"]) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
