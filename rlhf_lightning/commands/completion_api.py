@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -50,11 +50,13 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
         key: key that requests must send as ``Authorization: Bearer KEY``; None if no key is needed.
     """
 
+    def refusal(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
+        code = {401: "invalid_api_key", 404: "not_found", 429: "too_many_requests", 504: "timeout"}
+        return JSONResponse(error_body(message, code.get(status, "bad-request"), status), status, headers)
+
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            code = {401: "invalid_api_key", 404: "not_found", 429: "too_many_requests", 504: "timeout"}
-            body = error_body(error.detail, code.get(error.status_code, "bad-request"), error.status_code)
-            return JSONResponse(body, error.status_code, error.headers)
+            return refusal(error.detail, error.status_code, error.headers)
         field = error.field if isinstance(error, BadRequest) else None
         status = 503 if isinstance(error, StateError) else 400
         return JSONResponse(error_body(str(error), getattr(error, "code", "bad-request"), status, field), status)
@@ -86,7 +88,7 @@ def make_app(api: Api, key: str | None = None) -> ASGIApp:
         exception_handlers={HTTPException: refused, RlhfError: refused, Exception: failed},
     )
     app.router.redirect_slashes = False
-    return Guard(app, any_host=key is not None, largest_body=LARGEST_BODY)
+    return Guard(app, any_host=key is not None, largest_body=LARGEST_BODY, refusal=refusal)
 
 
 class Api:

@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from rlhf_lightning.loading import is_too_deep
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn import Server
 
@@ -82,10 +83,14 @@ class Guard:
         any_host: whether any Host header is accepted. On a loopback address only the names of the loopback address are
             accepted, so that a web site whose name resolves to this machine cannot send requests (DNS rebinding).
         largest_body: maximum bytes of a request.
+        refusal: makes the response to a refused request from message and status; None answers in plain text.
     """
 
-    def __init__(self, app: ASGIApp, any_host: bool = False, largest_body: int = LARGEST_BODY) -> None:
-        self.app, self.any_host, self.largest_body = app, any_host, largest_body
+    def __init__(
+        self, app: ASGIApp, any_host: bool = False, largest_body: int = LARGEST_BODY,
+        refusal: Callable[[str, int], Response] | None = None,
+    ) -> None:  # fmt: skip
+        self.app, self.any_host, self.largest_body, self.refusal = app, any_host, largest_body, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -114,8 +119,10 @@ class Guard:
                 if len(body) > self.largest_body:
                     refused = 413, f"a request has at most {self.largest_body:,} bytes"
         if refused is not None:
-            close = {"connection": "close"}
-            await PlainTextResponse(refused[1], refused[0], close)(scope, receive, with_headers)
+            status, message = refused
+            response = (self.refusal or PlainTextResponse)(message, status)
+            response.headers["connection"] = "close"
+            await response(scope, receive, with_headers)
             return
 
         async def whole_body() -> Message:
@@ -145,7 +152,7 @@ class Guard:
             )
         # Other sites cannot send this content type without a preflight request, and preflights are always refused.
         if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            return 415, "a request is JSON"
+            return 415, "a request is JSON: send the header Content-Type: application/json"
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.largest_body:
             return 413, f"a request has at most {self.largest_body:,} bytes"

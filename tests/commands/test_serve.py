@@ -332,7 +332,9 @@ def test_cross_site_oversized_and_unauthenticated_requests_are_refused(api, clie
 
     assert post() == 200 and post(origin="http://evil.example") == 403
     assert post(**{"sec-fetch-site": "cross-site"}) == 403 and post(host="evil.example") == 421
-    assert client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    answer = client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415 and answer.headers["connection"] == "close"
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
     large = b'{"prompt": "' + b"x" * LARGEST_BODY + b'"}'
     assert (
         client.post("/v1/completions", content=large, headers={"content-type": "application/json"}).status_code == 413
