@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf_lightning.commands.flags import config_settings, option_pairs, with_underscores
+from rlhf_lightning.commands.flags import config_settings, is_option, option_pairs, with_underscores
 from rlhf_lightning.errors import printable
 from rlhf_lightning.recipes import recipe_names
 from rlhf_lightning.similar_names import nearest
@@ -215,7 +215,7 @@ def stray_value(command: str, argv: Sequence[str]) -> str | None:
     expected, option, before = command in ("validate", "test", "predict"), "", ""  # these take the evaluated run
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if argument.startswith("-"):
+        if is_option(argument):
             expected, option, before = not equals, name, value
         elif expected:
             expected, before = False, argument

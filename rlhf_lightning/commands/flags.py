@@ -39,11 +39,16 @@ def with_underscores(argv: Sequence[str]) -> list[str]:
     return [rewritten(argument) for argument in joined]
 
 
+def is_option(argument: str) -> bool:
+    """Whether an argument is an option; a negative number is the value of one."""
+    return argument.startswith("-") and not re.fullmatch(r"-[\d.]+", argument)
+
+
 def option_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Return every option with its value, from ``--name value`` and ``--name=value``; ``-c`` is ``--config``."""
     found = []
     for position, argument in enumerate(argv):
-        if argument.startswith("-"):
+        if is_option(argument):
             name, equals, value = argument.partition("=")
             following = "".join(argv[position + 1 : position + 2])
             found.append(({"-c": "--config"}.get(name, name), value if equals else following))

@@ -102,6 +102,7 @@ def test_a_wrong_flag_is_answered_from_the_flag_index(flags, sentence):
         "--trainer.callbacks+ x --trainer.logger CSVLogger --print_config --model.class_path DPOModule",
         "--model AlignmentModule --model.init_from x -c nothing.yaml --resume runs/x --ckpt_path y --seed_everything 1",
         "--model.scorer.help x",
+        "--model DPOModule --model.beta -1 --model.learning_rate -.5",
         "--model.lora.targets [a,b] --model.beta=1 --trainer.fast_dev_run --seed_everything 1 --print_config",
     ],
 )
@@ -133,7 +134,8 @@ def test_commands_whose_parsers_import_torch_have_a_help_page(command, option, c
     page = capsys.readouterr().out
     assert page.startswith(f"usage: rlhf {command} ") and f"--{option} " in page
     assert len(page.splitlines()) <= 100 and max(map(len, page.splitlines())) <= 120
-    assert quick_answer([command, "--config", "recipe:labels/loop", f"--{option}", "8"]) is None
+    for value in ("8", "-1"):
+        assert quick_answer([command, "--config", "recipe:labels/loop", f"--{option}", value]) is None
 
 
 def test_help_of_classes_shows_paper_and_arguments(capsys):
