@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 ALIKE = 0.6
@@ -18,8 +19,8 @@ FEW = 12
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the most similar known name, or None.
 
-    Initials (``lr`` for ``learning_rate``), whole words (``epochs`` for ``max_epochs``) and beginnings (``DPO`` for
-    ``DPOModule``) count as similar too.
+    Initials (``lr`` for ``learning_rate``), whole words (``epochs`` for ``max_epochs``, ``beta`` for ``model.beta``)
+    and beginnings (``DPO`` for ``DPOModule``) count as similar too.
     """
     best = next(iter(_by_likeness(name, known)), None)
     return best if best is not None and _likeness(name, best) >= ALIKE else None
@@ -44,10 +45,14 @@ def _by_likeness(name: str, known: Iterable[str]) -> list[str]:
 def _likeness(name: str, candidate: str) -> float:
     """Return how similar two names are, from 0 to 1."""
     short, long = name.lower().replace("_", ""), candidate.lower().replace("_", "")
-    words, given = candidate.lower().split("_"), name.lower().split("_")
+    words, given = _words(candidate), _words(name)
     score = difflib.SequenceMatcher(None, short, long).ratio()
     if len(words) > 1 and short == "".join(word[:1] for word in words):
         score = max(score, 0.95)
     if set(given) < set(words) or (len(short) > 2 and long.startswith(short)):
         score = max(score, 0.8 + 0.1 * score)
     return score
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[._/]", name.lower())

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_lightning.similar_names import FEW, hint_at, nearest
 
-SETTINGS = ["learning_rate", "max_epochs", "batch_size", "beta", "label_smoothing"]
+SETTINGS = ["learning_rate", "max_epochs", "batch_size", "beta", "label_smoothing", "val/loss"]
 MANY = [f"Kind{number}Module" for number in range(FEW + 1)]
 
 
@@ -17,6 +17,7 @@ MANY = [f"Kind{number}Module" for number in range(FEW + 1)]
         ("betta", "beta"),
         ("ls", "label_smoothing"),
         ("lab", "label_smoothing"),
+        ("loss", "val/loss"),
         ("b", None),
         ("wholly_different", None),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from rlhf_lightning.evaluation.differences import Difference, holm, mean_interva
 from rlhf_lightning.loading import flat_settings, read_config, read_records
 from rlhf_lightning.runs.run import CONFIG_FILE, SAMPLES_FILE, find_run, status_of
 from rlhf_lightning.runs.run_records import EVENTS
+from rlhf_lightning.similar_names import hint_at
 
 Axis = Literal["updates", "episodes", "tokens"]
 NOT_COMPARED = ("seed_everything", "model.seed", "data.seed", "run_name", "runs_folder", "ckpt_path", "resume")
@@ -173,7 +173,8 @@ class RunComparison:
         self.runs, self.axis = runs, axis
         self.differing = differing(runs)
         if unknown := [name for name in by if not any(name in run.settings for run in runs)]:
-            raise SettingError("unknown-setting", f"no run has the setting {', '.join(unknown)}")
+            hint = hint_at(unknown[0], {name for run in runs for name in run.settings})
+            raise SettingError("unknown-setting", f"no run has the setting {', '.join(unknown)}; {hint}")
         self.by = list(by) or self.differing
         arms: dict[str, dict[int, FinishedRun]] = {}
         for run in runs:
@@ -195,13 +196,10 @@ class RunComparison:
         self.metrics = [name for name in metrics or shown if any(self.series(run, name) for run in runs)]
         if not self.metrics or (metrics and len(self.metrics) < len(metrics)):
             missing = [name for name in metrics if name not in self.metrics]
-            known = sorted({tag.removeprefix(self.prefix) for tag in tags if tag.startswith(self.prefix)})
-            near = dict.fromkeys(tag for name in missing for tag in get_close_matches(name, known, n=3, cutoff=0.0))
-            raise SettingError(
-                "unknown-metric",
-                f"no run has {', '.join(missing) or 'val/ or rollout/ metrics'} over {axis}; of {len(known)} metrics "
-                f"the nearest are {', '.join(near or known[:3]) or 'none'}",
-            )
+            known = {tag.removeprefix(self.prefix) for tag in tags if tag.startswith(self.prefix)}
+            wanted = ", ".join(missing) or "val/ or rollout/ metrics"
+            hint = hint_at(missing[0] if missing else "val/score", known)
+            raise SettingError("unknown-metric", f"no run has {wanted} over {axis}; {hint}")
 
     @property
     def prefix(self) -> str:

@@ -104,7 +104,8 @@ def test_arms_that_differ_in_many_settings_are_named_by_their_runs(tmp_path, cap
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--by", "model.gamma"], ("unknown-setting",)), (["--metrics", "val/scor"], ("unknown-metric", "val/score")),
+    [(["--by", "beta"], ("unknown-setting", "did you mean model.beta?")),
+     (["--metrics", "val/scor"], ("unknown-metric", "did you mean val/score?")),
      (["--over", "episodes"], ("unknown-metric",))],
 )  # fmt: skip
 def test_metrics_and_settings_that_no_run_has_are_refused(sweep, flags, words):
