@@ -30,6 +30,7 @@ REASONS = {
     "empty_prompt": "the prompt is empty, or not text",
     "empty_completion": "a completion is empty, or not text",
     "empty_turn": "a turn is empty",
+    "no_messages": "the list of messages is empty",
     "malformed_messages": "the messages are not a list of {role, content}",
     "json_text": "a column holds messages as JSON text that cannot be read, or only some columns do; store lists",
     "media": "it has images, audio or video, which are not read; remove them, or rename their column",

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.data.canonical import Report, Row, no_rows
+from rlhf_lightning.data.feedback.database import is_store
 from rlhf_lightning.data.files import Unreadable
 from rlhf_lightning.data.sources import Source, read_rows, source_fingerprint
 from rlhf_lightning.data.tokenizing import EncodedRow, Encoder
@@ -238,6 +239,8 @@ class Part(NamedTuple):
         """
         for number, source in enumerate(self.sources):
             encoder = self.encoder if source.columns is None else replace(self.encoder, columns=source.columns)
+            if is_store(source.path):  # its further columns are a record of the item, which the user did not write
+                encoder = replace(encoder, hands_on=True)
             left = None if self.rows is None else max(self.rows - report.read, 0)
             chunks = encoder.chunks(islice(read_rows(source), left), str(source))
             # An environment that reads rows may hold connections, which forks cannot share.

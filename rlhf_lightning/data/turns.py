@@ -59,7 +59,7 @@ def messages_of(value: Any) -> list[Message]:
     """Read a list of messages, and map their roles by `ROLES`; empty turns are refused."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not value:
-        raise RowRefused("malformed_messages")
+        raise RowRefused("no_messages" if isinstance(value, list | tuple) else "malformed_messages")
     turns = [made for turn in value if (made := _message(turn)) is not None]
     tools, *later = [tools_of(turn.get("tools")) for turn in value]
     if any(later):  # such tools would apply only from that turn on

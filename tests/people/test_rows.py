@@ -202,7 +202,8 @@ def test_datamodules_read_a_store(labelled, ready):
     assert groups.weights.sum() == 7
     (alone,) = batches(ready(UnpairedDataModule(store)))
     assert alone.desirable.sum() == 8 and len(alone.desirable) == 16
-    assert len(ready(SFTDataModule(store)).store) == 2
+    demonstrations = ready(SFTDataModule(store))
+    assert len(demonstrations.store) == 2 and demonstrations.report.unused == {}, "the store's own record is not noise"
     assert len(ready(PromptDataModule(store)).store) == 7
 
 
