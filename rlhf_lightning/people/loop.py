@@ -97,6 +97,7 @@ class LoopSettings(SamplingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settings()  # raises if a sampling setting is out of range
         for name in ("rounds", "labels", "members", "annotators_per_item"):
             check_range(getattr(self, name) >= 1, "it must be 1 or more", **{name: getattr(self, name)})
         check_range(

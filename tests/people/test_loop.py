@@ -305,6 +305,7 @@ def test_a_loop_with_ppo_and_an_ensemble_needs_no_gold_reward(flags, policy_fold
     ("more", "sentence"),
     [
         (["--pool", "4"], "it must be 8 or more"),
+        (["--temperature", "-1"], "temperature is -1.0"),
         (["--select", "disagreement"], "members is 1: set it to 2 or more"),
         (["--select", "uncertainy"], "did you mean uncertainty?"),
         (["--gold-reward", "absent.gold"], "gold_reward 'absent.gold' cannot be imported"),
