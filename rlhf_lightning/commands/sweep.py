@@ -295,10 +295,11 @@ class Sweep:
             process.terminate()
 
     def train(self, run: PlannedRun) -> str:
-        """Train a run to its end and return its state: finished, running, interrupted, or the reason of its failure."""
+        """Train a run to its end and return its state, or the reason of its failure."""
         for _ in range(MOST_PREEMPTIONS):
             if self.stopping or self.refused:
-                return "interrupted" if self.stopping else "not started"
+                state = state_of(self.folder, run)[0]
+                return "not started" if state == "new" else state
             command = fit_command(self.folder, self.config, self.fixed, run)
             if command is None:
                 return state_of(self.folder, run)[0]

@@ -123,7 +123,7 @@ def test_settings_that_the_first_run_refuses_stop_the_sweep(capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_sweep_exits_with_75_and_continues(number, capsys):
+def test_a_stopped_sweep_exits_with_75_and_continues(number, capfd):
     argv = ["c.yaml", "--over", "model.kind=slow,fine", "--out", "s"]
     sweep = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(argv)))
     sweep.start()
@@ -135,8 +135,10 @@ def test_a_stopped_sweep_exits_with_75_and_continues(number, capsys):
     sweep.join(60)
     assert sweep.exitcode == 75
     assert status_of("kind=slow/seed_0") == "interrupted" and status_of("kind=fine/seed_0") == "new"
+    said = capfd.readouterr().out
+    assert "interrupted: kind=slow/seed_0" in said and "not started: kind=fine/seed_0" in said
     assert main(argv) == 0
-    assert "resuming kind=slow/seed_0" in capsys.readouterr().out
+    assert "resuming kind=slow/seed_0" in capfd.readouterr().out
 
 
 REAL = sys.executable
