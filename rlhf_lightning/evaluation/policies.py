@@ -68,7 +68,7 @@ def sample_and_score(
     encoded = tuple(torch.tensor(tokenization.encode_prompt(tokenizer, prompt)) for prompt in repeated)
     ends = tokenization.end_token_ids(tokenizer)
     drawn = (engine or SlotEngine()).sample(policy, encoded, torch.arange(len(encoded)), sampling, seed, ends)
-    texts = [tokenization.completion_text(tokenizer, ids.tolist()) for ids in drawn.ids]
+    texts = tokenization.completion_texts(tokenizer, [ids.tolist() for ids in drawn.ids])
     sequences = Sequences(
         prompts=encoded,
         completions=drawn.ids,

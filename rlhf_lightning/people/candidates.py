@@ -114,7 +114,7 @@ def _sample(
     encoded = [torch.tensor(tokenization.encode_prompt(policy.tokenizer, prompt)) for prompt in prompts]
     ends = tokenization.end_token_ids(policy.tokenizer)
     drawn = policy.engine.sample(policy.model, encoded, torch.tensor(episodes), settings, seed, ends, on_pass)
-    return [tokenization.completion_text(policy.tokenizer, ids.tolist()) for ids in drawn.ids]
+    return tokenization.completion_texts(policy.tokenizer, [ids.tolist() for ids in drawn.ids])
 
 
 def given_rows(path: str) -> list[CanonicalRow]:

@@ -98,9 +98,8 @@ class Completions(NamedTuple):
     def decoded(self, tokenizer: PreTrainedTokenizerBase) -> Completions:
         """Return the completions with their texts."""
         pairs = zip(self.ids, self.starts, strict=True)
-        return self._replace(
-            texts=tuple(tokenization.completion_text(tokenizer, ids[start:].tolist()) for ids, start in pairs)
-        )
+        texts = tokenization.completion_texts(tokenizer, (ids[start:].tolist() for ids, start in pairs))
+        return self._replace(texts=tuple(texts))
 
     @property
     def starts(self) -> list[int]:

@@ -18,6 +18,7 @@ from rlhf_lightning.tokenization.encoding import (
     Encoded,
     all_cores,
     completion_text,
+    completion_texts,
     encode_completion,
     encode_prompt,
     encode_rendered,
@@ -48,8 +49,8 @@ from rlhf_lightning.tokenization.tokenizers import load_tokenizer, token_ids
 
 __all__ = [
     "CHAT_TEMPLATES", "PINNED_DATE", "ChatTemplateError", "Encoded", "Ends", "Rendered", "RenderedTurn", "Span",
-    "TurnsRefused", "all_cores", "completion_text", "encode_completion", "encode_prompt", "encode_rendered",
-    "encode_reply", "encode_steps", "end_token_ids", "facts_of", "joined_steps", "load_tokenizer", "opening_ids",
-    "render_answers", "render_completion", "render_prompt", "render_steps", "render_turns", "set_template_args",
-    "settled", "template_args_of", "token_ids", "tokenizer_fingerprint", "truncate", "turn_text",
+    "TurnsRefused", "all_cores", "completion_text", "completion_texts", "encode_completion", "encode_prompt",
+    "encode_rendered", "encode_reply", "encode_steps", "end_token_ids", "facts_of", "joined_steps", "load_tokenizer",
+    "opening_ids", "render_answers", "render_completion", "render_prompt", "render_steps", "render_turns",
+    "set_template_args", "settled", "template_args_of", "token_ids", "tokenizer_fingerprint", "truncate", "turn_text",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -175,20 +175,25 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stri
 
     With ``strings``, the text also ends before the first stop string.
     """
+    return completion_texts(tokenizer, [ids], strings)[0]
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase, completions: Iterable[Sequence[int]], strings: bool = True
+) -> list[str]:
+    """Decode each completion as `completion_text`; the tokenizer is examined once for all."""
     facts = facts_of(tokenizer)
     stops = facts.stop_strings if strings else ()
     ends, said = set(end_token_ids(tokenizer)), set(facts.speakable.values())
-    special = set(tokenizer.all_special_ids) | {facts.control[name] for name in facts.control}
-    kept = []
-    for index in map(int, ids):
-        if index in ends:
-            break
-        kept.append(index)
-    if said.isdisjoint(tokenizer.all_special_ids):
-        text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return _before(text, stops)
-    kept = [index for index in kept if index in said or index not in special]
-    return _before(tokenizer.decode(kept, clean_up_tokenization_spaces=False), stops)
+    special = set(tokenizer.all_special_ids)
+    none_said = said.isdisjoint(special)
+    dropped = set[int]() if none_said else (special | set(facts.control.values())) - said
+    texts = []
+    for ids in completions:
+        kept = [index for index in takewhile(lambda index: index not in ends, map(int, ids)) if index not in dropped]
+        text = tokenizer.decode(kept, skip_special_tokens=none_said, clean_up_tokenization_spaces=False)
+        texts.append(_before(text, stops))
+    return texts
 
 
 def turn_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from rlhf_lightning.tokenization import (
     ChatTemplateError,
     completion_text,
+    completion_texts,
     encode_completion,
     encode_prompt,
     encode_rendered,
     end_token_ids,
+    facts_of,
     load_tokenizer,
     render_completion,
     render_prompt,
@@ -124,6 +126,16 @@ def test_end_tokens_are_eos_and_end_of_turn(tiny_tokenizer):
 def test_completion_text_stops_at_the_first_end_token(tiny_tokenizer):
     assert completion_text(tiny_tokenizer, spell("yes", END, "no", EOS)) == "yes"
     assert completion_text(tiny_tokenizer, spell(" cut off")) == " cut off"
+
+
+def test_a_batch_of_completions_is_decoded_as_each_alone(tiny_tokenizer, monkeypatch):
+    """The tokenizer is examined once, however many completions there are."""
+    batch = [spell("yes", END, "no", EOS), [], spell("a", USER, "<|end|>b"), spell(END, "never")]
+    alone = [completion_text(tiny_tokenizer, ids) for ids in batch]
+    examined = []
+    facts = facts_of(tiny_tokenizer)
+    monkeypatch.setattr("rlhf_lightning.tokenization.encoding.facts_of", lambda _: examined.append(1) or facts)
+    assert completion_texts(tiny_tokenizer, batch) == alone == ["yes", "", "a<|end|>b", ""] and len(examined) == 1
 
 
 def test_there_is_at_most_one_bos_token():
