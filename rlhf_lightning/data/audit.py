@@ -177,6 +177,7 @@ class Audit:
         self.prompts: dict[int, int] = {}
         self.repeated_prompts = 0
         self.judged: dict[tuple[int, int], tuple[int, int]] = {}
+        self.disputed: set[int] = set()
         self.preferences = Preferences()
         self.similar = None if similar is None else SimilarTexts(similar)
         self.ngrams = None if overlap is None else NGrams(overlap)
@@ -273,10 +274,9 @@ class Audit:
     def findings(self) -> list[Finding]:
         """Return the findings, in the order of `canonical.REASONS` and `CHECKS`."""
         both, circle = self.preferences.contradictions()
-        for check, rows in (("both_ways", both), ("circle", circle)):
+        for check, rows in (("both_ways", {*both, *self.disputed}), ("circle", {*circle})):
             if rows:
-                known = self.found.get(check, Finding(check)).rows
-                self.found[check] = Finding(check, sorted({*known, *rows}))
+                self.found[check] = Finding(check, sorted(rows))
         shortcut = self.length_shortcut()
         for check, decides in (
             ("longer_wins", shortcut is not None and shortcut.low > SHORTCUT),
@@ -374,9 +374,7 @@ class Audit:
         elif self.kind == "unpaired":
             rank, first = self.judged.setdefault((asked, said[0]), (row.ranks[0], self.read))
             if rank != row.ranks[0]:
-                self._find("both_ways")
-                known = self.found["both_ways"]
-                known.rows = sorted({*known.rows, first})
+                self.disputed |= {first, self.read}
 
 
 def _of_tokens(outcome: Outcome) -> Iterator[str]:
