@@ -247,7 +247,9 @@ def _too_few_rows(data: Any, module: Any) -> Iterator[str]:
     """Yield a sentence for each size that the data or the rollout cannot fill."""
     if getattr(data, "batch_size", None) is None or not hasattr(data, "epoch_rows"):
         return
-    episodes, rows = data.batch_size, math.inf if data.streaming else len(data.epoch_rows(0))
+    # A stream, and a user's DataModule with its own loaders, have no store of rows.
+    stored = hasattr(data, "store") and not data.streaming
+    episodes, rows = data.batch_size, len(data.epoch_rows(0)) if stored else math.inf
     if module.batch_type is not PromptBatch:
         if episodes > rows:
             yield f"data.batch_size is {episodes}, but an epoch has {rows} rows: an optimizer step takes {rows} rows."

@@ -63,7 +63,8 @@ def state_checks(subject: Subject) -> list[Check]:
     checks.append(at_most("settings read", len(unread), 0, advice))
     if own_bases(subject.kind):
         misnamed = misnamed_methods(subject.kind)
-        checks.append(at_most("methods meant", len(misnamed), 0, "; ".join(misnamed.values())))
+        advice = "; ".join(misnamed.values()) or "a method that overrides nothing is used in its file"
+        checks.append(at_most("methods meant", len(misnamed), 0, advice))
     if getattr(module, "reference", None) is not None and not module.reference_moves:
         checks.append(reference_check(subject))
     if "kl_coef" in trained:
