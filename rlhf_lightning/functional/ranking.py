@@ -142,20 +142,21 @@ def ranked_davidson_loss(
     return mean_by_group(losses, of_pair, len(target))
 
 
-def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor) -> Tensor:
+def plackett_luce_loss(scores: Tensor, group: Tensor, ranks: Tensor, groups: int | None = None) -> Tensor:
     r"""Return the negative log-likelihood of a ranking in nats: each completion is picked before all lower-ranked ones.
 
     \sum_k [logsumexp_{j ranked at or below k} r_j - r_k] (Plackett 1975; Luce 1959), shape (groups,). Tied completions
     do not compete: a group in which all completions are tied gives exactly 0. A group of two gives
-    `bradley_terry_loss`.
+    `bradley_terry_loss`. ``groups`` is the number of groups, if it is known: to count them waits for a GPU.
     """
     require_shape("completions", scores=scores, group=group, ranks=ranks)
     scores = at_least_float32(scores)
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     competes = (_same_group(group) & (ranks.unsqueeze(1) < ranks.unsqueeze(0))) | itself
     against = torch.where(competes, scores.unsqueeze(0), float("-inf")).logsumexp(-1)
-    groups = len(torch.bincount(group))
-    return scores.new_zeros(groups).index_add(0, group, against - scores)
+    return scores.new_zeros(len(torch.bincount(group)) if groups is None else groups).index_add(
+        0, group, against - scores
+    )
 
 
 def _same_group(group: Tensor) -> Tensor:
@@ -164,8 +165,8 @@ def _same_group(group: Tensor) -> Tensor:
 
 def mean_by_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """Return the mean of each group's values, of pairs or completions, shape (groups,); 0 for an empty group."""
-    counts = torch.bincount(group, minlength=groups)
-    return values.new_zeros(groups).index_add(0, group, values) / counts.clamp(min=1)
+    sums, counts = values.new_zeros(groups), values.new_zeros(groups)  # bincount would wait for a GPU
+    return sums.index_add(0, group, values) / counts.index_add(0, group, torch.ones_like(values)).clamp(min=1)
 
 
 # --- steps: process reward models ------------------------------------------------------------------------------------

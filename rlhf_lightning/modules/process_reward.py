@@ -69,16 +69,16 @@ class ProcessRewardModule(RewardModule):
         layout = padded_layout(batch.sequences).to(self.device)
         ends = layout._replace(predictors=layout.predictors + 1)  # hidden state of a step's last token itself
         mask = layout.completion_mask
-        grid = self.reward_model(ends, per_token=True)
+        found = self.reward_model(ends, per_token=True).flatten()[layout.cells]
         row = layout.cells.div(mask.shape[1], rounding_mode="floor")
-        labels = torch.cat([torch.zeros(0), *batch.labels]).to(grid)
+        labels = to_device(torch.cat([torch.zeros(0), *batch.labels]), self.device).to(found)
         if len(labels) != len(row):
             raise DataError(
                 "wrong-number", f"{len(labels)} labels for {len(row)} labelled steps: a batch needs one label per step"
             )
-        position = (mask.cumsum(-1) - 1)[mask]
+        position = (mask.cumsum(-1) - 1).flatten()[layout.cells]
         extras = self.slots_of(batch)
-        return ProcessScores(grid[mask], labels, row, position, to_device(batch.weights, self.device), extras)
+        return ProcessScores(found, labels, row, position, to_device(batch.weights, self.device), extras)
 
     def loss_sum(self, batch: ProcessBatch, meter: Meter) -> Tensor:  # type: ignore[override]
         scores = self.step_scores(batch)

@@ -128,9 +128,7 @@ class RewardModule(OfflineModule):
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
         """Return one loss per group, shape (groups,). Override it for another objective on rankings."""
-        return ranked_pairs_loss(
-            scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
-        )
+        return ranked_pairs_loss(*scores[:5], centering=self.centering)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         """Return the scores whose differences are the log-odds: the rewards minus each prompt's mean."""
@@ -140,32 +138,31 @@ class RewardModule(OfflineModule):
         scores, extras = self.reward_model(self.lay_out(batch.sequences)), self.slots_of(batch)
         if self.outputs > 1:
             scores, extras = self.score_of(scores), {**extras, "outputs": scores}
-        group = to_device(torch.tensor(batch.sequences.parents, dtype=torch.long), self.device)
-        parts = (batch.ranks, batch.target, batch.margin, batch.weights)
-        ranks, target, margin, weights = (to_device(part, self.device) for part in parts)
+        parents = torch.tensor(batch.sequences.parents, dtype=torch.long)
+        parts = (parents, batch.ranks, batch.target, batch.margin, batch.weights, *untied_pairs(parents, batch.ranks))
+        group, ranks, target, margin, weights, better, worse = (to_device(part, self.device) for part in parts)
         ranked = RankedScores(scores, group, ranks, target, margin, weights, extras)
         loss = loss_of(self.ranking_loss, ranked, like=ranked.weights)
-        self._measure(ranked, loss.values, meter)
+        self._measure(ranked, better, worse, loss.values, meter)
         for name, values in loss.metrics.items():
             meter.add(name, values)
         return (loss.values * ranked.weights).sum()
 
-    def _measure(self, ranked: RankedScores, losses: Tensor, meter: Meter) -> None:
+    def _measure(self, ranked: RankedScores, better: Tensor, worse: Tensor, losses: Tensor, meter: Meter) -> None:
         """Record accuracy (equal scores count half), margins and calibration over all untied pairs."""
-        better, worse = untied_pairs(ranked.group, ranked.ranks)
         told_apart = ranked.target[ranked.group[better]] != 0.5
-        better, worse = better[told_apart], worse[told_apart]
         margins = (ranked.scores[better] - ranked.scores[worse]).detach() * (-1 if self.lower_is_better else 1)
         meter.add_ratio("loss", (losses * ranked.weights).sum(), len(losses))
-        meter.add("accuracy", ((margins > 0).double() + (margins >= 0)) / 2)
-        meter.add("score_margin", margins)
+        meter.add("accuracy", ((margins > 0).double() + (margins >= 0)) / 2, told_apart)
+        meter.add("score_margin", margins, told_apart)
         meter.add("score", ranked.scores)
         meter.add("score_squared", ranked.scores.detach().square())
         if torch.is_grad_enabled():
-            self._best_scores.add("score", ranked.scores[ranked.ranks == 0])
+            self._best_scores.add("score", ranked.scores, ranked.ranks == 0)
         else:
-            self._judged.append(torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1))
-            meter.add("brier", (torch.sigmoid(margins) - 1.0).square())
+            judged = torch.stack([torch.sigmoid(margins.abs()), (margins > 0).to(margins)], -1)
+            self._judged.append(judged[told_apart])
+            meter.add("brier", (torch.sigmoid(margins) - 1.0).square(), told_apart)
 
     def on_train_epoch_start(self) -> None:
         """Reset the mean score of the best-ranked completions; the last epoch's mean is used."""
@@ -246,7 +243,7 @@ class PlackettLuceModule(RewardModule):
         super().__init__(centering=0.0, **kwargs)
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
-        return plackett_luce_loss(scores.scores, scores.group, scores.ranks)
+        return plackett_luce_loss(scores.scores, scores.group, scores.ranks, len(scores.target))
 
 
 class DavidsonModule(RewardModule):
@@ -313,14 +310,15 @@ class CostModule(RewardModule):
         self.sign_coef = sign_coef
 
     def ranking_loss(self, scores: RankedScores) -> Tensor:
-        pairs = ranked_pairs_loss(
-            -scores.scores, scores.group, scores.ranks, scores.target, scores.margin, centering=self.centering
-        )
+        pairs = ranked_pairs_loss(-scores.scores, *scores[1:5], centering=self.centering)
         best = scores.ranks == 0
         safe = [scores.extras[name].to(scores.scores)[scores.group] for name in self.data_columns]
         signs = cost_sign_loss(scores.scores, torch.where(best, safe[0], safe[1]))
-        sides = (mean_by_group(signs[side], scores.group[side], len(pairs)) for side in (best, ~best))
-        return pairs + self.sign_coef * sum(sides)
+        groups = len(pairs)  # completions of the other side count as another group
+        of_best, of_rest = (
+            mean_by_group(signs, torch.where(side, scores.group, groups), groups + 1)[:groups] for side in (best, ~best)
+        )
+        return pairs + self.sign_coef * (of_best + of_rest)
 
     def target_policy(self, problem: EnumeratedProblem) -> Tensor | None:
         return None  # hard safety labels push costs away from 0, and soft preferences pull them together
@@ -392,11 +390,12 @@ class AttributesRewardModule(RewardModule):
 
     def loss_sum(self, batch: DemonstrationBatch, meter: Meter) -> Tensor:  # type: ignore[override]
         outputs = self.reward_model(self.lay_out(batch.sequences))
-        ratings = torch.stack([batch.extras[name] for name in self.data_columns], -1).to(outputs)
+        ratings = torch.stack([batch.extras[name] for name in self.data_columns], -1)
+        ratings = to_device(ratings, self.device).to(outputs.dtype)
         errors = (outputs - ratings).square()
         for name, error in zip(self.data_columns, errors.T, strict=True):
             meter.add(f"{name}_error", error)
-        losses: Tensor = errors.mean(-1) * batch.weights.to(outputs)
+        losses: Tensor = errors.mean(-1) * to_device(batch.weights, self.device)
         meter.add("loss", losses)
         return losses.sum()
 

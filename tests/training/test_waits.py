@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import low_words
+from rank_cases import judged_steps, low_words
 from tiny_models import (
     demonstration_step,
     fit,
@@ -15,17 +15,30 @@ from tiny_models import (
     quiet_trainer,
     random_pairs,
     random_rows,
+    ranked_step,
     within,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.models import packing, transfer
-from rlhf_lightning.modules import DPOModule, GRPOModule, PPOModule, SFTModule
+from rlhf_lightning.modules import (
+    AttributesRewardModule,
+    CostModule,
+    DPOModule,
+    GRPOModule,
+    PlackettLuceModule,
+    PPOModule,
+    ProcessRewardModule,
+    RewardModule,
+    SFTModule,
+    process_reward,
+    reward,
+)
 from rlhf_lightning.training.meter import Meter
 from rlhf_lightning.types import Step
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave"}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave", "bincount"}
 COPIES = ("tolist", "cpu", "numpy")
 PROMPTS = [prompt for prompt, _ in random_rows(4, seed=3) for _ in range(2)]
 
@@ -91,6 +104,8 @@ def waits_of_updates(module: Any, steps: list[Step[Any]], monkeypatch: pytest.Mo
     monkeypatch.setattr(module, name, watched)
     for host in ("lay_out", "cut") if hasattr(module, "cut") else ("lay_out",):
         monkeypatch.setattr(module, host, waits.planned(getattr(module, host)))
+    for room, host in ((reward, "untied_pairs"), (process_reward, "padded_layout")):  # of batches, on the host
+        monkeypatch.setattr(room, host, waits.planned(getattr(room, host)))
     blocks_of = packing.blocks_of
     monkeypatch.setattr(packing, "blocks_of", waits.planned(lambda trees: [*blocks_of(trees)]))
     fit(module, steps)
@@ -112,6 +127,36 @@ def test_an_update_waits_once_for_the_device(policy_folder: str, monkeypatch: py
     ppo = PPOModule(ppo_epochs=2, mini_batch_size=2, entropy_coef=0.1, early_stop_kl=9.0, **sampled)
     assert waits_of_updates(ppo, within(prompts, 1), monkeypatch) == [["tolist"]] * 8
     assert waits_of_updates(GRPOModule(mini_batch_size=4, **sampled), groups, monkeypatch) == [["tolist"]] * 2
+
+
+RANKED = [(prompt, [first, second, first[::-1]], [0, 1, 1]) for prompt, first, second in random_pairs(4)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        RewardModule,
+        PlackettLuceModule,
+        CostModule,
+        AttributesRewardModule,
+        ProcessRewardModule,
+    ],  # fmt: skip
+)
+def test_an_update_of_a_reward_model_waits_for_its_pairs_and_once_more(
+    kind: Any, policy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is ProcessRewardModule:
+        step: Any = Step(tuple(judged_steps(random_rows(3, seed=n), [1.0] * 3) for n in range(2)), 6, 30)
+    elif kind is AttributesRewardModule:
+        step = demonstration_step(random_rows(4), 2)
+    else:
+        step = ranked_step(RANKED, 2, target=[1.0, 1.0, 0.5, 1.0])
+    numbers = {name: torch.tensor([0.0, 1.0]) for name in kind.data_columns}
+    step = step._replace(micro_batches=tuple(batch._replace(extras=numbers) for batch in step.micro_batches))
+    module = kind(init_from=policy_folder, lr_schedule="constant")
+    pairs = 0 if kind in (PlackettLuceModule, AttributesRewardModule, ProcessRewardModule) else 2
+    # A loss of pairs finds those of its ranks, which an objective may change, once per micro-batch.
+    assert waits_of_updates(module, [step, step], monkeypatch) == [["nonzero"] * pairs + ["tolist"]] * 2
 
 
 def test_checks_wait_for_the_next_read_and_means_need_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
