@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -131,8 +132,14 @@ def known_keys(parser: Any) -> list[str]:
         keys += all_names() if base is not None else ()
         for child in subclasses_of(base).values() if base is not None else ():
             if not child.__module__.startswith("rlhf_lightning."):
-                keys += [f"{action.dest}.{name}" for name in parameters_of(f"{child.__module__}.{child.__qualname__}")]
+                keys += [f"{action.dest}.{name}" for name in _names_of(child)]
     return keys
+
+
+@functools.cache  # a process may import hundreds of classes, and refuse many settings
+def _names_of(kind: type) -> list[str]:
+    """Return the names of a class's arguments."""
+    return parameters_of(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _base_class(action: Any) -> type | None:
